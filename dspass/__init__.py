@@ -1,0 +1,1 @@
+"""ZeRO and friends as compiler passes of ``torch.compile``."""

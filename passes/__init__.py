@@ -1,0 +1,1 @@
+"""Graph to graph. One pass, one file; the pipeline is one tuple."""
