@@ -1,1 +1,18 @@
-"""ZeRO and friends as compiler passes of ``torch.compile``."""
+"""ZeRO and friends as compiler passes of ``torch.compile``.
+
+``torch.compile(model, backend="deepspeed", options={...})`` needs no import of this package once it is installed; from a
+checkout, ``import dspass`` registers the backend.
+"""
+
+from __future__ import annotations
+
+import torch._dynamo
+
+from dspass.backend import deepspeed
+from dspass.config import Config, ConfigError
+from dspass.shard import shard
+
+if "deepspeed" not in torch._dynamo.list_backends(exclude_tags=()):
+    torch._dynamo.register_backend(deepspeed, name="deepspeed")
+
+__all__ = ["Config", "ConfigError", "deepspeed", "shard"]

@@ -1,0 +1,219 @@
+"""The Dynamo backend ``deepspeed``: what ``torch.compile(model, backend="deepspeed", options=...)`` calls.
+
+Dynamo calls the backend inside of its own tracing, where neither a collective nor a change of the model is safe (a gloo
+collective there can deadlock; parameters that are replaced fail the guards of the frame at hand). So the backend only ever
+answers a callable, and that one, when it runs after the guards are built,
+
+- for a model that is not yet sharded: lets the ranks agree, puts DTensors into the modules, runs the captured graph once
+  with gathers in front, and leaves; the next call traces once more and sees the sharded model;
+- at stage 0: lets the ranks agree, hands out rank 0's parameters, and is the compiled graph from then on;
+- for a sharded model: is the compiled graph.
+
+Dropped: raising to have Dynamo trace again at once. It diverges.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.fx as fx
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from dspass import steps
+from dspass.compilation import Compilation, compile_graph
+from dspass.config import Config
+from dspass.owners import Heap
+from dspass.passes.nodes import UNSHARD
+from dspass.pipeline import build
+from dspass.runtime import compat
+from dspass.runtime.engine import Engine
+from dspass.runtime.params import ParamSpec
+from dspass.shard import _engines, agree, axes_of, mesh_for, new_engine, place, precision, refuse_wrapped
+from dspass.sharded import ENGINE
+
+Options = None | str | os.PathLike[str] | Mapping[str, Any]
+
+
+def deepspeed(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Options = None, **kwargs: Any) -> Callable[..., Any]:
+    """Compile one captured graph. See :func:`torch.compile`; ``options`` is DeepSpeed's configuration."""
+    compat.check_torch()
+    config = Config.load(options).resolve_stage(dist.is_initialized())
+    passes = build(config)
+    params = [p for p in example_inputs if isinstance(p, nn.Parameter)]
+    stage = config.zero.stage
+    if stage and not dist.is_initialized():
+        mesh_for(config, "cpu")  # raises: a stage without a process group
+    heap = Heap.scan()
+    root = _root(heap, params)
+    if root is not None:
+        refuse_wrapped(root)
+    if stage and any(not isinstance(p, DTensor) for p in params):
+        return torch._dynamo.disable(_FirstCall(gm, params, root, config), reason="runs once, before sharding")
+    if stage:
+        engine = _engine_of(heap, params) or Engine(stage=stage, accumulation_steps=config.gradient_accumulation_steps)
+        cast_inputs(gm, params, config)
+        return compile_graph(gm, example_inputs, engine, config, passes)
+    engine = new_engine(root, config)
+    specs = _plain_specs(engine, root, params, config)
+    mark_plain(gm, example_inputs, specs)
+    cast_inputs(gm, params, config)
+    run = compile_graph(gm, example_inputs, engine, config, passes)
+    return torch._dynamo.disable(_Stage0(run, engine, root, config, params), reason="agrees with other ranks first")
+
+
+class _FirstCall:
+    """Shards the model, then runs the captured graph by hand, once."""
+
+    def __init__(self, gm: fx.GraphModule, params: Sequence[nn.Parameter], root: nn.Module | None, config: Config) -> None:
+        self.gm, self.root, self.config = gm, root, config
+
+    def __call__(self, *inputs: Any) -> Any:
+        params = [p for p in inputs if isinstance(p, nn.Parameter)]
+        plain = [p for p in params if not isinstance(p, DTensor)]
+        kinds = {p.device.type for p in plain}
+        if len(kinds) > 1 or "meta" in kinds:
+            raise RuntimeError(
+                f"parameters lie on {sorted(kinds)}: move the whole model to one device, or fill a model on the meta device "
+                "with dspass.shard(model, config, fill=...) first.")
+        heap = Heap.scan()
+        mesh = mesh_for(self.config, plain[0].device.type)
+        engine = _engine_of(heap, params) or new_engine(self.root, self.config)
+        agree(self.root, self.config, mesh, _kinds(inputs, params))
+        todo = dict(self.root.named_parameters()) if self.root is not None else {
+            f"parameter_{len(engine.specs)}_{i}": p for i, p in enumerate(plain)}
+        if self.root is not None:
+            _broadcast_buffers(self.root, axes_of(mesh))
+        specs = place(engine, heap, todo, self.config, mesh)
+        steps.watch(engine, self.config)
+        whole = []
+        for value in inputs:
+            spec = specs.get(id(value))
+            if spec is not None:
+                new = spec.param()
+                assert isinstance(new, DTensor)
+                value = torch.ops.dspass.unshard(new.to_local(), spec.key)
+            elif isinstance(value, DTensor):
+                (key,) = [s.key for s in engine.specs.values() if s.param() is value]
+                value = torch.ops.dspass.unshard(value.to_local(), key)
+            whole.append(value)
+        cast_inputs(self.gm, params, self.config)
+        self.gm.recompile()
+        return self.gm(*whole)
+
+
+class _Stage0:
+    """The compiled graph, preceded once by what every rank must do together."""
+
+    def __init__(self, run: Callable[..., Any], engine: Engine, root: nn.Module | None, config: Config,
+                 params: Sequence[nn.Parameter]) -> None:
+        self.run, self.engine, self.root, self.config = run, engine, root, config
+        self.params = [weakref.ref(p) for p in params]
+
+    def __call__(self, *inputs: Any) -> Any:
+        if not self.engine.started:
+            self.engine.started = True
+            if dist.is_initialized():
+                params = [p for ref in self.params if (p := ref()) is not None]
+                agree(self.root, self.config, None, _kinds(inputs, params))
+                tensors = [*params, *(self.root.buffers() if self.root is not None else ())]
+                with torch.no_grad():
+                    for tensor in tensors:
+                        if dist.get_world_size() > 1:
+                            dist.broadcast(tensor.data, 0)
+            steps.watch(self.engine, self.config)
+        return self.run(*inputs)
+
+
+def _root(heap: Heap, params: Sequence[nn.Parameter]) -> nn.Module | None:
+    for module, _ in heap.owners(params[:1]):
+        root = heap.compiled_root(module)
+        if root is not None:
+            return root
+    return None
+
+
+def _engine_of(heap: Heap, params: Sequence[nn.Parameter]) -> Engine | None:
+    for module, _ in heap.owners(params):
+        if ENGINE in module.__dict__:
+            return module.__dict__[ENGINE]
+    return None
+
+
+def _plain_specs(engine: Engine, root: nn.Module | None, params: Sequence[nn.Parameter], config: Config) -> dict[int, ParamSpec]:
+    """Specs of whole parameters that are reduced or cast; none where neither is the case."""
+    grouped = dist.is_initialized() and dist.get_world_size() > 1
+    if not grouped and not config.bf16 and not config.fp16:
+        return {}
+    axis = axes_of(mesh_for(config, params[0].device.type))[0] if grouped and params else None
+    names = {id(p): n for n, p in root.named_parameters()} if root is not None else {}
+    known = {id(s.param()): s for s in engine.specs.values()}
+    found = {}
+    for i, param in enumerate(params):
+        spec = known.get(id(param))
+        if spec is None:
+            name = names.get(id(param), f"parameter_{len(engine.specs)}_{i}")
+            dtype = param.dtype
+            spec = engine.add(ParamSpec(
+                key=f"{engine.name}/{name}", name=name, shape=tuple(param.shape), dtype=dtype,
+                compute_dtype=precision(config, dtype),
+                reduce_dtype=torch.float32 if dtype.is_floating_point and dtype.itemsize < 4 else dtype,
+                layout="plain", shard_axis=axis, replicate_axis=None, trains=param.requires_grad, engine=engine,
+                param=weakref.ref(param)))
+        found[id(param)] = spec
+    return found
+
+
+def mark_plain(gm: fx.GraphModule, inputs: Sequence[Any], specs: Mapping[int, ParamSpec]) -> None:
+    """Put the marker behind each whole parameter's placeholder, as the property does for a sharded one."""
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    last = placeholders[-1] if placeholders else None
+    for node, value in zip(placeholders, inputs, strict=True):
+        spec = specs.get(id(value))
+        if spec is None or last is None:
+            continue
+        with gm.graph.inserting_after(last):
+            marker = gm.graph.call_function(torch.ops.dspass.unshard, (node, spec.key))
+        if "example_value" in node.meta:
+            marker.meta["example_value"] = node.meta["example_value"].to(spec.compute_dtype)
+        node.replace_all_uses_with(marker, delete_user_cb=lambda user, marker=marker: user is not marker)
+    gm.recompile()
+
+
+def cast_inputs(gm: fx.GraphModule, params: Sequence[nn.Parameter], config: Config) -> None:
+    """With bf16 or fp16: floating-point inputs of the model itself are cast as its parameters are."""
+    if not (config.bf16 or config.fp16) or compat.in_resumed_frame():
+        return
+    dtype = torch.bfloat16 if config.bf16 else torch.float16
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    for node in placeholders:
+        source, value = compat.placeholder_source(node), node.meta.get("example_value")
+        if source is None or "_parameters[" in source or "_buffers[" in source:
+            continue
+        if isinstance(value, torch.Tensor) and value.dtype == torch.float32 and not isinstance(value, nn.Parameter):
+            with gm.graph.inserting_after(placeholders[-1]):
+                cast = gm.graph.call_method("to", (node, dtype))
+            cast.meta["example_value"] = value.to(dtype)
+            node.replace_all_uses_with(cast, delete_user_cb=lambda user, cast=cast: user is not cast)
+    gm.recompile()
+
+
+def _kinds(inputs: Sequence[Any], params: Sequence[nn.Parameter]) -> list[tuple[str, int]]:
+    """What must be alike on all ranks of a graph's inputs: their types and numbers of dimensions, not their sizes."""
+    known = {id(p) for p in params}
+    return [(str(v.dtype), v.dim()) if isinstance(v, torch.Tensor) else (type(v).__name__, 0)
+            for v in inputs if id(v) not in known]
+
+
+def _broadcast_buffers(root: nn.Module, axes: Any) -> None:
+    if dist.get_world_size() > 1 and dist.get_backend() != "fake":
+        for buffer in root.buffers():
+            dist.broadcast(buffer.data, 0)
+
+
+__all__ = ["Compilation", "deepspeed"]

@@ -1,0 +1,86 @@
+"""One captured graph on its way: AOTAutograd, the passes, the partition, the lowering, and what each of them did."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from dspass.config import Config
+from dspass.lowering.segments import SegmentCompiler, lower
+from dspass.passes.base import Pass, PassContext, PassResult, run_passes
+from dspass.passes.partition import partition
+from dspass.passes.text import print_graph
+from dspass.runtime import compat
+from dspass.runtime.engine import Engine
+from dspass.runtime.program import Program
+
+
+@dataclass(kw_only=True, eq=False)
+class Compilation:
+    """What became of one captured graph. Graph modules are kept: reports print them and simulate their memory."""
+
+    name: str
+    passes: list[PassResult] = field(default_factory=list)
+    texts: dict[str, tuple[str, str]] = field(default_factory=dict)
+    graphs: dict[str, fx.GraphModule] = field(default_factory=dict)
+    programs: dict[str, Program] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def compile_graph(
+    gm: fx.GraphModule, inputs: Sequence[Any], engine: Engine, config: Config, passes: Sequence[Pass],
+    compiler: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    """Compile ``gm``, in which sharded parameters are read through ``dspass::unshard``; inference and training alike."""
+    done = Compilation(name=f"graph {len(engine.compilations)}")
+    engine.compilations.append(done)
+    compiler = compiler or engine.compiler or segment_compiler(config)
+    engine.compiler = compiler
+    record = done.passes.append
+
+    def prepare(graph: fx.GraphModule, where: str) -> fx.GraphModule:
+        before = print_graph(graph.graph)
+        graph = run_passes(graph, passes, PassContext(graph=done.name, where=where), record)  # type: ignore[arg-type]
+        done.texts[where] = (before, print_graph(graph.graph))
+        done.graphs[where] = graph
+        return graph
+
+    def partition_fn(joint: fx.GraphModule, joint_inputs: Any, *, num_fwd_outputs: int,
+                     static_lifetime_input_indices: Sequence[int] | None = None, **_: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
+        joint = compat.joint_graph_passes(joint)
+        joint = prepare(joint, "joint")
+        forward, backward = partition(joint, joint_inputs, num_fwd_outputs, static_lifetime_input_indices or ())
+        return prepare(forward, "forward"), prepare(backward, "backward")
+
+    def lowered(where: str, is_backward: bool, is_inference: bool) -> Callable[..., Any]:
+        def compile_one(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+            start = time.perf_counter()
+            if is_inference:
+                graph = prepare(compat.joint_graph_passes(graph), "forward")
+            program = lower(graph, compiler, is_backward=is_backward, is_inference=is_inference)
+            done.programs[where] = program
+            done.seconds[where] = time.perf_counter() - start
+            return program.boxed()
+
+        return compile_one
+
+    backend = compat.aot_backend(
+        fw_compiler=lowered("forward", False, False), bw_compiler=lowered("backward", True, False),
+        inference_compiler=lowered("forward", False, True), partition_fn=partition_fn,
+        decompositions=compat.inductor_decompositions(), keep_inference_input_mutations=True)
+    return backend(gm, list(inputs))
+
+
+def segment_compiler(config: Config) -> SegmentCompiler:
+    patches: dict[str, Any] = {}
+    if config.dspass.fallback_random:
+        patches["fallback_random"] = True
+    return SegmentCompiler(patches=patches)
+
+
+__all__ = ["Compilation", "compile_graph", "segment_compiler", "torch"]

@@ -1,0 +1,1218 @@
+"""The configuration: DeepSpeed's JSON keys, read strictly, into frozen dataclasses.
+
+One table, ``KEYS``, drives everything: which names are known, which types and ranges they take, what each
+does, why one is ignored, when one is refused, and the page ``docs/config.md``, which this refreshes::
+
+    python -P dspass/config.py > docs/config.md
+
+A key either *acts* (it fills a field of ``Config``), is *ignored* (it has no meaning in a graph; the reason
+goes to ``Config.ignored`` and from there to the report), or is *refused* as soon as its value asks for
+something this version does not do. Nothing is dropped in silence, and an unknown name is an error.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+PAGE = "docs/config.md"
+ENVIRONMENT = "DSPASS_CONFIG"
+
+Kind = Literal[
+    "section", "flag", "integer", "count", "number", "text", "list", "object", "any", "bytes", "passes"
+]
+
+_KIND_TEXT: dict[Kind, str] = {
+    "section": "a section in braces",
+    "flag": "true or false",
+    "integer": "a whole number",
+    "count": "a whole number (5e8 is one)",
+    "number": "a number",
+    "text": "text in quotes",
+    "list": "a list",
+    "object": "a section in braces",
+    "any": "a value",
+    "bytes": 'a whole number of bytes or text such as "25MB" or "24MiB"',
+    "passes": "a list of passes",
+}
+
+_UNITS = {f"{letter}{suffix}": base**power
+          for suffix, base in (("B", 1000), ("iB", 1024))
+          for power, letter in enumerate(("K", "M", "G", "T"), start=1)} | {"B": 1}  # fmt: skip
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used: the key, the cause, the way out, the nearest name, the page."""
+
+    def __init__(self, key: str, cause: str, way_out: str = "") -> None:
+        self.key = key
+        """Dotted path of the key, the file's name when the file itself is at fault, or ''."""
+        parts = [f"{key}: {cause}" if key else cause, way_out, f"See {PAGE}."]
+        super().__init__(" ".join(part for part in parts if part))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Key:
+    """One row of the table."""
+
+    path: str
+    """Dotted name, as in the JSON file."""
+    kind: Kind
+    """What its value must be."""
+    default: object = None
+    """What holds when it is absent; None also lets ``null`` be written."""
+    field: str = ""
+    """Name of the field it fills, if it acts."""
+    unit: str = ""
+    """Unit of its value."""
+    meaning: str = ""
+    """What it does, if it acts."""
+    ignored: str = ""
+    """Why it does nothing here."""
+    refused: str = ""
+    """What it asks for that this version does not do."""
+    instead: str = ""
+    """The way out, if it is refused."""
+    off: tuple[object, ...] = ()
+    """The values of a refused key that ask for nothing."""
+    asks: Literal["value", "present", "enabled"] = "value"
+    """When it is refused: by a value outside ``off``, by being there, or by any ``enabled: true`` inside."""
+    low: float | None = None
+    """Smallest value."""
+    high: float | None = None
+    """Largest value."""
+    also: str = ""
+    """Another spelling that DeepSpeed takes for the last part of the name."""
+    stages: tuple[int, ...] = (0, 1, 2, 3)
+    """The ZeRO stages at which it acts; at others it is noted as ignored."""
+    open: bool = False
+    """A section that takes any names beside those known."""
+    local: bool = False
+    """May differ from rank to rank."""
+
+    @property
+    def section(self) -> str:
+        """Dotted path of the section it stands in, '' at the top."""
+        return self.path.rpartition(".")[0]
+
+    @property
+    def name(self) -> str:
+        """Last part of the path."""
+        return self.path.rpartition(".")[2]
+
+
+def _section(path: str, **more: Any) -> Key:
+    return Key(path=path, kind="section", **more)
+
+
+def _act(path: str, into: str, kind: Kind, default: object, unit: str, meaning: str, **more: Any) -> Key:
+    return Key(path=path, field=into, kind=kind, default=default, unit=unit, meaning=meaning, **more)
+
+
+def _skip(path: str, kind: Kind, default: object, ignored: str, **more: Any) -> Key:
+    return Key(path=path, kind=kind, default=default, ignored=ignored, **more)
+
+
+def _deny(path: str, kind: Kind, default: object, refused: str, instead: str, **more: Any) -> Key:
+    more.setdefault("off", (default,))
+    return Key(path=path, kind=kind, default=default, refused=refused, instead=instead, **more)
+
+
+def _inner(section: str, kind: Kind, **defaults: object) -> tuple[Key, ...]:
+    """Keys that share the fate of the section they stand in."""
+    return tuple(
+        Key(path=f"{section}.{name}", kind=kind, default=default) for name, default in defaults.items()
+    )
+
+
+_OWN_OPTIMIZER = "the optimiser is built by the training script"
+_OWN_SCALER = "scaling the loss is left to the training script's GradScaler"
+_OWN_LOOP = "the training loop belongs to the script; what it prints or logs is decided there"
+_REPORT = "the report of dspass.explain(model) shows it"
+_NO_OFFLOAD = "only concerns offloading, which this version does not do"
+_NO_PIPELINE = "only concerns pipeline stages, which this version does not build"
+_NO_TENSOR = "only concerns tensor parallelism, which this version does not do"
+_NO_CHECKPOINTING = "tunes deepspeed.checkpointing; torch.utils.checkpoint in the model is honoured"
+_NO_DEEPCOMPILE = "is a choice inside DeepCompile's own executor, which is not used"
+_NO_ENGINE_SAVE = (
+    "there is no engine that saves; torch.distributed.checkpoint saves shards and reshards on load"
+)
+_NO_HOOKS = "gathers are nodes of the graph, not hooks on modules"
+_PLAIN_GATHER = "the pass that packs gathers decides this for each bucket"
+_FIT = "Remove it, or set it to {off}."
+
+# Name, kind and default of keys that share one reason with their neighbours.
+_OFFLOAD_PARAM: tuple[tuple[str, Kind, object], ...] = (
+    ("nvme_path", "text", None), ("pin_memory", "flag", True), ("buffer_count", "count", 5),
+    ("buffer_size", "count", 100_000_000), ("max_in_cpu", "count", 1_000_000_000),
+)  # fmt: skip
+_OFFLOAD_OPTIMIZER: tuple[tuple[str, Kind, object], ...] = (
+    ("nvme_path", "text", None), ("pin_memory", "flag", True), ("buffer_count", "count", 4),
+    ("pipeline_read", "flag", False), ("pipeline_write", "flag", False), ("fast_init", "flag", False),
+    ("ratio", "number", 1.0), ("super_offload", "flag", False), ("convert_grad_on_cpu", "flag", True),
+    ("cpuadam_cores_perc", "number", 0.8),
+)  # fmt: skip
+_PIPELINE: tuple[tuple[str, Kind, object], ...] = (
+    ("partition", "text", "best"), ("seed_layers", "flag", False), ("activation_checkpoint_interval",
+    "count", 0),
+    ("pipe_partitioned", "flag", True), ("grad_partitioned", "flag", True), ("use_reentrant", "flag", True),
+)  # fmt: skip
+_TENSOR: tuple[tuple[str, Kind, object], ...] = (
+    ("dtype", "text", None), ("tp_overlap_comm", "flag", False), ("tp", "object", None),
+    ("tensor_parallel", "object", None), ("injection_policy_tuple", "list", None), ("preset_model", "text",
+    None),
+    ("partition_config", "object", None), ("vocab_parallel_lm_head", "flag", False),
+    ("keep_module_on_host", "flag", False), ("kernel_inject", "flag", False),
+    ("replace_with_kernel_inject", "flag", False),
+)  # fmt: skip
+_CHECKPOINTING: tuple[tuple[str, Kind, object], ...] = (
+    ("contiguous_memory_optimization", "flag", False), ("number_checkpoints", "count", None),
+    ("synchronize_checkpoint_boundary", "flag", False), ("profile", "flag", False),
+)  # fmt: skip
+_DEEPCOMPILE: tuple[tuple[str, bool], ...] = (
+    ("double_buffer", True), ("symmetric_memory", False), ("sync_before_reduce", False),
+    ("sync_after_reduce", False), ("sync_before_allgather", False), ("sync_after_allgather", False),
+    ("keep_int_input_tensors", True), ("keep_all_input_tensors", False),
+)  # fmt: skip
+
+# Read from top to bottom: what acts, then DeepSpeed's other keys in the order of its documentation.
+KEYS: tuple[Key, ...] = (
+    # --- batch
+    _act("train_batch_size", "train_batch_size", "integer", None, "samples",
+         "Samples in one optimiser step over all ranks. Only checked: it must equal the micro-batch times "
+         "the accumulation steps times the ranks; the one of the three that is absent is derived.", low=1),
+    _act("train_micro_batch_size_per_gpu", "train_micro_batch_size_per_gpu", "integer", None, "samples",
+         "Samples that one rank puts into one call. Only checked, as above; no batch is ever split.", low=1),
+    _act("gradient_accumulation_steps", "gradient_accumulation_steps", "integer", 1, "calls",
+         "Calls of forward and backward in one optimiser step. Decides when gradients are reduced; it never "
+         "splits a batch and never scales a loss.", low=1),
+    _act("gradient_clipping", "gradient_clipping", "number", 0.0, "2-norm",
+         "Largest norm of all gradients together; they are scaled down to it before the optimiser steps. 0 "
+         "does not clip.", low=0),
+    # --- precision
+    _section("bf16", also="bfloat16"),
+    _act("bf16.enabled", "bf16", "flag", False, "",
+         "Parameters stay sharded in fp32, are gathered and computed with in bf16, gradients are reduced in "
+         "fp32."),
+    _section("fp16"),
+    _act("fp16.enabled", "fp16", "flag", False, "",
+         "The same in fp16. Scale the loss with a GradScaler. Not together with bf16."),
+    # --- ZeRO
+    _section("zero_optimization"),
+    _act("zero_optimization.stage", "stage", "integer", 0, "",
+         "0: gradients all-reduced. 1: parameters and optimiser states sharded, one all-gather and one "
+         "reduce-scatter a step. 2: gradients are reduced in every backward. 3: parameters are gathered for "
+         "use and dropped after. Without any configuration (or null): 3 in a process group, 0 without one.",
+         low=0, high=3),
+    _act("zero_optimization.reduce_bucket_size", "reduce_bucket_size", "count", None, "elements",
+         "Most elements in one reduction of gradients. Absent: the planner's choice.", low=1),
+    _act("zero_optimization.allgather_bucket_size", "allgather_bucket_size", "count", None, "elements",
+         "Most elements in one all-gather of parameters. Absent: the planner's choice.", low=1,
+         stages=(1, 2, 3)),
+    _act("zero_optimization.overlap_comm", "overlap_comm", "flag", None, "",
+         "false: every collective is waited for where it starts. Absent or true: it overlaps with compute."),
+    _act("zero_optimization.stage3_prefetch_bucket_size", "stage3_prefetch_bucket_size", "count", None,
+         "elements", "Most elements being gathered ahead of their use. Absent: the planner's choice.", low=0,
+         also="prefetch_bucket_size", stages=(3,)),
+    _act("zero_optimization.stage3_param_persistence_threshold", "stage3_param_persistence_threshold",
+         "count", None, "elements",
+         "Parameters with fewer elements stay whole on every rank (`Replicate`). Absent: the planner's "
+         "choice.", low=0, also="param_persistence_threshold", stages=(3,)),
+    _act("zero_optimization.stage3_max_live_parameters", "stage3_max_live_parameters", "count", None,
+         "elements", "Most gathered elements held at one time. Absent: the planner's choice.", low=1,
+         also="max_live_parameters", stages=(3,)),
+    _act("zero_optimization.mics_shard_size", "mics_shard_size", "integer", None, "ranks",
+         "Hybrid sharding: shard inside groups of this many ranks, replicate across the groups. Absent or "
+         "-1: shard over all ranks.", low=1, stages=(1, 2, 3)),
+    # --- ours
+    _section("dspass"),
+    _act("dspass.passes", "passes", "passes", None, "",
+         'The passes, in order. An entry is a name or `{"name": "...", "option": value}`; `"..."` stands '
+         'for the default list, `"-name"` drops one from it, `"package.module:Class"` is your own. Absent: '
+         '`["..."]`.'),
+    _act("dspass.bucket_bytes", "bucket_bytes", "bytes", None, "bytes",
+         "Size the passes aim at for one bucket of any collective. KB, MB, GB are powers of 1000; KiB, MiB, "
+         "GiB of 1024. Absent: the planner's choice.", low=1),
+    _act("dspass.fallback_random", "fallback_random", "flag", False, "",
+         "Draw random numbers as eager torch does, so that dropout equals an uncompiled run's (slower)."),
+    _act("dspass.segment_cache", "segment_cache", "flag", True, "",
+         "Compile segments of the graph that are equal, such as repeated blocks, once."),
+    _act("dspass.report", "report", "text", None, "path",
+         "Rank 0 writes the report to this .html or .json file at exit. May differ from rank to rank.",
+         local=True),
+    # --- the rest of DeepSpeed: batch, optimiser
+    _deny("managed_gradient_accumulation", "flag", True,
+          "accumulation boundaries that the script calls out itself",
+          "Set it to true; for boundaries of your own use dspass.no_sync(model)."),
+    _section("optimizer", ignored=_OWN_OPTIMIZER + "; build it from torch.optim"),
+    *_inner("optimizer", "text", type=None), *_inner("optimizer", "object", params=None),
+    *_inner("optimizer", "flag", legacy_fusion=False),
+    _section("scheduler", ignored="the learning-rate scheduler is built and stepped by the training script"),
+    *_inner("scheduler", "text", type=None), *_inner("scheduler", "object", params=None),
+    _skip("zero_allow_untested_optimizer", "flag", False,
+          "any torch.optim optimiser works on sharded parameters"),
+    _skip("zero_force_ds_cpu_optimizer", "flag", True, _OWN_OPTIMIZER),
+    # --- communication
+    _deny("communication_data_type", "text", None, "gradients reduced in another type than fp32",
+          "Gradients are reduced in fp32.", off=(None, "fp32")),
+    _deny("gradient_allreduce_op", "text", "mean", "gradients that are summed over the ranks",
+          "Gradients are averaged; multiply the loss by the number of ranks for a sum."),
+    _skip("prescale_gradients", "flag", False,
+          "the reduction itself averages, in fp32, so nothing can overflow"),
+    _skip("gradient_predivide_factor", "number", 1.0,
+          "the reduction itself averages, in fp32, so no factor is needed before it"),
+    _skip("sparse_gradients", "flag", False,
+          "gradients of embeddings are dense in the graph; the numbers are equal"),
+    _skip("disable_allgather", "flag", False, "the stage decides which parameters are gathered"),
+    _deny("sequence_parallel_size", "integer", 1, "sequence parallelism",
+          "Remove it and train with data parallelism.", off=(None, 1)),
+    _skip("seq_parallel_comm_data_type", "text", "fp32",
+          "only concerns sequence parallelism, which this version does not do",
+          also="seq_parallel_communication_data_type"),
+    # --- precision
+    _skip("bf16.immediate_grad_update", "flag", False,
+          "gradients are in .grad as soon as backward has returned"),
+    _deny("bf16.check_grad_overflow", "flag", False, "skipping the steps whose gradients overflow",
+          "Set it to false and look at what clip_grad_norm_ returns."),
+    _deny("bf16.bf16_master_weights_and_grads", "flag", False, "master weights in bf16",
+          "Set it to false; to hold parameters in bf16, convert the model with model.to(torch.bfloat16) and "
+          "leave bf16.enabled off."),
+    _deny("bf16.bf16_optimizer_states", "flag", False, "optimiser states in bf16",
+          "Set it to false and choose an optimiser that keeps its states so."),
+    _deny("fp16.auto_cast", "flag", False, "casting the inputs to fp16",
+          "Set it to false and cast them yourself."),
+    _skip("fp16.loss_scale", "number", 0, _OWN_SCALER),
+    _skip("fp16.initial_scale_power", "count", 16, _OWN_SCALER),
+    _skip("fp16.loss_scale_window", "count", 1000, _OWN_SCALER),
+    _skip("fp16.hysteresis", "count", 2, _OWN_SCALER),
+    _skip("fp16.consecutive_hysteresis", "flag", False, _OWN_SCALER),
+    _skip("fp16.min_loss_scale", "number", 1, _OWN_SCALER),
+    _skip("fp16.fused_mode", "flag", True, _OWN_OPTIMIZER),
+    _deny("fp16.fp16_master_weights_and_grads", "flag", False, "master weights in fp16",
+          "Set it to false; parameters stay in fp32 between steps."),
+    _section("torch_autocast", refused="an autocast region set up by the configuration",
+             instead="Remove it and put torch.autocast around the call of the model.", asks="enabled"),
+    *_inner("torch_autocast", "flag", enabled=False), *_inner("torch_autocast", "text", dtype="bfloat16"),
+    *_inner("torch_autocast", "list", lower_precision_safe_modules=None),
+    _section("amp", refused="Apex mixed precision", instead="Remove it and use bf16 or fp16.", asks="enabled",
+             open=True),
+    *_inner("amp", "flag", enabled=False),
+    _section("data_types"),
+    _deny("data_types.grad_accum_dtype", "text", None, "gradients that add up in another type than fp32",
+          "They add up in .grad, in the type of the parameter.", off=(None, "fp32")),
+    _deny("data_types.param_dtype", "text", None, "a type for the parameters",
+          "Remove it and convert the model with model.to(dtype)."),
+    _deny("data_types.buffer_dtype", "text", None, "a type for the buffers",
+          "Remove it and convert the buffers in the script."),
+    # --- ZeRO
+    _skip("zero_optimization.allgather_partitions", "flag", True, "parameters are always all-gathered"),
+    _skip("zero_optimization.reduce_scatter", "flag", True,
+          "the stage decides: all-reduce at 0 and for parameters that are not sharded, reduce-scatter "
+          "otherwise"),
+    _skip("zero_optimization.contiguous_gradients", "flag", True, "buckets are packed by the graph"),
+    _skip("zero_optimization.use_multi_rank_bucket_allreduce", "flag", True,
+          "buckets are packed by the graph"),
+    _skip("zero_optimization.compute_grad_norm", "flag", True,
+          "clip_grad_norm_ computes the norm when it is called"),
+    _skip("zero_optimization.load_from_fp32_weights", "flag", True, _NO_ENGINE_SAVE),
+    _skip("zero_optimization.elastic_checkpoint", "flag", False, _NO_ENGINE_SAVE),
+    _skip("zero_optimization.round_robin_gradients", "flag", False, _NO_OFFLOAD),
+    _skip("zero_optimization.parameter_alignment", "flag", False,
+          "every shard is a tensor of its own; there is no flat buffer to align"),
+    _skip("zero_optimization.stage3_max_reuse_distance", "count", 1_000_000_000,
+          "the graph knows every use, so the planner decides for each parameter; stage3_max_live_parameters "
+          "is the limit", also="max_reuse_distance"),
+    _skip("zero_optimization.stage3_model_persistence_threshold", "count", None,
+          "each parameter is judged by stage3_param_persistence_threshold; their sum has no limit",
+          also="model_persistence_threshold"),
+    _skip("zero_optimization.stage3_gather_16bit_weights_on_model_save", "flag", False, _NO_ENGINE_SAVE,
+          also="gather_16bit_weights_on_model_save"),
+    _skip("zero_optimization.stage3_gather_fp16_weights_on_model_save", "flag", False, _NO_ENGINE_SAVE),
+    _skip("zero_optimization.stage3_module_granularity_threshold", "count", 0, _NO_HOOKS,
+          also="module_granularity_threshold"),
+    _skip("zero_optimization.stage3_use_all_reduce_for_fetch_params", "flag", False, _PLAIN_GATHER,
+          also="use_all_reduce_for_fetch_params"),
+    _skip("zero_optimization.stage3_allgather_sequential", "flag", False, _PLAIN_GATHER,
+          also="allgather_sequential"),
+    _skip("zero_optimization.stage3_partition_stream_chunk_size", "count", 0,
+          "dspass.shard fills each shard by itself and never holds the whole model",
+          also="partition_stream_chunk_size"),
+    _skip("zero_optimization.sub_group_size", "count", 1_000_000_000,
+          _OWN_OPTIMIZER + ", and steps whole shards"),
+    _skip("zero_optimization.memory_efficient_linear", "flag", True,
+          "the compiler decides what backward keeps"),
+    _skip("zero_optimization.override_module_apply", "flag", True,
+          "nn.Module.apply works on sharded parameters as it is"),
+    _skip("zero_optimization.pipeline_loading_checkpoint", "flag", False, _NO_ENGINE_SAVE),
+    _skip("zero_optimization.log_trace_cache_warnings", "flag", False,
+          'the order of uses is read from the graph, not from a trace; TORCH_LOGS="recompiles" shows '
+          "recompiles"),
+    _skip("zero_optimization.enable_sanity_checks", "flag", False, "every pass's graph is checked always"),
+    _skip("zero_optimization.save_muon_momentum_buffer_in_memory", "flag", False, _NO_OFFLOAD),
+    _skip("zero_optimization.legacy_stage1", "flag", False, "there is one implementation of stage 1"),
+    _skip("zero_optimization.leaf_module", "object", None, _NO_HOOKS),
+    _skip("zero_optimization.mics_hierarchical_params_gather", "flag", False,
+          "a parameter is gathered inside its own group only, which takes one hop"),
+    _deny("zero_optimization.ignore_unused_parameters", "flag", True, "stopping when a parameter is unused",
+          "Set it to true; a parameter outside the graph gets no gradient."),
+    _section("zero_optimization.offload_param"),
+    _deny("zero_optimization.offload_param.device", "text", "none", "parameters kept on the host or on disk",
+          'Set it to "none"; stage 3 with more ranks needs less memory a rank.', off=(None, "none")),
+    *(_skip(f"zero_optimization.offload_param.{name}", kind, default, _NO_OFFLOAD)
+      for name, kind, default in _OFFLOAD_PARAM),
+    _section("zero_optimization.offload_optimizer"),
+    _deny("zero_optimization.offload_optimizer.device", "text", "none",
+          "optimiser states kept on the host or on disk",
+          'Set it to "none"; stages 1 to 3 with more ranks need less memory a rank.', off=(None, "none")),
+    *(_skip(f"zero_optimization.offload_optimizer.{name}", kind, default, _NO_OFFLOAD)
+      for name, kind, default in _OFFLOAD_OPTIMIZER),
+    _deny("zero_optimization.cpu_offload", "flag", None, "optimiser states kept on the host", _FIT,
+          off=(None, False)),
+    _deny("zero_optimization.cpu_offload_param", "flag", None, "parameters kept on the host", _FIT,
+          off=(None, False)),
+    _skip("zero_optimization.cpu_offload_use_pin_memory", "flag", None, _NO_OFFLOAD),
+    _deny("zero_optimization.zenflow", "object", None, "ZenFlow's offloaded optimiser steps", "Remove it.",
+          off=(None,)),
+    _deny("zero_optimization.zero_hpz_partition_size", "integer", 1,
+          "a second copy of the shards in each node",
+          "Set it to 1; mics_shard_size keeps gathers inside a group of ranks.", off=(0, 1)),
+    _deny("zero_optimization.zero_quantized_weights", "flag", False, "gathers of quantised parameters", _FIT),
+    _deny("zero_optimization.zero_quantized_nontrainable_weights", "flag", False,
+          "frozen parameters stored quantised", _FIT),
+    _deny("zero_optimization.zero_quantized_gradients", "flag", False, "reductions of quantised gradients",
+          _FIT),
+    _deny("zero_optimization.zeropp_loco_param", "object", None, "reductions of quantised gradients",
+          "Remove it."),
+    # --- parallelism of other kinds
+    _section("pipeline"),
+    _deny("pipeline.stages", "any", "auto", "pipeline stages", 'Remove it, or set it to 1 or "auto".',
+          off=("auto", None, 1)),
+    _deny("pipeline.micro_batches", "integer", None, "a pipeline's micro-batches", "Remove it.",
+          off=(None, 1)),
+    *(_skip(f"pipeline.{name}", kind, default, _NO_PIPELINE)
+      for name, kind, default in _PIPELINE),
+    _section("tensor_parallel"),
+    _deny("tensor_parallel.autotp_size", "integer", 0, "tensor parallelism", "Remove it, or set it to 0.",
+          off=(0, 1)),
+    *(_skip(f"tensor_parallel.{name}", kind, default, _NO_TENSOR)
+      for name, kind, default in _TENSOR),
+    _section("expert_parallel", refused="expert parallelism",
+             instead="Set expert_parallel.enabled to false; experts are then sharded like other parameters.",
+             asks="enabled"),
+    *_inner("expert_parallel", "flag", enabled=False, async_split_plan=False, use_grouped_mm=True,
+            disable_triton_grouped_mm=False, route_norm=None, has_shared_experts=None),
+    *_inner("expert_parallel", "integer", autoep_size=1, expert_tensor_parallel_size=1,
+            num_expert_groups=None, num_limited_groups=None),
+    *_inner("expert_parallel", "text", preset_model=None, moe_layer_pattern=None, router_pattern=None,
+            expert_pattern=None, expert_w1=None, expert_w2=None, expert_w3=None, num_experts_attr=None,
+            top_k_attr=None, shared_experts_pattern=None, comm_backend=None),
+    *_inner("expert_parallel", "number", route_scale=1.0, load_balance_coeff=None),
+    *(Key(path=f"expert_parallel.{name}", kind="any", default="auto", off=("auto",))
+      for name in ("score_func", "score_apply", "combine_impl", "top_k", "routed_scaling_factor")),
+    _deny("use_data_before_expert_parallelism", "flag", False, "an order of axes for expert parallelism",
+          _FIT),
+    _section("hybrid_engine", refused="switching between training and generation kernels",
+             instead="Set hybrid_engine.enabled to false and generate with the uncompiled model.",
+             asks="enabled"),
+    *_inner("hybrid_engine", "flag", enabled=False, release_inference_cache=False, pin_parameters=True,
+            enable_cuda_graph=False),
+    *_inner("hybrid_engine", "count", max_out_tokens=512, inference_tp_size=1, tp_gather_partition_size=8),
+    # --- activations
+    _section("activation_checkpointing"),
+    _deny("activation_checkpointing.partition_activations", "flag", False, "activations split over ranks",
+          _FIT),
+    _deny("activation_checkpointing.cpu_checkpointing", "flag", False, "activations kept on the host",
+          "Set it to false; torch.utils.checkpoint in the model is honoured."),
+    *(_skip(f"activation_checkpointing.{name}", kind, default,
+            _NO_CHECKPOINTING)
+      for name, kind, default in _CHECKPOINTING),
+    _section("sparse_attention", refused="DeepSpeed's sparse attention kernels",
+             instead="Remove it; torch's flex_attention compiles sparse masks.", asks="present"),
+    *_inner("sparse_attention", "text", mode="fixed", attention="bidirectional"),
+    *_inner("sparse_attention", "flag", different_layout_per_head=False, horizontal_global_attention=False),
+    *_inner("sparse_attention", "count", block=16, num_local_blocks=4, num_global_blocks=1,
+            num_random_blocks=0, num_different_global_patterns=1, num_sliding_window_blocks=3),
+    *_inner("sparse_attention", "list", local_window_blocks=None, global_block_indices=None,
+            global_block_end_indices=None),
+    # --- compilation
+    _section("compile"),
+    _skip("compile.deepcompile", "flag", False,
+          "compiling with collectives in the graph is what this backend does"),
+    _deny("compile.passes", "list", None, "passes by DeepSpeed's names",
+          "Remove it; dspass.passes adds, drops and reorders passes.", asks="present"),
+    _deny("compile.offload_activation", "flag", False, "activations kept on the host", _FIT),
+    _deny("compile.offload_opt_states", "flag", False, "optimiser states kept on the host", _FIT),
+    _deny("compile.offload_parameters", "flag", False, "parameters kept on the host", _FIT),
+    _skip("compile.offload_activation_pin_memory", "flag", True, _NO_OFFLOAD),
+    _skip("compile.debug_log", "flag", False, 'TORCH_LOGS="+dspass" prints the graphs'),
+    _skip("compile.free_activation", "flag", False,
+          "the compiled graph frees every value after its last use"),
+    _skip("compile.free_activation_threshold", "count", 10_485_760,
+          "the compiled graph frees every value after its last use"),
+    *(_skip(f"compile.{name}", "flag", default, _NO_DEEPCOMPILE)
+      for name, default in _DEEPCOMPILE),
+    _skip("graph_harvesting", "flag", False, "fusing short kernels is Inductor's work"),
+    # --- training techniques
+    _section("progressive_layer_drop", refused="dropping layers during training",
+             instead="Set progressive_layer_drop.enabled to false and drop layers in the model.",
+             asks="enabled"),
+    *_inner("progressive_layer_drop", "flag", enabled=False),
+    *_inner("progressive_layer_drop", "number", theta=1.0, gamma=0.001),
+    _section("eigenvalue", refused="eigenvalues of the curvature", instead="Set eigenvalue.enabled to false.",
+             asks="enabled"),
+    *_inner("eigenvalue", "flag", enabled=False, verbose=False),
+    *_inner("eigenvalue", "number", max_iter=100, tol=0.01, stability=1e-6),
+    *_inner("eigenvalue", "count", gas_boundary_resolution=1, layer_num=0),
+    *_inner("eigenvalue", "text", layer_name="bert.encoder.layer"),
+    _section("quantize_training", refused="quantised training", instead="Remove it.", asks="enabled",
+             open=True),
+    _section("compression_training", refused="pruning, distillation and quantised training",
+             instead="Remove it, or set every enabled in it to false.", asks="enabled", open=True),
+    _section("weight_quantization", refused="quantised weights", instead="Remove it.", asks="present",
+             open=True),
+    _section("data_efficiency", refused="DeepSpeed's data sampling and token dropping",
+             instead="Set every enabled in it to false and choose the data in your DataLoader.",
+             asks="enabled", open=True),
+    _section("curriculum_learning", refused="a curriculum over the data",
+             instead="Set curriculum_learning.enabled to false and order the data in your DataLoader.",
+             asks="enabled", open=True),
+    _section("elasticity", refused="batch sizes that follow the number of ranks",
+             instead="Set elasticity.enabled to false and write the batch sizes.", asks="enabled"),
+    *_inner("elasticity", "flag", enabled=False, ignore_non_elastic_batch_info=False,
+            prefer_larger_batch_size=True),
+    *_inner("elasticity", "count", max_train_batch_size=2000, min_gpus=1, max_gpus=10000, min_time=0,
+            num_gpus_per_node=1, model_parallel_size=1),
+    *_inner("elasticity", "list", micro_batch_sizes=None), *_inner("elasticity", "any", version=0.2),
+    _section("autotuning", refused="experiments that search for a configuration",
+             instead="Set autotuning.enabled to false; dspass.explain predicts memory and time of a "
+                     "configuration.", asks="enabled", open=True),
+    *_inner("autotuning", "flag", enabled=False, overwrite=True, fast=True),
+    # --- data, checkpoints
+    _skip("dataloader_drop_last", "flag", False, "the DataLoader is built by the training script"),
+    _skip("vocabulary_size", "count", None, "DeepSpeed only warns by it when it is not a multiple of 8"),
+    _section("checkpoint", ignored=_NO_ENGINE_SAVE),
+    *_inner("checkpoint", "text", tag_validation="Warn"),
+    *_inner("checkpoint", "flag", load_universal=False, use_node_local_storage=False),
+    *_inner("checkpoint", "object", parallel_write=None, writer=None),
+    _section("nebula", refused="saving through Nebula",
+             instead="Set nebula.enabled to false and save with torch.distributed.checkpoint.",
+             asks="enabled"),
+    *_inner("nebula", "flag", enabled=False, enable_nebula_load=True),
+    *_inner("nebula", "text", persistent_storage_path=None, load_path=None),
+    *_inner("nebula", "count", persistent_time_interval=100, num_of_version_in_retention=2),
+    _section("datastates", refused="saving through DataStates",
+             instead="Remove it and save with torch.distributed.checkpoint.", asks="present", open=True),
+    _section("aio", ignored=_NO_OFFLOAD),
+    *_inner("aio", "count", block_size=1_048_576, queue_depth=8, thread_count=1, intra_op_parallelism=1),
+    *_inner("aio", "flag", single_submit=False, overlap_events=True, use_gds=False),
+    # --- logging
+    _skip("steps_per_print", "count", None, _OWN_LOOP),
+    _skip("wall_clock_breakdown", "flag", False, _REPORT),
+    _skip("memory_breakdown", "flag", False, _REPORT),
+    _skip("dump_state", "flag", False, _REPORT),
+    _skip("log_level", "text", None, 'TORCH_LOGS="dspass" or "+dspass" sets the level'),
+    _skip("disable_python_gc", "flag", False, "the collector of Python is left as the script sets it"),
+    _section("timers", ignored=_REPORT, open=True),
+    _section("flops_profiler", ignored=_REPORT),
+    *_inner("flops_profiler", "flag", enabled=False, detailed=True),
+    *_inner("flops_profiler", "count", profile_step=1, module_depth=-1, top_modules=1),
+    *_inner("flops_profiler", "text", output_file=None),
+    *_inner("flops_profiler", "number", recompute_fwd_factor=0.0),
+    _section("comms_logger", ignored="the report lists every collective with its bytes"),
+    *_inner("comms_logger", "flag", enabled=False, verbose=False, prof_all=True, debug=False),
+    *_inner("comms_logger", "list", prof_ops=None),
+    _section("tensorboard", ignored=_OWN_LOOP),
+    *_inner("tensorboard", "flag", enabled=False),
+    *_inner("tensorboard", "text", output_path=None, job_name="DeepSpeedJobName"),
+    _section("csv_monitor", ignored=_OWN_LOOP),
+    *_inner("csv_monitor", "flag", enabled=False),
+    *_inner("csv_monitor", "text", output_path=None, job_name="DeepSpeedJobName"),
+    _section("wandb", ignored=_OWN_LOOP),
+    *_inner("wandb", "flag", enabled=False),
+    *_inner("wandb", "text", group=None, team=None, project="deepspeed"),
+    _section("comet", ignored=_OWN_LOOP),
+    *_inner("comet", "flag", enabled=False, online=None), *_inner("comet", "count", samples_log_interval=100),
+    *_inner("comet", "text", workspace=None, project=None, experiment_name=None, api_key=None,
+            experiment_key=None, mode=None),
+    _section("trackio", ignored=_OWN_LOOP),
+    *_inner("trackio", "flag", enabled=False), *_inner("trackio", "text", project="deepspeed"),
+)  # fmt: skip
+
+_BY_PATH = {key.path: key for key in KEYS}
+_BY_SPELLING = _BY_PATH | {f"{key.section}.{key.also}".lstrip("."): key for key in KEYS if key.also}
+_INTO = {(key.section, key.field): key for key in KEYS if key.field}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ignored:
+    """A key that was written and does nothing."""
+
+    key: str
+    """Dotted path."""
+    value: object
+    """What was written."""
+    reason: str
+    """Why it does nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassEntry:
+    """One entry of ``dspass.passes``; the pass pipeline finds the pass that it names."""
+
+    name: str
+    """A pass's name, ``package.module:Class``, or ``...`` for the default list."""
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """The pass's options by name."""
+    drop: bool = False
+    """Take the pass out of the default list; an entry of the same name adds it back at its own place."""
+
+    def to_json(self) -> str | dict[str, Any]:
+        """The entry as it stands in a JSON file."""
+        if self.options:
+            return {"name": self.name, **self.options}
+        return f"-{self.name}" if self.drop else self.name
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroConfig:
+    """``zero_optimization``. Sizes are in elements; a written one is an upper limit, None our own choice."""
+
+    stage: int | None = None
+    """0 to 3; None is 3 in a process group and 0 without one, see ``Config.resolve_stage``."""
+    reduce_bucket_size: int | None = None
+    """Most elements in one reduction of gradients."""
+    allgather_bucket_size: int | None = None
+    """Most elements in one all-gather of parameters."""
+    overlap_comm: bool | None = None
+    """False waits for every collective where it starts; None and True overlap it with compute."""
+    stage3_prefetch_bucket_size: int | None = None
+    """Most elements being gathered ahead of their use."""
+    stage3_param_persistence_threshold: int | None = None
+    """Parameters with fewer elements stay whole on every rank."""
+    stage3_max_live_parameters: int | None = None
+    """Most gathered elements held at one time."""
+    mics_shard_size: int | None = None
+    """Shard inside groups of this many ranks, replicate across them; None shards over all ranks."""
+
+    def __post_init__(self) -> None:
+        _check_fields(self, "zero_optimization")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DspassConfig:
+    """``dspass``: the keys that are ours."""
+
+    passes: tuple[PassEntry, ...] | None = None
+    """The passes in order; None is the default list."""
+    bucket_bytes: int | None = None
+    """Bytes that one bucket of a collective aims at; None is the planner's choice."""
+    fallback_random: bool = False
+    """Draw random numbers as eager torch does."""
+    segment_cache: bool = True
+    """Compile segments of the graph that are equal once."""
+    report: str | None = None
+    """Where rank 0 writes the report at exit, an ``.html`` or ``.json`` file; None writes none."""
+
+    def __post_init__(self) -> None:
+        _check_fields(self, "dspass")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The whole configuration. Two are equal when they have the same effect; ``ignored`` does not count.
+
+    Raises:
+        ConfigError: a field has a wrong type or is out of its range.
+    """
+
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+    """``zero_optimization``."""
+    bf16: bool = False
+    """Gather and compute in bf16; parameters and reductions in fp32."""
+    fp16: bool = False
+    """Gather and compute in fp16; parameters and reductions in fp32. Never with ``bf16``."""
+    gradient_accumulation_steps: int = 1
+    """Calls of forward and backward in one optimiser step."""
+    gradient_clipping: float = 0.0
+    """Largest 2-norm of all gradients together; 0 does not clip."""
+    train_micro_batch_size_per_gpu: int | None = None
+    """Samples of one rank in one call."""
+    train_batch_size: int | None = None
+    """Samples of all ranks in one optimiser step."""
+    dspass: DspassConfig = field(default_factory=DspassConfig)
+    """The keys that are ours."""
+    accumulation_open: bool = False
+    """True while ``resolve_batch`` has still to derive the accumulation steps from both batch sizes."""
+    ignored: tuple[Ignored, ...] = field(default=(), compare=False)
+    """Keys that were written and do nothing, in the order of writing, with the reason."""
+
+    def __post_init__(self) -> None:
+        _check_fields(self, "")
+        if self.bf16 and self.fp16:
+            raise ConfigError("fp16.enabled", "fp16 and bf16 are both enabled.", "Set one of them to false.")
+
+    @classmethod
+    def load(cls, source: Config | str | os.PathLike[str] | Mapping[str, Any] | None = None) -> Config:
+        """Read a configuration.
+
+        Args:
+            source: the options themselves; or the path of a JSON file; or None for the file that
+                ``$DSPASS_CONFIG`` names or, where that is unset or empty, the defaults, whose stage is still
+                open (None). Options without ``zero_optimization.stage``, ``{}`` too, mean stage 0, as in
+                DeepSpeed.
+
+        Raises:
+            ConfigError: a missing or malformed file; an unknown, mistyped or refused key; ``"auto"``.
+        """
+        if isinstance(source, Config):
+            return source
+        if source is None:
+            source = os.environ.get(ENVIRONMENT) or None
+            if source is None:
+                return cls()
+            return cls._parse(_read(source, f"${ENVIRONMENT} names it. "))
+        if isinstance(source, Mapping):
+            return cls._parse(source)
+        if isinstance(source, (str, os.PathLike)):
+            return cls._parse(_read(source, ""))
+        raise ConfigError(
+            "", f"The options are {_shown(source)}.", "Give a mapping or the path of a JSON file."
+        )
+
+    @classmethod
+    def _parse(cls, options: Mapping[Any, Any]) -> Config:
+        taken: dict[str, Any] = {"zero_optimization.stage": 0}
+        ignored: list[Ignored] = []
+        _walk(options, None, taken, ignored)
+        held = {section: {key.field: taken[key.path] for key in KEYS if key.field and key.path in taken
+                          and (key.section if key.section in _NESTED else "") == section}
+                for section in ("", *_NESTED)}  # fmt: skip
+        top = held[""]
+        if top.get("gradient_accumulation_steps", 0) is None:  # null is for us what absent is
+            del top["gradient_accumulation_steps"]
+        top["accumulation_open"] = (
+            "gradient_accumulation_steps" not in top
+            and top.get("train_batch_size") is not None
+            and top.get("train_micro_batch_size_per_gpu") is not None
+        )
+        config = cls(zero=ZeroConfig(**held["zero_optimization"]), dspass=DspassConfig(**held["dspass"]),
+                     ignored=tuple(ignored), **top)  # fmt: skip
+        return config._note_stage()
+
+    def resolve_stage(self, process_group: bool) -> Config:
+        """The same with ``zero.stage`` decided: as written, else 3 in a process group and 0 without one."""
+        if self.zero.stage is not None:
+            return self
+        return replace(self, zero=replace(self.zero, stage=3 if process_group else 0))._note_stage()
+
+    def _note_stage(self) -> Config:
+        """Note the keys that were set and do nothing at this stage."""
+        stage = self.zero.stage
+        if stage is None:
+            return self
+        notes = tuple(
+            Ignored(key=key.path, value=getattr(self.zero, key.field),
+            reason=f"{_stages(key)}, and the stage is {stage}")
+            for key in KEYS
+            if key.section == "zero_optimization" and key.field and stage not in key.stages
+            and getattr(self.zero, key.field) is not None
+        )  # fmt: skip
+        return replace(self, ignored=self.ignored + notes)
+
+    def resolve_batch(self, world_size: int) -> Config:
+        """The same with the batch sizes checked and the absent one derived, by DeepSpeed's rule.
+
+        Args:
+            world_size: ranks that see different data.
+
+        Raises:
+            ConfigError: ``train_batch_size`` is not micro-batch times accumulation steps times ranks.
+        """
+        if world_size < 1:
+            raise ConfigError("", f"There are {world_size} ranks.", "A job has at least one.")
+        total, micro, steps = (
+            self.train_batch_size,
+            self.train_micro_batch_size_per_gpu,
+            self.gradient_accumulation_steps,
+        )
+        if total is None and micro is None:
+            return self
+        if total is None:
+            assert micro is not None
+            total = micro * steps * world_size
+        elif micro is None:
+            micro = total // (steps * world_size)
+        elif self.accumulation_open:
+            steps = total // (micro * world_size)
+        if micro * steps * world_size != total or micro == 0:
+            known = [f"{steps} gradient_accumulation_steps"] if not self.accumulation_open else []
+            if self.train_micro_batch_size_per_gpu is not None:
+                known.insert(0, f"{micro} train_micro_batch_size_per_gpu")
+            known.append(f"{world_size} ranks")
+            product = math.prod(int(part.split()[0]) for part in known)
+            whole = len(known) == 3
+            raise ConfigError(
+                "train_batch_size",
+                f"{total} is not {'' if whole else 'a multiple of '}{' x '.join(known)} = {product}.",
+                f"Write {'' if whole else 'a multiple of '}{product}, or remove one of the three keys.",
+            )
+        return replace(self, train_batch_size=total, train_micro_batch_size_per_gpu=micro,
+                       gradient_accumulation_steps=steps, accumulation_open=False)  # fmt: skip
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every key that acts with its value, in DeepSpeed's form; JSON holds it, ``load`` reads it back."""
+        tree: dict[str, Any] = {}
+        for key in KEYS:
+            if key.field:
+                inside = tree.setdefault(key.section, {}) if key.section else tree
+                inside[key.name] = self._value(key)
+        return tree
+
+    def _value(self, key: Key) -> Any:
+        if key.field == "gradient_accumulation_steps" and self.accumulation_open:
+            return None
+        holder = getattr(self, _NESTED[key.section]) if key.section in _NESTED else self
+        value = getattr(holder, key.field)
+        return [entry.to_json() for entry in value] if key.kind == "passes" and value is not None else value
+
+    def digest(self) -> str:
+        """SHA-256, in hexadecimal, of what must be equal on all ranks."""
+        text = json.dumps(dict(sorted(_flat(self.to_dict()))), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def differences(self, other: Mapping[str, Any]) -> list[str]:
+        """What differs from another rank's ``to_dict()``, one line a key.
+
+        Such as ``zero_optimization.stage: 3 here, 2 there``. Empty exactly when the digests are equal.
+        """
+        here, there = dict(_flat(self.to_dict())), dict(_flat(other))
+        return [
+            f"{path}: {_said(here, path)} here, {_said(there, path)} there"
+            for path in sorted(here.keys() | there.keys())
+            if _said(here, path) != _said(there, path)
+        ]
+
+
+_NESTED = {"zero_optimization": "zero", "dspass": "dspass"}
+
+
+def _flat(tree: Mapping[str, Any], section: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        path = f"{section}.{name}" if section else name
+        if isinstance(value, Mapping):
+            yield from _flat(value, path)
+        elif path not in _BY_PATH or not _BY_PATH[path].local:
+            yield path, value
+
+
+def _said(flat: Mapping[str, Any], path: str) -> str:
+    return "unset" if flat.get(path) is None else json.dumps(flat[path], sort_keys=True)
+
+
+def _check_fields(instance: object, section: str) -> None:
+    """Check every field of a dataclass that has a key, and bring its value into its one form."""
+    for item in fields(instance):  # type: ignore[arg-type]
+        key = _INTO.get((section, item.name)) or (_INTO.get((item.name, item.name)) if not section else None)
+        if key is not None:
+            object.__setattr__(instance, item.name, _checked(key, getattr(instance, item.name)))
+
+
+def _read(path: str | os.PathLike[str], who: str) -> Mapping[Any, Any]:
+    """The top-level object of a JSON file."""
+    name = os.fspath(path)
+
+    def no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            names = [key for key, _ in pairs]
+            twin = next(key for key in names if names.count(key) > 1)
+            raise ConfigError(name, f'"{twin}" is written twice in one section.', f"{who}Remove one of them.")
+        return found
+
+    def no_constant(text: str) -> None:
+        raise ConfigError(name, f"{text} is not JSON.", f"{who}Write a finite number.")
+
+    if name.lstrip().startswith("{"):
+        raise ConfigError(
+            "", "The options are JSON text.", "Give a mapping (json.loads(...)) or the path of a file."
+        )
+    try:
+        with open(name, encoding="utf-8-sig") as file:
+            found = json.load(file, object_pairs_hook=no_twins, parse_constant=no_constant)
+    except FileNotFoundError:
+        raise ConfigError(name, "there is no such file.", f"{who}Looked from {os.getcwd()}.") from None
+    except OSError as error:
+        raise ConfigError(name, f"cannot be read: {error.strerror}.", f"{who}Give a JSON file.") from None
+    except UnicodeDecodeError:
+        raise ConfigError(name, "is not text in UTF-8.", f"{who}Give a JSON file.") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            name,
+            f"is not JSON: line {error.lineno}, column {error.colno}: {error.msg}.",
+            f"{who}JSON has no comments and no comma before a closing brace.",
+        ) from None
+    except RecursionError:
+        raise ConfigError(name, "is nested too deeply.", f"{who}A configuration has three levels.") from None
+    if not isinstance(found, dict):
+        raise ConfigError(name, f"holds {_shown(found)}.", f"{who}Put the keys into one pair of braces.")
+    return found
+
+
+def _walk(
+    options: Mapping[Any, Any], parent: Key | None, taken: dict[str, Any], ignored: list[Ignored]
+) -> None:
+    """Sort what was written in one section into what acts and what is ignored; raise for the rest."""
+    section = parent.path if parent else ""
+    written: dict[str, str] = {}
+    for name, value in options.items():
+        if not isinstance(name, str):
+            raise ConfigError(section, f"{_shown(name)} is not the name of a key.", "Names are text.")
+        path = f"{section}.{name}" if section else name
+        key = _BY_SPELLING.get(path)
+        if key is None:
+            if parent is None or not parent.open:
+                raise _unknown(path, section, name)
+            _no_auto(path, value)
+            continue
+        if key.path in written:
+            raise ConfigError(path, f"is the same key as {written[key.path]}.", "Remove one of them.")
+        written[key.path] = path
+        if key.kind == "section":
+            _walk_section(key, path, value, taken, ignored)
+        elif key.field:
+            taken[key.path] = value
+        else:
+            value = _checked(key, value)
+            if key.refused and _asks(key, value):
+                raise _refusal(key, value)
+            if key.ignored or key.refused:
+                ignored.append(Ignored(key=key.path, value=value, reason=key.ignored or _noted(key)))
+
+
+def _walk_section(key: Key, path: str, value: Any, taken: dict[str, Any], ignored: list[Ignored]) -> None:
+    if value is None:
+        return
+    if not isinstance(value, Mapping):
+        hint = '{"stage": 1}' if path == "zero_optimization" else '{"enabled": ...}'
+        raise ConfigError(
+            path, f"{_shown(value)} is not a section.", f"Write a section in braces, such as {hint}."
+        )
+    _walk(value, key, taken, ignored)
+    if key.refused and _asks(key, value):
+        raise _refusal(key, value)
+    if key.ignored or key.refused:
+        shown = {name: "(hidden)" if name == "api_key" else inner for name, inner in value.items()}
+        ignored.append(Ignored(key=key.path, value=shown, reason=key.ignored or _noted(key)))
+
+
+def _asks(key: Key, value: object) -> bool:
+    if key.asks == "present":
+        return bool(value)
+    if key.asks == "value":
+        return not any(_same(value, off) for off in key.off)
+    if isinstance(value, Mapping):
+        return any(
+            (name == "enabled" and inner is True) or _asks(key, inner) for name, inner in value.items()
+        )
+    return False
+
+
+def _noted(key: Key) -> str:
+    return f"off as written; {key.refused} is not in this version"
+
+
+def _refusal(key: Key, value: object) -> ConfigError:
+    path = f"{key.path}.enabled" if key.asks == "enabled" and f"{key.path}.enabled" in _BY_PATH else key.path
+    shown = "" if isinstance(value, Mapping) else f"{json.dumps(value, default=repr)} "
+    cause = f"{shown}asks for {key.refused}, which this version does not do."
+    off = " or ".join(json.dumps(value) for value in key.off if value is not None)
+    return ConfigError(path, cause, key.instead.format(off=off))
+
+
+def _unknown(path: str, section: str, name: str) -> ConfigError:
+    prefix = f"{section}." if section else ""
+    names = [spelling[len(prefix):] for spelling in _BY_SPELLING if spelling.startswith(prefix)]  # fmt: skip
+    near = difflib.get_close_matches(name, [other for other in names if "." not in other], n=1)
+    elsewhere = [key.path for key in KEYS if name in (key.name, key.also) and key.section != section]
+    best = difflib.get_close_matches(path, list(_BY_PATH), n=1)
+    if name in _BY_PATH and section:
+        hint = f"It stands at the top level, not in {section}."
+    elif near:
+        hint = f"Did you mean {prefix}{near[0]}?"
+    elif elsewhere:
+        hint = f"Did you mean {elsewhere[0]}?"
+    elif best:
+        hint = f"Did you mean {best[0]}?"
+    else:
+        hint = "Remove it."
+    return ConfigError(path, "is not a known key.", hint)
+
+
+def _no_auto(path: str, value: object) -> None:
+    if value == "auto" and isinstance(value, str):
+        raise ConfigError(path, '"auto" has no meaning here: nothing fills it in.',
+                          "Write the value, or remove the key for the default.")  # fmt: skip
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            _no_auto(f"{path}.{name}", inner)
+    elif isinstance(value, (list, tuple)):
+        for index, inner in enumerate(value):
+            _no_auto(f"{path}[{index}]", inner)
+
+
+def _same(one: object, other: object) -> bool:
+    return type(one) is type(other) and one == other
+
+
+def _shown(value: object) -> str:
+    """A value as a person wrote it, with its kind."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return f"{str(value).lower()} (a flag)"
+    if isinstance(value, (int, float)):
+        return str(value)
+    if isinstance(value, str):
+        return f"{json.dumps(value)} (text)"
+    if isinstance(value, (list, tuple)):
+        return "a list"
+    return "a section" if isinstance(value, Mapping) else f"a {type(value).__name__}"
+
+
+def _checked(key: Key, value: Any) -> Any:
+    """The value in its one form, or an error that names the key."""
+    if value == "auto" and isinstance(value, str) and "auto" not in key.off:
+        if key.section == "" and key.field and key.unit in ("samples", "calls"):
+            raise ConfigError(key.path, '"auto" has no meaning here: no trainer fills it in.',
+                              "Write a number, or remove the key.")  # fmt: skip
+        _no_auto(key.path, value)
+    if value == "auto" and "auto" in key.off:
+        return value
+    if value is None and (key.default is None or None in key.off or key.field == "stage"):
+        return None
+    if key.field == "mics_shard_size" and _same(value, -1):
+        return None
+    return _KINDS[key.kind](key, value)
+
+
+def _wrong(key: Key, value: object, way_out: str = "") -> ConfigError:
+    return ConfigError(key.path, f"{_shown(value)} is not {_KIND_TEXT[key.kind]}{_range(key)}.", way_out)
+
+
+def _range(key: Key) -> str:
+    if key.low is not None and key.high is not None:
+        return f" from {key.low} to {key.high}"
+    return f" of at least {key.low}" if key.low is not None else ""
+
+
+def _numeric(key: Key, value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        try:
+            number = "" if not isinstance(value, str) else f"{float(value):g}"
+        except ValueError:
+            number = ""
+        raise _wrong(key, value, f"Write {number} without quotes." if number else "")
+    if not math.isfinite(value):
+        raise _wrong(key, value)
+    if key.kind != "number" and isinstance(value, float):
+        if key.kind == "integer" or not value.is_integer():
+            near = f"Write {int(value)}." if value.is_integer() else ""
+            raise _wrong(key, value, near)
+        value = int(value)
+    if (key.low is not None and value < key.low) or (key.high is not None and value > key.high):
+        raise _wrong(key, value)
+    return float(value) if key.kind == "number" and key.field else value
+
+
+def _simple(*types: type) -> Callable[[Key, Any], Any]:
+    def check(key: Key, value: Any) -> Any:
+        if not isinstance(value, types):
+            example = (
+                f"Write {value.lower()} without quotes." if str(value).lower() in ("true", "false") else ""
+            )
+            raise _wrong(key, value, example if isinstance(value, str) and bool in types else "")
+        _no_auto(key.path, value)
+        return value
+
+    return check
+
+
+def _text(key: Key, value: Any) -> str:
+    if not isinstance(value, str):
+        raise _wrong(key, value)
+    if key.field == "report" and not value.endswith((".html", ".json")):
+        raise ConfigError(
+            key.path, f"{_shown(value)} ends neither in .html nor in .json.", "Choose one of them."
+        )
+    return value
+
+
+def _bytes(key: Key, value: Any) -> int:
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
+        if match is None or match[2] not in _UNITS:
+            raise _wrong(
+                key, value, f"The units are {', '.join(sorted(_UNITS, key=lambda unit: _UNITS[unit]))}."
+            )
+        size = float(match[1]) * _UNITS[match[2]] if "." in match[1] else int(match[1]) * _UNITS[match[2]]
+        if size != int(size):
+            raise _wrong(key, value)
+        value = int(size)
+    return _numeric(replace(key, kind="count"), value)
+
+
+_PASS_NAME = re.compile(r"[A-Za-z_][\w-]*|[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+
+
+def _passes(key: Key, value: Any) -> tuple[PassEntry, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise _wrong(key, value, 'Write ["...", "name"] to add a pass to the default list.')
+    entries = tuple(_pass(f"{key.path}[{index}]", item) for index, item in enumerate(value))
+    defaults = [entry for entry in entries if entry.name == "..."]
+    if len(defaults) > 1:
+        raise ConfigError(key.path, '"..." is written twice.', "Keep one of them.")
+    drops = [entry.name for entry in entries if entry.drop]
+    if drops and not defaults:
+        raise ConfigError(key.path, f'"-{drops[0]}" drops from the default list, which is not in the list.',
+                          f'Write ["...", "-{drops[0]}"].')  # fmt: skip
+    return entries
+
+
+def _pass(path: str, item: Any) -> PassEntry:
+    if isinstance(item, PassEntry):
+        item = item.to_json()
+    options: dict[str, Any] = {}
+    if isinstance(item, Mapping):
+        options = {name: inner for name, inner in item.items() if name != "name"}
+        if "name" not in item:
+            raise ConfigError(path, "has no name.", 'Write {"name": "...", "option": value}.')
+        item = item["name"]
+    if not isinstance(item, str):
+        raise ConfigError(path, f"{_shown(item)} is not the name of a pass.", "Names are text.")
+    drop = item.startswith("-")
+    name = item.removeprefix("-")
+    if (name == "..." and drop) or (name != "..." and not _PASS_NAME.fullmatch(name)):
+        raise ConfigError(path, f"{_shown(item)} is not the name of a pass.",
+                          'Write "name", "-name", "package.module:Class" or "...".')  # fmt: skip
+    if options and (drop or name == "..."):
+        raise ConfigError(path, f"{_shown(item)} takes no options.", "Give them to a pass that is named.")
+    for option, inner in options.items():
+        try:
+            json.dumps(inner, allow_nan=False)
+        except (TypeError, ValueError):
+            raise ConfigError(f"{path}.{option}", f"{_shown(inner)} is not JSON.",
+                              "Options are numbers, flags, text, lists and sections.") from None  # fmt: skip
+        if not (isinstance(option, str) and option.isidentifier()):
+            raise ConfigError(path, f"{_shown(option)} is not the name of an option.", "Use a Python name.")
+    return PassEntry(name=name, options=options, drop=drop)
+
+
+_KINDS: dict[Kind, Callable[[Key, Any], Any]] = {
+    "section": _simple(Mapping),
+    "flag": _simple(bool),
+    "integer": _numeric,
+    "count": _numeric,
+    "number": _numeric,
+    "text": _text,
+    "list": _simple(list, tuple),
+    "object": _simple(Mapping),
+    "any": _simple(object),
+    "bytes": _bytes,
+    "passes": _passes,
+}
+
+
+def _stages(key: Key) -> str:
+    *first, last = map(str, key.stages)
+    return f"acts at stages {', '.join(first)} and {last}" if first else f"acts at stage {last}"
+
+
+def _effect(key: Key) -> str:
+    if key.field:
+        return key.meaning + (f" ({_stages(key)}.)".replace("(acts", "(Acts") if len(key.stages) < 4 else "")
+    if key.ignored:
+        return f"ignored: {key.ignored}."
+    if key.refused:
+        when = {
+            "value": "refused unless " + " or ".join(f"`{json.dumps(off)}`" for off in key.off),
+            "present": "refused when it holds anything",
+            "enabled": "refused when enabled",
+        }[key.asks]
+        off = " or ".join(json.dumps(value) for value in key.off if value is not None)
+        return f"{when}: {key.refused}. {key.instead.format(off=off)}"
+    return f"as `{key.section}`." if key.section and not _BY_PATH[key.section].field else ""
+
+
+def markdown_table(which: Literal["acts", "ignored", "refused"]) -> str:
+    """The rows of the keys that act, are ignored, or are refused, as Markdown, in the order of ``KEYS``."""
+    rows = ["| key | value | unit | default | effect |", "|---|---|---|---|---|"]
+    for key in KEYS:
+        if _fate(key) == which:
+            kind = "section" if key.kind in ("section", "object") else key.kind
+            default = "absent" if key.default is None else f"`{json.dumps(key.default)}`"
+            cells = [f"`{key.path}`", kind + _range(key), key.unit or "-", default, _effect(key)]
+            rows.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    return "\n".join(rows)
+
+
+def _fate(key: Key) -> str:
+    if key.field:
+        return "acts"
+    if key.ignored or key.refused:
+        return "ignored" if key.ignored else "refused"
+    parent = _BY_PATH.get(key.section)
+    return _fate(parent) if parent is not None else "section"
+
+
+def page() -> str:
+    """The text of ``docs/config.md``."""
+    return f"""# Configuration
+
+`torch.compile(model, backend="deepspeed", options=...)` and `dspass.shard(model, config)` take the options as
+a mapping or as the path of a JSON file. The keys are DeepSpeed's; ours stand under `dspass`. With no options,
+`$DSPASS_CONFIG` names the file; where it is unset or empty, the stage is 3 in a process group and 0 without
+one. Options without `zero_optimization.stage`, even `{{}}`, mean stage 0, as in DeepSpeed.
+
+- A key that is not on this page is an error, which names the nearest known one.
+- Types are strict: `true` is not 1, `"3"` is not 3. A *count* may be written as `5e8`, an *integer* may not.
+- `null` means the same as absent where the default is absent, and for sections.
+- `"auto"` is refused wherever it is written, because nothing fills it in: write the value or remove the key.
+  The only exceptions are keys whose default below is `"auto"`.
+- Keys that are ignored are listed in the report with the reason given here.
+- A written size is an upper limit, in DeepSpeed's unit. An absent one is the planner's choice.
+- All ranks must have the same configuration, except where a key says otherwise.
+- `bfloat16` is another spelling of `bf16`; the `stage3_` keys that DeepSpeed takes without `stage3_` are
+  taken so here.
+
+This page is written by `python -P dspass/config.py > docs/config.md` from the table in that file; a
+test compares the two.
+
+## Keys that act
+
+{markdown_table("acts")}
+
+## Keys that are ignored
+
+DeepSpeed's keys that have no meaning in a graph, or whose work is done elsewhere. Their names and types are
+checked all the same.
+
+{markdown_table("ignored")}
+
+## Keys that are refused
+
+Keys that would change what is trained or where it is held, in ways this version does not offer. Written
+with a value that asks for nothing, they are accepted and noted as ignored.
+
+{markdown_table("refused")}
+"""
+
+
+if __name__ == "__main__":
+    print(page(), end="")

@@ -1,0 +1,342 @@
+"""From whole parameters to shards: ``dspass.shard``, which is also what the backend does at its first call.
+
+Every parameter becomes a ``DTensor`` on one mesh: ``Shard(0)`` where that saves something, ``Replicate`` for 0-dim and
+small persistent ones. (Plain tensors beside DTensors break clipping and foreach optimisers.) Rank 0's values are handed
+out, as DDP and DeepSpeed do, so ranks may be initialised differently. Buffers: rank 0's at the start, then each its own.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from dspass.config import Config, ConfigError
+from dspass.owners import Heap, exchange, unwrap
+from dspass.runtime import compat
+from dspass.runtime.axis import Axis
+from dspass.runtime.engine import Engine
+from dspass.runtime.params import Layout, ParamSpec
+from dspass.sharded import KEYS, attach
+
+Fill = Callable[[str, torch.Size, torch.dtype], torch.Tensor] | Mapping[str, torch.Tensor]
+
+#: Parameters of fewer elements than this stay whole on every rank unless the configuration says otherwise: below it a
+#: gather costs more in latency than it saves in bytes.
+DEFAULT_PERSISTENCE_THRESHOLD = 10_000
+
+_engines: weakref.WeakKeyDictionary[nn.Module, Engine] = weakref.WeakKeyDictionary()
+
+
+def engine_of(model: nn.Module) -> Engine | None:
+    """The engine of a model that was sharded or run, else None."""
+    return _engines.get(unwrap(model))
+
+
+def shard(
+    model: nn.Module,
+    config: Config | str | Mapping[str, Any] | None = None,
+    *,
+    fill: Fill | None = None,
+    device: torch.device | str | None = None,
+) -> nn.Module:
+    """Shard ``model`` in place before the optimiser is built, and answer it.
+
+    For models too large to build whole: with the model on the meta device, ``fill`` provides each parameter and buffer,
+    as a function of name, full shape and dtype, or as a mapping such as a (memory-mapped) state dict. One full tensor is
+    alive at a time; ``device`` is where shards are put (default: the accelerator, else the CPU).
+
+    Raises ``ConfigError`` for an unusable configuration, ``RuntimeError`` without a process group or where the model is
+    already wrapped, ``KeyError`` where ``fill`` lacks a name.
+    """
+    compat.check_torch()
+    config = Config.load(config)
+    config = config.resolve_stage(dist.is_initialized())
+    root = unwrap(model)
+    refuse_wrapped(root)
+    if config.zero.stage == 0:
+        if fill is not None:
+            _materialise(root, fill, device)
+        return model
+    mesh = mesh_for(config, _device_type(root, device))
+    if fill is not None:
+        _materialise_buffers(root, fill, device)
+    meta = [n for n, p in root.named_parameters() if p.is_meta]
+    if meta and fill is None:
+        raise RuntimeError(
+            f"{len(meta)} parameters are on the meta device, {meta[0]!r} for one, and have no values to shard: give "
+            "dspass.shard(model, config, fill=...) a function (name, shape, dtype) -> tensor or a state dict.")
+    engine = new_engine(root, config)
+    agree(root, config, mesh)
+    heap = Heap.scan()
+    place(engine, heap, dict(root.named_parameters()), config, mesh, fill=fill, device=device)
+    return model
+
+
+def new_engine(root: nn.Module | None, config: Config) -> Engine:
+    if root is not None and root in _engines:
+        return _engines[root]
+    assert config.zero.stage is not None
+    engine = Engine(stage=config.zero.stage, accumulation_steps=config.gradient_accumulation_steps)
+    if root is not None:
+        _engines[root] = engine
+    return engine
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """Raise ``RuntimeError`` where another framework already manages the parameters."""
+    for name, module in model.named_modules():
+        kind = type(module)
+        origin = f"{kind.__module__}.{kind.__qualname__}"
+        by = next((who for mark, who in _WRAPPERS.items() if any(mark in f"{c.__module__}.{c.__qualname__}" for c in kind.__mro__)), None)
+        if by is not None:
+            raise RuntimeError(
+                f"the model is already wrapped by {by} ({name or 'the model itself'} is a {origin}): two owners of the "
+                f"same parameters would each reduce gradients. Give torch.compile the plain module instead of the {by} one.")
+
+
+_WRAPPERS = {
+    "torch.nn.parallel.distributed.DistributedDataParallel": "DistributedDataParallel",
+    "torch.distributed.fsdp.fully_sharded_data_parallel": "FullyShardedDataParallel",
+    "fully_shard._fully_shard.FSDPModule": "FSDP2 (fully_shard)",
+    "_fully_shard._fully_shard.FSDPModule": "FSDP2 (fully_shard)",
+    "deepspeed.runtime.engine.DeepSpeedEngine": "DeepSpeed",
+    "torch.nn.parallel.data_parallel.DataParallel": "DataParallel",
+}
+
+
+def mesh_for(config: Config, device_type: str) -> DeviceMesh:
+    """The data mesh: one axis, or two where ``mics_shard_size`` shards inside groups and replicates across them."""
+    if not dist.is_initialized():
+        raise RuntimeError(
+            f"ZeRO stage {config.zero.stage} divides parameters over ranks, and there is no process group. Start the script "
+            "with torchrun and call torch.distributed.init_process_group() before the first forward, or set "
+            "zero_optimization.stage to 0.")
+    world, group = dist.get_world_size(), config.zero.mics_shard_size
+    if group is None or group == world:
+        return init_device_mesh(device_type, (world,), mesh_dim_names=("data",))
+    if world % group:
+        divisors = [d for d in range(1, world + 1) if world % d == 0]
+        raise ConfigError(
+            "zero_optimization.mics_shard_size", f"{group} does not divide the {world} ranks", f"use one of {divisors}")
+    return init_device_mesh(device_type, (world // group, group), mesh_dim_names=("replicate", "shard"))
+
+
+def axes_of(mesh: DeviceMesh) -> tuple[Axis, Axis | None]:
+    """The shard axis and, in hybrid sharding, the replicate axis."""
+    if mesh.ndim == 1:
+        return _axis("data", mesh, 0), None
+    return _axis("shard", mesh, 1), _axis("replicate", mesh, 0)
+
+
+_axes: weakref.WeakKeyDictionary[dist.ProcessGroup, Axis] = weakref.WeakKeyDictionary()
+
+
+def _axis(name: str, mesh: DeviceMesh, dim: int) -> Axis:
+    group = mesh.get_group(dim)
+    if group not in _axes:
+        _axes[group] = Axis.of(name, group)
+    return _axes[group]
+
+
+def precision(config: Config, dtype: torch.dtype) -> torch.dtype:
+    """What the graph computes in for a parameter of ``dtype``."""
+    if not dtype.is_floating_point:
+        return dtype
+    if config.bf16:
+        return torch.bfloat16
+    return torch.float16 if config.fp16 else dtype
+
+
+def place(
+    engine: Engine, heap: Heap, params: Mapping[str, nn.Parameter], config: Config, mesh: DeviceMesh, *,
+    fill: Fill | None = None, device: torch.device | str | None = None,
+) -> dict[int, ParamSpec]:
+    """Replace ``params`` (name to parameter) by DTensors wherever they are held. Answers id of the old to its spec."""
+    shard_axis, replicate_axis = axes_of(mesh)
+    replaced: dict[int, tuple[nn.Parameter, nn.Parameter, Any]] = {}
+    specs: dict[int, ParamSpec] = {}
+    for name, param in params.items():
+        if isinstance(param, DTensor) or id(param) in specs:
+            continue
+        layout = layout_of(param, config, engine.stage)
+        placements = [Shard(0)] if layout == "shard" else [Replicate()]
+        if replicate_axis is not None:
+            placements = [Replicate(), *placements]
+        new = _distribute(name, param, mesh, shard_axis, placements, layout, fill, device)
+        key = f"{engine.name}/{name}"
+        spec = ParamSpec(
+            key=key, name=name, shape=tuple(param.shape), dtype=param.dtype,
+            compute_dtype=precision(config, param.dtype), reduce_dtype=_reduce_dtype(param.dtype), layout=layout,
+            shard_axis=shard_axis, replicate_axis=replicate_axis, trains=param.requires_grad, engine=engine,
+            param=weakref.ref(new))
+        engine.add(spec)
+        specs[id(param)] = spec
+
+        def shard_like(state: torch.Tensor, placements: Any = placements) -> torch.Tensor:
+            return distribute_tensor(state, mesh, placements)
+
+        replaced[id(param)] = (param, new, shard_like)
+    for module, name in heap.owners(old for old, _, _ in replaced.values()):
+        old = module._parameters[name]
+        assert old is not None
+        module._parameters[name] = replaced[id(old)][1]
+        attach(module, {name: specs[id(old)]})
+    exchange(heap, replaced)
+    return specs
+
+
+def layout_of(param: torch.Tensor, config: Config, stage: int) -> Layout:
+    threshold = config.zero.stage3_param_persistence_threshold
+    threshold = DEFAULT_PERSISTENCE_THRESHOLD if threshold is None else threshold
+    if param.dim() == 0 or param.numel() == 0:
+        return "replicate"
+    if stage == 3:
+        return "replicate" if param.numel() < threshold else "shard"
+    # Stages 1 and 2 keep a gathered copy anyway: sharding saves the optimiser's states, which a frozen one has not.
+    return "shard" if param.requires_grad else "replicate"
+
+
+def _reduce_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype.is_floating_point and dtype.itemsize < 4 else dtype
+
+
+def _distribute(name: str, param: nn.Parameter, mesh: DeviceMesh, axis: Axis, placements: Any, layout: Layout,
+                fill: Fill | None, device: torch.device | str | None) -> nn.Parameter:
+    if fill is None:
+        value = distribute_tensor(param.data, mesh, placements)
+    else:
+        whole = filled(fill, name, param)
+        start, count = axis.rows(param.shape[0]) if layout == "shard" else (0, param.shape[0] if param.dim() else 0)
+        local = whole.narrow(0, start, count) if layout == "shard" else whole
+        local = local.detach().to(device or mesh.device_type).clone()
+        value = DTensor.from_local(local, mesh, placements, run_check=False, shape=param.shape, stride=_contiguous(param.shape))
+    new = nn.Parameter(value, requires_grad=param.requires_grad)
+    for attribute, content in param.__dict__.items():
+        setattr(new, attribute, content)
+    return new
+
+
+def _contiguous(shape: torch.Size) -> tuple[int, ...]:
+    return tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
+
+
+def filled(fill: Fill, name: str, like: torch.Tensor) -> torch.Tensor:
+    """The full tensor for ``name``, checked against the model's shape and dtype."""
+    if isinstance(fill, Mapping):
+        if name not in fill:
+            raise KeyError(f"fill has no {name!r}, which the model needs. It has {len(fill)} names, {next(iter(fill), None)!r} for one.")
+        value = fill[name]
+    else:
+        value = fill(name, like.shape, like.dtype)
+    if value.shape != like.shape:
+        raise ValueError(f"fill gave {name!r} with shape {tuple(value.shape)}, and the model has {tuple(like.shape)}.")
+    return value.to(like.dtype)
+
+
+def _materialise(root: nn.Module, fill: Fill, device: torch.device | str | None) -> None:
+    for module_name, module in root.named_modules():
+        for name, param in list(module._parameters.items()):
+            if param is not None and param.is_meta:
+                whole = filled(fill, f"{module_name}.{name}".lstrip("."), param).to(device or "cpu")
+                module._parameters[name] = nn.Parameter(whole.detach().clone(), requires_grad=param.requires_grad)
+    _materialise_buffers(root, fill, device)
+
+
+def _materialise_buffers(root: nn.Module, fill: Fill, device: torch.device | str | None) -> None:
+    for module_name, module in root.named_modules():
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None and buffer.is_meta:
+                whole = filled(fill, f"{module_name}.{name}".lstrip("."), buffer)
+                module._buffers[name] = whole.to(device or "cpu")
+
+
+def _device_type(root: nn.Module, device: torch.device | str | None) -> str:
+    if device is not None:
+        return torch.device(device).type
+    kinds = {p.device.type for p in root.parameters()} - {"meta"}
+    if len(kinds) > 1:
+        where = {kind: next(n for n, p in root.named_parameters() if p.device.type == kind) for kind in sorted(kinds)}
+        raise RuntimeError(f"parameters lie on several kinds of device ({where}): move the model to one with model.to(device).")
+    if kinds:
+        return kinds.pop()
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator.type if accelerator is not None else "cpu"
+
+
+def agree(root: nn.Module | None, config: Config, mesh: DeviceMesh | None, inputs: Any = None) -> None:
+    """Compare what every rank is about to do, and raise on all of them where it differs, naming the difference."""
+    if not dist.is_initialized() or dist.get_world_size() == 1 or dist.get_backend() == "fake":
+        return
+    mine = {
+        "configuration": config.to_dict(),
+        "parameters": [(n, tuple(p.shape), str(p.dtype), p.requires_grad) for n, p in root.named_parameters()] if root is not None else [],
+        "inputs": inputs,
+        "torch": torch.__version__,
+    }
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    for rank, other in enumerate(everyone):
+        if other == everyone[0]:
+            continue
+        if other["configuration"] != everyone[0]["configuration"]:
+            what = "; ".join(config_differences(other["configuration"], everyone[0]["configuration"]))
+            raise RuntimeError(f"ranks 0 and {rank} have different configurations: {what}. Give every rank the same file.")
+        for subject in ("torch", "parameters", "inputs"):
+            if other[subject] != everyone[0][subject]:
+                raise RuntimeError(
+                    f"ranks 0 and {rank} differ in their {subject}: {_first_difference(everyone[0][subject], other[subject])}. "
+                    "Every rank must build the same model and pass inputs of the same kind; only their values, and sizes "
+                    "marked dynamic, may differ.")
+
+
+def config_differences(theirs: Mapping[str, Any], first: Mapping[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for key in sorted({*theirs, *first}):
+        a, b = first.get(key), theirs.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += config_differences(b, a, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key} is {a!r} on rank 0 and {b!r} there")
+    return found
+
+
+def _first_difference(a: Any, b: Any) -> str:
+    if isinstance(a, list) and isinstance(b, list):
+        for i, (x, y) in enumerate(zip(a, b, strict=False)):
+            if x != y:
+                return f"entry {i} is {x} and {y}"
+        return f"{len(a)} and {len(b)} entries"
+    return f"{a} and {b}"
+
+
+def adopt_copy(original: nn.Module, new: nn.Module, memo: dict[int, Any]) -> None:
+    """Give a deep copy of a sharded module parameters of its own in the table."""
+    from dspass.runtime.params import lookup
+
+    engines: dict[Engine, Engine] = memo.setdefault(id(_engines), {})
+    specs = {}
+    for name, key in original.__dict__[KEYS].items():
+        old = lookup(key)
+        if old.engine not in engines:
+            engines[old.engine] = Engine(stage=old.engine.stage, accumulation_steps=old.engine.accumulation_steps)
+        engine, param = engines[old.engine], new._parameters[name]
+        assert param is not None
+        fresh = f"{engine.name}/{old.name}"
+        if fresh not in engine.specs:  # a tied parameter has one spec, whichever module is copied first
+            engine.add(replace(old, key=fresh, engine=engine, param=weakref.ref(param)))
+        specs[name] = engine.specs[fresh]
+    attach(new, specs)
+    if original in _engines:
+        _engines[new] = engines.setdefault(_engines[original], next(iter(engines.values())))
+
+
+__all__ = ["agree", "axes_of", "engine_of", "layout_of", "mesh_for", "new_engine", "place", "precision", "shard"]

@@ -1,0 +1,222 @@
+"""Cut a graph at the runtime's nodes and compile what lies between with Inductor.
+
+The answer is a :class:`Program`: a list of instructions in the graph's own order. That order is the schedule which the
+passes made, so nothing below may change it, and a tensor is released where its last reader in the graph is.
+
+Dropped: handing the whole graph to Inductor with ``_c10d_functional`` nodes in it, as SimpleFSDP and vLLM do. Inductor
+moves collectives (its overlap pass fills whatever memory it is given), pools their buffers with others, and cannot
+compile identical layers once. Here a segment that occurs again, as a model's layers do, is compiled once; the order of
+collectives is ours on every back end; and the price, no fusion across a point where a bucket arrives, is one pass over
+an activation a bucket.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from dspass.passes.text import print_value
+from dspass.runtime import compat
+from dspass.runtime.collectives import RUNTIME_FUNCTIONS
+from dspass.runtime.program import Instruction, Program
+
+Compiled = Callable[[list[Any]], Sequence[Any]]
+
+
+@dataclass(kw_only=True)
+class SegmentCompiler:
+    """Compiles segments with Inductor, each distinct one once.
+
+    ``patches`` are Inductor settings. They travel with each compilation since the backward graph is compiled long after
+    any context manager around the forward has ended.
+    """
+
+    patches: Mapping[str, Any] = field(default_factory=dict)
+    compiled: int = 0
+    reused: int = 0
+    _cache: dict[str, Compiled] = field(default_factory=dict)
+
+    def __call__(self, gm: fx.GraphModule, *, is_backward: bool, is_inference: bool) -> Compiled:
+        inputs = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
+        key = None if _has_symbols(gm.graph) or _has_constants(gm.graph) else segment_key(gm.graph)
+        if key is not None and key in self._cache:
+            self.reused += 1
+            return self._cache[key]
+        self.compiled += 1
+        result = compat.compile_segment(
+            gm, inputs, is_backward=is_backward, is_inference=is_inference, patches=self.patches)
+        if key is not None:
+            self._cache[key] = result
+        return result
+
+
+def lower(gm: fx.GraphModule, compiler: Callable[..., Compiled], *, is_backward: bool, is_inference: bool) -> Program:
+    """Compile ``gm`` into a :class:`Program` that takes a list of the graph's inputs and answers its outputs."""
+    graph = gm.graph
+    placeholders = graph.find_nodes(op="placeholder")
+    symbols = [n for n in placeholders if isinstance(n.meta.get("val"), torch.SymInt)]
+    output = graph.find_nodes(op="output")[0]
+    pieces = cut(graph)
+    owner = {node: i for i, piece in enumerate(pieces) for node in piece}
+    instructions: list[Instruction] = []
+    for i, piece in enumerate(pieces):
+        node = piece[0]
+        if _is_runtime(node):
+            instructions.append(_runtime_instruction(node))
+            continue
+        if all(_is_host(n) for n in piece):
+            instructions += [_host_instruction(n) for n in piece]
+            continue
+        sources = dict.fromkeys([*symbols, *(a for n in piece for a in n.all_input_nodes if owner.get(a) != i)])
+        inputs = [n for n in sources if n.op != "get_attr"]
+        results = [n for n in piece if n.op != "get_attr" and any(owner.get(u, -1) != i for u in n.users)]
+        mutates = any(_mutates(n) for n in piece)
+        if not results and not mutates:
+            continue
+        segment = build_segment(gm, piece, inputs, results)
+        run = compiler(segment, is_backward=is_backward, is_inference=is_inference)
+        instructions.append(Instruction(
+            label=f"segment_{i}", run=run, inputs=tuple(n.name for n in inputs),
+            outputs=tuple(n.name for n in results), boxed=True))
+    outputs = output.args[0] if isinstance(output.args[0], (list, tuple)) else (output.args[0],)
+    return Program.build(
+        inputs=[n.name for n in placeholders], instructions=instructions,
+        outputs=[n.name if isinstance(n, fx.Node) else n for n in outputs],
+        literal=[not isinstance(n, fx.Node) for n in outputs])
+
+
+def cut(graph: fx.Graph) -> list[list[fx.Node]]:
+    """The graph's nodes in order, in pieces: one runtime node (or item of one), or a run of compute nodes.
+
+    Symbolic arithmetic, items of runtime results and views that only one later piece reads do not begin a segment of
+    their own; see :func:`sink_views`.
+    """
+    sink_views(graph)
+    pieces: list[list[fx.Node]] = []
+    compute: list[fx.Node] | None = None
+    for node in graph.nodes:
+        if node.op in ("placeholder", "output"):
+            continue
+        if _is_runtime(node):
+            pieces.append([node])
+            compute = None
+            continue
+        if compute is None:
+            compute = []
+            pieces.append(compute)
+        compute.append(node)
+    return pieces
+
+
+def sink_views(graph: fx.Graph) -> None:
+    """Move each node whose every reader comes later behind as many runtime nodes as it can cross, if it is a view.
+
+    A view that ends one segment would make it a segment's output, and a piece of views alone a segment of nothing.
+    """
+    for node in reversed(list(graph.nodes)):
+        if node.op == "call_function" and node.users and getattr(node.target, "is_view", False) is True:
+            first = min(node.users)
+            if first.op != "output" and first.prev is not node:
+                first.prepend(node)
+
+
+def build_segment(
+    gm: fx.GraphModule, piece: Sequence[fx.Node], inputs: Sequence[fx.Node], results: Sequence[fx.Node]
+) -> fx.GraphModule:
+    """A graph of its own of ``piece``, from ``inputs`` to ``results``."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in inputs:
+        copies[node] = graph.placeholder(node.name)
+        copies[node].meta = {"val": node.meta["val"]}
+    for node in piece:
+        for source in node.all_input_nodes:
+            if source.op == "get_attr" and source not in copies:
+                copies[source] = graph.node_copy(source)
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(tuple(copies[n] for n in results))
+    return fx.GraphModule(gm, graph)
+
+
+def segment_key(graph: fx.Graph) -> str:
+    """Equal for graphs that compute the same: names do not count, shapes, strides, types and devices do."""
+    number = {node: i for i, node in enumerate(graph.nodes)}
+
+    def argument(value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            return f"%{number[value]}"
+        if isinstance(value, (list, tuple)):
+            return [argument(v) for v in value]
+        if isinstance(value, dict):
+            return {k: argument(v) for k, v in value.items()}
+        return repr(value)
+
+    lines = []
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        leaves = value if isinstance(value, (list, tuple)) else [value]
+        layout = [(print_value(v), tuple(v.stride()), str(v.device), v.storage_offset()) if isinstance(v, torch.Tensor)
+                  else repr(v) for v in leaves]
+        target = "" if node.op == "placeholder" else str(node.target)
+        lines.append(f"{node.op} {target} {argument(node.args)} {argument(dict(node.kwargs))} {layout}")
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _is_runtime(node: fx.Node) -> bool:
+    if node.target in RUNTIME_FUNCTIONS:
+        return True
+    source = node.args[0] if node.args else None
+    return node.target is operator.getitem and isinstance(source, fx.Node) and source.target in RUNTIME_FUNCTIONS
+
+
+def _is_host(node: fx.Node) -> bool:
+    """Sizes: computed by Python, not worth a segment."""
+    return node.op == "call_function" and isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool, int))
+
+
+def _mutates(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
+def _has_symbols(graph: fx.Graph) -> bool:
+    return any(isinstance(s, torch.SymInt) for n in graph.nodes
+               for v in ([n.meta.get("val")] if not isinstance(n.meta.get("val"), (list, tuple)) else n.meta["val"])
+               for s in ([*v.shape, *v.stride(), v.storage_offset()] if isinstance(v, torch.Tensor) else [v]))
+
+
+def _has_constants(graph: fx.Graph) -> bool:
+    """Constants are told apart by name only; segments with any are not shared."""
+    return any(n.op == "get_attr" for n in graph.nodes)
+
+
+def _runtime_instruction(node: fx.Node) -> Instruction:
+    if node.target is operator.getitem:
+        index = node.args[1]
+        return Instruction(label=node.name, run=lambda args, index=index: (args[0][index],),
+                           inputs=(node.args[0].name,), outputs=(node.name,), boxed=True)
+    target: Any = node.target
+    first, *rest = node.args
+    names = tuple(n.name for n in (first if isinstance(first, (list, tuple)) else [first]))
+    if isinstance(first, (list, tuple)):
+        run = lambda args: (target(args, *rest),)  # noqa: E731
+    else:
+        run = lambda args: (target(args[0], *rest),)  # noqa: E731
+    return Instruction(label=node.name, run=run, inputs=names, outputs=(node.name,), boxed=False)
+
+
+def _host_instruction(node: fx.Node) -> Instruction:
+    target: Any = node.target
+    names = {n: i for i, n in enumerate(node.all_input_nodes)}
+
+    def run(args: list[Any]) -> tuple[Any]:
+        fill = lambda n: args[names[n]]  # noqa: E731
+        return (target(*fx.map_arg(node.args, fill), **fx.map_arg(node.kwargs, fill)),)
+
+    return Instruction(label=node.name, run=run, inputs=tuple(n.name for n in names), outputs=(node.name,), boxed=False)

@@ -1,0 +1,92 @@
+"""Small helpers that several passes share: finding and making the runtime's nodes in a graph."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from dspass.runtime.collectives import gather_start, gather_wait, reduce_start, reduce_wait
+from dspass.runtime.params import ParamSpec, lookup
+
+UNSHARD = torch.ops.dspass.unshard.default
+REDUCE_GRAD = torch.ops.dspass.reduce_grad.default
+
+#: On a placeholder that stands for a whole parameter: its key and the name of the placeholder of its shard.
+GATHERED = "dspass_gathered"
+
+
+def calls(graph: fx.Graph, target: Any) -> list[fx.Node]:
+    return graph.find_nodes(op="call_function", target=target)
+
+
+def positions(graph: fx.Graph) -> dict[fx.Node, int]:
+    return {node: i for i, node in enumerate(graph.nodes)}
+
+
+def first_user(node: fx.Node, order: dict[fx.Node, int]) -> fx.Node:
+    return min(node.users, key=order.__getitem__)
+
+
+def specs_of(start: fx.Node) -> list[ParamSpec]:
+    """The parameters of a ``gather_start`` or ``reduce_start`` node."""
+    return [lookup(key) for key in start.args[1]]  # type: ignore[union-attr]
+
+
+def wait_of(start: fx.Node) -> fx.Node:
+    (wait,) = start.users
+    return wait
+
+
+def insert_pair(
+    graph: fx.Graph, begin: Callable[..., Any], end: Callable[..., Any],
+    inputs: Sequence[fx.Node], keys: Sequence[str], values: Sequence[torch.Tensor],
+) -> tuple[fx.Node, fx.Node, list[fx.Node]]:
+    """Start, wait and one item node a parameter, at the graph's insertion point."""
+    start = graph.call_function(begin, (list(inputs), list(keys)))
+    wait = graph.call_function(end, (start,))
+    start.meta["val"] = wait.meta["val"] = list(values)
+    items = []
+    for i, value in enumerate(values):
+        item = graph.call_function(operator.getitem, (wait, i))
+        item.meta["val"] = value
+        items.append(item)
+    return start, wait, items
+
+
+def items_of(wait: fx.Node) -> list[fx.Node | None]:
+    """The item nodes of a wait, by index; None where an item is not used."""
+    found: list[fx.Node | None] = [None] * len(wait.meta["val"])
+    for user in wait.users:
+        assert user.target is operator.getitem, f"{wait.name} is read by {user.format_node()}"
+        found[user.args[1]] = user  # type: ignore[index]
+    return found
+
+
+def merge_pairs(graph: fx.Graph, starts: Sequence[fx.Node], begin: Any, end: Any, at: fx.Node) -> fx.Node:
+    """Replace several start/wait pairs by one that stands before ``at``; answers the new start."""
+    inputs = [n for s in starts for n in s.args[0]]  # type: ignore[union-attr]
+    keys = [k for s in starts for k in s.args[1]]  # type: ignore[union-attr]
+    old = [item for s in starts for item in items_of(wait_of(s))]
+    values = [v for s in starts for v in s.meta["val"]]
+    with graph.inserting_before(at):
+        start, _, items = insert_pair(graph, begin, end, inputs, keys, values)
+    for previous, item in zip(old, items, strict=True):
+        if previous is None:
+            graph.erase_node(item)
+        else:
+            previous.replace_all_uses_with(item)
+            graph.erase_node(previous)
+    for s in starts:
+        graph.erase_node(wait_of(s))
+        graph.erase_node(s)
+    return start
+
+
+__all__ = [
+    "GATHERED", "REDUCE_GRAD", "UNSHARD", "calls", "first_user", "gather_start", "gather_wait", "insert_pair",
+    "items_of", "merge_pairs", "positions", "reduce_start", "reduce_wait", "specs_of", "wait_of",
+]

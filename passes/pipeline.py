@@ -1,0 +1,22 @@
+"""The pipeline, read from top to bottom. Each line is one pass; the graphs it works on stand in its class."""
+
+from __future__ import annotations
+
+from dspass.passes.base import Pass
+from dspass.passes.bucket_gathers import BucketGathers
+from dspass.passes.bucket_reductions import BucketReductions
+from dspass.passes.expose_parameters import ExposeParameters
+from dspass.passes.prefetch_gathers import PrefetchGathers
+from dspass.passes.release_gathered import ReleaseGathered
+from dspass.passes.zero_gather import ZeroGather
+from dspass.passes.zero_reduce import ZeroReduce
+
+DEFAULT: tuple[type[Pass], ...] = (
+    ExposeParameters,   # joint: whole parameters become inputs; then the partitioner splits the graph
+    ZeroGather,         # gathers at first use
+    BucketGathers,      # joined into buckets
+    PrefetchGathers,    # and started early
+    ReleaseGathered,    # gathered copies end with their last use
+    ZeroReduce,         # gradients averaged as they are complete
+    BucketReductions,   # joined into buckets
+)

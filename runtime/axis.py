@@ -1,0 +1,44 @@
+"""A mesh axis as the runtime sees it: a process group, its size, this rank's place, and how rows are divided."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Axis:
+    """One axis of the device mesh.
+
+    ``name`` is what reports call it; ``ranks`` are the global ranks in group order.
+    """
+
+    name: str
+    group: dist.ProcessGroup
+    size: int
+    rank: int
+    ranks: tuple[int, ...]
+    backend: str
+
+    @classmethod
+    def of(cls, name: str, group: dist.ProcessGroup) -> Axis:
+        return cls(
+            name=name,
+            group=group,
+            size=dist.get_world_size(group),
+            rank=dist.get_rank(group),
+            ranks=tuple(dist.get_process_group_ranks(group)),
+            backend=str(dist.get_backend(group)),
+        )
+
+    def rows(self, total: int, rank: int | None = None) -> tuple[int, int]:
+        """First row and row count of ``rank``'s shard of ``total`` rows, as ``DTensor``'s ``Shard(0)`` divides them:
+        every rank takes ``ceil(total / size)`` until none are left."""
+        rank = self.rank if rank is None else rank
+        step = -(-total // self.size)
+        start = min(rank * step, total)
+        return start, min(step, total - start)
+
+    def padded_rows(self, total: int) -> int:
+        return -(-total // self.size) * self.size

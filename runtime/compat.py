@@ -1,0 +1,153 @@
+"""Every private name of torch that dspass uses, behind one door.
+
+Tried with torch 2.11 to 2.13 (2.13 by the whole test suite on the CPU). Another version is refused by
+:func:`check_torch` with an error that says so, rather than failing later inside a graph.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+SUPPORTED = ((2, 11), (2, 13))
+
+
+class UnsupportedTorchError(RuntimeError):
+    """The installed torch lies outside the range that dspass was tried with."""
+
+
+def check_torch(version: str = torch.__version__) -> None:
+    """Raise :class:`UnsupportedTorchError` unless ``version`` is one that was tried."""
+    major, minor = (int(part) for part in version.split("+")[0].split(".")[:2])
+    if not SUPPORTED[0] <= (major, minor) <= SUPPORTED[1]:
+        low, high = (".".join(map(str, v)) for v in SUPPORTED)
+        raise UnsupportedTorchError(
+            f"dspass works with torch {low} to {high}, and this is torch {version}: its passes stand on private "
+            f"interfaces that other versions change. Install one of those, for instance pip install 'torch=={high}.*'."
+        )
+
+
+def backward_run() -> int:
+    """The number of the autograd run (one ``loss.backward()``) this thread is in, or -1 outside of one."""
+    return torch._C._current_graph_task_id()
+
+
+def in_compiled_call() -> bool:
+    """Whether a function wrapped by ``torch.compile`` is on this thread's stack, or a backward runs.
+
+    Read from the stack and not from a flag: a flag set by a hook would be traced by Dynamo, and one left
+    behind by an exception would make every later eager read a collective.
+    """
+    import sys
+
+    if backward_run() != -1:
+        return True
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "compile_wrapper" and frame.f_code.co_filename.endswith("eval_frame.py"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def in_resumed_frame() -> bool:
+    """Whether Dynamo is at a piece behind a graph break, whose inputs are the model's intermediate values."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        current = InstructionTranslator.current_tx()
+    except AttributeError:  # not inside of a trace
+        return False
+    return current.f_code.co_name.startswith("torch_dynamo_resume_in_")
+
+
+def inductor_decompositions() -> Any:
+    from torch._inductor.decomposition import select_decomp_table
+
+    return select_decomp_table()
+
+
+def aot_backend(**options: Any) -> Callable[..., Any]:
+    """AOTAutograd as a Dynamo backend (``torch._dynamo.backends.common.aot_autograd``)."""
+    from torch._dynamo.backends.common import aot_autograd
+
+    return aot_autograd(**options)
+
+
+def joint_graph_passes(gm: fx.GraphModule) -> fx.GraphModule:
+    """Inductor's own joint passes: attention patterns, constant folding, random number replacement."""
+    from torch._inductor.compile_fx import _recursive_joint_graph_passes
+
+    return _recursive_joint_graph_passes(gm) or gm
+
+
+def min_cut_partition(
+    joint: fx.GraphModule, inputs: Any, num_fwd_outputs: int, free_inputs: Sequence[int]
+) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """Split a joint graph by min-cut; ``free_inputs`` are the indices of placeholders that cost nothing to save."""
+    from torch._functorch import config
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+    with config.patch(treat_parameters_as_free_to_save=True):
+        return min_cut_rematerialization_partition(
+            joint,
+            inputs,
+            compiler="inductor",
+            num_fwd_outputs=num_fwd_outputs,
+            static_lifetime_input_indices=list(free_inputs),
+        )
+
+
+def compile_segment(
+    gm: fx.GraphModule, inputs: Sequence[Any], *, is_backward: bool, is_inference: bool, patches: Mapping[str, Any]
+) -> Callable[[list[Any]], Sequence[Any]]:
+    """Compile one pure compute graph with Inductor; the answer takes a list, empties it, and returns a tuple.
+
+    Every output keeps the strides that its fake value has: the next segment was traced with them.
+    """
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx_inner
+
+    output = gm.graph.find_nodes(op="output")[0]
+    output.meta["user_visible_output_idxs"] = [i for i, n in enumerate(output.args[0]) if isinstance(n, fx.Node)]
+    context = torch._guards.TracingContext.try_get()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(config.patch(dict(patches)))
+        if context is not None:  # it takes the strides of one whole graph, and a segment is not one
+            stack.callback(setattr, context, "output_strides", context.output_strides)
+            context.output_strides = None
+        return compile_fx_inner(gm, list(inputs), is_backward=is_backward, is_inference=is_inference)
+
+
+def placeholder_source(node: fx.Node) -> str | None:
+    """Where Dynamo got a graph input from, such as ``L['self']._modules['0']._parameters['weight']``."""
+    argument = node.meta.get("grapharg")
+    if argument is None:
+        return None
+    name = argument.source.name
+    return name if isinstance(name, str) else name()  # a method until torch 2.11
+
+
+def fake_mode_of(values: Sequence[Any]) -> Any:
+    from torch._guards import detect_fake_mode
+
+    return detect_fake_mode(list(values))
+
+
+def trace_artifact(name: str, text: Callable[[], str]) -> None:
+    """Hand a text to ``TORCH_TRACE`` (read by tlparse); free when no trace is written."""
+    from torch._logging import trace_structured
+
+    trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=text)
+
+
+def register_log(name: str, qualified: str) -> None:
+    """Let ``TORCH_LOGS="+dspass"`` reach our loggers."""
+    from torch._logging._internal import log_registry, register_log
+
+    if name not in log_registry.log_alias_to_log_qnames:
+        register_log(name, qualified)

@@ -1,0 +1,92 @@
+"""What the runtime knows of each parameter, found by the key that stands in the graph.
+
+Graphs hold strings, not Python objects, so that they print, hash and compare between ranks; this table is where a
+string becomes a parameter again. Entries live as long as the engine that made them.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import prod
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from dspass.runtime.axis import Axis
+
+if TYPE_CHECKING:
+    from dspass.runtime.engine import Engine
+
+Layout = Literal["plain", "replicate", "shard"]
+
+
+@dataclass(kw_only=True, eq=False)
+class ParamSpec:
+    """One parameter.
+
+    ``shape`` is the full shape; ``layout`` says how ranks hold it: ``shard`` (rows divided over ``shard_axis``),
+    ``replicate`` (a whole copy as a ``Replicate`` DTensor) or ``plain`` (a whole plain tensor). The graph computes in
+    ``compute_dtype``, which is also what gathers send; gradients are reduced in ``reduce_dtype`` over ``shard_axis``
+    and, in hybrid sharding, over ``replicate_axis`` as well.
+    """
+
+    key: str
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    compute_dtype: torch.dtype
+    reduce_dtype: torch.dtype
+    layout: Layout
+    shard_axis: Axis | None
+    replicate_axis: Axis | None
+    trains: bool
+    engine: Engine
+    param: Callable[[], torch.nn.Parameter | None] = field(default=lambda: None)
+
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        if self.layout != "shard":
+            return self.shape
+        assert self.shard_axis is not None
+        return (self.shard_axis.rows(self.shape[0])[1], *self.shape[1:])
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def padded_numel(self) -> int:
+        """Elements of the gathered copy, rows padded to a multiple of the axis: what a collective is charged with."""
+        if self.layout != "shard":
+            return self.numel
+        assert self.shard_axis is not None
+        return self.shard_axis.padded_rows(self.shape[0]) * prod(self.shape[1:])
+
+    @property
+    def gathered_bytes(self) -> int:
+        return self.numel * self.compute_dtype.itemsize
+
+    @property
+    def reduced_bytes(self) -> int:
+        return self.numel * self.reduce_dtype.itemsize
+
+
+_table: weakref.WeakValueDictionary[str, ParamSpec] = weakref.WeakValueDictionary()
+
+
+def register(spec: ParamSpec) -> ParamSpec:
+    assert spec.key not in _table, f"two parameters with the key {spec.key}"
+    _table[spec.key] = spec
+    return spec
+
+
+def lookup(key: str) -> ParamSpec:
+    try:
+        return _table[key]
+    except KeyError:
+        raise KeyError(
+            f"no live parameter {key!r}: the sharded model that this graph was compiled for is gone. "
+            "Keep a reference to it, or call torch.compile again on the model in use."
+        ) from None

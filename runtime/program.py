@@ -1,0 +1,93 @@
+"""Instructions in order, registers by number, each freed after its last reader: what a lowered graph runs as."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Instruction:
+    """``run`` takes the list of its inputs and answers a sequence of its outputs. A ``boxed`` one empties the list as it
+    goes, so that an input can be freed before the instruction ends."""
+
+    label: str
+    run: Callable[[list[Any]], Sequence[Any]]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    boxed: bool
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Program:
+    """Call it with the list of the graph's inputs; it empties that list."""
+
+    instructions: tuple[Instruction, ...]
+    size: int
+    inputs: tuple[int, ...]
+    reads: tuple[tuple[int, ...], ...]
+    writes: tuple[tuple[int, ...], ...]
+    frees: tuple[tuple[int, ...], ...]
+    unused_inputs: tuple[int, ...]
+    outputs: tuple[tuple[bool, Any], ...]
+
+    @classmethod
+    def build(cls, *, inputs: Sequence[str], instructions: Sequence[Instruction], outputs: Sequence[Any],
+              literal: Sequence[bool]) -> Program:
+        number: dict[str, int] = {}
+        for name in [*inputs, *(n for i in instructions for n in i.outputs)]:
+            number.setdefault(name, len(number))
+        kept = {number[o] for o, is_literal in zip(outputs, literal, strict=True) if not is_literal}
+        last: dict[int, int] = {}
+        for i, instruction in enumerate(instructions):
+            for name in (*instruction.outputs, *instruction.inputs):
+                last[number[name]] = i
+        frees: list[list[int]] = [[] for _ in instructions]
+        for register, i in last.items():
+            if register not in kept:
+                frees[i].append(register)
+        return cls(
+            instructions=tuple(instructions), size=len(number), inputs=tuple(number[n] for n in inputs),
+            reads=tuple(tuple(number[n] for n in i.inputs) for i in instructions),
+            writes=tuple(tuple(number[n] for n in i.outputs) for i in instructions),
+            frees=tuple(map(tuple, frees)),
+            unused_inputs=tuple(number[n] for n in inputs if number[n] not in last and number[n] not in kept),
+            outputs=tuple((is_literal, o if is_literal else number[o])
+                          for o, is_literal in zip(outputs, literal, strict=True)))
+
+    def boxed(self) -> Callable[[list[Any]], tuple[Any, ...]]:
+        """This program as a function, marked so that AOTAutograd hands over its list of arguments and lets go of it."""
+
+        def run(arguments: list[Any]) -> tuple[Any, ...]:
+            return self(arguments)
+
+        run._boxed_call = True  # type: ignore[attr-defined]
+        return run
+
+    def __call__(self, arguments: list[Any]) -> tuple[Any, ...]:
+        registers: list[Any] = [None] * self.size
+        for register, value in zip(self.inputs, arguments, strict=True):
+            registers[register] = value
+        value = None
+        arguments.clear()
+        for register in self.unused_inputs:
+            registers[register] = None
+        with torch.no_grad():
+            for instruction, reads, writes, frees in zip(
+                    self.instructions, self.reads, self.writes, self.frees, strict=True):
+                taken = [registers[r] for r in reads]
+                if instruction.boxed:  # it lets go of its inputs itself, some before it ends
+                    for register in frees:
+                        registers[register] = None
+                results = instruction.run(taken)
+                del taken
+                for register, result in zip(writes, results, strict=True):
+                    registers[register] = result
+                del results
+                result = None
+                for register in frees:
+                    registers[register] = None
+        return tuple(o if is_literal else registers[o] for is_literal, o in self.outputs)

@@ -1,0 +1,83 @@
+"""What a collective is charged with, in one place, so that what is predicted and what is counted cannot differ.
+
+Logical bytes are what the best algorithm must send from one rank: ``(N-1)/N`` of the padded tensor for an all-gather or
+a reduce-scatter, twice that for an all-reduce (Rabenseifner 2004; the same count as in the ZeRO paper, section 7).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from dspass.runtime.axis import Axis
+from dspass.runtime.params import ParamSpec
+
+Kind = Literal["all-gather", "reduce-scatter", "all-reduce"]
+Direction = Literal["forward", "backward"]
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One operation on one bucket: ``bytes`` is what one rank sends."""
+
+    kind: Kind
+    direction: Direction
+    group: str
+    group_size: int
+    bytes: int
+
+
+def gather_cost(specs: Sequence[ParamSpec], direction: Direction) -> Collective | None:
+    """The all-gather of a bucket of sharded parameters, or None where one rank holds everything."""
+    axis = specs[0].shard_axis
+    if axis is None or axis.size == 1:
+        return None
+    padded = sum(s.padded_numel * s.compute_dtype.itemsize for s in specs)
+    return Collective("all-gather", direction, axis.name, axis.size, padded * (axis.size - 1) // axis.size)
+
+
+def reduce_cost(specs: Sequence[ParamSpec], direction: Direction = "backward") -> list[Collective]:
+    """The reductions of a bucket: over the shard axis, then over the replicas."""
+    found: list[Collective] = []
+    for axis, kind, size in reduction_steps(specs):
+        factor = 2 if kind == "all-reduce" else 1
+        found.append(Collective(kind, direction, axis.name, axis.size, factor * size * (axis.size - 1) // axis.size))
+    return found
+
+
+def reduction_steps(specs: Sequence[ParamSpec]) -> list[tuple[Axis, Kind, int]]:
+    """Axis, kind and bytes of the buffer of each step that reduces a bucket."""
+    steps: list[tuple[Axis, Kind, int]] = []
+    first, sharded = specs[0], specs[0].layout == "shard"
+    size = sum((s.padded_numel if sharded else s.numel) * s.reduce_dtype.itemsize for s in specs)
+    if first.shard_axis is not None and first.shard_axis.size > 1:
+        steps.append((first.shard_axis, "reduce-scatter" if sharded else "all-reduce", size))
+    if first.replicate_axis is not None and first.replicate_axis.size > 1:
+        divisor = first.shard_axis.size if sharded and first.shard_axis is not None else 1
+        steps.append((first.replicate_axis, "all-reduce", size // divisor))
+    return steps
+
+
+@dataclass
+class TrafficCounter:
+    """Counts collectives of the current optimiser step and keeps the last whole one."""
+
+    current: Counter[tuple[str, str, str, int]] = field(default_factory=Counter)
+    current_bytes: Counter[tuple[str, str, str, int]] = field(default_factory=Counter)
+    exposed: Counter[tuple[str, str, str, int]] = field(default_factory=Counter)
+    last: dict[tuple[str, str, str, int], tuple[int, int, float]] = field(default_factory=dict)
+
+    def add(self, collective: Collective) -> tuple[str, str, str, int]:
+        key = (collective.kind, collective.direction, collective.group, collective.group_size)
+        self.current[key] += 1
+        self.current_bytes[key] += collective.bytes
+        return key
+
+    def end_step(self) -> None:
+        if self.current:
+            self.last = {
+                k: (n, self.current_bytes[k], self.exposed[k]) for k, n in self.current.items()
+            }
+        self.current, self.current_bytes, self.exposed = Counter(), Counter(), Counter()

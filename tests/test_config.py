@@ -1,0 +1,543 @@
+"""The configuration: what loads, what is refused and how, and the page that documents it."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dspass import config as module
+from dspass.config import KEYS, Config, ConfigError, Ignored, Key, PassEntry, ZeroConfig
+
+PAGE = Path(__file__).parents[1] / "docs" / "config.md"
+
+
+@pytest.fixture(autouse=True)
+def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DSPASS_CONFIG", raising=False)
+
+
+def refused(options: object) -> ConfigError:
+    with pytest.raises(ConfigError) as caught:
+        Config.load(options)  # type: ignore[arg-type]
+    assert "docs/config.md" in str(caught.value)
+    return caught.value
+
+
+def nest(path: str, value: object) -> dict:
+    for name in reversed(path.split(".")):
+        value = {name: value}
+    assert isinstance(value, dict)
+    return value
+
+
+def merge(into: dict, other: dict) -> dict:
+    for name, value in other.items():
+        if isinstance(value, dict) and isinstance(into.get(name), dict):
+            merge(into[name], value)
+        else:
+            into[name] = value
+    return into
+
+
+# --- the table and its page
+
+
+def test_the_page_is_the_table() -> None:
+    assert PAGE.read_text() == module.page(), "run: python -P dspass/config.py > docs/config.md"
+
+
+def test_every_key_has_one_row() -> None:
+    lines = PAGE.read_text().splitlines()
+    for key in KEYS:
+        rows = [line for line in lines if line.startswith(f"| `{key.path}` |")]
+        plain_section = key.kind == "section" and not key.ignored and not key.refused
+        assert len(rows) == (0 if plain_section else 1), key.path
+
+
+def test_the_table_is_sound() -> None:
+    paths = [key.path for key in KEYS]
+    assert len(set(paths)) == len(paths)
+    known = set(paths)
+    for key in KEYS:
+        assert not key.section or key.section in known, key.path
+        assert sum(map(bool, (key.field, key.ignored, key.refused))) <= 1, key.path
+        assert not key.refused or key.instead, key.path
+        if key.kind != "section" and not (key.field or key.ignored or key.refused):
+            parent = next(other for other in KEYS if other.path == key.section)
+            assert parent.ignored or parent.refused, f"{key.path} has neither an effect nor a reason"
+
+
+def test_every_field_has_a_key_and_a_docstring() -> None:
+    tree = ast.parse(inspect.getsource(module))
+    for node in (node for node in tree.body if isinstance(node, ast.ClassDef)):
+        for here, after in zip(node.body, [*node.body[1:], None], strict=True):
+            if isinstance(here, ast.AnnAssign):
+                assert isinstance(after, ast.Expr), f"{node.name}.{ast.unparse(here.target)} has no docstring"
+    acting = {(key.section.partition(".")[0], key.field) for key in KEYS if key.field}
+    for item in dataclasses.fields(ZeroConfig):
+        assert ("zero_optimization", item.name) in acting
+    for item in dataclasses.fields(module.DspassConfig):
+        assert ("dspass", item.name) in acting
+
+
+def test_the_page_is_what_the_command_prints() -> None:
+    done = subprocess.run(
+        [sys.executable, "-P", "dspass/config.py"],
+        cwd=PAGE.parents[1],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == PAGE.read_text()
+
+
+# --- what loads
+
+
+def test_nothing_leaves_the_stage_open() -> None:
+    config = Config.load(None)
+    assert config == Config()
+    assert config.zero.stage is None
+    assert config.resolve_stage(process_group=True).zero.stage == 3
+    assert config.resolve_stage(process_group=False).zero.stage == 0
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"zero_optimization": {}}, {"zero_optimization": None}, {"bf16": {}}]
+)
+def test_options_without_a_stage_mean_stage_0(options: dict) -> None:
+    config = Config.load(options)
+    assert config.zero.stage == 0
+    assert config.resolve_stage(process_group=True) is config
+
+
+def test_a_usual_file() -> None:
+    config = Config.load(
+        {
+            "train_micro_batch_size_per_gpu": 4,
+            "gradient_accumulation_steps": 2,
+            "gradient_clipping": 1,
+            "bf16": {"enabled": True},
+            "fp16": {"enabled": False, "loss_scale": 0},
+            "zero_optimization": {
+                "stage": 3,
+                "reduce_bucket_size": 5e8,
+                "stage3_prefetch_bucket_size": 5e7,
+                "stage3_param_persistence_threshold": 0,
+                "contiguous_gradients": True,
+                "offload_optimizer": {"device": "none"},
+                "mics_shard_size": -1,
+            },
+            "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
+            "dspass": {"bucket_bytes": "25MB", "report": "out.html"},
+        }
+    )
+    zero = config.zero
+    assert (zero.stage, zero.reduce_bucket_size, zero.stage3_prefetch_bucket_size) == (
+        3,
+        500_000_000,
+        50_000_000,
+    )
+    assert type(zero.reduce_bucket_size) is int
+    assert zero.stage3_param_persistence_threshold == 0
+    assert zero.mics_shard_size is None
+    assert config.bf16
+    assert not config.fp16
+    assert type(config.gradient_clipping) is float
+    assert config.dspass.bucket_bytes == 25_000_000
+    assert {note.key for note in config.ignored} == {
+        "fp16.loss_scale",
+        "zero_optimization.contiguous_gradients",
+        "zero_optimization.offload_optimizer.device",
+        "optimizer",
+    }
+    reasons = {note.key: note.reason for note in config.ignored}
+    assert "packed by the graph" in reasons["zero_optimization.contiguous_gradients"]
+    assert "training script" in reasons["optimizer"]
+
+
+def test_other_spellings() -> None:
+    options = {"bfloat16": {"enabled": True}, "zero_optimization": {"stage": 3, "max_live_parameters": 7}}
+    config = Config.load(options)
+    assert config.bf16
+    assert config.zero.stage3_max_live_parameters == 7
+    assert "same key" in str(refused({"bf16": {}, "bfloat16": {}}))
+
+
+def test_a_key_of_another_stage_is_noted() -> None:
+    config = Config.load({"zero_optimization": {"stage": 1, "stage3_max_live_parameters": 9}})
+    key = "zero_optimization.stage3_max_live_parameters"
+    assert config.ignored == (Ignored(key=key, value=9, reason="acts at stage 3, and the stage is 1"),)
+    later = Config(zero=ZeroConfig(mics_shard_size=2)).resolve_stage(process_group=False)
+    assert [note.key for note in later.ignored] == ["zero_optimization.mics_shard_size"]
+
+
+def test_notes_keep_no_secret() -> None:
+    (note,) = Config.load({"comet": {"enabled": True, "api_key": "k3y", "project": "p"}}).ignored
+    assert note.value == {"enabled": True, "api_key": "(hidden)", "project": "p"}
+
+
+def test_a_config_passes_through() -> None:
+    config = Config(bf16=True)
+    assert Config.load(config) is config
+
+
+def test_construction_is_checked_and_frozen() -> None:
+    with pytest.raises(ConfigError, match=r"zero_optimization\.stage"):
+        ZeroConfig(stage=4)
+    with pytest.raises(ConfigError, match="both enabled"):
+        Config(bf16=True, fp16=True)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().bf16 = True  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        ZeroConfig(3)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [(1, 1), (2.0, 2), ("7", None), ("7B", 7), ("25 MB", 25_000_000), ("1.5KiB", 1536), ("2GiB", 2 << 30),
+     ("25mb", None), ("0.3B", None), ("-1MB", None), (0, None), (1.5, None), (True, None), ("0KB", None)],
+)  # fmt: skip
+def test_bytes(text: object, size: int | None) -> None:
+    options = {"dspass": {"bucket_bytes": text}}
+    if size is None:
+        assert refused(options).key == "dspass.bucket_bytes"
+    else:
+        assert Config.load(options).dspass.bucket_bytes == size
+
+
+def test_passes() -> None:
+    written = ["my_pkg.passes:Mine", "...", {"name": "prefetch", "distance": 2}, "-bucket", "bucket"]
+    config = Config.load({"dspass": {"passes": written}})
+    assert config.dspass.passes == (
+        PassEntry(name="my_pkg.passes:Mine"),
+        PassEntry(name="..."),
+        PassEntry(name="prefetch", options={"distance": 2}),
+        PassEntry(name="bucket", drop=True),
+        PassEntry(name="bucket"),
+    )
+    assert config.to_dict()["dspass"]["passes"] == written
+    assert Config.load({"dspass": {"passes": []}}).dspass.passes == ()
+
+
+@pytest.mark.parametrize(
+    ("passes", "says"),
+    [("prefetch", "is not a list"), ([3], "not the name"), ([{"distance": 2}], "has no name"),
+     (["a b"], "not the name"),
+     (["...", "..."], "twice"), (["-a"], 'Write ["...", "-a"]'), (["-..."], "not the name"),
+     ([""], "not the name"),
+     ([{"name": "...", "x": 1}], "no options"), ([{"name": "-a", "x": 1}], "no options"),
+     ([{"name": "a", "x": {1, 2}}], "not JSON"), ([{"name": "a", "b c": 1}], "name of an option"),
+     (["a:b:c"], "not the name")],
+)  # fmt: skip
+def test_wrong_passes(passes: object, says: str) -> None:
+    error = refused({"dspass": {"passes": passes}})
+    assert error.key.startswith("dspass.passes")
+    assert says in str(error)
+
+
+# --- files
+
+
+def test_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text('\ufeff{"zero_optimization": {"stage": 2}}', encoding="utf-8")
+    assert Config.load(path).zero.stage == 2
+    assert Config.load(str(path)).zero.stage == 2
+    monkeypatch.setenv("DSPASS_CONFIG", str(path))
+    assert Config.load().zero.stage == 2
+    assert Config.load({}).zero.stage == 0
+    monkeypatch.setenv("DSPASS_CONFIG", "")
+    assert Config.load().zero.stage is None
+    monkeypatch.setenv("DSPASS_CONFIG", str(tmp_path / "gone.json"))
+    assert "$DSPASS_CONFIG names it" in str(refused(None))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [('{\n "a": 1,\n}', "line 3, column 1"), ("[1]", "holds a list"),
+     ('{"bf16": {}, "bf16": {}}', '"bf16" is written twice'),
+     ('{"gradient_clipping": NaN}', "NaN is not JSON"), ("", "line 1, column 1"),
+     ("[" * 100_000, "nested too deeply"),
+     ('{"gradient_clipping": 1e999}', "is not a number")],
+    ids=range(7),
+)  # fmt: skip
+def test_malformed_files(tmp_path: Path, text: str, says: str) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(text)
+    assert says in str(refused(path))
+
+
+def test_files_that_are_none(tmp_path: Path) -> None:
+    assert "no such file" in str(refused("ds_confg.json"))
+    assert "cannot be read" in str(refused(tmp_path))
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    assert "UTF-8" in str(refused(tmp_path / "binary"))
+    assert "JSON text" in str(refused('{"bf16": {}}'))
+    assert "a list" in str(refused([1]))
+    assert "not the name of a key" in str(refused({1: 2}))
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize(
+    ("options", "key", "says"),
+    [
+        (
+            {"zero_optimization": {"stge": 3}},
+            "zero_optimization.stge",
+            "Did you mean zero_optimization.stage?",
+        ),
+        ({"zero_optimisation": {"stage": 3}}, "zero_optimisation", "Did you mean zero_optimization?"),
+        ({"stage": 3}, "stage", "Did you mean zero_optimization.stage?"),
+        ({"bf16": {"gradient_clipping": 1}}, "bf16.gradient_clipping", "at the top level"),
+        ({"qqqqqqqq": 3}, "qqqqqqqq", "Remove it."),
+        ({"optimizer": {"typ": "Adam"}}, "optimizer.typ", "Did you mean optimizer.type?"),
+        ({"zero_optimization": {"stage": "3"}}, "zero_optimization.stage", "Write 3 without quotes."),
+        (
+            {"zero_optimization": {"stage": True}},
+            "zero_optimization.stage",
+            "true (a flag) is not a whole number",
+        ),
+        ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage", "from 0 to 3"),
+        ({"zero_optimization": {"stage": 3.0}}, "zero_optimization.stage", "Write 3."),
+        (
+            {"zero_optimization": {"reduce_bucket_size": 0.5}},
+            "zero_optimization.reduce_bucket_size",
+            "0.5 is not",
+        ),
+        (
+            {"zero_optimization": {"reduce_bucket_size": 0}},
+            "zero_optimization.reduce_bucket_size",
+            "at least 1",
+        ),
+        ({"zero_optimization": {"mics_shard_size": 0}}, "zero_optimization.mics_shard_size", "at least 1"),
+        ({"zero_optimization": True}, "zero_optimization", '{"stage": 1}'),
+        (
+            {"zero_optimization": {"contiguous_gradients": 1}},
+            "zero_optimization.contiguous_gradients",
+            "true or false",
+        ),
+        ({"bf16": {"enabled": "true"}}, "bf16.enabled", "Write true without quotes."),
+        ({"bf16": True}, "bf16", "is not a section"),
+        ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "fp16.enabled", "both enabled"),
+        ({"gradient_clipping": -1}, "gradient_clipping", "at least 0"),
+        ({"gradient_clipping": float("nan")}, "gradient_clipping", "nan is not"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps", "at least 1"),
+        ({"train_batch_size": "auto"}, "train_batch_size", "no trainer fills it in"),
+        ({"bf16": {"enabled": "auto"}}, "bf16.enabled", '"auto" has no meaning here'),
+        ({"optimizer": {"params": {"lr": "auto"}}}, "optimizer.params.lr", '"auto" has no meaning here'),
+        ({"amp": {"opt": ["auto"]}}, "amp.opt[0]", '"auto" has no meaning here'),
+        ({"dspass": {"report": "report.txt"}}, "dspass.report", ".html"),
+        ({"dspass": {"fallback_random": None}}, "dspass.fallback_random", "null is not true or false"),
+    ],
+)
+def test_errors_name_the_key(options: dict, key: str, says: str) -> None:
+    error = refused(options)
+    assert error.key == key
+    assert str(error).startswith(f"{key}: ")
+    assert says in str(error)
+
+
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
+            "zero_optimization.offload_optimizer.device",
+        ),
+        (
+            {"zero_optimization": {"offload_param": {"device": "nvme"}}},
+            "zero_optimization.offload_param.device",
+        ),
+        ({"zero_optimization": {"cpu_offload": True}}, "zero_optimization.cpu_offload"),
+        ({"zero_optimization": {"zero_quantized_weights": True}}, "zero_optimization.zero_quantized_weights"),
+        ({"zero_optimization": {"zero_hpz_partition_size": 8}}, "zero_optimization.zero_hpz_partition_size"),
+        ({"expert_parallel": {"enabled": True, "autoep_size": 2}}, "expert_parallel.enabled"),
+        ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel.autotp_size"),
+        ({"pipeline": {"stages": 2}}, "pipeline.stages"),
+        ({"pipeline": {"stages": True}}, "pipeline.stages"),
+        ({"pipeline": {"micro_batches": 4}}, "pipeline.micro_batches"),
+        ({"amp": {"enabled": True}}, "amp.enabled"),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, "data_types.grad_accum_dtype"),
+        ({"compression_training": {"a": {"shared_parameters": {"enabled": True}}}}, "compression_training"),
+        ({"sparse_attention": {"mode": "fixed"}}, "sparse_attention"),
+        (
+            {"activation_checkpointing": {"cpu_checkpointing": True}},
+            "activation_checkpointing.cpu_checkpointing",
+        ),
+        ({"compile": {"passes": ["z3"]}}, "compile.passes"),
+        ({"gradient_allreduce_op": "sum"}, "gradient_allreduce_op"),
+    ],
+)
+def test_what_is_not_built_is_refused(options: dict, key: str) -> None:
+    error = refused(options)
+    assert error.key == key
+    assert "this version does not do" in str(error)
+
+
+def test_what_is_not_built_may_be_off() -> None:
+    options = {
+        "zero_optimization": {
+            "offload_param": None,
+            "zero_quantized_weights": False,
+            "zero_hpz_partition_size": 1,
+        },
+        "elasticity": {"enabled": False},
+        "compression_training": {"weight_quantization": {"shared_parameters": {"enabled": False}}},
+        "pipeline": {"stages": "auto"},
+        "sparse_attention": {},
+    }
+    assert all("not in this version" in note.reason for note in Config.load(options).ignored)
+    assert len(Config.load(options).ignored) == 6
+
+
+# --- what ranks compare
+
+
+def test_digest_and_differences() -> None:
+    one = Config.load({"zero_optimization": {"stage": 3}, "optimizer": {"type": "Adam"}})
+    same = Config.load(
+        {"zero_optimization": {"stage": 3, "reduce_bucket_size": None}, "dspass": {"report": "a.html"}}
+    )
+    other = Config.load(
+        {"zero_optimization": {"stage": 2, "reduce_bucket_size": 10}, "bf16": {"enabled": True}}
+    )
+    assert len(one.digest()) == 64
+    assert one.digest() == same.digest() != other.digest()
+    assert one.differences(same.to_dict()) == []
+    assert one.differences(other.to_dict()) == [
+        "bf16.enabled: false here, true there",
+        "zero_optimization.reduce_bucket_size: unset here, 10 there",
+        "zero_optimization.stage: 3 here, 2 there",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("total", "micro", "steps", "ranks", "result"),
+    [(None, None, 3, 4, (None, None, 3)), (None, 2, None, 4, (8, 2, 1)), (None, 2, 3, 4, (24, 2, 3)),
+     (16, 2, None, 4, (16, 2, 2)), (16, None, None, 4, (16, 4, 1)), (16, None, 2, 4, (16, 2, 2)),
+     (16, 2, 2, 4, (16, 2, 2)),
+     (16, 2, 2, 2,
+      "16 is not 2 train_micro_batch_size_per_gpu x 2 gradient_accumulation_steps x 2 ranks = 8. Write 8,"),
+     (10, 4, None, 2, "10 is not a multiple of 4 train_micro_batch_size_per_gpu x 2 ranks = 8."),
+     (10, None, 3, 2, "10 is not a multiple of 3 gradient_accumulation_steps x 2 ranks = 6."),
+     (2, None, None, 4, "2 is not a multiple of"), (2, 2, None, 4, "2 is not a multiple of")],
+)  # fmt: skip
+def test_batch(total: int | None, micro: int | None, steps: int | None, ranks: int, result: object) -> None:
+    written = {
+        "train_batch_size": total,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": steps,
+    }
+    config = Config.load({name: value for name, value in written.items() if value is not None})
+    assert Config.load(config.to_dict()) == config
+    if isinstance(result, str):
+        with pytest.raises(ConfigError) as caught:
+            config.resolve_batch(ranks)
+        assert caught.value.key == "train_batch_size"
+        assert result in str(caught.value)
+    else:
+        done = config.resolve_batch(ranks)
+        assert (
+            done.train_batch_size,
+            done.train_micro_batch_size_per_gpu,
+            done.gradient_accumulation_steps,
+        ) == result
+        assert done.resolve_batch(ranks) == done
+
+
+# --- any configuration
+
+VALID: dict[str, st.SearchStrategy] = {
+    "flag": st.booleans(),
+    "integer": st.integers(1, 3),
+    "count": st.integers(1, 10**12) | st.integers(1, 10**9).map(float),
+    "number": st.floats(0, 1e6) | st.integers(0, 9),
+    "text": st.sampled_from(["a.html", "b.json"]),
+    "list": st.lists(st.integers(), max_size=2),
+    "object": st.dictionaries(st.sampled_from(["x", "y"]), st.integers(), max_size=2),
+    "any": st.integers(2, 5),
+    "bytes": st.integers(1, 10**10) | st.sampled_from(["25MB", "1.5KiB"]),
+    "passes": st.just(["...", "-a", {"name": "b", "x": [1]}]),
+}
+LEAVES = [key for key in KEYS if key.kind != "section"]
+
+
+@st.composite
+def options(draw: st.DrawFn) -> tuple[dict, list[Key]]:
+    keys = draw(st.lists(st.sampled_from(LEAVES), unique=True, max_size=12))
+    tree: dict = {}
+    for key in keys:
+        if key.section == "sparse_attention" or key.path == "fp16.enabled":
+            continue
+        if key.refused:
+            value = draw(st.sampled_from(key.off))
+        elif key.name == "enabled" and not key.field:
+            value = False
+        else:
+            value = draw(VALID[key.kind])
+        merge(tree, nest(key.path, value))
+    return tree, keys
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(options())
+def test_any_known_keys_load_and_round_trip(drawn: tuple[dict, list[Key]]) -> None:
+    tree, _ = drawn
+    before = json.dumps(tree)
+    config = Config.load(tree)
+    assert json.dumps(tree) == before
+    again = Config.load(json.loads(json.dumps(config.to_dict())))
+    assert again == config
+    assert again.digest() == config.digest()
+    assert again.to_dict() == config.to_dict()
+    assert config.differences(again.to_dict()) == []
+    # Nothing that was written disappears: it is in a field or in the notes, by itself or with its section.
+    noted = {note.key for note in config.ignored}
+    for key in drawn[1]:
+        if key.section != "sparse_attention" and not key.field:
+            assert key.path in noted or key.section in noted, key.path
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from([key for key in LEAVES if not module._BY_PATH.get(key.section, key).open]), st.data())
+def test_any_misspelt_key_is_refused_by_name(key: Key, data: st.DataObject) -> None:
+    at = data.draw(st.integers(0, len(key.name) - 1))
+    letter = data.draw(st.sampled_from("abcdefghijklmnopqrstuvwxyz_1"))
+    name = key.name[:at] + letter + key.name[at + data.draw(st.integers(0, 1)) :]
+    path = f"{key.section}.{name}" if key.section else name
+    if path in module._BY_SPELLING:
+        return
+    error = refused(nest(path, None))
+    assert error.key == path
+    assert "not a known key" in str(error)
+    if len(name) > 4:
+        assert "Did you mean" in str(error)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(LEAVES))
+def test_auto_is_refused_by_name(key: Key) -> None:
+    if "auto" in key.off or key.section in ("expert_parallel", "pipeline"):
+        return
+    error = refused(nest(key.path, "auto"))
+    assert error.key == key.path
+    assert '"auto"' in str(error)
+
+
+def test_only_the_standard_library_is_imported() -> None:
+    tree = ast.parse(inspect.getsource(module))
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    names |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert {name.partition(".")[0] for name in names} <= set(sys.stdlib_module_names)
