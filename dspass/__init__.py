@@ -10,9 +10,12 @@ import torch._dynamo
 
 from dspass.backend import deepspeed
 from dspass.config import Config, ConfigError
+from dspass.explain import explain
+from dspass.measure import measure
+from dspass.report import Report
 from dspass.shard import shard
 
 if "deepspeed" not in torch._dynamo.list_backends(exclude_tags=()):
     torch._dynamo.register_backend(deepspeed, name="deepspeed")
 
-__all__ = ["Config", "ConfigError", "deepspeed", "shard"]
+__all__ = ["Config", "ConfigError", "Report", "deepspeed", "explain", "measure", "shard"]

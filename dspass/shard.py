@@ -122,12 +122,14 @@ def mesh_for(config: Config, device_type: str) -> DeviceMesh:
             "zero_optimization.stage to 0.")
     world, group = dist.get_world_size(), config.zero.mics_shard_size
     if group is None or group == world:
-        return init_device_mesh(device_type, (world,), mesh_dim_names=("data",))
+        with compat.without_fake_mode():
+            return init_device_mesh(device_type, (world,), mesh_dim_names=("data",))
     if world % group:
         divisors = [d for d in range(1, world + 1) if world % d == 0]
         raise ConfigError(
             "zero_optimization.mics_shard_size", f"{group} does not divide the {world} ranks", f"use one of {divisors}")
-    return init_device_mesh(device_type, (world // group, group), mesh_dim_names=("replicate", "shard"))
+    with compat.without_fake_mode():
+        return init_device_mesh(device_type, (world // group, group), mesh_dim_names=("replicate", "shard"))
 
 
 def axes_of(mesh: DeviceMesh) -> tuple[Axis, Axis | None]:

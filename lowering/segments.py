@@ -23,8 +23,8 @@ import torch.fx as fx
 
 from dspass.passes.text import print_value
 from dspass.runtime import compat
-from dspass.runtime.collectives import RUNTIME_FUNCTIONS
-from dspass.runtime.program import Instruction, Program
+from dspass.runtime.collectives import RUNTIME_FUNCTIONS, gather_start, gather_wait, reduce_start, reduce_wait
+from dspass.runtime.program import Instruction, Probe, Program
 
 Compiled = Callable[[list[Any]], Sequence[Any]]
 
@@ -56,7 +56,8 @@ class SegmentCompiler:
         return result
 
 
-def lower(gm: fx.GraphModule, compiler: Callable[..., Compiled], *, is_backward: bool, is_inference: bool) -> Program:
+def lower(gm: fx.GraphModule, compiler: Callable[..., Compiled], *, is_backward: bool, is_inference: bool,
+          probe: Probe | None = None) -> Program:
     """Compile ``gm`` into a :class:`Program` that takes a list of the graph's inputs and answers its outputs."""
     graph = gm.graph
     placeholders = graph.find_nodes(op="placeholder")
@@ -88,7 +89,26 @@ def lower(gm: fx.GraphModule, compiler: Callable[..., Compiled], *, is_backward:
     return Program.build(
         inputs=[n.name for n in placeholders], instructions=instructions,
         outputs=[n.name if isinstance(n, fx.Node) else n for n in outputs],
-        literal=[not isinstance(n, fx.Node) for n in outputs])
+        literal=[not isinstance(n, fx.Node) for n in outputs],
+        categories=memory_categories(graph, is_backward), probe=probe)
+
+
+def memory_categories(graph: fx.Graph, is_backward: bool) -> dict[str, str]:
+    """What kind of memory the graph's values are, beyond temporaries: what a gather fills, what the backward graph will
+    read, and gradients, whole or reduced."""
+    found: dict[str, str] = {}
+    for node in graph.nodes:
+        if node.target in (gather_start, gather_wait):
+            found[node.name] = "gathered"
+        elif node.target is reduce_start:
+            found |= dict.fromkeys((n.name for n in node.args[0]), "gradients")
+            found[node.name] = "gradients"
+        elif node.target is reduce_wait:
+            found[node.name] = "gradients"
+        elif node.op == "output":
+            kind = "gradients" if is_backward else "saved"
+            found |= {n.name: kind for n in node.all_input_nodes if n.op != "placeholder" and n.name not in found}
+    return found
 
 
 def cut(graph: fx.Graph) -> list[list[fx.Node]]:
@@ -208,7 +228,8 @@ def _runtime_instruction(node: fx.Node) -> Instruction:
         run = lambda args: (target(args, *rest),)  # noqa: E731
     else:
         run = lambda args: (target(args[0], *rest),)  # noqa: E731
-    return Instruction(label=node.name, run=run, inputs=names, outputs=(node.name,), boxed=False)
+    return Instruction(label=node.name, run=run, inputs=names, outputs=(node.name,), boxed=False,
+                       is_runtime=True)
 
 
 def _host_instruction(node: fx.Node) -> Instruction:

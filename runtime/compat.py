@@ -7,8 +7,9 @@ Tried with torch 2.11 to 2.13 (2.13 by the whole test suite on the CPU). Another
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.fx as fx
@@ -123,6 +124,43 @@ def compile_segment(
         return compile_fx_inner(gm, list(inputs), is_backward=is_backward, is_inference=is_inference)
 
 
+def generate_segment(
+    gm: fx.GraphModule, inputs: Sequence[Any], *, is_backward: bool, is_inference: bool, patches: Mapping[str, Any]
+) -> Callable[[list[Any]], Sequence[Any]]:
+    """As :func:`compile_segment`, for fake tensors on the CPU: Inductor's code runs, its kernels are never built."""
+    from torch._inductor.async_compile import AsyncCompile
+
+    def nothing(*args: Any, **kwargs: Any) -> None:
+        return None
+
+    def no_kernel(*args: Any, **kwargs: Any) -> Callable[..., None]:
+        return nothing
+
+    settings = {**patches, "fx_graph_cache": False, "fx_graph_remote_cache": False, "cpp.enable_kernel_profile": False}
+    with mock.patch.object(AsyncCompile, "cpp_pybinding", no_kernel):
+        compiled = compile_segment(gm, inputs, is_backward=is_backward, is_inference=is_inference, patches=settings)
+    call = compiled.current_callable  # type: ignore[attr-defined]
+    call = getattr(call, "__func__", call)
+    names = call.__globals__
+    # The generated module allocates past the dispatcher, where no fake mode sees it.
+    for name in ("empty_strided_cpu", "empty_strided"):
+        if name in names:
+            names[name] = _empty_strided
+    names["reinterpret_tensor"] = _reinterpret
+    for name in ("assert_size_stride", "assert_alignment"):
+        if name in names:
+            names[name] = nothing
+    return compiled.current_callable  # type: ignore[attr-defined]
+
+
+def _empty_strided(size: Any, stride: Any, dtype: torch.dtype, device: Any = "cpu") -> torch.Tensor:
+    return torch.empty_strided(size, stride, dtype=dtype, device=device)
+
+
+def _reinterpret(base: torch.Tensor, size: Any, stride: Any, offset: int = 0) -> torch.Tensor:
+    return torch.as_strided(base, size, stride, base.storage_offset() + offset)
+
+
 def placeholder_source(node: fx.Node) -> str | None:
     """Where Dynamo got a graph input from, such as ``L['self']._modules['0']._parameters['weight']``."""
     argument = node.meta.get("grapharg")
@@ -132,10 +170,28 @@ def placeholder_source(node: fx.Node) -> str | None:
     return name if isinstance(name, str) else name()  # a method until torch 2.11
 
 
-def fake_mode_of(values: Sequence[Any]) -> Any:
-    from torch._guards import detect_fake_mode
+@contextlib.contextmanager
+def fake_mode() -> Iterator[Any]:
+    """Tensors made inside have shapes and storages of the right size, and no bytes."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-    return detect_fake_mode(list(values))
+    with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True) as mode:
+        yield mode
+
+
+def without_fake_mode() -> contextlib.AbstractContextManager[Any]:
+    """Inside, tensors are real again: a device mesh computes with its own."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    return unset_fake_temporarily()
+
+
+def init_fake_group(size: int) -> None:
+    """The default process group, of ``size`` ranks of which only this one exists; nothing is ever sent."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
 
 
 def trace_artifact(name: str, text: Callable[[], str]) -> None:

@@ -20,6 +20,7 @@ graph, and the copy's life would be decided outside of the pass pipeline.
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +29,7 @@ import torch
 
 from dspass.runtime import compat
 from dspass.runtime.params import ParamSpec, register
+from dspass.runtime.program import Probe
 from dspass.runtime.traffic import Direction, TrafficCounter, gather_cost, reduce_cost, reduction_steps
 from dspass.runtime.transport import InFlight, transport_for
 
@@ -48,6 +50,12 @@ class Engine:
     #: What the compiler keeps with the model: its segments and a record of each graph. The runtime reads neither.
     compiler: Any = None
     compilations: list[Any] = field(default_factory=list)
+    probe: Probe = field(default_factory=Probe)
+    measurement: Any = None
+    config: Any = None
+    steps: int = 0
+    step_seconds: float | None = None
+    _step_began: float | None = None
     _resident: dict[str, tuple[tuple[int, int], torch.Tensor]] = field(default_factory=dict)
     _waiting: dict[str, tuple[int, torch.Tensor]] = field(default_factory=dict)  # with the run that began it
     _local: set[str] = field(default_factory=set)
@@ -163,13 +171,28 @@ class Engine:
     def before_step(self) -> None:
         """The shards are about to change: gathered copies of them have no further use."""
         self._resident.clear()
+        if self.probe.ledger is not None:
+            self.probe.ledger.phase = "optimizer"
+            self.probe.ledger.label = "optimizer.step"
 
     def after_step(self) -> None:
+        """A step has ended: its counters become those of the last whole step."""
         self.traffic.end_step()
+        self.steps += 1
+        now = time.perf_counter()
+        if self._step_began is not None:
+            self.step_seconds = now - self._step_began
+        self._step_began = now
+        if self.probe.ledger is not None:
+            self.probe.ledger.phase = "forward"
 
-    def gathered_bytes(self) -> int:
-        """Bytes of gathered copies that outlive their graph (stages 1 and 2)."""
-        return sum(t.untyped_storage().nbytes() for _, t in self._resident.values())
+    def resident_copies(self) -> list[torch.Tensor]:
+        """Gathered copies that outlive their graph (stages 1 and 2)."""
+        return [copy for _, copy in self._resident.values()]
+
+    def waiting_gradients(self) -> list[torch.Tensor]:
+        """Whole gradients of earlier calls that wait to be reduced (stage 1)."""
+        return [waiting for _, waiting in self._waiting.values()]
 
 
 class Gather:
@@ -180,6 +203,10 @@ class Gather:
                  counted: tuple[str, str, str, int] | None) -> None:
         self._engine, self._keys, self._ready = engine, keys, ready
         self._missing, self._flight, self._counted = missing, flight, counted
+
+    def tensors(self) -> list[torch.Tensor]:
+        """What is being filled."""
+        return self._flight.results if self._flight is not None else []
 
     def wait(self) -> list[torch.Tensor]:
         """The whole parameters, in the order that was asked for."""
@@ -203,6 +230,10 @@ class Reduction:
                  then: Sequence = ()) -> None:
         self._engine, self._specs, self._results = engine, specs, results
         self._flight, self._counted, self._world, self._then = flight, counted, world, then
+
+    def tensors(self) -> list[torch.Tensor]:
+        """What is being filled."""
+        return self._flight.results if self._flight is not None else []
 
     def wait(self) -> list[torch.Tensor]:
         """The averaged gradients in the parameters' own precision and local shapes."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from dspass.runtime.ledger import Ledger
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,11 +21,22 @@ class Instruction:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     boxed: bool
+    is_runtime: bool = False
+
+
+@dataclass(eq=False)
+class Probe:
+    """Where a watcher is put: programs of one engine share a probe, and look into it at every instruction."""
+
+    ledger: Ledger | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Program:
-    """Call it with the list of the graph's inputs; it empties that list."""
+    """Call it with the list of the graph's inputs; it empties that list.
+
+    ``categories`` says what kind of memory a register holds, for those that are not just temporary.
+    """
 
     instructions: tuple[Instruction, ...]
     size: int
@@ -33,10 +46,12 @@ class Program:
     frees: tuple[tuple[int, ...], ...]
     unused_inputs: tuple[int, ...]
     outputs: tuple[tuple[bool, Any], ...]
+    categories: Mapping[str, str]
+    probe: Probe
 
     @classmethod
     def build(cls, *, inputs: Sequence[str], instructions: Sequence[Instruction], outputs: Sequence[Any],
-              literal: Sequence[bool]) -> Program:
+              literal: Sequence[bool], categories: Mapping[str, str] | None = None, probe: Probe | None = None) -> Program:
         number: dict[str, int] = {}
         for name in [*inputs, *(n for i in instructions for n in i.outputs)]:
             number.setdefault(name, len(number))
@@ -56,7 +71,8 @@ class Program:
             frees=tuple(map(tuple, frees)),
             unused_inputs=tuple(number[n] for n in inputs if number[n] not in last and number[n] not in kept),
             outputs=tuple((is_literal, o if is_literal else number[o])
-                          for o, is_literal in zip(outputs, literal, strict=True)))
+                          for o, is_literal in zip(outputs, literal, strict=True)),
+            categories=categories or {}, probe=probe or Probe())
 
     def boxed(self) -> Callable[[list[Any]], tuple[Any, ...]]:
         """This program as a function, marked so that AOTAutograd hands over its list of arguments and lets go of it."""
@@ -79,11 +95,16 @@ class Program:
             for instruction, reads, writes, frees in zip(
                     self.instructions, self.reads, self.writes, self.frees, strict=True):
                 taken = [registers[r] for r in reads]
+                ledger = self.probe.ledger
+                if ledger is not None:
+                    ledger.before(instruction.label, instruction.is_runtime)
                 if instruction.boxed:  # it lets go of its inputs itself, some before it ends
                     for register in frees:
                         registers[register] = None
                 results = instruction.run(taken)
                 del taken
+                if ledger is not None:
+                    ledger.after(dict(zip(instruction.outputs, results, strict=True)), self.categories)
                 for register, result in zip(writes, results, strict=True):
                     registers[register] = result
                 del results

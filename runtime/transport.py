@@ -33,7 +33,7 @@ class InFlight:
     def __init__(self, works: Sequence[Any], results: list[torch.Tensor], finish: Callable[[], None] | None = None,
                  keep: Sequence[torch.Tensor] = ()) -> None:
         self._works = list(works)
-        self._results = results
+        self.results = results
         self._finish = finish
         self._keep = list(keep)
         self.exposed_seconds = 0.0
@@ -46,7 +46,7 @@ class InFlight:
         if self._finish is not None:
             self._finish()
         self._works, self._finish, self._keep = [], None, []
-        results, self._results = self._results, []
+        results, self.results = self.results, []
         return results
 
 

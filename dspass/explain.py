@@ -1,0 +1,274 @@
+"""``dspass.explain``: what the passes do to a model, what peaks where, what is sent, before or after it runs.
+
+A prediction runs whole training steps, by the same code as real ones: the same capture, passes, partition, engine and
+program, on fake tensors in a fake process group of any size. Only the compute segments are exchanged for ones that allocate
+and free without computing (:mod:`dspass.lowering.simulate`), and a ledger writes down every storage's life.
+
+Dropped: predicting from a liveness analysis of the graphs. Autograd's own hand-over of gradients, the first-use order of
+gathers and the engine's copies would each need a model of its own, and each would drift.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import platform
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from dspass.config import Config
+from dspass.lowering.simulate import GraphSimulator, InductorSimulator
+from dspass.owners import unwrap
+from dspass.report import GraphRecord, Memory, MemoryPoint, PassRecord, Report, Traffic
+from dspass.runtime import compat
+from dspass.runtime.axis import Axis
+from dspass.runtime.engine import Engine
+from dspass.runtime.ledger import CATEGORIES, Ledger, Point
+from dspass.shard import _axes, engine_of, new_engine, shard
+
+#: States of one parameter, and temporaries of its size that one step of it holds at once (torch.optim, not fused).
+OPTIMIZERS: dict[str, tuple[int, int]] = {
+    "adamw": (2, 2), "adam": (2, 2), "sgd": (0, 0), "momentum": (1, 0), "adamw-fused": (2, 0), "none": (0, 0)}
+
+#: Above this many parameters the graph is walked instead of having Inductor generate code for it.
+GENERATE_UP_TO = 500_000_000
+
+
+def explain(
+    model: nn.Module | str | os.PathLike[str],
+    *args: Any,
+    kwargs: Mapping[str, Any] | None = None,
+    config: Config | str | Mapping[str, Any] | None = None,
+    world_size: int | None = None,
+    device: str | None = None,
+    memory_budget: int | str | None = None,
+    optimizer: str = "adamw",
+    train: bool = True,
+) -> Report:
+    """Report on a model that has run, predict one that has not, or read a saved report.
+
+    - ``explain(model)`` after steps under the backend: what was counted, and memory where :func:`dspass.measure` watched.
+    - ``explain(model, *args, kwargs=..., config=..., world_size=64, device="h100")``: predicted, without a launcher, a GPU or
+      the memory: ``model`` may be on the meta device. ``args`` and ``kwargs`` are one rank's batch.
+    - ``explain("report.json")``: a saved report.
+
+    ``optimizer`` names whose states are counted (one of :data:`OPTIMIZERS`); ``train=False`` predicts the forward only.
+    """
+    if isinstance(model, (str, os.PathLike)):
+        return Report.load(model)
+    if not args and not kwargs:
+        return _measured(model)
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"optimizer={optimizer!r} is not known; use one of {sorted(OPTIMIZERS)}.")
+    settings = Config.load(config)
+    return _predicted(unwrap(model), args, dict(kwargs or {}), settings, world_size or settings_world(), device or "cpu",
+                      memory_budget, optimizer, train)
+
+
+def settings_world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+# -- a model that has run ------------------------------------------------------------------------------------------------
+
+
+def _measured(model: nn.Module) -> Report:
+    engine = engine_of(model)
+    if engine is None or not engine.compilations:
+        raise RuntimeError(
+            "dspass.explain(model) reports on a model that has run under torch.compile(model, backend='deepspeed'), and this "
+            "one has not. Run a step first, or pass a batch to predict: dspass.explain(model, *batch, world_size=8).")
+    notes = []
+    measurement = engine.measurement
+    memory = Memory(time_unit="seconds")
+    if measurement is None:
+        notes.append("Memory was not measured: wrap a step in `with dspass.measure(model):`.")
+    else:
+        memory = Memory(timeline=_timeline(measurement.points), time_unit="seconds")
+    traffic = [Traffic(kind=kind, direction=direction, group=group, group_size=size, calls=n, bytes=b, exposed_seconds=exposed)
+               for (kind, direction, group, size), (n, b, exposed) in engine.traffic.last.items()]  # type: ignore[arg-type]
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    device = next((p.device.type for p in model.parameters()), "cpu")
+    return _report("measured", engine, unwrap(model), memory, traffic, engine.step_seconds, world, device, notes, engine.config)
+
+
+# -- a model that has not --------------------------------------------------------------------------------------------------
+
+
+def _predicted(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], config: Config, world: int, device: str,
+               budget: int | str | None, optimizer: str, train: bool) -> Report:
+    if budget is not None:
+        raise ValueError("memory_budget is the planner's, and this version has none yet: read report.memory.peak_bytes instead.")
+    began = time.perf_counter()
+    notes = []
+    on_cpu = device == "cpu"
+    with _fake_group(world, "gloo" if on_cpu else "nccl"), compat.fake_mode() as mode:
+        config = config.resolve_stage(dist.is_initialized()).resolve_batch(world)
+        fake = _faked(model, mode)
+        fake.train(train)
+        batch, named = _fake_inputs(args, mode), _fake_inputs(kwargs, mode)
+        if config.zero.stage:
+            shard(fake, config)
+        engine = engine_of(fake) or new_engine(fake, config)
+        small = sum(p.numel() for p in model.parameters()) <= GENERATE_UP_TO
+        engine.compiler = InductorSimulator() if on_cpu and small else GraphSimulator()
+        if not (on_cpu and small):
+            notes.append("Temporaries inside of a segment are estimated from its graph: pointwise chains are taken as fused.")
+        compiled = torch.compile(fake, backend="deepspeed", options=config)
+        ledger = Ledger(watches=True)
+        steps = _Steps(compiled, fake, engine, batch, named, optimizer, train, ledger)
+        steps.run()  # compiles, and makes the optimiser's states
+        engine.probe.ledger = ledger
+        ledger.points.clear()
+        steps.run()
+        counted = engine.traffic.last
+        traffic = [Traffic(kind=kind, direction=direction, group=group, group_size=size, calls=n, bytes=b, exposed_seconds=None)
+                   for (kind, direction, group, size), (n, b, _) in counted.items()]  # type: ignore[arg-type]
+        memory = Memory(timeline=_timeline(_ordered(ledger.points)), time_unit="events")
+        notes.append(f"Predicted in {time.perf_counter() - began:.1f} s from fake tensors; the step's time is not predicted yet.")
+        return _report("predicted", engine, model, memory, traffic, None, world, device, notes, config)
+
+
+class _Steps:
+    """Training steps on fake tensors, the optimiser's by its states and temporaries."""
+
+    def __init__(self, compiled: Any, model: nn.Module, engine: Engine, batch: Sequence[Any], named: dict[str, Any],
+                 optimizer: str, train: bool, ledger: Ledger) -> None:
+        self.compiled, self.model, self.engine = compiled, model, engine
+        self.batch, self.named, self.train, self.ledger = batch, named, train, ledger
+        self.states, self.temporaries = OPTIMIZERS[optimizer] if train else (0, 0)
+        self.kept: list[torch.Tensor] = []
+
+    def run(self) -> None:
+        self.ledger.phase = "forward"
+        self.ledger.note([p.data for p in self.model.parameters()], "parameters")
+        self.ledger.note(list(self.model.buffers()), "parameters")
+        for _ in range(self.engine.accumulation_steps if self.train else 1):
+            if not self.train:
+                with torch.no_grad():
+                    self.compiled(*self.batch, **self.named)
+                continue
+            loss = _loss(self.compiled(*self.batch, **self.named))
+            self.ledger.phase = "backward"
+            loss.backward()
+            self.ledger.phase = "forward"
+        if self.train:
+            self._optimizer_step()
+
+    def _optimizer_step(self) -> None:
+        self.engine.before_step()
+        self.ledger.phase, self.ledger.label = "optimizer", "optimizer.step"
+        trained = [p for p in self.model.parameters() if p.grad is not None]
+        self.ledger.note([p.grad for p in trained], "gradients")
+        locals_ = [p._local_tensor if isinstance(p, DTensor) else p.data for p in trained]
+        if not self.kept:
+            self.kept = [torch.zeros_like(local) for local in locals_ for _ in range(self.states)]
+            self.ledger.note(self.kept, "optimizer")
+        for local in locals_:
+            held = [torch.empty_like(local) for _ in range(self.temporaries)]
+            self.ledger.note(held)
+            del held
+        self.engine.after_step()
+        for param in trained:
+            param.grad = None
+        self.ledger.phase = "forward"
+
+
+def _loss(result: Any) -> torch.Tensor:
+    if isinstance(result, torch.Tensor):
+        loss = result
+    elif getattr(result, "loss", None) is not None:
+        loss = result.loss
+    else:
+        leaves = [t for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, torch.Tensor) and t.requires_grad]
+        if not leaves:
+            raise ValueError("the model's output holds no tensor with a gradient: pass labels so that it answers a loss, or "
+                             "use train=False.")
+        loss = leaves[0]
+    return loss if loss.dim() == 0 else loss.float().sum()
+
+
+@contextlib.contextmanager
+def _fake_group(world: int, backend: str) -> Iterator[None]:
+    """A process group of ``world`` ranks in which nothing is sent; modelled as ``backend``."""
+    if dist.is_initialized():
+        raise RuntimeError(
+            "dspass.explain predicts in a fake process group, and this process is in a real one: predict before "
+            "init_process_group(), or in a process of its own (python -m dspass explain --help).")
+    if world == 1:
+        yield
+        return
+    compat.init_fake_group(world)
+    try:
+        group = dist.group.WORLD
+        assert group is not None
+        _axes[group] = Axis(name="data", group=group, size=world, rank=0, ranks=tuple(range(world)), backend=backend)
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _faked(model: nn.Module, mode: Any) -> nn.Module:
+    """A copy of ``model`` with fake parameters and buffers; meta ones become fake ones on the CPU. Ties are kept."""
+    memo: dict[int, Any] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if id(tensor) in memo:
+            continue
+        fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+        memo[id(tensor)] = nn.Parameter(fake, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+    return copy.deepcopy(model, memo)
+
+
+def _fake_inputs(values: Any, mode: Any) -> Any:
+    return torch.utils._pytree.tree_map_only(
+        torch.Tensor, lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype), values)
+
+
+# -- reports ---------------------------------------------------------------------------------------------------------------
+
+
+def _ordered(points: Sequence[Point]) -> list[Point]:
+    """Points numbered by event: fake steps take no meaningful time."""
+    return [Point(float(i), p.label, p.phase, p.bytes) for i, p in enumerate(points)]
+
+
+def _timeline(points: Sequence[Point]) -> list[MemoryPoint]:
+    start = points[0].seconds if points else 0.0
+    return [MemoryPoint(t=p.seconds - start, label=p.label, phase=p.phase,
+                        bytes={c: max(b, 0) for c, b in zip(CATEGORIES, p.bytes, strict=True)}) for p in points]
+
+
+def _report(kind: Any, engine: Engine, model: nn.Module, memory: Memory, traffic: list[Traffic], seconds: float | None,
+            world: int, device: str, notes: list[str], config: Config | None) -> Report:
+    passes, graphs = [], []
+    for compilation in engine.compilations:
+        passes += [PassRecord(name=p.name, stage=p.where, summary=p.summary, changed=p.changed, seconds=p.seconds,
+                              ops_before=p.ops_before, ops_after=p.ops_after, keeps_numbers=p.keeps_numbers, graph=p.graph,
+                              before=p.before, after=p.after) for p in compilation.passes]
+        graphs += [GraphRecord(name=f"{compilation.name} {where}", before=before, after=after)
+                   for where, (before, after) in compilation.texts.items()]
+    ignored = {i.key: i.reason for i in config.ignored} if config is not None else {}
+    return Report(
+        kind=kind, model=type(model).__name__, device=device, world_size=world, passes=passes, graphs=graphs, memory=memory,
+        traffic=sorted(traffic, key=lambda t: (t.direction, t.kind)), step_seconds=seconds,
+        config=config.to_dict() if config is not None else {}, ignored=ignored, notes=notes,
+        versions={"torch": torch.__version__, "python": platform.python_version(), "dspass": _version()})
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("dspass")
+    except PackageNotFoundError:
+        return "checkout"
+
+
+__all__ = ["OPTIMIZERS", "explain"]

@@ -1,0 +1,148 @@
+"""Segments that run on fake tensors: what they allocate and free, and when, without computing anything.
+
+Two ways, both usable where :class:`~dspass.lowering.segments.SegmentCompiler` is:
+
+- :class:`InductorSimulator` has Inductor generate its code for the segment, C++ kernels left out, and runs that code's
+  own allocations on fake tensors. What it says is what Inductor does, buffer reuse and fusion included. CPU only.
+- :class:`GraphSimulator` walks the graph and takes a pointwise value that only other fusible operators of the segment read
+  as fused away. It needs no code generation, so it serves models of any size and devices that are not here.
+
+Dropped: a liveness model over Inductor's scheduler nodes. It would repeat the wrapper's reuse rules and drift from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch.utils._pytree import tree_map_only
+
+from dspass.lowering.segments import Compiled, _has_constants, _has_symbols, segment_key
+from dspass.runtime import compat
+
+
+@dataclass(kw_only=True)
+class InductorSimulator:
+    patches: Mapping[str, Any] = field(default_factory=dict)
+    compiled: int = 0
+    reused: int = 0
+    _cache: dict[str, Compiled] = field(default_factory=dict)
+
+    def __call__(self, gm: fx.GraphModule, *, is_backward: bool, is_inference: bool) -> Compiled:
+        key = None if _has_symbols(gm.graph) or _has_constants(gm.graph) else segment_key(gm.graph)
+        if key is not None and key in self._cache:
+            self.reused += 1
+            return self._cache[key]
+        self.compiled += 1
+        inputs = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
+        run = compat.generate_segment(gm, inputs, is_backward=is_backward, is_inference=is_inference, patches=self.patches)
+        if key is not None:
+            self._cache[key] = run
+        return run
+
+
+@dataclass(kw_only=True)
+class GraphSimulator:
+    compiled: int = 0
+    reused: int = 0
+
+    def __call__(self, gm: fx.GraphModule, *, is_backward: bool, is_inference: bool) -> Compiled:
+        self.compiled += 1
+        return walk(gm.graph)
+
+
+_FUSIBLE_REDUCTIONS = {
+    torch.ops.aten.sum.dim_IntList, torch.ops.aten.mean.dim, torch.ops.aten.amax.default, torch.ops.aten.var_mean.correction,
+    torch.ops.aten.sum.default, torch.ops.aten.mean.default, torch.ops.prims.convert_element_type.default,
+    torch.ops.aten.embedding.default, torch.ops.aten.cat.default, torch.ops.aten.where.self,
+}
+
+
+def _fuses(node: fx.Node) -> bool:
+    tags = getattr(node.target, "tags", ())
+    return torch.Tag.pointwise in tags or node.target in _FUSIBLE_REDUCTIONS
+
+
+def _is_view(node: fx.Node) -> bool:
+    return getattr(node.target, "is_view", False) is True
+
+
+def materialised(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes whose value takes memory: results, what a matrix product or another opaque operator reads or writes."""
+    output = graph.find_nodes(op="output")[0]
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op != "call_function" or not isinstance(node.meta.get("val"), torch.Tensor) or _is_view(node):
+            if node.op == "call_function" and isinstance(node.meta.get("val"), (list, tuple)) and not _fuses(node):
+                found.add(node)
+            continue
+        readers, seen = list(node.users), set()
+        opaque = not _fuses(node)
+        while readers and not opaque:
+            user = readers.pop()
+            if user in seen:
+                continue
+            seen.add(user)
+            if user is output or not (_fuses(user) or _is_view(user) or user.target.__class__.__name__ == "builtin_function_or_method"):
+                opaque = True
+            elif _is_view(user):
+                readers.extend(user.users)
+        if opaque:
+            found.add(node)
+    return found
+
+
+def walk(graph: fx.Graph) -> Callable[[list[Any]], Sequence[Any]]:
+    """A function that allocates and frees as running ``graph`` would, pointwise chains fused."""
+    solid = materialised(graph)
+    nodes = list(graph.nodes)
+    placeholders = [n for n in nodes if n.op == "placeholder"]
+    output = nodes[-1]
+    results = output.args[0]
+    # A value is held by the node that allocates it; views and fused nodes hold what they are made of.
+    holds: dict[fx.Node, set[fx.Node]] = {}
+    for node in nodes:
+        if node in solid or node.op == "placeholder":
+            holds[node] = {node}
+        elif _is_view(node) or (node.op == "call_function" and node not in solid):
+            holds[node] = set().union(*(holds.get(a, set()) for a in node.all_input_nodes)) if node.all_input_nodes else set()
+    last: dict[fx.Node, int] = {}
+    for i, node in enumerate(nodes):
+        for held in holds.get(node, set()) | set().union(*(holds.get(a, set()) for a in node.all_input_nodes), set()):
+            last[held] = i
+    frees: dict[int, list[fx.Node]] = {}
+    for node, i in last.items():
+        frees.setdefault(i, []).append(node)
+
+    def run(args: list[Any]) -> Sequence[Any]:
+        values: dict[fx.Node, Any] = dict(zip(placeholders, args, strict=True))
+        args.clear()
+        made: dict[fx.Node, Any] = {}
+        for i, node in enumerate(nodes[:-1]):
+            if node in solid:
+                values[node] = tree_map_only(torch.Tensor, _fresh, node.meta["val"])
+            if i in frees:
+                for gone in frees[i]:
+                    values.pop(gone, None)
+        for node in results:
+            if not isinstance(node, fx.Node):
+                continue
+            base = next((values[h] for h in holds.get(node, ()) if h in values and isinstance(values[h], torch.Tensor)), None)
+            if node in values:
+                made[node] = values[node]
+            elif node.meta.get("val") is not None and isinstance(node.meta["val"], torch.Tensor):
+                val = node.meta["val"]
+                same = base is not None and base.untyped_storage().nbytes() >= val.untyped_storage().nbytes()
+                made[node] = base.as_strided(val.shape, val.stride(), 0) if same and base.dtype == val.dtype else _fresh(val)
+            else:
+                made[node] = node.meta.get("val")
+        return tuple(made[n] if isinstance(n, fx.Node) else n for n in results)
+
+    return run
+
+
+def _fresh(like: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
