@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 from dspass.config import Config
 from dspass.lowering.simulate import GraphSimulator, InductorSimulator
 from dspass.owners import unwrap
+from dspass.passes import cost
 from dspass.report import GraphRecord, Memory, MemoryPoint, PassRecord, Report, Traffic
 from dspass.runtime import compat
 from dspass.runtime.axis import Axis
@@ -63,6 +64,8 @@ def explain(
     """
     if isinstance(model, (str, os.PathLike)):
         return Report.load(model)
+    if device is not None:
+        cost.device(device)  # an unknown one is refused before any work
     if not args and not kwargs:
         return _measured(model)
     if optimizer not in OPTIMIZERS:
@@ -93,7 +96,7 @@ def _measured(model: nn.Module) -> Report:
     else:
         memory = Memory(timeline=_timeline(measurement.points), time_unit="seconds")
     traffic = [Traffic(kind=kind, direction=direction, group=group, group_size=size, calls=n, bytes=b, exposed_seconds=exposed)
-               for (kind, direction, group, size), (n, b, exposed) in engine.traffic.last.items()]  # type: ignore[arg-type]
+               for (kind, direction, group, size), (n, b, exposed) in engine.traffic.last.items()]
     world = dist.get_world_size() if dist.is_initialized() else 1
     device = next((p.device.type for p in model.parameters()), "cpu")
     return _report("measured", engine, unwrap(model), memory, traffic, engine.step_seconds, world, device, notes, engine.config)
@@ -109,7 +112,7 @@ def _predicted(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], co
     began = time.perf_counter()
     notes = []
     on_cpu = device == "cpu"
-    with _fake_group(world, "gloo" if on_cpu else "nccl"), compat.fake_mode() as mode:
+    with _fake_group(world, "gloo" if on_cpu else "modelled nccl"), compat.fake_mode() as mode:
         config = config.resolve_stage(dist.is_initialized()).resolve_batch(world)
         fake = _faked(model, mode)
         fake.train(train)
@@ -128,12 +131,35 @@ def _predicted(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], co
         engine.probe.ledger = ledger
         ledger.points.clear()
         steps.run()
-        counted = engine.traffic.last
-        traffic = [Traffic(kind=kind, direction=direction, group=group, group_size=size, calls=n, bytes=b, exposed_seconds=None)
-                   for (kind, direction, group, size), (n, b, _) in counted.items()]  # type: ignore[arg-type]
+        exposed, seconds = _seconds(engine, fake, device, optimizer, train)
+        traffic = [Traffic(kind=kind, direction=direction, group=group, group_size=size, calls=n, bytes=b,
+                           exposed_seconds=exposed.get((kind, direction), 0.0))
+                   for (kind, direction, group, size), (n, b, _) in engine.traffic.last.items()]
         memory = Memory(timeline=_timeline(_ordered(ledger.points)), time_unit="events")
-        notes.append(f"Predicted in {time.perf_counter() - began:.1f} s from fake tensors; the step's time is not predicted yet.")
-        return _report("predicted", engine, model, memory, traffic, None, world, device, notes, config)
+        notes.append(f"Predicted in {time.perf_counter() - began:.1f} s from fake tensors. The time is a roofline's, "
+                     + ("with this CPU's measured rates." if on_cpu else f"{cost.ACHIEVED:.0%} of datasheet rates."))
+        return _report("predicted", engine, model, memory, traffic, seconds, world, device, notes, config)
+
+
+def _seconds(engine: Engine, model: nn.Module, device: str, optimizer: str, train: bool) -> tuple[dict[tuple[str, str], float], float]:
+    """Exposed seconds by kind and direction, and the whole step's."""
+    with compat.without_fake_mode():
+        on = cost.device(device)
+    exposed: dict[tuple[str, str], float] = {}
+    total = 0.0
+    for compilation in engine.compilations:
+        for where in ("forward", "backward"):
+            if where in compilation.graphs:
+                one = cost.estimate(compilation.graphs[where].graph, on)
+                total += one.seconds * engine.accumulation_steps
+                for (kind, _), seconds in one.exposed.items():
+                    exposed[kind, where] = exposed.get((kind, where), 0.0) + seconds * engine.accumulation_steps
+    if train:
+        states, _ = OPTIMIZERS[optimizer]
+        shards = sum((p._local_tensor if isinstance(p, DTensor) else p).numel() * p.element_size()
+                     for p in model.parameters() if p.requires_grad)
+        total += shards * (3 + 2 * states) / on.memory  # reads p, g and states; writes p and states
+    return exposed, total
 
 
 class _Steps:

@@ -1,6 +1,7 @@
 """What was done to a model, what memory and traffic it costs, how long a step takes: data, and text of it.
 
-A :class:`Report` is plain data and needs no torch: it is filled by ``dspass.explain``, saved, loaded elsewhere, and compared with another one. A figure that nobody measured is ``None`` and shown as such, never made up.
+A :class:`Report` is plain data and needs no torch: it is filled by ``dspass.explain``, saved, loaded
+elsewhere and compared. A figure that nobody measured is ``None`` and shown as such, never made up.
 The page is in :mod:`dspass.report_html`.
 """
 
@@ -269,13 +270,12 @@ class Report:
         if Path(path).suffix.lower() != ".json":
             raise ValueError(f"cannot save a trace as {os.fspath(path)!r}: the name must end in .json")
         events = list(_trace_events(self))
-        _write(
-            path, _dumps({"displayTimeUnit": "ms", "otherData": _trace_header(self), "traceEvents": events})
-        )
+        _write(path, _dumps({"displayTimeUnit": "ms", "otherData": _trace_header(self), "traceEvents": events}))
 
     def diff(self, other: Report) -> str:
         """What differs from this report to ``other``, as text: ``this → other``."""
-        return "\n".join(_diff_lines(self, other)) or "No difference."
+        nothing = "The same passes, graphs, memory at the peak, traffic, step time and configuration."
+        return "\n".join(_diff_lines(self, other)) or nothing
 
 
 # Text diff
@@ -317,9 +317,7 @@ def opcodes(before: Sequence[str], after: Sequence[str]) -> list[Opcode]:
     return list(_from_blocks(blocks, len(before), len(after)))
 
 
-def _anchors(
-    before: Sequence[str], after: Sequence[str], a0: int, a1: int, b0: int, b1: int
-) -> list[tuple[int, int]]:
+def _anchors(before: Sequence[str], after: Sequence[str], a0: int, a1: int, b0: int, b1: int) -> list[tuple[int, int]]:
     """Lines that stand once in both ranges, as the longest chain of pairs that ascends in both."""
     in_a, in_b = Counter(before[a0:a1]), Counter(after[b0:b1])
     where = {after[j]: j for j in range(b0, b1)}
@@ -429,7 +427,7 @@ def _three_digits(value: float) -> str:
 
 def _lines(report: Report) -> Iterator[str]:
     ranks = f"{report.world_size} rank" + ("" if report.world_size == 1 else "s")
-    yield f"dspass report, {report.kind}: {_line(report.model)} on {ranks} of {_line(report.device)}"
+    yield f"dspass report, {report.kind}: {_line(report.model)} on {ranks}, {_line(report.device)}"
     if report.versions:
         yield "  " + ", ".join(f"{_line(k)} {_line(v)}" for k, v in report.versions.items())
     yield ""
@@ -455,16 +453,18 @@ def _pass_lines(report: Report) -> Iterator[str]:
         return
     changed = sum(p.changed for p in passes)
     seconds = format_seconds(sum(p.seconds for p in passes))
-    yield f"Passes: {len(passes)} runs, {changed} changed a graph, {seconds} in all (* changes numbers)"
+    star = "" if all(p.keeps_numbers for p in passes) else " (* changes numbers)"
+    yield f"Passes: {len(passes)} runs, {changed} changed a graph, {seconds} in all{star}"
     shown = passes
     if len(passes) > _PASS_ROWS:
         shown = [p for p in passes if p.changed]
+    several = len({p.graph for p in passes}) > 1
     rows = []
     for p in shown[:_PASS_ROWS]:
         name = _line(p.name) + ("" if p.keeps_numbers else "*")
-        where = f"{_line(p.graph)} {p.stage}"
+        where = f"{_line(p.graph)} {p.stage}" if several else p.stage
         rows.append((name, where, _change(p), format_seconds(p.seconds), _line(p.summary)))
-    yield from _table(rows, "<<<><")
+    yield from _table(rows, "<<>><")
     if len(shown) > _PASS_ROWS:
         yield f"  and {len(shown) - _PASS_ROWS} more that changed a graph"
     if len(shown) < len(passes):
@@ -474,18 +474,17 @@ def _pass_lines(report: Report) -> Iterator[str]:
 
 
 def _change(record: PassRecord) -> str:
-    if record.ops_before == record.ops_after:
-        return f"{record.ops_after} ops"
-    return f"{record.ops_before} → {record.ops_after} ops"
+    before, after = record.ops_before, record.ops_after
+    return f"{after} ops" if before == after else f"{before} → {after} ops"
 
 
 def _memory_lines(report: Report) -> Iterator[str]:
     memory = report.memory
     first = memory.first_call_peak_bytes
-    first_call = "" if first is None else f" (first call {format_bytes(first)})"
+    first_call = f" (first call {report.missing if first is None else format_bytes(first)})"
     peak = memory.peak
     if peak is None:
-        yield f"Peak memory of one rank: {report.missing}{first_call}"
+        yield f"Peak memory of one rank: {report.missing}{'' if first is None else first_call}"
         return
     at = f"in {peak.phase}, at {_line(peak.label)}"
     yield f"Peak memory of one rank: {format_bytes(peak.total)}{first_call}, {at}"
@@ -547,7 +546,7 @@ def _diff_lines(old: Report, new: Report) -> Iterator[str]:
     if old.step_seconds != new.step_seconds:
         figures = _figures(old.step_seconds, new.step_seconds, format_seconds, old.missing, new.missing)
         yield f"Step time: {figures}"
-    yield from _section("Configuration", _changes(_flat(old.config), _flat(new.config)))
+    yield from _section("Configuration", _changes(flat_config(old.config), flat_config(new.config)))
     yield from _section("Ignored keys", _changes(old.ignored, new.ignored))
     gone, come = Counter(old.notes) - Counter(new.notes), Counter(new.notes) - Counter(old.notes)
     yield from _section("Notes", [f"- {_line(n)}" for n in gone] + [f"+ {_line(n)}" for n in come])
@@ -670,12 +669,12 @@ def _figures(was: Any, now: Any, show: Any, was_missing: str, now_missing: str) 
     return f"{text} ({100 * (now - was) / was:+.1f} %)" if was and now is not None else text
 
 
-def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat_config(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested keys as ``a.b``; empty sections stay visible."""
     flat: dict[str, Any] = {}
     for key, item in value.items():
         if isinstance(item, dict) and item:
-            flat.update(_flat(item, f"{prefix}{key}."))
+            flat.update(flat_config(item, f"{prefix}{key}."))
         else:
             flat[f"{prefix}{key}"] = item
     return flat
@@ -738,9 +737,7 @@ def _name(kind: str, pid: int, tid: int, name: str) -> dict[str, Any]:
     return {"name": kind, "ph": "M", "pid": pid, "tid": tid, "ts": 0, "args": {"name": name}}
 
 
-def _span_event(
-    name: str, pid: int, tid: int, start: float, end: float, args: dict[str, Any]
-) -> dict[str, Any]:
+def _span_event(name: str, pid: int, tid: int, start: float, end: float, args: dict[str, Any]) -> dict[str, Any]:
     duration = max(0.0, end - start)
     return {"name": name, "ph": "X", "pid": pid, "tid": tid, "ts": start, "dur": duration, "args": args}
 

@@ -72,7 +72,7 @@ def _setter(name: str) -> Any:
 def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
     from dspass.shard import adopt_copy
 
-    base = type(self)._dspass_base  # type: ignore[attr-defined]
+    base = type(self)._dspass_base
     new = base.__new__(base)
     memo[id(self)] = new
     state = {k: v for k, v in self.__dict__.items() if k not in (KEYS, ENGINE)}

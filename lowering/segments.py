@@ -217,17 +217,14 @@ def _has_constants(graph: fx.Graph) -> bool:
 
 
 def _runtime_instruction(node: fx.Node) -> Instruction:
-    if node.target is operator.getitem:
-        index = node.args[1]
-        return Instruction(label=node.name, run=lambda args, index=index: (args[0][index],),
-                           inputs=(node.args[0].name,), outputs=(node.name,), boxed=True)
-    target: Any = node.target
     first, *rest = node.args
-    names = tuple(n.name for n in (first if isinstance(first, (list, tuple)) else [first]))
-    if isinstance(first, (list, tuple)):
-        run = lambda args: (target(args, *rest),)  # noqa: E731
-    else:
-        run = lambda args: (target(args[0], *rest),)  # noqa: E731
+    target: Any = node.target
+    takes_list = isinstance(first, (list, tuple))
+    names = tuple(n.name for n in (first if takes_list else [first]))
+
+    def run(args: list[Any]) -> tuple[Any]:
+        return (target(args if takes_list else args[0], *rest),)
+
     return Instruction(label=node.name, run=run, inputs=names, outputs=(node.name,), boxed=False,
                        is_runtime=True)
 

@@ -21,6 +21,7 @@ import torch.fx as fx
 from torch.utils._pytree import tree_map_only
 
 from dspass.lowering.segments import Compiled, _has_constants, _has_symbols, segment_key
+from dspass.passes.cost import is_view, materialised
 from dspass.runtime import compat
 
 
@@ -54,47 +55,6 @@ class GraphSimulator:
         return walk(gm.graph)
 
 
-_FUSIBLE_REDUCTIONS = {
-    torch.ops.aten.sum.dim_IntList, torch.ops.aten.mean.dim, torch.ops.aten.amax.default, torch.ops.aten.var_mean.correction,
-    torch.ops.aten.sum.default, torch.ops.aten.mean.default, torch.ops.prims.convert_element_type.default,
-    torch.ops.aten.embedding.default, torch.ops.aten.cat.default, torch.ops.aten.where.self,
-}
-
-
-def _fuses(node: fx.Node) -> bool:
-    tags = getattr(node.target, "tags", ())
-    return torch.Tag.pointwise in tags or node.target in _FUSIBLE_REDUCTIONS
-
-
-def _is_view(node: fx.Node) -> bool:
-    return getattr(node.target, "is_view", False) is True
-
-
-def materialised(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes whose value takes memory: results, what a matrix product or another opaque operator reads or writes."""
-    output = graph.find_nodes(op="output")[0]
-    found: set[fx.Node] = set()
-    for node in graph.nodes:
-        if node.op != "call_function" or not isinstance(node.meta.get("val"), torch.Tensor) or _is_view(node):
-            if node.op == "call_function" and isinstance(node.meta.get("val"), (list, tuple)) and not _fuses(node):
-                found.add(node)
-            continue
-        readers, seen = list(node.users), set()
-        opaque = not _fuses(node)
-        while readers and not opaque:
-            user = readers.pop()
-            if user in seen:
-                continue
-            seen.add(user)
-            if user is output or not (_fuses(user) or _is_view(user) or user.target.__class__.__name__ == "builtin_function_or_method"):
-                opaque = True
-            elif _is_view(user):
-                readers.extend(user.users)
-        if opaque:
-            found.add(node)
-    return found
-
-
 def walk(graph: fx.Graph) -> Callable[[list[Any]], Sequence[Any]]:
     """A function that allocates and frees as running ``graph`` would, pointwise chains fused."""
     solid = materialised(graph)
@@ -107,7 +67,7 @@ def walk(graph: fx.Graph) -> Callable[[list[Any]], Sequence[Any]]:
     for node in nodes:
         if node in solid or node.op == "placeholder":
             holds[node] = {node}
-        elif _is_view(node) or (node.op == "call_function" and node not in solid):
+        elif is_view(node) or (node.op == "call_function" and node not in solid):
             holds[node] = set().union(*(holds.get(a, set()) for a in node.all_input_nodes)) if node.all_input_nodes else set()
     last: dict[fx.Node, int] = {}
     for i, node in enumerate(nodes):
@@ -130,18 +90,21 @@ def walk(graph: fx.Graph) -> Callable[[list[Any]], Sequence[Any]]:
         for node in results:
             if not isinstance(node, fx.Node):
                 continue
-            base = next((values[h] for h in holds.get(node, ()) if h in values and isinstance(values[h], torch.Tensor)), None)
-            if node in values:
-                made[node] = values[node]
-            elif node.meta.get("val") is not None and isinstance(node.meta["val"], torch.Tensor):
-                val = node.meta["val"]
-                same = base is not None and base.untyped_storage().nbytes() >= val.untyped_storage().nbytes()
-                made[node] = base.as_strided(val.shape, val.stride(), 0) if same and base.dtype == val.dtype else _fresh(val)
-            else:
-                made[node] = node.meta.get("val")
+            made[node] = values[node] if node in values else _view_of(node, [values.get(h) for h in holds.get(node, ())])
         return tuple(made[n] if isinstance(n, fx.Node) else n for n in results)
 
     return run
+
+
+def _view_of(node: fx.Node, bases: Sequence[Any]) -> Any:
+    """The value of a result that allocates nothing itself: a view of something alive, or a size."""
+    like = node.meta.get("val")
+    if not isinstance(like, torch.Tensor):
+        return like
+    for base in (leaf for b in bases for leaf in (b if isinstance(b, (list, tuple)) else [b])):
+        if isinstance(base, torch.Tensor) and base.dtype == like.dtype and base.numel() >= like.numel():
+            return base.as_strided(like.shape, like.stride(), 0)
+    return _fresh(like)
 
 
 def _fresh(like: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ Adding one takes three steps: the file, its line in :data:`dspass.passes.pipelin
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from abc import ABC, abstractmethod
@@ -124,7 +125,7 @@ def run_passes(
                               keeps_numbers=item.keeps_numbers, before=before, after=text))
             log.debug("%s %s: %s (%s, %.1f ms)", ctx.graph, ctx.where, item.name, summary, seconds * 1e3)
             if text != before:
-                compat.trace_artifact(f"dspass_{ctx.where}_{item.name}", lambda text=text: text)
+                compat.trace_artifact(f"dspass_{ctx.where}_{item.name}", functools.partial(str, text))
     gm.recompile()
     return gm
 

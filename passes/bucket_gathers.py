@@ -8,7 +8,9 @@ from typing import ClassVar
 import torch.fx as fx
 
 from dspass.passes.base import Pass, PassContext
+from dspass.passes.buckets import BucketLimit
 from dspass.passes.nodes import calls, gather_start, gather_wait, merge_pairs, specs_of
+from dspass.runtime.axis import Axis
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,14 +18,14 @@ class BucketGathers(Pass):
     """Join consecutive ``gather_start`` of one axis until a bucket holds ``bucket_bytes`` of whole parameters.
 
     ``max_elements`` is DeepSpeed's ``stage3_prefetch_bucket_size``, an upper limit in elements. A parameter larger than a
-    limit travels alone. The bucket stands where its first parameter is needed, so that none is late.
+    limit travels alone; without ``bucket_bytes`` the choice is ours (:mod:`dspass.passes.buckets`). The bucket stands where its first parameter is needed, so that none is late.
     """
 
     name: ClassVar[str] = "bucket_gathers"
     requires: ClassVar[frozenset[str]] = frozenset({"gathers"})
     provides: ClassVar[frozenset[str]] = frozenset({"bucketed gathers"})
 
-    bucket_bytes: int = 16_000_000
+    bucket_bytes: int | None = None
     max_elements: int | None = None
 
     def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
@@ -31,9 +33,12 @@ class BucketGathers(Pass):
         if len(starts) < 2:
             ctx.say(f"{len(starts)} gathers: nothing to join")
             return graph
+        limit = BucketLimit.choose([_bytes(s) for s in starts], self.bucket_bytes, self.max_elements)
         buckets: list[list[fx.Node]] = []
         for start in starts:
-            if buckets and self._fits(buckets[-1], start):
+            together = [*buckets[-1], start] if buckets else []
+            if together and _axis(together[0]) is _axis(start) and limit.holds(
+                    [_bytes(s) for s in together], [_elements(s) for s in together]):
                 buckets[-1].append(start)
             else:
                 buckets.append([start])
@@ -43,12 +48,14 @@ class BucketGathers(Pass):
         ctx.say(f"{len(starts)} gathers in {len(buckets)} buckets")
         return graph
 
-    def _fits(self, bucket: list[fx.Node], start: fx.Node) -> bool:
-        specs = [s for node in (*bucket, start) for s in specs_of(node)]
-        if specs[-1].shard_axis is not specs[0].shard_axis:
-            return False
-        if self.max_elements is not None and sum(s.numel for s in specs) > self.max_elements:
-            return False
-        return sum(s.gathered_bytes for s in specs) <= self.bucket_bytes
+
+def _axis(start: fx.Node) -> Axis | None:
+    return specs_of(start)[0].shard_axis
 
 
+def _bytes(start: fx.Node) -> int:
+    return sum(s.gathered_bytes for s in specs_of(start))
+
+
+def _elements(start: fx.Node) -> int:
+    return sum(s.numel for s in specs_of(start))

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch.fx as fx
 
 from dspass.passes.base import Pass, PassContext, Where
+from dspass.passes.buckets import BucketLimit
 from dspass.passes.nodes import calls, merge_pairs, positions, reduce_start, reduce_wait, specs_of, wait_of
 
 
@@ -17,14 +18,16 @@ class BucketReductions(Pass):
     gradients become complete.
 
     A bucket starts behind its last gradient. It is waited for when the one ``in_flight`` buckets later starts, or at the
-    end: a gradient's whole form is freed with the wait. ``max_elements`` is DeepSpeed's ``reduce_bucket_size``.
+    end, and at once where that is 0: a gradient's whole form is freed with the wait. One that this graph goes on computing with travels alone, at once.
+    ``max_elements`` is DeepSpeed's ``reduce_bucket_size``; without ``bucket_bytes`` the choice is ours
+    (:mod:`dspass.passes.buckets`).
     """
 
     name: ClassVar[str] = "bucket_reductions"
     requires: ClassVar[frozenset[str]] = frozenset({"reductions"})
     where: ClassVar[frozenset[Where]] = frozenset({"backward"})
 
-    bucket_bytes: int = 16_000_000
+    bucket_bytes: int | None = None
     max_elements: int | None = None
     in_flight: int = 1
 
@@ -33,13 +36,19 @@ class BucketReductions(Pass):
         if not starts:
             ctx.say("no reductions here")
             return graph
+        output = graph.find_nodes(op="output")[0]
+        limit = BucketLimit.choose([_bytes(s) for s in starts], self.bucket_bytes, self.max_elements)
         open_buckets: dict[tuple, list[fx.Node]] = {}
         buckets: list[list[fx.Node]] = []
         for start in starts:
-            (spec,) = specs_of(start)
+            if any(user is not output for item in wait_of(start).users for user in item.users):
+                buckets.append([start])
+                continue
+            spec = specs_of(start)[0]
             kind = (spec.layout == "shard", spec.shard_axis, spec.replicate_axis, spec.reduce_dtype)
             bucket = open_buckets.get(kind)
-            if bucket is None or not self._fits(bucket, start):
+            joined_by = [*(bucket or ()), start]
+            if bucket is None or not limit.holds([_bytes(s) for s in joined_by], [_elements(s) for s in joined_by]):
                 bucket = open_buckets[kind] = []
                 buckets.append(bucket)
             bucket.append(start)
@@ -54,6 +63,8 @@ class BucketReductions(Pass):
         return graph
 
     def _place_waits(self, graph: fx.Graph, starts: list[fx.Node]) -> None:
+        if self.in_flight < 1:
+            return  # each wait stands behind its start already
         output = graph.find_nodes(op="output")[0]
         for i, start in enumerate(starts):
             wait = wait_of(start)
@@ -64,8 +75,10 @@ class BucketReductions(Pass):
             for node in group:
                 later.prepend(node)
 
-    def _fits(self, bucket: list[fx.Node], start: fx.Node) -> bool:
-        specs = [s for node in (*bucket, start) for s in specs_of(node)]
-        if self.max_elements is not None and sum(s.numel for s in specs) > self.max_elements:
-            return False
-        return sum(s.reduced_bytes for s in specs) <= self.bucket_bytes
+
+def _bytes(start: fx.Node) -> int:
+    return sum(s.reduced_bytes for s in specs_of(start))
+
+
+def _elements(start: fx.Node) -> int:
+    return sum(s.numel for s in specs_of(start))

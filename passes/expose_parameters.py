@@ -60,7 +60,7 @@ def _input_of(node: fx.Node) -> fx.Node:
     """The placeholder that ``node`` is a plain alias of."""
     while node.op != "placeholder":
         assert node.target in _ALIASES, f"a shard reaches unshard through {node.format_node()}"
-        node = node.args[0]  # type: ignore[assignment]
+        node = node.args[0]
     return node
 
 
@@ -77,7 +77,7 @@ def _merge_reductions(graph: fx.Graph) -> int:
             continue
         with graph.inserting_before(node):
             total = graph.call_function(torch.ops.aten.add.Tensor, (left.args[0], right.args[0]))
-            total.meta["val"] = left.args[0].meta["val"]  # type: ignore[union-attr]
+            total.meta["val"] = left.args[0].meta["val"]
             reduced = graph.call_function(REDUCE_GRAD, (total, left.args[1]))
             reduced.meta["val"] = node.meta["val"]
             for new in (total, reduced):

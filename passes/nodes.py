@@ -33,7 +33,7 @@ def first_user(node: fx.Node, order: dict[fx.Node, int]) -> fx.Node:
 
 def specs_of(start: fx.Node) -> list[ParamSpec]:
     """The parameters of a ``gather_start`` or ``reduce_start`` node."""
-    return [lookup(key) for key in start.args[1]]  # type: ignore[union-attr]
+    return [lookup(key) for key in start.args[1]]
 
 
 def wait_of(start: fx.Node) -> fx.Node:
@@ -62,14 +62,14 @@ def items_of(wait: fx.Node) -> list[fx.Node | None]:
     found: list[fx.Node | None] = [None] * len(wait.meta["val"])
     for user in wait.users:
         assert user.target is operator.getitem, f"{wait.name} is read by {user.format_node()}"
-        found[user.args[1]] = user  # type: ignore[index]
+        found[user.args[1]] = user
     return found
 
 
 def merge_pairs(graph: fx.Graph, starts: Sequence[fx.Node], begin: Any, end: Any, at: fx.Node) -> fx.Node:
     """Replace several start/wait pairs by one that stands before ``at``; answers the new start."""
-    inputs = [n for s in starts for n in s.args[0]]  # type: ignore[union-attr]
-    keys = [k for s in starts for k in s.args[1]]  # type: ignore[union-attr]
+    inputs = [n for s in starts for n in s.args[0]]
+    keys = [k for s in starts for k in s.args[1]]
     old = [item for s in starts for item in items_of(wait_of(s))]
     values = [v for s in starts for v in s.meta["val"]]
     with graph.inserting_before(at):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from dspass.passes.nodes import GATHERED
+from dspass.passes.nodes import GATHERED, first_user, positions
 from dspass.runtime import compat
 
 
@@ -75,8 +75,11 @@ def save_shards(forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int) -> 
             whole.meta[GATHERED] = (leaf.meta[GATHERED][0], held[local.name].name)
             copies[leaf] = whole
 
-    for value, placeholder in remade.items():
-        with backward.inserting_before(body):
+    # Right before the first use, in the order of these: at the top of the graph every parameter would be gathered there.
+    order = positions(backward)
+    uses = {p: first_user(p, order) if p.users else body for p in remade.values()}
+    for value, placeholder in sorted(remade.items(), key=lambda pair: order[uses[pair[1]]]):
+        with backward.inserting_before(uses[placeholder]):
             copy = _copy_into(backward, value, copies)
         placeholder.replace_all_uses_with(copy)
         backward.erase_node(placeholder)

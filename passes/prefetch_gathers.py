@@ -38,7 +38,10 @@ class PrefetchGathers(Pass):
             if self.max_live_elements is not None and sum(sizes[max(i - self.distance, 0) : i + 1]) > self.max_live_elements:
                 refused += 1
             elif i < self.distance:  # from the top of the graph, in order
-                body.prepend(start)
+                if i:
+                    starts[i - 1].append(start)
+                elif start is not body:
+                    body.prepend(start)
                 moved += 1
             else:
                 # Behind the arrival of the one that far before it; the order of gathers must not change.

@@ -7,7 +7,9 @@ Tried with torch 2.11 to 2.13 (2.13 by the whole test suite on the CPU). Another
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import FrameType
 from typing import Any
 from unittest import mock
 
@@ -43,11 +45,9 @@ def in_compiled_call() -> bool:
     Read from the stack and not from a flag: a flag set by a hook would be traced by Dynamo, and one left
     behind by an exception would make every later eager read a collective.
     """
-    import sys
-
     if backward_run() != -1:
         return True
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "compile_wrapper" and frame.f_code.co_filename.endswith("eval_frame.py"):
             return True

@@ -30,7 +30,7 @@ import torch
 from dspass.runtime import compat
 from dspass.runtime.params import ParamSpec, register
 from dspass.runtime.program import Probe
-from dspass.runtime.traffic import Direction, TrafficCounter, gather_cost, reduce_cost, reduction_steps
+from dspass.runtime.traffic import CollectiveKey, Direction, TrafficCounter, gather_cost, reduce_cost, reduction_steps
 from dspass.runtime.transport import InFlight, transport_for
 
 _numbers = itertools.count()
@@ -200,7 +200,7 @@ class Gather:
 
     def __init__(self, engine: Engine, keys: list[str], ready: dict[str, torch.Tensor],
                  missing: list[tuple[ParamSpec, torch.Tensor]], flight: InFlight | None,
-                 counted: tuple[str, str, str, int] | None) -> None:
+                 counted: CollectiveKey | None) -> None:
         self._engine, self._keys, self._ready = engine, keys, ready
         self._missing, self._flight, self._counted = missing, flight, counted
 
@@ -226,7 +226,7 @@ class Reduction:
     """A reduction under way."""
 
     def __init__(self, engine: Engine, specs: Sequence[ParamSpec], results: list[torch.Tensor] | None,
-                 flight: InFlight | None, counted: list[tuple[str, str, str, int]], world: int,
+                 flight: InFlight | None, counted: list[CollectiveKey], world: int,
                  then: Sequence = ()) -> None:
         self._engine, self._specs, self._results = engine, specs, results
         self._flight, self._counted, self._world, self._then = flight, counted, world, then

@@ -6,7 +6,7 @@ a reduce-scatter, twice that for an all-reduce (Rabenseifner 2004; the same coun
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -16,6 +16,10 @@ from dspass.runtime.params import ParamSpec
 
 Kind = Literal["all-gather", "reduce-scatter", "all-reduce"]
 Direction = Literal["forward", "backward"]
+
+
+CollectiveKey = tuple[Kind, Direction, str, int]
+"""Kind, direction, group and its size."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +68,13 @@ def reduction_steps(specs: Sequence[ParamSpec]) -> list[tuple[Axis, Kind, int]]:
 class TrafficCounter:
     """Counts collectives of the current optimiser step and keeps the last whole one."""
 
-    current: Counter[tuple[str, str, str, int]] = field(default_factory=Counter)
-    current_bytes: Counter[tuple[str, str, str, int]] = field(default_factory=Counter)
-    exposed: Counter[tuple[str, str, str, int]] = field(default_factory=Counter)
-    last: dict[tuple[str, str, str, int], tuple[int, int, float]] = field(default_factory=dict)
+    current: Counter[CollectiveKey] = field(default_factory=Counter)
+    current_bytes: Counter[CollectiveKey] = field(default_factory=Counter)
+    exposed: dict[CollectiveKey, float] = field(default_factory=lambda: defaultdict(float))
+    last: dict[CollectiveKey, tuple[int, int, float]] = field(default_factory=dict)
 
-    def add(self, collective: Collective) -> tuple[str, str, str, int]:
-        key = (collective.kind, collective.direction, collective.group, collective.group_size)
+    def add(self, collective: Collective) -> CollectiveKey:
+        key: CollectiveKey = (collective.kind, collective.direction, collective.group, collective.group_size)
         self.current[key] += 1
         self.current_bytes[key] += collective.bytes
         return key
@@ -80,4 +84,4 @@ class TrafficCounter:
             self.last = {
                 k: (n, self.current_bytes[k], self.exposed[k]) for k, n in self.current.items()
             }
-        self.current, self.current_bytes, self.exposed = Counter(), Counter(), Counter()
+        self.current, self.current_bytes, self.exposed = Counter(), Counter(), defaultdict(float)

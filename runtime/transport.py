@@ -129,12 +129,10 @@ class Coalesced(Transport):
             step = axis.padded_rows(total) // axis.size
             padded.append(_pad_rows(shard, step))
             outputs.append(shard.new_empty((step * axis.size, *shard.shape[1:])))
-        with dist._coalescing_manager(group=axis.group, async_ops=True) as works:
-            for output, shard in zip(outputs, padded, strict=True):
-                dist.all_gather_into_tensor(output, shard, group=axis.group)
+        works = self._launch(axis, dist.all_gather_into_tensor, outputs, padded)
         # Ranks fill their rows in order, so padding stands only at the end and a view drops it.
         results = [output.narrow(0, 0, total) for output, total in zip(outputs, rows, strict=True)]
-        return InFlight([works], results, keep=padded)
+        return InFlight(works, results, keep=padded)
 
     def reduce_scatter(self, axis: Axis, full: Sequence[torch.Tensor]) -> InFlight:
         padded, outputs, results = [], [], []
@@ -144,10 +142,28 @@ class Coalesced(Transport):
             output = tensor.new_empty((total // axis.size, *tensor.shape[1:]))
             outputs.append(output)
             results.append(output.narrow(0, 0, axis.rows(tensor.shape[0])[1]))
+        works = self._launch(axis, dist.reduce_scatter_tensor, outputs, padded)
+        return InFlight(works, results, keep=padded)
+
+
+    def _launch(self, axis: Axis, collective: Callable[..., Any], outputs: Sequence[torch.Tensor],
+                inputs: Sequence[torch.Tensor]) -> list[Any]:
         with dist._coalescing_manager(group=axis.group, async_ops=True) as works:
-            for output, tensor in zip(outputs, padded, strict=True):
-                dist.reduce_scatter_tensor(output, tensor, group=axis.group)
-        return InFlight([works], results, keep=padded)
+            for output, value in zip(outputs, inputs, strict=True):
+                collective(output, value, group=axis.group)
+        return [works]
+
+
+class Modelled(Coalesced):
+    """The buffers of :class:`Coalesced` and no communication: what a fake process group stands in for."""
+
+    def _launch(self, axis: Axis, collective: Callable[..., Any], outputs: Sequence[torch.Tensor],
+                inputs: Sequence[torch.Tensor]) -> list[Any]:
+        return []
+
+    def all_reduce(self, axis: Axis, tensors: Sequence[torch.Tensor]) -> InFlight:
+        flat = torch.cat([t.reshape(-1) for t in tensors])
+        return InFlight([], [p.view(t.shape) for p, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)])
 
 
 def _others(axis: Axis) -> list[int]:
@@ -164,4 +180,6 @@ def _pad_rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 def transport_for(axis: Axis) -> Transport:
+    if axis.backend == "modelled nccl":
+        return Modelled()
     return PointToPoint() if axis.backend == "gloo" else Coalesced()

@@ -1,0 +1,41 @@
+# Two commands do everything: `make demo` and `make test`. Both make .venv first; nothing else is installed.
+PYTHON ?= python3
+# An open range would pull the newest build with several GB of GPU libraries; set TORCH=torch==... for another one.
+TORCH ?= torch==2.13.0
+VENV := .venv
+RUN := OMP_NUM_THREADS=1 $(VENV)/bin/python
+
+.PHONY: help demo test lint types tests bench clean
+
+help:
+	@echo "make demo   train a small GPT on 2 processes with ZeRO-3, print and write the report (about 3 minutes)"
+	@echo "make test   lint, types and all tests"
+	@echo "make bench  side by side with DDP, FSDP2 and plain Inductor (about 15 minutes)"
+	@echo "make clean  remove .venv and what the demo wrote"
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check '$(TORCH)' -c constraints.txt
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt
+	@touch $@
+
+demo: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --nproc_per_node 2 -m examples.train_gpt
+
+test: lint types tests
+
+lint: $(VENV)/.ready
+	$(VENV)/bin/ruff check .
+
+types: $(VENV)/.ready
+	$(VENV)/bin/mypy
+	$(VENV)/bin/pyright
+
+tests: $(VENV)/.ready
+	$(RUN) -m pytest
+
+bench: $(VENV)/.ready
+	$(VENV)/bin/python -m benchmarks zero
+
+clean:
+	rm -rf $(VENV) out

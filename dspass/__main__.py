@@ -1,0 +1,112 @@
+"""``python -m dspass``: what is here. ``python -m dspass explain``: predict a model named on the command line."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+EXPLAIN_HELP = """\
+predict memory, traffic and the passes' work for a model, without a GPU and without running it
+
+the model is one of
+  package.module:function         answers (model, args) or (model, args, kwargs)
+  transformers:CONFIG_CLASS       a configuration class of transformers, with --set for its fields; a causal language
+                                  model on the meta device, and a batch of --batch x --sequence tokens
+
+examples
+  python -m dspass explain transformers:LlamaConfig --set vocab_size=128256 hidden_size=4096 intermediate_size=14336 \\
+      num_hidden_layers=32 num_attention_heads=32 num_key_value_heads=8 --sequence 4096 --world-size 64 --device h100
+  python -m dspass explain examples.gpt:sample --config ds_config.json --world-size 2 --save report.html
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m dspass", description=__doc__)
+    commands = parser.add_subparsers(dest="command")
+    explain = commands.add_parser("explain", help="predict a model", description=EXPLAIN_HELP,
+                                  formatter_class=argparse.RawDescriptionHelpFormatter)
+    explain.add_argument("model", help="package.module:function or transformers:CONFIG_CLASS")
+    explain.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of the configuration class")
+    explain.add_argument("--batch", type=int, default=1, help="samples of one rank (default 1)")
+    explain.add_argument("--sequence", type=int, default=1024, help="tokens of a sample (default 1024)")
+    explain.add_argument("--config", help="a DeepSpeed JSON file (default: $DSPASS_CONFIG, else stage 3)")
+    explain.add_argument("--world-size", type=int, default=8, help="ranks (default 8)")
+    explain.add_argument("--device", default=None, help="cpu or a GPU's name, such as h100 (default cpu)")
+    explain.add_argument("--optimizer", default="adamw", help="whose states are counted (default adamw)")
+    explain.add_argument("--forward-only", action="store_true", help="predict inference")
+    explain.add_argument("--save", nargs="*", default=[], metavar="FILE", help="also write report.html or report.json")
+    options = parser.parse_args(argv)
+    if options.command is None:
+        return _environment()
+    try:
+        return _explain(options)
+    except (ValueError, RuntimeError, ImportError, AttributeError) as error:
+        print(f"dspass explain: {error}", file=sys.stderr)
+        return 2
+
+
+def _environment() -> int:
+    import dspass  # noqa: F401  (registers the backend)
+    from dspass.environment import describe
+
+    for section, rows in describe():
+        print(section)
+        for name, value in rows:
+            print(f"  {name:<24} {value}")
+    return 0
+
+
+def _explain(options: argparse.Namespace) -> int:
+    import dspass
+
+    model, args, kwargs = _model(options)
+    report = dspass.explain(model, *args, kwargs=kwargs, config=options.config, world_size=options.world_size,
+                            device=options.device, optimizer=options.optimizer, train=not options.forward_only)
+    print(report)
+    for path in options.save:
+        report.save(path)
+        print(f"written: {path}")
+    return 0
+
+
+def _model(options: argparse.Namespace) -> tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]]:
+    module, _, name = options.model.partition(":")
+    if not name:
+        raise ValueError(f"{options.model!r} names no model: write package.module:function or transformers:LlamaConfig.")
+    if module == "transformers":
+        return _language_model(name, options)
+    sys.path.insert(0, "")
+    answer = getattr(importlib.import_module(module), name)()
+    if not isinstance(answer, tuple) or not isinstance(answer[0], torch.nn.Module):
+        raise ValueError(f"{options.model} answered {type(answer).__name__}; it must answer (model, args) or (model, args, kwargs).")
+    return answer[0], tuple(answer[1]), dict(answer[2]) if len(answer) > 2 else {}
+
+
+def _language_model(name: str, options: argparse.Namespace) -> tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]]:
+    import ast
+
+    import transformers
+
+    fields: dict[str, Any] = {}
+    for item in options.set:
+        key, separator, text = item.partition("=")
+        if not separator:
+            raise ValueError(f"--set {item!r}: write FIELD=VALUE.")
+        try:
+            fields[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            fields[key] = text
+    config = getattr(transformers, name)(**{"use_cache": False, **fields})
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    tokens = torch.zeros(options.batch, options.sequence, dtype=torch.long)
+    return model, (), {"input_ids": tokens, "labels": tokens}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

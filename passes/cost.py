@@ -1,0 +1,228 @@
+"""How long a graph takes: a roofline for compute, latency plus bytes over bandwidth for links.
+
+A segment's time is the larger of its operations over the rate and its bytes over the memory's bandwidth (Williams et al.,
+Roofline, 2009), summed over what Inductor would make one kernel of: a value that takes memory, with everything that is fused
+into it. A collective takes ``latency + bytes / link`` (Hockney, 1994), and runs beside compute where the device can.
+
+Rates of GPUs are datasheet figures times :data:`ACHIEVED`; those of the CPU are measured here, in a tenth of a second.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch.utils.flop_counter import flop_registry
+
+from dspass.passes.nodes import gather_start, gather_wait, reduce_start, reduce_wait, specs_of
+from dspass.runtime.params import ParamSpec
+from dspass.runtime.traffic import gather_cost, reduce_cost
+
+#: Share of a datasheet rate that large kernels reach. An assumption, to be replaced by calibration on the device.
+ACHIEVED = 0.6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """Rates of one device: operations a second by dtype, bytes a second of memory and links, seconds of latency."""
+
+    name: str
+    rates: dict[torch.dtype, float]
+    memory: float
+    link: float
+    latency: float
+    overlaps: bool
+
+    def rate(self, dtype: torch.dtype) -> float:
+        return self.rates.get(dtype, self.rates[torch.float32])
+
+
+def _gpu(name: str, half: float, single: float, memory: float, link: float) -> Device:
+    rates = {torch.float16: half * ACHIEVED, torch.bfloat16: half * ACHIEVED, torch.float32: single * ACHIEVED}
+    return Device(name=name, rates=rates, memory=memory * ACHIEVED, link=link * ACHIEVED, latency=20e-6, overlaps=True)
+
+
+#: Links are those between nodes, one 400 Gb/s (200 for the A100) adapter a GPU: a ring is as fast as its slowest hop.
+GPUS = {d.name: d for d in (
+    _gpu("a100", 312e12, 19.5e12, 2.0e12, 25e9),
+    _gpu("h100", 989e12, 67e12, 3.35e12, 50e9),
+    _gpu("h200", 989e12, 67e12, 4.8e12, 50e9),
+    _gpu("b200", 2250e12, 75e12, 8.0e12, 50e9),
+    _gpu("mi300x", 1307e12, 163e12, 5.3e12, 50e9),
+)}
+
+
+def device(name: str) -> Device:
+    """The device called ``name``; raises ``ValueError`` with the known ones."""
+    if name == "cpu":
+        return _this_cpu()
+    if name.lower() in GPUS:
+        return GPUS[name.lower()]
+    raise ValueError(f"device={name!r} has no figures here; use 'cpu' or one of {sorted(GPUS)}.")
+
+
+@functools.cache
+def _this_cpu() -> Device:
+    """This machine's CPU as it is: a matrix product and a copy. gloo's links run on the same cores, so nothing overlaps."""
+    a = torch.ones(512, 512)
+    product = _best(lambda: a @ a)
+    big = torch.ones(8_000_000)
+    out = torch.empty_like(big)
+    moved = _best(lambda: out.copy_(big))
+    rate = 2 * 512**3 / product
+    return Device(name="cpu", rates={torch.float32: rate}, memory=2 * 32e6 / moved, link=1e9, latency=200e-6, overlaps=False)
+
+
+def _best(work: Any) -> float:
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+@dataclass
+class Estimate:
+    """Seconds of compute and of waiting for collectives, by kind, of one run of a graph."""
+
+    compute: float
+    exposed: dict[tuple[str, str], float]
+
+    @property
+    def seconds(self) -> float:
+        return self.compute + sum(self.exposed.values())
+
+
+def estimate(graph: fx.Graph, on: Device) -> Estimate:
+    """Run the graph's clock: compute in order, collectives one after another beside it."""
+    from_memory = _values_in_memory(graph)
+    now = link_free = 0.0
+    arrives: dict[fx.Node, tuple[float, tuple[str, str]]] = {}
+    exposed: dict[tuple[str, str], float] = {}
+    compute = 0.0
+    for node in graph.nodes:
+        if node.target in (gather_start, reduce_start):
+            for kind, direction, seconds in _collectives(node, on):
+                begin = max(now, link_free)
+                link_free = begin + seconds
+                arrives[node] = (link_free, (kind, direction))
+                if not on.overlaps:
+                    exposed[kind, direction] = exposed.get((kind, direction), 0.0) + seconds
+                    now = link_free
+        elif node.target in (gather_wait, reduce_wait):
+            moment, key = arrives.get(node.args[0], (now, ("", "")))
+            if moment > now:
+                exposed[key] = exposed.get(key, 0.0) + moment - now
+                now = moment
+        elif node in from_memory:
+            seconds = kernel_seconds(node, from_memory[node], on)
+            compute += seconds
+            now += seconds
+    return Estimate(compute, exposed)
+
+
+def _collectives(start: fx.Node, on: Device) -> list[tuple[str, str, float]]:
+    specs: Sequence[ParamSpec] = specs_of(start)
+    if start.target is reduce_start:
+        costs = reduce_cost(specs)
+    else:
+        cost = gather_cost(specs, "forward")
+        costs = [cost] if cost is not None else []
+    return [(c.kind, c.direction, on.latency + c.bytes / on.link) for c in costs]
+
+
+def kernel_seconds(node: fx.Node, reads: Sequence[fx.Node], on: Device) -> float:
+    """One kernel: the larger of operations over rate and bytes over bandwidth."""
+    value = node.meta.get("val")
+    first = next((v for v in _leaves(value)), None)
+    if first is None:
+        return 0.0
+    moved = sum(_bytes(v) for v in _leaves(value)) + sum(_bytes(v) for n in reads for v in _leaves(n.meta.get("val")))
+    return max(_operations(node) / on.rate(first.dtype), moved / on.memory)
+
+
+def _operations(node: fx.Node) -> float:
+    packet = getattr(node.target, "overloadpacket", None)
+    counter = flop_registry.get(packet)
+    if counter is None:
+        return 0.0
+    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta.get("val"))
+    return float(counter(*args, **kwargs, out_val=node.meta.get("val")))
+
+
+def _values_in_memory(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """Each node that writes memory, and the nodes in memory that its kernel reads."""
+    solid = materialised(graph)
+    reads: dict[fx.Node, dict[fx.Node, None]] = {}
+    for node in graph.nodes:
+        found: dict[fx.Node, None] = {}
+        for source in node.all_input_nodes:
+            if source in solid or source.op == "placeholder":
+                found[source] = None
+            else:
+                found.update(reads.get(source, {}))
+        reads[node] = found
+    return {node: list(reads[node]) for node in graph.nodes if node in solid}
+
+
+_FUSIBLE = {
+    torch.ops.aten.sum.dim_IntList, torch.ops.aten.mean.dim, torch.ops.aten.amax.default, torch.ops.aten.sum.default,
+    torch.ops.aten.var_mean.correction, torch.ops.aten.mean.default, torch.ops.prims.convert_element_type.default,
+    torch.ops.aten.embedding.default, torch.ops.aten.cat.default, torch.ops.aten.where.self,
+}
+
+
+def fuses(node: fx.Node) -> bool:
+    """Whether Inductor makes this part of a generated kernel."""
+    return torch.Tag.pointwise in getattr(node.target, "tags", ()) or node.target in _FUSIBLE
+
+
+def is_view(node: fx.Node) -> bool:
+    return getattr(node.target, "is_view", False) is True
+
+
+def materialised(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes whose value takes memory: results of the graph, and what an operator that does not fuse reads or writes."""
+    output = graph.find_nodes(op="output")[0]
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op != "call_function" or is_view(node) or not _leaves(node.meta.get("val")):
+            continue
+        if not isinstance(node.meta["val"], torch.Tensor):
+            if not fuses(node) and getattr(node.target, "namespace", None) is not None:
+                found.add(node)
+            continue
+        if _picks_item(node):
+            continue
+        readers, seen = list(node.users), set()
+        solid = not fuses(node)
+        while readers and not solid:
+            user = readers.pop()
+            if user in seen:
+                continue
+            seen.add(user)
+            if is_view(user):
+                readers.extend(user.users)
+            elif user is output or not fuses(user):
+                solid = True
+        if solid:
+            found.add(node)
+    return found
+
+
+def _picks_item(node: fx.Node) -> bool:
+    return getattr(node.target, "__name__", "") == "getitem"
+
+
+def _leaves(value: Any) -> list[torch.Tensor]:
+    return [v for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, torch.Tensor)]
+
+
+def _bytes(value: torch.Tensor) -> int:
+    return value.numel() * value.element_size()

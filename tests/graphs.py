@@ -1,0 +1,489 @@
+"""Toy models captured by the real path, and simulated ranks that run their graphs: what tests of passes stand on.
+
+No launcher: the process group is torch's fake one, so one process captures what rank 0 of any world would. Numbers come from
+:func:`simulate`, which walks a graph once and holds every value once a rank, so that a gather really joins what the ranks
+have and a reduction really averages. It needs none of the runtime, and so shares none of its mistakes.
+
+The checks raise :class:`CheckError`, and ``tests/test_broken_passes.py`` shows that each of them can fail.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import operator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+import torch.fx as fx
+from torch import nn
+
+from dspass.compilation import compile_graph
+from dspass.config import Config
+from dspass.passes.base import Pass, PassContext, PassResult, Where, run_passes
+from dspass.passes.nodes import (
+    GATHERED,
+    REDUCE_GRAD,
+    UNSHARD,
+    calls,
+    gather_start,
+    gather_wait,
+    reduce_start,
+    reduce_wait,
+    wait_of,
+)
+from dspass.passes.partition import partition
+from dspass.pipeline import build
+from dspass.runtime import compat
+from dspass.runtime.engine import Engine
+from dspass.runtime.params import ParamSpec, lookup
+from dspass.shard import new_engine, shard
+
+
+class CheckError(AssertionError):
+    """A graph breaks what every pipeline must keep."""
+
+
+# -- toys ------------------------------------------------------------------------------------------------------------------
+
+
+class Mlp(nn.Module):
+    """Four layers; the last bias is small enough to stay whole on every rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(4, 8)
+        self.down = nn.Linear(8, 4, bias=False)
+        self.tail = nn.Linear(4, 8)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.down(torch.relu(self.up(x))))
+        return self.head(torch.relu(self.tail(x))).square().sum()
+
+
+class Tied(nn.Module):
+    """One weight with two uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(8, 4)
+        self.mix = nn.Linear(4, 4, bias=False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(torch.tanh(self.mix(self.embed(tokens))), self.embed.weight).square().sum()
+
+
+class EarlyViews(nn.Module):
+    """Transposed weights that are made at the top and used one after another further down."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4, bias=False) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        views = [layer.weight.t() for layer in self.layers]
+        for view in views:
+            x = torch.tanh(x @ view)
+        return x.square().sum()
+
+
+class MadeOfParameters(nn.Module):
+    """Weights that are products of parameters, which the partitioner wants to save for the backward graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = nn.ParameterList(torch.randn(4, 4) for _ in range(4))
+        self.right = nn.ParameterList(torch.randn(4, 4) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for left, right in zip(self.left, self.right, strict=True):
+            x = torch.tanh(x @ (left @ right))
+        return x.square().sum()
+
+
+class Uneven(nn.Module):
+    """Rows that two ranks cannot share evenly, and a 0-dim parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 5)
+        self.second = nn.Linear(5, 3)
+        self.scale = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.second(torch.tanh(self.first(x))) * self.scale).square().sum()
+
+
+TOYS: Mapping[str, type[nn.Module]] = {"mlp": Mlp, "tied": Tied, "early_views": EarlyViews, "made": MadeOfParameters, "uneven": Uneven}
+
+
+# -- capture ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keep(Pass):
+    """Keeps a copy of each graph as it was before the pass behind it."""
+
+    name: ClassVar[str] = "keep"
+    where: ClassVar[frozenset[Where]] = frozenset({"joint", "forward", "backward"})
+
+    into: dict[str, fx.Graph] = field(default_factory=dict)
+
+    def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
+        self.into[ctx.where] = copy_graph(graph)
+        return graph
+
+
+@dataclass(kw_only=True, eq=False)
+class Toy:
+    """A captured model. ``joint`` is the graph before any pass, ``raw`` the one or two that the passes then saw."""
+
+    joint: fx.Graph
+    raw: dict[str, fx.Graph]
+    engine: Engine
+    config: Config
+    whole: dict[str, torch.Tensor]
+    batches: list[tuple[torch.Tensor, ...]]
+    losses: list[torch.Tensor]
+    grads: dict[str, torch.Tensor]
+    world: int
+
+    @property
+    def passes(self) -> tuple[Pass, ...]:
+        return build(self.config)
+
+
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """A copy whose nodes have the same names and metadata of their own."""
+    return copy.deepcopy(graph)
+
+
+@contextlib.contextmanager
+def fake_world(size: int) -> Iterator[None]:
+    compat.init_fake_group(size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def options(stage: int = 3, threshold: int = 4, **dspass: Any) -> dict[str, Any]:
+    return {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": threshold}, "dspass": dspass}
+
+
+def capture(name: str, world: int = 2, config: Mapping[str, Any] | None = None) -> Toy:
+    """Trace a toy on rank 0 of ``world`` ranks, and run the plain model once a rank as the reference."""
+    torch.manual_seed(0)
+    model = TOYS[name]()
+    batches = [_batch(name) for _ in range(world)]
+    losses, grads = _reference(model, batches)
+    whole = {n: p.detach().clone() for n, p in model.named_parameters()}
+    settings = Config.load(config or options())
+    kept: dict[str, fx.Graph] = {}
+    torch._dynamo.reset()
+    with fake_world(world):
+        shard(model, settings)
+        engine = new_engine(model, settings)
+
+        def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+            return compile_graph(gm, inputs, engine, settings, [Keep(into=kept), *build(settings)], as_written)
+
+        torch.compile(model, backend=backend)(*batches[0])
+    torch._dynamo.reset()
+    toy = Toy(joint=kept.pop("joint"), raw=kept, engine=engine, config=settings, batches=batches, world=world,
+              whole={f"{engine.name}/{n}": p for n, p in whole.items()}, losses=losses,
+              grads={f"{engine.name}/{n}": g for n, g in grads.items()})
+    return toy
+
+
+def as_written(gm: fx.GraphModule, **_: Any) -> Any:
+    """A compiler that compiles nothing."""
+
+    def run(arguments: list[Any]) -> Sequence[Any]:
+        values = list(arguments)
+        arguments.clear()
+        return gm(*values)
+
+    return run
+
+
+def _batch(name: str) -> tuple[torch.Tensor, ...]:
+    return (torch.randint(8, (3,)),) if name == "tied" else (torch.randn(3, 4),)
+
+
+def _reference(model: nn.Module, batches: Sequence[Any]) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+    losses, sums = [], {n: torch.zeros_like(p) for n, p in model.named_parameters()}
+    for batch in batches:
+        loss = model(*batch)
+        for name, grad in zip(sums, torch.autograd.grad(loss, list(model.parameters())), strict=True):
+            sums[name] += grad
+        losses.append(loss.detach())
+    return losses, {n: s / len(batches) for n, s in sums.items()}
+
+
+# -- simulated ranks -------------------------------------------------------------------------------------------------------
+
+
+class PerRank(list[Any]):
+    """One value for each rank."""
+
+
+class Flight:
+    """What a start answers: nothing can be read from it but by its wait."""
+
+    def __init__(self, kind: str, values: list[PerRank]) -> None:
+        self.kind, self.values, self.waited = kind, values, 0
+
+
+@dataclass
+class Trace:
+    """What a simulated run sent."""
+
+    gathered: Counter[str] = field(default_factory=Counter)
+    reduced: Counter[str] = field(default_factory=Counter)
+
+
+def rows_of(spec: ParamSpec, full: torch.Tensor, rank: int) -> torch.Tensor:
+    if spec.layout != "shard":
+        return full
+    assert spec.shard_axis is not None
+    start, count = spec.shard_axis.rows(spec.shape[0], rank)
+    return full.narrow(0, start, count)
+
+
+def _whole(key: str, shards: PerRank) -> PerRank:
+    spec = lookup(key)
+    full = torch.cat(list(shards)) if spec.layout == "shard" else shards[0]
+    if tuple(full.shape) != spec.shape:
+        raise CheckError(f"{key} is gathered from something else than its shards: {tuple(full.shape)}")
+    return PerRank(full.to(spec.compute_dtype) for _ in shards)
+
+
+def _mean(key: str, grads: PerRank) -> PerRank:
+    spec = lookup(key)
+    if tuple(grads[0].shape) != spec.shape:
+        raise CheckError(f"{key} is reduced from something else than its whole gradient: {tuple(grads[0].shape)}")
+    mean = sum(g.to(spec.reduce_dtype) for g in grads) / len(grads)
+    return PerRank(rows_of(spec, mean, r).to(spec.dtype) for r in range(len(grads)))
+
+
+def simulate(graph: fx.Graph, inputs: Mapping[str, PerRank], world: int, trace: Trace | None = None) -> list[Any]:
+    """Run ``graph`` on ``world`` ranks at once; ``inputs`` by the names of placeholders. Answers its outputs."""
+    trace = trace or Trace()
+    values: dict[fx.Node, Any] = {}
+    flights: dict[fx.Node, Flight] = {}
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            values[node] = _input(node, inputs, world)
+        elif node.op == "output":
+            for start, flight in flights.items():
+                if flight.waited != 1:
+                    raise CheckError(f"{start.name} is waited for {flight.waited} times")
+            return [PerRank(_of_rank(a, values, r) for r in range(world)) for a in node.args[0]]
+        elif node.op == "call_function":
+            values[node] = _call(node, values, world, trace)
+            if isinstance(values[node], Flight):
+                flights[node] = values[node]
+        else:
+            raise AssertionError(node.format_node())
+    raise AssertionError("no output")
+
+
+def _input(node: fx.Node, inputs: Mapping[str, PerRank], world: int) -> PerRank:
+    if GATHERED in node.meta:
+        key, local = node.meta[GATHERED]
+        return _whole(key, inputs[local])
+    return inputs.get(node.name, PerRank([None] * world))
+
+
+def _of_rank(argument: Any, values: Mapping[fx.Node, Any], rank: int) -> Any:
+    def pick(node: fx.Node) -> Any:
+        value = values[node]
+        if isinstance(value, Flight):
+            raise CheckError(f"{node.name} is read before it has arrived")
+        return value[rank]
+
+    return fx.map_arg(argument, pick)
+
+
+def _call(node: fx.Node, values: Mapping[fx.Node, Any], world: int, trace: Trace) -> Any:
+    first = node.args[0] if node.args else None
+    if node.target in (gather_start, reduce_start):
+        assert isinstance(first, (list, tuple))
+        gathers = node.target is gather_start
+        (trace.gathered if gathers else trace.reduced).update(node.args[1])
+        work = _whole if gathers else _mean
+        given = [PerRank(_of_rank(n, values, r) for r in range(world)) for n in first]
+        return Flight("gather" if gathers else "reduce", [work(k, g) for k, g in zip(node.args[1], given, strict=True)])
+    if node.target in (gather_wait, reduce_wait):
+        flight = values[first]
+        kind = "gather" if node.target is gather_wait else "reduce"
+        if not isinstance(flight, Flight) or flight.kind != kind:
+            raise CheckError(f"{node.name} waits for {first}, which is no {kind}")
+        flight.waited += 1
+        return PerRank([v[r] for v in flight.values] for r in range(world))
+    if node.target is UNSHARD:
+        return _whole(node.args[1], values[first])
+    if node.target is REDUCE_GRAD:
+        trace.reduced[node.args[1]] += 1
+        return _mean(node.args[1], values[first])
+    return PerRank(node.target(*_of_rank(node.args, values, r), **_of_rank(node.kwargs, values, r)) for r in range(world))
+
+
+def inputs_of(toy: Toy) -> dict[str, PerRank]:
+    """The values of the joint graph's placeholders on every rank."""
+    shards = {marker.args[0]: marker.args[1] for marker in calls(toy.joint, UNSHARD)}
+    shards = {_root(node): key for node, key in shards.items()}
+    found: dict[str, PerRank] = {}
+    batch = 0
+    for node in toy.joint.find_nodes(op="placeholder"):
+        if node in shards:
+            spec = lookup(shards[node])
+            found[node.name] = PerRank(rows_of(spec, toy.whole[spec.key], r) for r in range(toy.world))
+        elif node.name.startswith("tangents"):
+            found[node.name] = PerRank(torch.ones(()) for _ in range(toy.world))
+        elif isinstance(node.meta["val"], torch.Tensor):
+            found[node.name] = PerRank(values[batch] for values in toy.batches)
+            batch += 1
+    return found
+
+
+def _root(node: fx.Node) -> fx.Node:
+    while node.op != "placeholder":
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
+# -- checks ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class Step:
+    """The graphs of one step after its passes."""
+
+    joint: fx.Graph
+    forward: fx.Graph
+    backward: fx.Graph
+    results: list[PassResult]
+
+
+def run_pipeline(toy: Toy, passes: Sequence[Pass] | None = None) -> Step:
+    """The passes on both halves, the partition between them, as ``dspass.compilation`` does it."""
+    passes = toy.passes if passes is None else passes
+    results: list[PassResult] = []
+
+    def apply(gm: fx.GraphModule, where: Where) -> fx.GraphModule:
+        return run_passes(gm, passes, PassContext(where=where), results.append)
+
+    joint = apply(fx.GraphModule(nn.Module(), copy_graph(toy.joint)), "joint")
+    kept = copy_graph(joint.graph)
+    forward, backward = partition(joint, [n.meta["val"] for n in joint.graph.find_nodes(op="placeholder")], 1)
+    return Step(joint=kept, forward=apply(forward, "forward").graph, backward=apply(backward, "backward").graph,
+                results=results)
+
+
+def check_step(toy: Toy, passes: Sequence[Pass] | None = None, ahead: int = 1) -> Step:
+    """What the suite asks of any pipeline: it lints, each thing is sent as often as it should be, the numbers are those of
+    the plain model, nothing gathered lives longer than it must, and gathers overlap compute."""
+    step = run_pipeline(toy, passes)
+    check_numbers(toy, step)
+    for graph in (step.forward, step.backward):
+        check_liveness(graph, ahead)
+    check_overlap(step.forward)
+    check_overlap(step.backward)
+    return step
+
+
+def check_numbers(toy: Toy, step: Step) -> None:
+    """Losses and gradients of each rank equal the plain model's, averaged over the ranks' batches."""
+    inputs = inputs_of(toy)
+    trace, backward_trace = Trace(), Trace()
+    with torch.no_grad():
+        outputs = simulate(step.forward, inputs, toy.world, trace)
+        saved = dict(zip([n.name for n in step.backward.find_nodes(op="placeholder")], outputs[1:], strict=False))
+        results = simulate(step.backward, inputs | saved, toy.world, backward_trace)
+    for name, sent in (("forward", trace.gathered), ("backward", backward_trace.gathered)):
+        if too_many := {k: n for k, n in sent.items() if n > 1}:
+            raise CheckError(f"gathered more than once in one {name}: {too_many}")
+    trained = {key for key, spec in toy.engine.specs.items() if spec.trains}
+    counted = dict(backward_trace.reduced)
+    if counted != dict.fromkeys(trained, 1):
+        raise CheckError(f"each gradient is reduced once, and these are not: {counted} of {sorted(trained)}")
+    for rank in range(toy.world):
+        _close(outputs[0][rank], toy.losses[rank], f"the loss on rank {rank}")
+    shards = {_root(n): key for n, key in ((m.args[0], m.args[1]) for m in calls(toy.joint, UNSHARD))}
+    primals = [n for n in toy.joint.find_nodes(op="placeholder") if not n.name.startswith("tangents")]
+    for node, grad in zip(primals, results, strict=True):
+        if node in shards:
+            spec = lookup(shards[node])
+            for rank in range(toy.world):
+                _close(grad[rank], rows_of(spec, toy.grads[spec.key], rank), f"the gradient of {spec.name} on rank {rank}")
+
+
+def _close(found: Any, wanted: torch.Tensor, what: str) -> None:
+    try:
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+    except AssertionError as error:
+        raise CheckError(f"{what} differs: {error}") from error
+
+
+def aliases(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """Every node that shares memory with a gathered parameter, to the ``gather_start`` that filled it."""
+    found: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        if node.target is gather_start or node.op != "call_function":
+            continue
+        first = node.args[0] if node.args else None
+        if node.target is gather_wait:
+            found[node] = first
+        elif isinstance(first, fx.Node) and first in found and (
+                node.target is operator.getitem or getattr(node.target, "is_view", False) is True):
+            found[node] = found[first]
+    return found
+
+
+def first_uses(graph: fx.Graph) -> dict[fx.Node, int]:
+    """Each ``gather_start`` to the position of the first computation that reads what it brings."""
+    shared = aliases(graph)
+    found: dict[fx.Node, int] = {}
+    for i, node in enumerate(graph.nodes):
+        if node not in shared:
+            for source in node.all_input_nodes:
+                if source in shared:
+                    found.setdefault(shared[source], i)
+    return found
+
+
+def check_liveness(graph: fx.Graph, ahead: int = 1) -> None:
+    """Beside the buckets that the next computation reads, no more than ``ahead`` are whole or on their way at any time
+    before their first use; and no output shares a gathered parameter's memory, which would keep it past its release."""
+    shared, use = aliases(graph), first_uses(graph)
+    for result in graph.find_nodes(op="output")[0].all_input_nodes:
+        if result in shared:
+            raise CheckError(f"{result.name} leaves the graph and keeps a gathered parameter alive")
+    begun: list[fx.Node] = []
+    for i, node in enumerate(graph.nodes):
+        if node.target is gather_start:
+            begun.append(node)
+        waiting = [start for start in begun if use[start] >= i]
+        later = [start.name for start in waiting if use[start] > min(use[s] for s in waiting)]
+        if len(later) > ahead:
+            raise CheckError(f"at {node.name} {len(later)} buckets are gathered that are not used soon: {later}")
+
+
+def check_overlap(graph: fx.Graph) -> None:
+    """Between the start and the wait of each bucket something is computed, but for what the graph begins with."""
+    shared, use = aliases(graph), first_uses(graph)
+    order = list(graph.nodes)
+    starts = sorted(calls(graph, gather_start))
+    for previous, start in zip(starts, starts[1:], strict=False):
+        if use[start] == use[previous]:
+            continue
+        between = order[order.index(start) + 1 : order.index(wait_of(start))]
+        if all(n in shared or n.target is gather_start for n in between):
+            raise CheckError(f"{start.name} starts too late: nothing is computed until its wait")
