@@ -54,7 +54,8 @@ def compile_graph(
                      static_lifetime_input_indices: Sequence[int] | None = None, **_: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
         joint = compat.joint_graph_passes(joint)
         joint = prepare(joint, "joint")
-        forward, backward = partition(joint, joint_inputs, num_fwd_outputs, static_lifetime_input_indices or ())
+        forward, backward = partition(joint, joint_inputs, num_fwd_outputs, static_lifetime_input_indices or (),
+                                      recompute_pointwise=engine.stage == 3)
         return prepare(forward, "forward"), prepare(backward, "backward")
 
     def lowered(where: str, is_backward: bool, is_inference: bool) -> Callable[..., Any]:

@@ -18,12 +18,14 @@ from dspass.runtime import compat
 
 
 def partition(
-    joint: fx.GraphModule, inputs: Any, num_fwd_outputs: int, free_inputs: Sequence[int] = ()
+    joint: fx.GraphModule, inputs: Any, num_fwd_outputs: int, free_inputs: Sequence[int] = (),
+    *, recompute_pointwise: bool = False,
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
     """Split ``joint``. The first ``num_fwd_outputs`` outputs are the forward's own; ``free_inputs`` cost nothing to save."""
     placeholders = joint.graph.find_nodes(op="placeholder")
     exposed = [i for i, node in enumerate(placeholders) if GATHERED in node.meta]
-    forward, backward = compat.min_cut_partition(joint, inputs, num_fwd_outputs, sorted({*free_inputs, *exposed}))
+    forward, backward = compat.min_cut_partition(joint, inputs, num_fwd_outputs, sorted({*free_inputs, *exposed}),
+                                                 recompute_pointwise)
     save_shards(forward.graph, backward.graph, num_fwd_outputs)
     forward.recompile()
     backward.recompile()

@@ -1,0 +1,301 @@
+"""Deliberately broken versions of every pass, each with one mistake that somebody could make.
+
+``tests/test_broken_passes.py`` puts each in the place of the right one and shows that :func:`tests.graphs.check_step`, which
+the suite runs on the right pipeline, then fails, and by which of its checks.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+
+import torch
+import torch.fx as fx
+
+from dspass.passes.base import PassContext
+from dspass.passes.bucket_gathers import BucketGathers
+from dspass.passes.bucket_reductions import BucketReductions
+from dspass.passes.expose_parameters import ExposeParameters
+from dspass.passes.nodes import (
+    REDUCE_GRAD,
+    calls,
+    first_user,
+    gather_start,
+    gather_wait,
+    insert_pair,
+    items_of,
+    positions,
+    reduce_start,
+    reduce_wait,
+    wait_of,
+)
+from dspass.passes.prefetch_gathers import PrefetchGathers
+from dspass.passes.release_gathered import ReleaseGathered
+from dspass.passes.zero_gather import ZeroGather
+from dspass.passes.zero_reduce import ZeroReduce
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneUseForgotten(ExposeParameters):
+    """A parameter with two uses keeps the gradient of one of them."""
+
+    def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
+        for node in calls(graph, torch.ops.aten.add.Tensor):
+            if all(isinstance(a, fx.Node) and a.target is REDUCE_GRAD for a in node.args):
+                node.replace_all_uses_with(node.args[0])
+        return super().run(graph, ctx)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeysExchanged(ExposeParameters):
+    """Two parameters of one shape are taken for each other."""
+
+    def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
+        graph = super().run(graph, ctx)
+        exposed: dict[tuple[int, ...], fx.Node] = {}
+        for node in graph.find_nodes(op="placeholder"):
+            if "dspass_gathered" in node.meta:
+                other = exposed.setdefault(tuple(node.meta["val"].shape), node)
+                if other is not node:
+                    first, second = other.meta["dspass_gathered"], node.meta["dspass_gathered"]
+                    other.meta["dspass_gathered"], node.meta["dspass_gathered"] = second, first
+        return graph
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewsKept(ReleaseGathered):
+    """Views stay where they were made, and with them whole parameters."""
+
+    def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
+        return graph
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewSaved(ReleaseGathered):
+    """A view of a whole parameter is handed on to the backward graph, where it lives past its release."""
+
+    def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
+        graph = super().run(graph, ctx)
+        views = calls(graph, torch.ops.aten.permute.default)
+        if ctx.where == "forward" and views:
+            output = graph.find_nodes(op="output")[0]
+            output.args = ((*output.args[0], views[0]),)
+        return graph
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatheredTooLate(ZeroGather):
+    """The wait stands behind the first use."""
+
+    def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
+        graph = super().run(graph, ctx)
+        for wait in calls(graph, gather_wait)[:1]:
+            first_user(items_of(wait)[0], positions(graph)).append(wait)
+        return graph
+
+
+@dataclass(frozen=True, kw_only=True)
+class WaitMissing(ZeroGather):
+    """What is being gathered is read before it has arrived."""
+
+    def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
+        graph = super().run(graph, ctx)
+        for wait in calls(graph, gather_wait)[:1]:
+            wait.replace_all_uses_with(wait.args[0])
+            graph.erase_node(wait)
+        return graph
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatheredAtTheTop(ZeroGather):
+    """Every parameter is gathered before anything is computed."""
+
+    def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
+        graph = super().run(graph, ctx)
+        top = next(n for n in graph.nodes if n.op != "placeholder")
+        for start in calls(graph, gather_start):
+            for node in (start, wait_of(start), *wait_of(start).users):
+                if node is not top:
+                    top.prepend(node)
+        return graph
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatheredForEachUse(ZeroGather):
+    """A parameter with two uses is sent twice."""
+
+    def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
+        graph = super().run(graph, ctx)
+        for start in calls(graph, gather_start):
+            (item,) = wait_of(start).users
+            for user in list(item.users)[1:]:
+                with graph.inserting_before(user):
+                    _, _, (again,) = insert_pair(graph, gather_start, gather_wait, *start.args, start.meta["val"])
+                user.replace_input_with(item, again)
+        return graph
+
+
+@dataclass(frozen=True, kw_only=True)
+class ItemsExchanged(BucketGathers):
+    """Somebody reads another parameter's place in the bucket."""
+
+    def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
+        graph = super().run(graph, ctx)
+        for wait in calls(graph, gather_wait):
+            by_shape: dict[tuple[int, ...], fx.Node] = {}
+            for item in wait.users:
+                other = by_shape.setdefault(tuple(item.meta["val"].shape), item)
+                if other is not item:
+                    other.args, item.args = item.args, other.args
+        return graph
+
+
+@dataclass(frozen=True, kw_only=True)
+class BucketLosesOne(BucketGathers):
+    """A bucket forgets its last parameter, and its item with it."""
+
+    def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
+        graph = super().run(graph, ctx)
+        for start in calls(graph, gather_start):
+            shards, keys = start.args
+            if len(keys) > 1:
+                start.args = (shards[:-1], keys[:-1])
+        return graph
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartedTooLate(PrefetchGathers):
+    """Each gather starts where it is waited for: nothing hides it."""
+
+    def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
+        return graph
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartedTooEarly(PrefetchGathers):
+    """All gathers start at the top, and all parameters are whole at once."""
+
+    def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
+        top = next(n for n in graph.nodes if n.op != "placeholder")
+        for start in calls(graph, gather_start):
+            if start is not top:
+                top.prepend(start)
+        return graph
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartedAfterItsWait(PrefetchGathers):
+    def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
+        for start in calls(graph, gather_start)[:1]:
+            wait_of(start).append(start)
+        return graph
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReducedTwice(ZeroReduce):
+    """A gradient is sent twice and half of the sum kept: right numbers, twice the bytes."""
+
+    def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
+        graph = super().run(graph, ctx)
+        start = calls(graph, reduce_start)[0]
+        wait = wait_of(start)
+        (item,) = wait.users
+        with graph.inserting_after(item):
+            half = graph.call_function(torch.ops.aten.div.Tensor, (item, 2.0))
+        half.meta["val"] = item.meta["val"]
+        with graph.inserting_before(half):
+            _, _, (again,) = insert_pair(graph, reduce_start, reduce_wait, *start.args, start.meta["val"])
+            total = graph.call_function(torch.ops.aten.add.Tensor, (item, again))
+        total.meta["val"] = item.meta["val"]
+        item.replace_all_uses_with(half, delete_user_cb=lambda user: user not in (half, total))
+        half.args = (total, 2.0)
+        return graph
+
+
+@dataclass(frozen=True, kw_only=True)
+class NotReduced(ZeroReduce):
+    """One rank keeps its own rows of a gradient that was never averaged."""
+
+    def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
+        marker = calls(graph, REDUCE_GRAD)[0]
+        grad = marker.args[0]
+        with graph.inserting_before(marker):
+            own = graph.call_function(torch.ops.aten.narrow.default, (grad, 0, 0, marker.meta["val"].shape[0]))
+        own.meta["val"] = marker.meta["val"]
+        marker.replace_all_uses_with(own)
+        graph.erase_node(marker)
+        return super().run(graph, ctx)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValueForgotten(ZeroReduce):
+    """A new node carries no ``meta["val"]``."""
+
+    def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
+        graph = super().run(graph, ctx)
+        for wait in calls(graph, reduce_wait)[:1]:
+            del wait.meta["val"]
+        return graph
+
+
+@dataclass(frozen=True, kw_only=True)
+class SummedNotAveraged(ZeroReduce):
+    """The mean over ranks becomes a sum."""
+
+    def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
+        graph = super().run(graph, ctx)
+        for wait in calls(graph, reduce_wait):
+            (item,) = wait.users
+            with graph.inserting_after(item):
+                total = graph.call_function(torch.ops.aten.mul.Tensor, (item, 2.0))
+            total.meta["val"] = item.meta["val"]
+            item.replace_all_uses_with(total, delete_user_cb=lambda user, total=total: user is not total)
+        return graph
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeverWaitedFor(BucketReductions):
+    """A bucket of gradients is started, and what autograd gets was never reduced."""
+
+    def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
+        graph = super().run(graph, ctx)
+        wait = calls(graph, reduce_wait)[0]
+        start = wait.args[0]
+        for item in list(wait.users):
+            with graph.inserting_before(item):
+                zeros = graph.call_function(torch.ops.aten.zeros.default, (list(item.meta["val"].shape),))
+            zeros.meta["val"] = item.meta["val"]
+            item.replace_all_uses_with(zeros)
+            graph.erase_node(item)
+        graph.erase_node(wait)
+        assert not start.users
+        return graph
+
+
+@dataclass(frozen=True, kw_only=True)
+class BucketStartsEarly(BucketReductions):
+    """A bucket starts with its first gradient, before the others of it are complete."""
+
+    def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
+        graph = super().run(graph, ctx)
+        for start in calls(graph, reduce_start):
+            if len(start.args[0]) > 1:
+                min(start.args[0]).append(start)
+        return graph
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientsExchanged(BucketReductions):
+    """Gradients of one shape reach each other's parameters."""
+
+    def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
+        graph = super().run(graph, ctx)
+        by_shape: dict[tuple[int, ...], fx.Node] = {}
+        for item in calls(graph, operator.getitem):
+            if item.args[0].target is reduce_wait:
+                other = by_shape.setdefault(tuple(item.meta["val"].shape), item)
+                if other is not item:
+                    place = graph.find_nodes(op="output")[0]
+                    place.args = ([other if a is item else item if a is other else a for a in place.args[0]],)
+                    return graph
+        return graph

@@ -1,0 +1,70 @@
+"""The suite fails when a pass is broken: each mistake in :mod:`tests.broken` is caught, and by the check that is named."""
+
+from __future__ import annotations
+
+import pytest
+
+from dspass.passes.base import Pass, PassError
+from dspass.passes.pipeline import DEFAULT
+from tests import broken
+from tests.graphs import CheckError, Toy, check_step
+from tests.test_passes import toy_of
+
+#: The broken pass, the toy that it goes wrong on, and what catches it: the runner (PassError) or a check of the suite.
+MISTAKES: list[tuple[type[Pass], str, type[Exception], str]] = [
+    (broken.OneUseForgotten, "tied", CheckError, r"the gradient of embed.weight on rank 0 differs"),
+    (broken.KeysExchanged, "early_views", CheckError, r"differs|something else than its shards"),
+    (broken.ViewsKept, "early_views", CheckError, r"buckets are gathered that are not used soon"),
+    (broken.ViewSaved, "mlp", CheckError, r"permute\w* leaves the graph and keeps a gathered parameter alive"),
+    (broken.GatheredTooLate, "mlp", PassError, r"'zero_gather' left a graph that does not lint"),
+    (broken.WaitMissing, "mlp", CheckError, r"gather_start\w* is read before it has arrived"),
+    (broken.GatheredAtTheTop, "mlp", CheckError, r"buckets are gathered that are not used soon"),
+    (broken.GatheredForEachUse, "tied", CheckError, r"gathered more than once"),
+    (broken.ItemsExchanged, "early_views", CheckError, r"differs"),
+    (broken.BucketLosesOne, "mlp", IndexError, r"list index out of range"),
+    (broken.StartedTooLate, "mlp", CheckError, r"starts too late: nothing is computed until its wait"),
+    (broken.StartedTooEarly, "mlp", CheckError, r"buckets are gathered that are not used soon"),
+    (broken.StartedAfterItsWait, "mlp", PassError, r"'prefetch_gathers' left a graph that does not lint"),
+    (broken.ReducedTwice, "mlp", CheckError, r"each gradient is reduced once, and these are not: .*: 2"),
+    (broken.NotReduced, "mlp", CheckError, r"each gradient is reduced once, and these are not"),
+    (broken.ValueForgotten, "mlp", PassError, r"'zero_reduce' left node 'reduce_wait\w*' without meta\['val'\]"),
+    (broken.SummedNotAveraged, "mlp", CheckError, r"the gradient of .* differs"),
+    (broken.NeverWaitedFor, "mlp", CheckError, r"reduce_start\w* is waited for 0 times"),
+    (broken.BucketStartsEarly, "mlp", PassError, r"'bucket_reductions' left a graph that does not lint"),
+    (broken.GradientsExchanged, "early_views", CheckError, r"the gradient of .* differs"),
+]
+
+
+def pipeline_with(toy: Toy, cls: type[Pass]) -> list[Pass]:
+    """The toy's pipeline with ``cls`` in the place of the pass that it is a broken version of."""
+    return [cls(**item.options()) if issubclass(cls, type(item)) else item for item in toy.passes]
+
+
+@pytest.mark.parametrize(("cls", "name", "error", "message"), MISTAKES, ids=lambda value: getattr(value, "__name__", None))
+def test_a_broken_pass_is_caught(cls: type[Pass], name: str, error: type[Exception], message: str) -> None:
+    toy = toy_of(name)
+    check_step(toy)  # the right pipeline passes
+    with pytest.raises(error, match=f"(?s){message}"):
+        check_step(toy, pipeline_with(toy, cls))
+
+
+def test_each_pass_has_a_broken_version() -> None:
+    tried = {cls for cls, *_ in MISTAKES}
+    assert tried == {v for v in vars(broken).values() if isinstance(v, type) and v.__module__ == broken.__name__}
+    for cls in DEFAULT:
+        assert any(issubclass(mistake, cls) for mistake in tried), f"no broken version of {cls.name}"
+
+
+@pytest.mark.parametrize("cls", DEFAULT, ids=lambda cls: cls.name)
+def test_a_pass_that_is_left_out_breaks_no_numbers_or_is_refused(cls: type[Pass]) -> None:
+    """Dropping a pass may cost memory or time. Where it would cost the numbers the list is refused, or nothing runs."""
+    toy = toy_of("tied")
+    passes = [p for p in toy.passes if type(p) is not cls]
+    from dspass.passes.base import check_order
+    from tests.graphs import check_numbers, run_pipeline
+
+    try:
+        check_order(passes)
+    except PassError:
+        return
+    check_numbers(toy, run_pipeline(toy, passes))

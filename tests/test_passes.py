@@ -1,0 +1,498 @@
+"""Each pass: golden text, equal numbers, when it declines, what it refuses, and running it twice.
+
+``pytest tests/test_passes.py --golden-update`` rewrites ``tests/golden/<pass>.txt``; read the difference before keeping it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import torch.fx as fx
+from torch import nn
+
+from dspass.config import Config, ConfigError
+from dspass.passes.base import Pass, PassContext, PassError, PassResult, Where, check_order, run_passes
+from dspass.passes.bucket_gathers import BucketGathers
+from dspass.passes.bucket_reductions import BucketReductions
+from dspass.passes.expose_parameters import ExposeParameters
+from dspass.passes.nodes import calls, gather_start, reduce_start, reduce_wait, wait_of
+from dspass.passes.partition import save_shards
+from dspass.passes.pipeline import DEFAULT
+from dspass.passes.prefetch_gathers import PrefetchGathers
+from dspass.passes.release_gathered import ReleaseGathered
+from dspass.passes.text import print_graph
+from dspass.passes.zero_gather import ZeroGather
+from dspass.passes.zero_reduce import ZeroReduce
+from dspass.pipeline import build
+from tests import graphs
+from tests.graphs import TOYS, Toy, capture, check_step, copy_graph, inputs_of, options, simulate
+
+GOLDEN = Path(__file__).parent / "golden"
+
+_captured = functools.cache(capture)
+
+
+def toy_of(name: str, world: int = 2, bucket_bytes: int = 256) -> Toy:
+    """Captured once; buckets are of about two of the toys' weights unless said otherwise, so that there are several."""
+    return replace(_captured(name, world), config=Config.load(options(bucket_bytes=bucket_bytes)))
+
+
+def around(toy: Toy, cls: type[Pass], where: Where) -> tuple[fx.Graph, Pass]:
+    """The graph as ``cls`` finds it in the pipeline, and the configured pass."""
+    gm = fx.GraphModule(nn.Module(), copy_graph(toy.joint if where == "joint" else toy.raw[where]))
+    for item in toy.passes:
+        if type(item) is cls:
+            return gm.graph, item
+        run_passes(gm, [item], PassContext(where=where))
+    raise AssertionError(cls)
+
+
+def apply(item: Pass, graph: fx.Graph, where: Where) -> tuple[fx.Graph, str]:
+    """A copy of ``graph`` behind ``item``, checked by the runner, and what the pass said."""
+    results: list[PassResult] = []
+    gm = run_passes(fx.GraphModule(nn.Module(), copy_graph(graph)), [item], PassContext(where=where), results.append)
+    (result,) = results
+    return gm.graph, result.summary
+
+
+def shape_of(graph: fx.Graph) -> list[Any]:
+    """The graph without the names of its nodes."""
+    number = {node: i for i, node in enumerate(graph.nodes)}
+    return [(node.op, str(node.target) if node.op == "call_function" else "", [number[a] for a in node.all_input_nodes])
+            for node in graph.nodes]
+
+
+def values(toy: Toy, where: Where) -> dict[str, Any]:
+    inputs = inputs_of(toy)
+    if where == "backward":
+        outputs = simulate(toy.raw["forward"], inputs, toy.world)
+        inputs |= zip([n.name for n in toy.raw["backward"].find_nodes(op="placeholder")], outputs[1:], strict=False)
+    return inputs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """How one pass is tested: on which graphs it has golden text, and where it has nothing to do and says what."""
+
+    golden: tuple[tuple[str, Where], ...]
+    declines: tuple[str, Where, str]
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+CASES: dict[type[Pass], Case] = {
+    ExposeParameters: Case(golden=(("tied", "joint"),), declines=("mlp", "forward", "no sharded parameter is read here")),
+    ReleaseGathered: Case(golden=(("early_views", "forward"),),
+                          declines=("tied", "forward", "each view of a parameter stands where it is used")),
+    ZeroGather: Case(golden=(("uneven", "forward"), ("tied", "backward")),
+                     declines=("mlp", "joint", "no parameter is read here")),
+    BucketGathers: Case(golden=(("mlp", "forward"),), declines=("uneven", "backward", "1 gathers: nothing to join")),
+    PrefetchGathers: Case(golden=(("mlp", "forward"),), declines=("mlp", "forward", "switched off by distance 0"),
+                          options={"distance": 0}),
+    ZeroReduce: Case(golden=(("tied", "backward"),), declines=("mlp", "forward", "no gradient of a parameter here")),
+    BucketReductions: Case(golden=(("mlp", "backward"),), declines=("mlp", "forward", "no reductions here")),
+}
+
+PASSES = pytest.mark.parametrize("cls", DEFAULT, ids=lambda cls: cls.name)
+
+
+@PASSES
+def test_golden(cls: type[Pass], golden_update: bool) -> None:
+    if torch.__version__.split(".")[:2] != ["2", "13"]:
+        pytest.skip(f"golden texts are of torch 2.13, and this is {torch.__version__}")
+    parts = []
+    for name, where in CASES[cls].golden:
+        toy = toy_of(name)
+        before, item = around(toy, cls, where)
+        after, said = apply(item, before, where)
+        text = f"# {name}, {where}: {said}\n\n# before\n{print_graph(before)}\n\n# after\n{print_graph(after)}\n"
+        parts.append(text.replace(f"{toy.engine.name}/", ""))
+    text, path = "\n".join(parts), GOLDEN / f"{cls.name}.txt"
+    if golden_update:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    assert path.exists(), f"{path} is missing: run pytest {__file__} --golden-update and read what it writes"
+    assert text == path.read_text(), f"{cls.name} writes another graph than {path}; if it should, run with --golden-update"
+
+
+@PASSES
+def test_the_numbers_stay(cls: type[Pass]) -> None:
+    seen = 0
+    for name in ("mlp", "tied", "early_views", "uneven"):
+        toy = toy_of(name)
+        for where in sorted(cls.where):
+            before, item = around(toy, cls, where)
+            after, _ = apply(item, before, where)
+            seen += print_graph(after) != print_graph(before)
+            inputs = values(toy, where)
+            old, new = simulate(before, inputs, toy.world), simulate(after, inputs, toy.world)
+            torch.testing.assert_close([list(v) for v in new], [list(v) for v in old], rtol=1e-6, atol=1e-7)
+    assert seen, "the toys give this pass nothing to do"
+
+
+@PASSES
+def test_declines(cls: type[Pass]) -> None:
+    name, where, wanted = CASES[cls].declines
+    toy = toy_of(name)
+    if where in cls.where:
+        graph, item = around(toy, cls, where)
+    else:
+        # Not its kind of graph, which the runner would not even show it: called by hand it leaves it alone.
+        graph, item = copy_graph(toy.joint if where == "joint" else toy.raw[where]), cls()
+        run_passes(fx.GraphModule(nn.Module(), graph), [i for i in toy.passes if where == "forward"], PassContext())
+    item = replace(item, **CASES[cls].options)
+    before, ctx = print_graph(graph), PassContext(where=where)
+    item.run(graph, ctx)
+    assert ctx.said == [wanted]
+    assert print_graph(graph) == before
+
+
+@PASSES
+def test_twice_is_once(cls: type[Pass]) -> None:
+    for name in TOYS:
+        toy = toy_of(name)
+        for where in sorted(cls.where):
+            before, item = around(toy, cls, where)
+            once, _ = apply(item, before, where)
+            twice, _ = apply(item, once, where)
+            assert shape_of(twice) == shape_of(once)
+
+
+@pytest.mark.parametrize(("order", "message"), [
+    ([ZeroGather], r"'zero_gather' requires \['exposed parameters'\].*add a pass that provides it"),
+    ([ZeroGather, ExposeParameters], r"'zero_gather' requires .*: put expose_parameters before it"),
+    ([ReleaseGathered, ExposeParameters], r"'release_gathered' requires .*: put expose_parameters before it"),
+    ([ExposeParameters, BucketGathers, ZeroGather], r"'bucket_gathers' requires \['gathers'\].*put zero_gather before"),
+    ([ExposeParameters, ZeroGather, PrefetchGathers], r"'prefetch_gathers' requires \['bucketed gathers'\]"),
+    ([BucketReductions, ZeroReduce], r"'bucket_reductions' requires \['reductions'\].*put zero_reduce before it"),
+])
+def test_refuses_an_order(order: list[type[Pass]], message: str) -> None:
+    with pytest.raises(PassError, match=message):
+        check_order([cls() for cls in order])
+
+
+def test_every_pass_of_the_pipeline_has_a_case() -> None:
+    assert set(CASES) == set(DEFAULT)
+
+
+@pytest.mark.parametrize(("name", "world"), [
+    *((name, 2) for name in TOYS), ("uneven", 3), ("mlp", 3), ("tied", 4), ("uneven", 4)])
+def test_the_pipeline_trains_as_one_process(name: str, world: int) -> None:
+    check_step(toy_of(name, world))
+
+
+@pytest.mark.parametrize("bucket_bytes", [1, 100_000])
+@pytest.mark.parametrize("name", ["mlp", "early_views", "tied"])
+def test_bucket_sizes_change_only_when_things_travel(name: str, bucket_bytes: int) -> None:
+    check_step(toy_of(name, 2, bucket_bytes))
+
+
+# -- options of passes -----------------------------------------------------------------------------------------------------
+
+
+def test_a_bucket_holds_no_more_than_its_limits() -> None:
+    toy = toy_of("mlp")
+    graph, _ = around(toy, BucketGathers, "forward")
+    for item, limit in ((BucketGathers(bucket_bytes=10**6, max_elements=40), 40), (BucketGathers(bucket_bytes=160), 40)):
+        after, _ = apply(item, graph, "forward")
+        sizes = [[v.numel() for v in start.meta["val"]] for start in calls(after, gather_start)]
+        assert any(len(s) > 1 for s in sizes)
+        assert all(sum(s) <= limit or len(s) == 1 for s in sizes)
+    after, said = apply(BucketGathers(bucket_bytes=1), graph, "forward")
+    assert said == "6 gathers in 6 buckets"
+    assert print_graph(after) == print_graph(graph)
+
+
+def test_reductions_are_bounded_too() -> None:
+    graph, _ = around(toy_of("mlp"), BucketReductions, "backward")
+    after, _ = apply(BucketReductions(max_elements=40), graph, "backward")
+    # The gradients are whole before they are reduced.
+    sizes = [[n.meta["val"].numel() for n in start.args[0]] for start in calls(after, reduce_start)]
+    assert any(len(s) > 1 for s in sizes)
+    assert all(sum(s) <= 40 or len(s) == 1 for s in sizes)
+
+
+@pytest.mark.parametrize("distance", [1, 2, 3, 10])
+def test_prefetching_keeps_the_order_of_gathers(distance: int) -> None:
+    toy = toy_of("mlp", 2, 1)
+    graph, _ = around(toy, PrefetchGathers, "forward")
+    after, said = apply(PrefetchGathers(distance=distance), graph, "forward")
+    keys = [start.args[1] for start in sorted(calls(graph, gather_start))]
+    assert [start.args[1] for start in sorted(calls(after, gather_start))] == keys
+    assert said == f"6 gathers start {distance} bucket{'s' * (distance > 1)} early"
+    graphs.check_liveness(after, distance)
+    old, new = (simulate(g, inputs_of(toy), 2) for g in (graph, after))
+    torch.testing.assert_close(new, old, rtol=0, atol=0)
+
+
+def test_prefetching_obeys_the_limit_on_live_parameters() -> None:
+    graph, _ = around(toy_of("mlp", 2, 1), PrefetchGathers, "forward")
+    after, said = apply(PrefetchGathers(max_live_elements=1), graph, "forward")
+    assert said == "0 gathers start 1 bucket early, 6 not, to keep live parameters under the limit"
+    assert print_graph(after) == print_graph(graph)
+    _, said = apply(PrefetchGathers(max_live_elements=40), graph, "forward")
+    assert said == "5 gathers start 1 bucket early, 1 not, to keep live parameters under the limit"
+
+
+def test_a_view_of_a_view_is_made_at_its_use() -> None:
+    graph = fx.Graph()
+    local, whole, x = (graph.placeholder(name) for name in ("local", "whole", "x"))
+    for node, shape in ((local, (2, 4)), (whole, (4, 4)), (x, (4, 4))):
+        node.meta["val"] = torch.empty(shape)
+    whole.meta["dspass_gathered"] = ("m/w", "local")
+
+    def call(target: Any, *args: Any) -> fx.Node:
+        node = graph.call_function(target, args)
+        node.meta["val"] = torch.empty(4, 4)
+        return node
+
+    view = call(torch.ops.aten.view.default, whole, [4, 4])
+    turned = call(torch.ops.aten.permute.default, view, [1, 0])
+    early = call(torch.ops.aten.mm.default, x, x)
+    late = call(torch.ops.aten.mm.default, early, turned)
+    graph.output((call(torch.ops.aten.mm.default, late, turned),))
+    after, said = apply(ReleaseGathered(), graph, "forward")
+    assert said == "2 views made where they are used"
+    assert [n.target.__name__ for n in after.nodes if n.op == "call_function"] == [
+        "mm.default", "view.default", "permute.default", "mm.default", "view.default", "permute.default", "mm.default"]
+
+
+def test_a_parameter_held_whole_is_cast_where_it_is_used() -> None:
+    toy = toy_of("uneven")
+    spec = toy.engine.specs[f"{toy.engine.name}/scale"]
+    graph, item = around(toy, ZeroGather, "forward")
+    try:
+        spec.compute_dtype = torch.bfloat16
+        after, said = apply(item, graph, "forward")
+    finally:
+        spec.compute_dtype = torch.float32
+    (cast,) = calls(after, torch.ops.prims.convert_element_type.default)
+    assert cast.args[1] is torch.bfloat16
+    assert said == "3 gathers, 2 parameters held whole"
+
+
+def test_no_overlap_waits_at_once() -> None:
+    toy = toy_of("mlp")
+    graph, _ = around(toy, BucketReductions, "backward")
+    after, _ = apply(BucketReductions(bucket_bytes=128, in_flight=0), graph, "backward")
+    assert len(calls(after, reduce_start)) > 2
+    assert all(start.next is wait_of(start) for start in calls(after, reduce_start))
+    old, new = (simulate(g, values(toy, "backward"), 2) for g in (graph, after))
+    torch.testing.assert_close(new, old, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("in_flight", [1, 2, 5])
+def test_waits_stand_where_a_later_bucket_starts(in_flight: int) -> None:
+    graph, _ = around(toy_of("mlp"), BucketReductions, "backward")
+    after, _ = apply(BucketReductions(bucket_bytes=128, in_flight=in_flight), graph, "backward")
+    flying = most = 0
+    for node in after.nodes:
+        flying += (node.target is reduce_start) - (node.target is reduce_wait)
+        most = max(most, flying)
+    assert most == min(in_flight, len(calls(after, reduce_start)))
+
+
+def test_no_overlap_is_a_working_configuration() -> None:
+    config = options(bucket_bytes=128)
+    config["zero_optimization"]["overlap_comm"] = False
+    toy = replace(toy_of("mlp"), config=Config.load(config))
+    graphs.check_numbers(toy, graphs.run_pipeline(toy))
+
+
+def test_a_gradient_that_is_used_in_the_graph_travels_alone() -> None:
+    """Joined with later ones it would be read before its bucket is complete."""
+    toy = toy_of("mlp")
+    graph, _ = around(toy, BucketReductions, "backward")
+    start = sorted(calls(graph, reduce_start))[2]
+    (item,) = wait_of(start).users
+    with graph.inserting_after(item):
+        double = graph.call_function(torch.ops.aten.mul.Tensor, (item, 2.0))
+    double.meta["val"] = item.meta["val"]
+    item.replace_all_uses_with(double, delete_user_cb=lambda user: user is not double)
+    after, said = apply(BucketReductions(bucket_bytes=10**6), graph, "backward")
+    assert said == "7 reductions in 3 buckets"
+    assert start.args[1] in [list(s.args[1]) for s in calls(after, reduce_start)]
+    old, new = (simulate(g, values(toy, "backward"), 2) for g in (graph, after))
+    torch.testing.assert_close(new, old, rtol=0, atol=0)
+
+
+def test_what_is_made_of_parameters_is_made_again_where_the_backward_reads_it() -> None:
+    """At the top of the backward graph every parameter of it would be gathered there."""
+    forward, backward = fx.Graph(), fx.Graph()
+    nodes = {}
+    for name, shape in (("local", (2, 4)), ("x", (4, 4)), ("whole", (4, 4))):
+        nodes[name] = forward.placeholder(name)
+        nodes[name].meta["val"] = torch.empty(shape)
+    nodes["whole"].meta["dspass_gathered"] = ("m/w", "local")
+    made = forward.call_function(torch.ops.aten.tanh.default, (nodes["whole"],))
+    result = forward.call_function(torch.ops.aten.mm.default, (nodes["x"], made))
+    forward.output((result, made, nodes["x"]))
+    saved, x, tangent = (backward.placeholder(n) for n in ("tanh", "x", "tangents_1"))
+    for node in (made, result, saved, x, tangent):
+        node.meta["val"] = torch.empty(4, 4)
+    first = backward.call_function(torch.ops.aten.mm.default, (tangent, x))
+    backward.output((backward.call_function(torch.ops.aten.mm.default, (first, saved)),))
+    save_shards(forward, backward, 1)
+    forward.lint()
+    backward.lint()
+    assert [n.name for n in forward.find_nodes(op="output")[0].args[0]] == ["mm_default", "x", "local"]
+    assert [n.name for n in backward.nodes if n.op != "output"] == [
+        "x", "local", "tangents_1", "whole_again", "mm_default", "tanh_default", "mm_default_1"]
+
+
+# -- the runner ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doubler(Pass):
+    """Somebody else's pass: counts, and doubles what the forward answers where ``factor`` says so."""
+
+    name: ClassVar[str] = "doubler"
+    where: ClassVar[frozenset[Where]] = frozenset({"forward"})
+    keeps_numbers: ClassVar[bool] = False
+
+    factor: float = 1.0
+
+    def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
+        output = graph.find_nodes(op="output")[0]
+        first = output.args[0][0]
+        with graph.inserting_before(output):
+            node = graph.call_function(torch.ops.aten.mul.Tensor, (first, self.factor))
+        node.meta["val"] = first.meta["val"]
+        output.args = ((node, *output.args[0][1:]),)
+        ctx.say(f"times {self.factor}")
+        return graph
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alone(Doubler):
+    name: ClassVar[str] = "alone"
+    conflicts: ClassVar[frozenset[str]] = frozenset({"zero_reduce"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forgetful(Pass):
+    """Leaves what ``mistake`` says."""
+
+    name: ClassVar[str] = "forgetful"
+    mistake: Callable[[fx.Graph], object] = lambda graph: None
+
+    def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
+        self.mistake(graph)
+        return graph
+
+
+def _no_value(graph: fx.Graph) -> None:
+    with graph.inserting_before(graph.find_nodes(op="output")[0]):
+        graph.call_function(torch.ops.aten.ones.default, ([2],))
+
+
+def _too_late(graph: fx.Graph) -> None:
+    sums = calls(graph, torch.ops.aten.sum.default)[0]
+    sums.append(sums.all_input_nodes[0])
+
+
+@pytest.mark.parametrize(("mistake", "message"), [
+    (_no_value, r"'forgetful' left node 'ones_default' without meta\['val'\]"),
+    (_too_late, r"'forgetful' left a graph that does not lint: .*used before it has been defined"),
+])
+def test_the_runner_names_the_pass_that_broke_a_graph(mistake: Callable[[fx.Graph], object], message: str) -> None:
+    graph = copy_graph(toy_of("mlp").raw["forward"])
+    with pytest.raises(PassError, match=message):
+        run_passes(fx.GraphModule(nn.Module(), graph), [Forgetful(mistake=mistake)], PassContext())
+
+
+def test_the_runner_records_what_each_pass_did() -> None:
+    step = graphs.run_pipeline(toy_of("mlp"))
+    assert [r.name for r in step.results if r.where == "joint"] == ["expose_parameters"]
+    assert [r.name for r in step.results if r.where == "forward"] == [p.name for p in DEFAULT if "forward" in p.where]
+    assert [r.name for r in step.results if r.where == "backward"] == [p.name for p in DEFAULT if "backward" in p.where]
+    for result in step.results:
+        assert result.changed == (result.before != result.after)
+        assert result.summary
+        assert result.keeps_numbers
+        assert result.seconds >= 0
+    chain = [r for r in step.results if r.where == "backward"]
+    assert all(first.after == second.before for first, second in zip(chain, chain[1:], strict=False))
+
+
+def test_a_pass_that_conflicts_is_refused_by_name() -> None:
+    with pytest.raises(PassError, match=r"'alone' cannot stand in one list with \['zero_reduce'\]: drop one of them"):
+        check_order([ZeroReduce(), Alone()])
+
+
+# -- the person's own list -------------------------------------------------------------------------------------------------
+
+
+def listed(*entries: Any) -> list[str]:
+    return [p.name for p in build(Config.load(options(passes=list(entries))))]
+
+
+def test_passes_are_added_dropped_and_reordered() -> None:
+    names = [p.name for p in DEFAULT]
+    assert listed("...") == names
+    assert listed("...", "-prefetch_gathers") == [n for n in names if n != "prefetch_gathers"]
+    assert listed("zero_reduce", "...") == ["zero_reduce", *(n for n in names if n != "zero_reduce")]
+    assert listed("...", "tests.test_passes:Doubler") == [*names, "doubler"]
+    assert listed("expose_parameters", "zero_gather", "zero_reduce") == ["expose_parameters", "zero_gather", "zero_reduce"]
+    assert [p.name for p in build(Config.load(options()))] == names
+
+
+def test_options_of_a_pass_overrule_the_configuration() -> None:
+    config = options(passes=["...", {"name": "prefetch_gathers", "distance": 3}], bucket_bytes=77)
+    passes = {p.name: p for p in build(Config.load(config))}
+    assert passes["prefetch_gathers"] == PrefetchGathers(distance=3)
+    assert passes["bucket_gathers"].options()["bucket_bytes"] == 77
+
+
+@pytest.mark.parametrize(("entries", "message"), [
+    (["zero_gahter"], "there is no pass 'zero_gahter'.*did you mean 'zero_gather'"),
+    (["...", "-nothing"], "there is no pass 'nothing'"),
+    (["...", "no.such.module:Pass"], "cannot be imported.*importable on every rank"),
+    (["...", "tests.test_passes:NoSuchPass"], "cannot be imported"),
+    (["...", "tests.test_passes:Case"], "is not a pass.*dspass.passes.base.Pass"),
+    (["...", {"name": "zero_gather", "colour": 1}], "zero_gather.colour.*no such option"),
+])
+def test_a_wrong_list_says_what_is_wrong(entries: list[Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"(?s){message}"):
+        build(Config.load(options(passes=entries)))
+
+
+def test_a_list_in_an_impossible_order_is_refused() -> None:
+    with pytest.raises(PassError, match="put zero_gather before it"):
+        build(Config.load(options(passes=["expose_parameters", "bucket_gathers", "zero_gather"])))
+
+
+def test_a_third_party_pass_runs_through_torch_compile() -> None:
+    """From the options of ``torch.compile`` to the number that comes out, on one rank and without a process group."""
+    model, x = TOYS["mlp"](), torch.randn(3, 4)
+    config = {"zero_optimization": {"stage": 0}, "dspass": {
+        "passes": ["...", {"name": "tests.test_passes:Doubler", "factor": 2.0}]}}
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=_backend(), options=config)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), 2 * model(x))
+    torch._dynamo.reset()
+
+
+def _backend() -> Any:
+    import dspass
+
+    return dspass.deepspeed
+
+
+@pytest.mark.parametrize("entries", [
+    ["expose_parameters", "zero_gather", "zero_reduce"],
+    ["...", "-bucket_gathers", "-prefetch_gathers"],
+    ["...", "-bucket_reductions", "-release_gathered"],
+    ["zero_reduce", "bucket_reductions", "..."],
+])
+def test_any_allowed_list_trains_alike(entries: list[str]) -> None:
+    toy = toy_of("mlp")
+    passes = build(Config.load(options(passes=entries, bucket_bytes=256)))
+    graphs.check_numbers(toy, graphs.run_pipeline(toy, passes))
