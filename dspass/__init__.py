@@ -13,9 +13,12 @@ from dspass.config import Config, ConfigError
 from dspass.explain import explain
 from dspass.measure import measure
 from dspass.report import Report
+from dspass.runtime import compat
 from dspass.shard import shard
 
 if "deepspeed" not in torch._dynamo.list_backends(exclude_tags=()):
     torch._dynamo.register_backend(deepspeed, name="deepspeed")
+
+compat.register_log("dspass", "dspass")  # TORCH_LOGS="+dspass", torch._logging.set_logs(modules={"dspass": level})
 
 __all__ = ["Config", "ConfigError", "Report", "deepspeed", "explain", "measure", "shard"]

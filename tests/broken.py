@@ -112,11 +112,11 @@ class GatheredAtTheTop(ZeroGather):
 
     def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
         graph = super().run(graph, ctx)
-        top = next(n for n in graph.nodes if n.op != "placeholder")
+        last = [n for n in graph.nodes if n.op == "placeholder"][-1]
         for start in calls(graph, gather_start):
             for node in (start, wait_of(start), *wait_of(start).users):
-                if node is not top:
-                    top.prepend(node)
+                last.append(node)
+                last = node
         return graph
 
 
@@ -143,7 +143,7 @@ class ItemsExchanged(BucketGathers):
         graph = super().run(graph, ctx)
         for wait in calls(graph, gather_wait):
             by_shape: dict[tuple[int, ...], fx.Node] = {}
-            for item in wait.users:
+            for item in list(wait.users):
                 other = by_shape.setdefault(tuple(item.meta["val"].shape), item)
                 if other is not item:
                     other.args, item.args = item.args, other.args
@@ -269,6 +269,18 @@ class NeverWaitedFor(BucketReductions):
             graph.erase_node(item)
         graph.erase_node(wait)
         assert not start.users
+        return graph
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadBeforeItsWait(BucketReductions):
+    """Gradients are read from the reduction that is still under way."""
+
+    def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
+        graph = super().run(graph, ctx)
+        wait = calls(graph, reduce_wait)[0]
+        wait.replace_all_uses_with(wait.args[0])
+        graph.erase_node(wait)
         return graph
 
 

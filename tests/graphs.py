@@ -353,6 +353,12 @@ def inputs_of(toy: Toy) -> dict[str, PerRank]:
     return found
 
 
+def saved_of(backward: fx.Graph, outputs: Sequence[Any]) -> dict[str, Any]:
+    """What the forward graph answered behind its loss, by the names that the backward graph gives it."""
+    names = [n.name for n in backward.find_nodes(op="placeholder") if GATHERED not in n.meta]
+    return dict(zip(names[: next(i for i, n in enumerate(names) if n.startswith("tangents"))], outputs[1:], strict=False))
+
+
 def _root(node: fx.Node) -> fx.Node:
     while node.op != "placeholder":
         node = node.args[0]  # type: ignore[assignment]
@@ -405,8 +411,7 @@ def check_numbers(toy: Toy, step: Step) -> None:
     trace, backward_trace = Trace(), Trace()
     with torch.no_grad():
         outputs = simulate(step.forward, inputs, toy.world, trace)
-        saved = dict(zip([n.name for n in step.backward.find_nodes(op="placeholder")], outputs[1:], strict=False))
-        results = simulate(step.backward, inputs | saved, toy.world, backward_trace)
+        results = simulate(step.backward, inputs | saved_of(step.backward, outputs), toy.world, backward_trace)
     for name, sent in (("forward", trace.gathered), ("backward", backward_trace.gathered)):
         if too_many := {k: n for k, n in sent.items() if n > 1}:
             raise CheckError(f"gathered more than once in one {name}: {too_many}")

@@ -31,7 +31,7 @@ from dspass.passes.zero_gather import ZeroGather
 from dspass.passes.zero_reduce import ZeroReduce
 from dspass.pipeline import build
 from tests import graphs
-from tests.graphs import TOYS, Toy, capture, check_step, copy_graph, inputs_of, options, simulate
+from tests.graphs import TOYS, Toy, capture, check_step, copy_graph, inputs_of, options, saved_of, simulate
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -72,7 +72,7 @@ def values(toy: Toy, where: Where) -> dict[str, Any]:
     inputs = inputs_of(toy)
     if where == "backward":
         outputs = simulate(toy.raw["forward"], inputs, toy.world)
-        inputs |= zip([n.name for n in toy.raw["backward"].find_nodes(op="placeholder")], outputs[1:], strict=False)
+        inputs |= saved_of(toy.raw["backward"], outputs)
     return inputs
 
 
