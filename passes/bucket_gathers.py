@@ -11,6 +11,7 @@ from dspass.passes.base import Pass, PassContext
 from dspass.passes.buckets import BucketLimit
 from dspass.passes.nodes import calls, gather_start, gather_wait, merge_pairs, specs_of
 from dspass.runtime.axis import Axis
+from dspass.runtime.engine import Engine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,7 @@ class BucketGathers(Pass):
         buckets: list[list[fx.Node]] = []
         for start in starts:
             together = [*buckets[-1], start] if buckets else []
-            if together and _axis(together[0]) is _axis(start) and limit.holds(
+            if together and _kind(together[0]) == _kind(start) and limit.holds(
                     [_bytes(s) for s in together], [_elements(s) for s in together]):
                 buckets[-1].append(start)
             else:
@@ -49,8 +50,10 @@ class BucketGathers(Pass):
         return graph
 
 
-def _axis(start: fx.Node) -> Axis | None:
-    return specs_of(start)[0].shard_axis
+def _kind(start: fx.Node) -> tuple[Engine, Axis | None]:
+    """What a bucket has in common: two models called in one graph keep their copies and counters apart."""
+    spec = specs_of(start)[0]
+    return spec.engine, spec.shard_axis
 
 
 def _bytes(start: fx.Node) -> int:

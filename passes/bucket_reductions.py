@@ -17,8 +17,9 @@ class BucketReductions(Pass):
     """Join ``reduce_start`` of one kind until a bucket holds ``bucket_bytes`` of gradients, in the order in which
     gradients become complete.
 
-    A bucket starts behind its last gradient. It is waited for when the one ``in_flight`` buckets later starts, or at the
-    end, and at once where that is 0: a gradient's whole form is freed with the wait. One that this graph goes on computing with travels alone, at once.
+    A bucket starts behind its last gradient. It is waited for when the one ``in_flight`` buckets later starts, or at
+    the end, and at once where that is 0: a gradient's whole form is freed with the wait. One that this graph goes on
+    computing with travels alone, at once.
     ``max_elements`` is DeepSpeed's ``reduce_bucket_size``; without ``bucket_bytes`` the choice is ours
     (:mod:`dspass.passes.buckets`).
     """
@@ -45,7 +46,7 @@ class BucketReductions(Pass):
                 buckets.append([start])
                 continue
             spec = specs_of(start)[0]
-            kind = (spec.layout == "shard", spec.shard_axis, spec.replicate_axis, spec.reduce_dtype)
+            kind = (spec.engine, spec.layout == "shard", spec.shard_axis, spec.replicate_axis, spec.reduce_dtype)
             bucket = open_buckets.get(kind)
             joined_by = [*(bucket or ()), start]
             if bucket is None or not limit.holds([_bytes(s) for s in joined_by], [_elements(s) for s in joined_by]):

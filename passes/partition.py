@@ -77,7 +77,7 @@ def save_shards(forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int) -> 
             whole.meta[GATHERED] = (leaf.meta[GATHERED][0], held[local.name].name)
             copies[leaf] = whole
 
-    # Right before the first use, in the order of these: at the top of the graph every parameter would be gathered there.
+    # Right before the first use, in the order of these: at the top every parameter would be gathered there.
     order = positions(backward)
     uses = {p: first_user(p, order) if p.users else body for p in remade.values()}
     for value, placeholder in sorted(remade.items(), key=lambda pair: order[uses[pair[1]]]):

@@ -16,9 +16,10 @@ from dspass.passes.nodes import GATHERED
 class ReleaseGathered(Pass):
     """Every use of a view of a whole parameter gets its own copy of that view, right before it.
 
-    :class:`ZeroGather` gathers a parameter at its first use, and the runtime frees it after its last. A view (a transposed
-    weight) that is made at the top of the graph and used at its end would be both: the parameter would be gathered at the
-    top and live until the end. Views cost nothing to make again, so this pass stands before the gathers.
+    :class:`ZeroGather` gathers a parameter at its first use, and the runtime frees it after its last. A
+    view (a transposed weight) that is made at the top of the graph and used at its end would be both: the
+    parameter would be gathered at the top and live until the end. Views cost nothing to make again, so this
+    pass stands before the gathers.
     """
 
     name: ClassVar[str] = "release_gathered"
@@ -26,12 +27,13 @@ class ReleaseGathered(Pass):
 
     def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
         copies = 0
-        # From the last to the first: a view of a view must have moved before the one that it is made of follows it.
+        # From the last to the first: a view of a view moves before the one that it is made of can follow it.
         for view in reversed(_views_of_parameters(graph)):
             if view.users and not (len(view.users) == 1 and view.next in view.users):
                 _make_at_uses(graph, view)
                 copies += 1
-        ctx.say(f"{copies} views made where they are used" if copies else "each view of a parameter stands where it is used")
+        ctx.say(f"{copies} views made where they are used" if copies
+                else "each view of a parameter stands where it is used")
         return graph
 
 

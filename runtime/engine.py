@@ -254,7 +254,7 @@ class Reduction:
 
 def _state(shard: torch.Tensor) -> tuple[int, int]:
     """Changes whenever the shard's values may have: every in-place operation raises the version."""
-    return shard.data_ptr(), shard._version
+    return shard.untyped_storage()._cdata, shard._version
 
 
 def _direction() -> Direction:

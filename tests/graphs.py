@@ -1,8 +1,9 @@
-"""Toy models captured by the real path, and simulated ranks that run their graphs: what tests of passes stand on.
+"""Toy models captured by the real path, and simulated ranks to run their graphs.
 
-No launcher: the process group is torch's fake one, so one process captures what rank 0 of any world would. Numbers come from
-:func:`simulate`, which walks a graph once and holds every value once a rank, so that a gather really joins what the ranks
-have and a reduction really averages. It needs none of the runtime, and so shares none of its mistakes.
+No launcher: the process group is torch's fake one, so one process captures what rank 0 of any world would.
+Numbers come from :func:`simulate`, which walks a graph once and holds every value once a rank, so that a
+gather really joins what the ranks have and a reduction really averages. It needs none of the runtime, and
+so shares none of its mistakes.
 
 The checks raise :class:`CheckError`, and ``tests/test_broken_passes.py`` shows that each of them can fail.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import operator
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -48,7 +50,7 @@ class CheckError(AssertionError):
     """A graph breaks what every pipeline must keep."""
 
 
-# -- toys ------------------------------------------------------------------------------------------------------------------
+# -- toys ----------------------------------------------------------------------------------------------------
 
 
 class Mlp(nn.Module):
@@ -75,7 +77,9 @@ class Tied(nn.Module):
         self.mix = nn.Linear(4, 4, bias=False)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(torch.tanh(self.mix(self.embed(tokens))), self.embed.weight).square().sum()
+        return (
+            nn.functional.linear(torch.tanh(self.mix(self.embed(tokens))), self.embed.weight).square().sum()
+        )
 
 
 class EarlyViews(nn.Module):
@@ -119,10 +123,16 @@ class Uneven(nn.Module):
         return (self.second(torch.tanh(self.first(x))) * self.scale).square().sum()
 
 
-TOYS: Mapping[str, type[nn.Module]] = {"mlp": Mlp, "tied": Tied, "early_views": EarlyViews, "made": MadeOfParameters, "uneven": Uneven}
+TOYS: Mapping[str, type[nn.Module]] = {
+    "mlp": Mlp,
+    "tied": Tied,
+    "early_views": EarlyViews,
+    "made": MadeOfParameters,
+    "uneven": Uneven,
+}
 
 
-# -- capture ---------------------------------------------------------------------------------------------------------------
+# -- capture -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +151,8 @@ class Keep(Pass):
 
 @dataclass(kw_only=True, eq=False)
 class Toy:
-    """A captured model. ``joint`` is the graph before any pass, ``raw`` the one or two that the passes then saw."""
+    """A captured model. ``joint`` is the graph before any pass, ``raw`` the one or two that the passes then
+    saw."""
 
     joint: fx.Graph
     raw: dict[str, fx.Graph]
@@ -173,7 +184,10 @@ def fake_world(size: int) -> Iterator[None]:
 
 
 def options(stage: int = 3, threshold: int = 4, **dspass: Any) -> dict[str, Any]:
-    return {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": threshold}, "dspass": dspass}
+    return {
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": threshold},
+        "dspass": dspass,
+    }
 
 
 def capture(name: str, world: int = 2, config: Mapping[str, Any] | None = None) -> Toy:
@@ -191,13 +205,23 @@ def capture(name: str, world: int = 2, config: Mapping[str, Any] | None = None) 
         engine = new_engine(model, settings)
 
         def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
-            return compile_graph(gm, inputs, engine, settings, [Keep(into=kept), *build(settings)], as_written)
+            return compile_graph(
+                gm, inputs, engine, settings, [Keep(into=kept), *build(settings)], as_written
+            )
 
         torch.compile(model, backend=backend)(*batches[0])
     torch._dynamo.reset()
-    toy = Toy(joint=kept.pop("joint"), raw=kept, engine=engine, config=settings, batches=batches, world=world,
-              whole={f"{engine.name}/{n}": p for n, p in whole.items()}, losses=losses,
-              grads={f"{engine.name}/{n}": g for n, g in grads.items()})
+    toy = Toy(
+        joint=kept.pop("joint"),
+        raw=kept,
+        engine=engine,
+        config=settings,
+        batches=batches,
+        world=world,
+        whole={f"{engine.name}/{n}": p for n, p in whole.items()},
+        losses=losses,
+        grads={f"{engine.name}/{n}": g for n, g in grads.items()},
+    )
     return toy
 
 
@@ -216,7 +240,9 @@ def _batch(name: str) -> tuple[torch.Tensor, ...]:
     return (torch.randint(8, (3,)),) if name == "tied" else (torch.randn(3, 4),)
 
 
-def _reference(model: nn.Module, batches: Sequence[Any]) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+def _reference(
+    model: nn.Module, batches: Sequence[Any]
+) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
     losses, sums = [], {n: torch.zeros_like(p) for n, p in model.named_parameters()}
     for batch in batches:
         loss = model(*batch)
@@ -226,7 +252,7 @@ def _reference(model: nn.Module, batches: Sequence[Any]) -> tuple[list[torch.Ten
     return losses, {n: s / len(batches) for n, s in sums.items()}
 
 
-# -- simulated ranks -------------------------------------------------------------------------------------------------------
+# -- simulated ranks -----------------------------------------------------------------------------------------
 
 
 class PerRank(list[Any]):
@@ -267,13 +293,18 @@ def _whole(key: str, shards: PerRank) -> PerRank:
 def _mean(key: str, grads: PerRank) -> PerRank:
     spec = lookup(key)
     if tuple(grads[0].shape) != spec.shape:
-        raise CheckError(f"{key} is reduced from something else than its whole gradient: {tuple(grads[0].shape)}")
+        raise CheckError(
+            f"{key} is reduced from something else than its whole gradient: {tuple(grads[0].shape)}"
+        )
     mean = sum(g.to(spec.reduce_dtype) for g in grads) / len(grads)
     return PerRank(rows_of(spec, mean, r).to(spec.dtype) for r in range(len(grads)))
 
 
-def simulate(graph: fx.Graph, inputs: Mapping[str, PerRank], world: int, trace: Trace | None = None) -> list[Any]:
-    """Run ``graph`` on ``world`` ranks at once; ``inputs`` by the names of placeholders. Answers its outputs."""
+def simulate(
+    graph: fx.Graph, inputs: Mapping[str, PerRank], world: int, trace: Trace | None = None
+) -> list[Any]:
+    """Run ``graph`` on ``world`` ranks at once; ``inputs`` by the names of placeholders. Answers its
+    outputs."""
     trace = trace or Trace()
     values: dict[fx.Node, Any] = {}
     flights: dict[fx.Node, Flight] = {}
@@ -319,7 +350,9 @@ def _call(node: fx.Node, values: Mapping[fx.Node, Any], world: int, trace: Trace
         (trace.gathered if gathers else trace.reduced).update(node.args[1])
         work = _whole if gathers else _mean
         given = [PerRank(_of_rank(n, values, r) for r in range(world)) for n in first]
-        return Flight("gather" if gathers else "reduce", [work(k, g) for k, g in zip(node.args[1], given, strict=True)])
+        return Flight(
+            "gather" if gathers else "reduce", [work(k, g) for k, g in zip(node.args[1], given, strict=True)]
+        )
     if node.target in (gather_wait, reduce_wait):
         flight = values[first]
         kind = "gather" if node.target is gather_wait else "reduce"
@@ -332,7 +365,9 @@ def _call(node: fx.Node, values: Mapping[fx.Node, Any], world: int, trace: Trace
     if node.target is REDUCE_GRAD:
         trace.reduced[node.args[1]] += 1
         return _mean(node.args[1], values[first])
-    return PerRank(node.target(*_of_rank(node.args, values, r), **_of_rank(node.kwargs, values, r)) for r in range(world))
+    return PerRank(
+        node.target(*_of_rank(node.args, values, r), **_of_rank(node.kwargs, values, r)) for r in range(world)
+    )
 
 
 def inputs_of(toy: Toy) -> dict[str, PerRank]:
@@ -356,7 +391,13 @@ def inputs_of(toy: Toy) -> dict[str, PerRank]:
 def saved_of(backward: fx.Graph, outputs: Sequence[Any]) -> dict[str, Any]:
     """What the forward graph answered behind its loss, by the names that the backward graph gives it."""
     names = [n.name for n in backward.find_nodes(op="placeholder") if GATHERED not in n.meta]
-    return dict(zip(names[: next(i for i, n in enumerate(names) if n.startswith("tangents"))], outputs[1:], strict=False))
+    return dict(
+        zip(
+            names[: next(i for i, n in enumerate(names) if n.startswith("tangents"))],
+            outputs[1:],
+            strict=False,
+        )
+    )
 
 
 def _root(node: fx.Node) -> fx.Node:
@@ -365,7 +406,7 @@ def _root(node: fx.Node) -> fx.Node:
     return node
 
 
-# -- checks ----------------------------------------------------------------------------------------------------------------
+# -- checks --------------------------------------------------------------------------------------------------
 
 
 @dataclass(kw_only=True)
@@ -389,13 +430,18 @@ def run_pipeline(toy: Toy, passes: Sequence[Pass] | None = None) -> Step:
     joint = apply(fx.GraphModule(nn.Module(), copy_graph(toy.joint)), "joint")
     kept = copy_graph(joint.graph)
     forward, backward = partition(joint, [n.meta["val"] for n in joint.graph.find_nodes(op="placeholder")], 1)
-    return Step(joint=kept, forward=apply(forward, "forward").graph, backward=apply(backward, "backward").graph,
-                results=results)
+    return Step(
+        joint=kept,
+        forward=apply(forward, "forward").graph,
+        backward=apply(backward, "backward").graph,
+        results=results,
+    )
 
 
 def check_step(toy: Toy, passes: Sequence[Pass] | None = None, ahead: int = 1) -> Step:
-    """What the suite asks of any pipeline: it lints, each thing is sent as often as it should be, the numbers are those of
-    the plain model, nothing gathered lives longer than it must, and gathers overlap compute."""
+    """What the suite asks of any pipeline: it lints, each thing is sent as often as it should be, the
+    numbers are those of the plain model, nothing gathered lives longer than it must, and gathers overlap
+    compute."""
     step = run_pipeline(toy, passes)
     check_numbers(toy, step)
     for graph in (step.forward, step.backward):
@@ -411,7 +457,9 @@ def check_numbers(toy: Toy, step: Step) -> None:
     trace, backward_trace = Trace(), Trace()
     with torch.no_grad():
         outputs = simulate(step.forward, inputs, toy.world, trace)
-        results = simulate(step.backward, inputs | saved_of(step.backward, outputs), toy.world, backward_trace)
+        results = simulate(
+            step.backward, inputs | saved_of(step.backward, outputs), toy.world, backward_trace
+        )
     for name, sent in (("forward", trace.gathered), ("backward", backward_trace.gathered)):
         if too_many := {k: n for k, n in sent.items() if n > 1}:
             raise CheckError(f"gathered more than once in one {name}: {too_many}")
@@ -427,7 +475,11 @@ def check_numbers(toy: Toy, step: Step) -> None:
         if node in shards:
             spec = lookup(shards[node])
             for rank in range(toy.world):
-                _close(grad[rank], rows_of(spec, toy.grads[spec.key], rank), f"the gradient of {spec.name} on rank {rank}")
+                _close(
+                    grad[rank],
+                    rows_of(spec, toy.grads[spec.key], rank),
+                    f"the gradient of {spec.name} on rank {rank}",
+                )
 
 
 def _close(found: Any, wanted: torch.Tensor, what: str) -> None:
@@ -446,8 +498,11 @@ def aliases(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
         first = node.args[0] if node.args else None
         if node.target is gather_wait:
             found[node] = first
-        elif isinstance(first, fx.Node) and first in found and (
-                node.target is operator.getitem or getattr(node.target, "is_view", False) is True):
+        elif (
+            isinstance(first, fx.Node)
+            and first in found
+            and (node.target is operator.getitem or getattr(node.target, "is_view", False) is True)
+        ):
             found[node] = found[first]
     return found
 
@@ -465,8 +520,9 @@ def first_uses(graph: fx.Graph) -> dict[fx.Node, int]:
 
 
 def check_liveness(graph: fx.Graph, ahead: int = 1) -> None:
-    """Beside the buckets that the next computation reads, no more than ``ahead`` are whole or on their way at any time
-    before their first use; and no output shares a gathered parameter's memory, which would keep it past its release."""
+    """Beside the buckets that the next computation reads, no more than ``ahead`` are whole or on their way
+    at any time before their first use; and no output shares a gathered parameter's memory, which would keep
+    it past its release."""
     shared, use = aliases(graph), first_uses(graph)
     for result in graph.find_nodes(op="output")[0].all_input_nodes:
         if result in shared:
@@ -478,15 +534,18 @@ def check_liveness(graph: fx.Graph, ahead: int = 1) -> None:
         waiting = [start for start in begun if use[start] >= i]
         later = [start.name for start in waiting if use[start] > min(use[s] for s in waiting)]
         if len(later) > ahead:
-            raise CheckError(f"at {node.name} {len(later)} buckets are gathered that are not used soon: {later}")
+            raise CheckError(
+                f"at {node.name} {len(later)} buckets are gathered that are not used soon: {later}"
+            )
 
 
 def check_overlap(graph: fx.Graph) -> None:
-    """Between the start and the wait of each bucket something is computed, but for what the graph begins with."""
+    """Between the start and the wait of each bucket something is computed, but for what the graph begins
+    with."""
     shared, use = aliases(graph), first_uses(graph)
     order = list(graph.nodes)
     starts = sorted(calls(graph, gather_start))
-    for previous, start in zip(starts, starts[1:], strict=False):
+    for previous, start in itertools.pairwise(starts):
         if use[start] == use[previous]:
             continue
         between = order[order.index(start) + 1 : order.index(wait_of(start))]

@@ -1,4 +1,4 @@
-"""The suite fails when a pass is broken: each mistake in :mod:`tests.broken` is caught, and by the check that is named."""
+"""The suite fails when a pass is broken: each mistake in :mod:`tests.broken` is caught by the check named."""
 
 from __future__ import annotations
 
@@ -10,12 +10,18 @@ from tests import broken
 from tests.graphs import CheckError, Toy, check_numbers, check_step, run_pipeline
 from tests.test_passes import toy_of
 
-#: The broken pass, the toy that it goes wrong on (and bytes of a bucket), and what catches it: the runner (PassError) or a check of the suite.
+#: The broken pass, the toy that it goes wrong on (and bytes of a bucket), and what catches it: the runner
+#: (PassError) or a check of the suite.
 MISTAKES: list[tuple[type[Pass], str, type[Exception], str]] = [
     (broken.OneUseForgotten, "tied", CheckError, r"the gradient of embed.weight on rank 0 differs"),
     (broken.KeysExchanged, "early_views", CheckError, r"differs|something else than its shards"),
     (broken.ViewsKept, "early_views/64", CheckError, r"buckets are gathered that are not used soon"),
-    (broken.ViewSaved, "mlp", CheckError, r"permute\w* leaves the graph and keeps a gathered parameter alive"),
+    (
+        broken.ViewSaved,
+        "mlp",
+        CheckError,
+        r"permute\w* leaves the graph and keeps a gathered parameter alive",
+    ),
     (broken.GatheredTooLate, "mlp", PassError, r"'zero_gather' left a graph that does not lint"),
     (broken.WaitMissing, "mlp", AssertionError, r"getitem\w* is read by %permute"),
     (broken.GatheredAtTheTop, "early_views/64", CheckError, r"buckets are gathered that are not used soon"),
@@ -27,7 +33,12 @@ MISTAKES: list[tuple[type[Pass], str, type[Exception], str]] = [
     (broken.StartedAfterItsWait, "mlp", PassError, r"'prefetch_gathers' left a graph that does not lint"),
     (broken.ReducedTwice, "mlp", CheckError, r"each gradient is reduced once, and these are not: .*: 2"),
     (broken.NotReduced, "mlp", CheckError, r"each gradient is reduced once, and these are not"),
-    (broken.ValueForgotten, "mlp", PassError, r"'zero_reduce' left node 'reduce_wait\w*' without meta\['val'\]"),
+    (
+        broken.ValueForgotten,
+        "mlp",
+        PassError,
+        r"'zero_reduce' left node 'reduce_wait\w*' without meta\['val'\]",
+    ),
     (broken.SummedNotAveraged, "mlp", CheckError, r"the gradient of .* differs"),
     (broken.NeverWaitedFor, "mlp", CheckError, r"reduce_start\w* is waited for 0 times"),
     (broken.ReadBeforeItsWait, "mlp", CheckError, r"reduce_start\w* is read before it has arrived"),
@@ -41,7 +52,9 @@ def pipeline_with(toy: Toy, cls: type[Pass]) -> list[Pass]:
     return [cls(**item.options()) if issubclass(cls, type(item)) else item for item in toy.passes]
 
 
-@pytest.mark.parametrize(("cls", "name", "error", "message"), MISTAKES, ids=lambda value: getattr(value, "__name__", None))
+@pytest.mark.parametrize(
+    ("cls", "name", "error", "message"), MISTAKES, ids=lambda value: getattr(value, "__name__", None)
+)
 def test_a_broken_pass_is_caught(cls: type[Pass], name: str, error: type[Exception], message: str) -> None:
     toy_name, _, bucket_bytes = name.partition("/")
     toy = toy_of(toy_name, 2, int(bucket_bytes or 256))
@@ -52,14 +65,17 @@ def test_a_broken_pass_is_caught(cls: type[Pass], name: str, error: type[Excepti
 
 def test_each_pass_has_a_broken_version() -> None:
     tried = {cls for cls, *_ in MISTAKES}
-    assert tried == {v for v in vars(broken).values() if isinstance(v, type) and v.__module__ == broken.__name__}
+    assert tried == {
+        v for v in vars(broken).values() if isinstance(v, type) and v.__module__ == broken.__name__
+    }
     for cls in DEFAULT:
         assert any(issubclass(mistake, cls) for mistake in tried), f"no broken version of {cls.name}"
 
 
 @pytest.mark.parametrize("cls", DEFAULT, ids=lambda cls: cls.name)
 def test_a_pass_that_is_left_out_breaks_no_numbers_or_is_refused(cls: type[Pass]) -> None:
-    """Dropping a pass may cost memory or time. Where it would cost the numbers the list is refused, or nothing runs."""
+    """Dropping a pass may cost memory or time. Where it would cost the numbers the list is refused, or
+    nothing runs."""
     toy = toy_of("tied")
     passes = [p for p in toy.passes if type(p) is not cls]
     try:

@@ -20,8 +20,14 @@ def blocks(kind: str) -> list[str]:
 
 def run(folder: Path, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     paths = os.pathsep.join([str(ROOT), str(folder)])
-    return subprocess.run([sys.executable, *command], cwd=folder, text=True, capture_output=True, timeout=120,
-                          env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment})
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=folder,
+        text=True,
+        capture_output=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +59,11 @@ def test_the_pages_own_test_passes(folder: Path) -> None:
 
 
 def test_torch_logs_show_each_pass(trained: subprocess.CompletedProcess[str]) -> None:
-    for line in ("graph 0 backward: undo_transposes (1 transposes undone", "graph 0 joint: expose_parameters",
-                 "graph 0 forward: zero_gather"):
+    for line in (
+        "graph 0 backward: undo_transposes (1 transposes undone",
+        "graph 0 joint: expose_parameters",
+        "graph 0 forward: zero_gather",
+    ):
         assert line in trained.stderr
 
 
@@ -65,7 +74,8 @@ def test_torch_trace_keeps_the_graphs(folder: Path, trained: subprocess.Complete
 
 
 def test_the_log_has_a_name_of_its_own() -> None:
-    import dspass
     from torch._logging._internal import log_registry
+
+    import dspass
 
     assert log_registry.log_alias_to_log_qnames["dspass"] == [dspass.__name__]

@@ -1,4 +1,4 @@
-"""The house rules that can be read from the source: who imports whom, and that each pass is tested and documented."""
+"""The house rules that can be read from the source: who imports whom, and what each pass has beside it."""
 
 from __future__ import annotations
 
@@ -23,8 +23,12 @@ LAYERS: dict[str, tuple[str, ...]] = {
 
 def sources(*folders: str) -> list[Path]:
     # The links dspass/passes and so on show the same files again.
-    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py")
-                  if not any(parent.is_symlink() for parent in path.parents))
+    return sorted(
+        path
+        for folder in folders
+        for path in (ROOT / folder).rglob("*.py")
+        if not any(parent.is_symlink() for parent in path.parents)
+    )
 
 
 def imports(path: Path) -> Iterator[tuple[int, str]]:
@@ -45,25 +49,36 @@ def within(name: str, packages: tuple[str, ...]) -> bool:
 def test_layers_import_only_what_lies_below(folder: str) -> None:
     files = sources(folder)
     assert files
-    wrong = [f"{path.relative_to(ROOT)}:{line} imports {name}" for path in files for line, name in imports(path)
-             if within(name, ("dspass",)) and not within(name, LAYERS[folder])]
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for path in files
+        for line, name in imports(path)
+        if within(name, ("dspass",)) and not within(name, LAYERS[folder])
+    ]
     assert not wrong, "\n".join(wrong)
 
 
 def test_every_module_has_one_name() -> None:
-    """A module loaded as ``passes.x`` and as ``dspass.passes.x`` would register its operators twice; relative imports would
-    hide which of the two it is."""
-    wrong = [f"{path.relative_to(ROOT)}:{line} imports {name}"
-             for path in sources("dspass", "passes", "lowering", "runtime", "tests", "benchmarks", "examples")
-             for line, name in imports(path) if within(name, ("passes", "lowering", "runtime")) or name.startswith(".")]
+    """A module loaded as ``passes.x`` and as ``dspass.passes.x`` would register its operators twice;
+    relative imports would hide which of the two it is."""
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for path in sources("dspass", "passes", "lowering", "runtime", "tests", "benchmarks", "examples")
+        for line, name in imports(path)
+        if within(name, ("passes", "lowering", "runtime")) or name.startswith(".")
+    ]
     assert not wrong, "\n".join(wrong)
 
 
 def test_private_torch_stands_behind_one_door() -> None:
     """Passes and lowering reach torch's private modules through ``dspass.runtime.compat`` only."""
     private = re.compile(r"torch\.(_inductor|_functorch|_dynamo|_logging|_subclasses)\b")
-    wrong = [f"{path.relative_to(ROOT)}:{line} imports {name}" for path in sources("passes", "lowering")
-             for line, name in imports(path) if private.match(name)]
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for path in sources("passes", "lowering")
+        for line, name in imports(path)
+        if private.match(name)
+    ]
     assert not wrong, "\n".join(wrong)
 
 
@@ -88,14 +103,18 @@ def test_each_pass_has_its_row(cls: type) -> None:
 
 
 def test_no_row_is_left_of_a_pass_that_is_gone() -> None:
-    assert list(rows()) == [cls.name for cls in DEFAULT], "the table has the passes in the order of the pipeline"
+    assert list(rows()) == [cls.name for cls in DEFAULT], (
+        "the table has the passes in the order of the pipeline"
+    )
 
 
 @pytest.mark.parametrize("cls", DEFAULT, ids=lambda cls: cls.name)
 def test_each_pass_has_its_file_and_its_golden_text(cls: type) -> None:
     assert cls.__module__ == f"dspass.passes.{cls.name}", "one pass is one file of its name"
     assert (ROOT / "passes" / f"{cls.name}.py").exists()
-    assert (ROOT / "tests" / "golden" / f"{cls.name}.txt").exists(), "run pytest tests/test_passes.py --golden-update"
+    assert (ROOT / "tests" / "golden" / f"{cls.name}.txt").exists(), (
+        "run pytest tests/test_passes.py --golden-update"
+    )
 
 
 def test_no_golden_text_is_left_of_a_pass_that_is_gone() -> None:

@@ -1,11 +1,13 @@
 """Each pass: golden text, equal numbers, when it declines, what it refuses, and running it twice.
 
-``pytest tests/test_passes.py --golden-update`` rewrites ``tests/golden/<pass>.txt``; read the difference before keeping it.
+``pytest tests/test_passes.py --golden-update`` rewrites ``tests/golden/<pass>.txt``; read the difference
+before keeping it.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,6 +32,7 @@ from dspass.passes.text import print_graph
 from dspass.passes.zero_gather import ZeroGather
 from dspass.passes.zero_reduce import ZeroReduce
 from dspass.pipeline import build
+from dspass.runtime.engine import Engine
 from tests import graphs
 from tests.graphs import TOYS, Toy, capture, check_step, copy_graph, inputs_of, options, saved_of, simulate
 
@@ -39,7 +42,7 @@ _captured = functools.cache(capture)
 
 
 def toy_of(name: str, world: int = 2, bucket_bytes: int = 256) -> Toy:
-    """Captured once; buckets are of about two of the toys' weights unless said otherwise, so that there are several."""
+    """Captured once. Buckets hold about two of the toys' weights unless said otherwise: there are several."""
     return replace(_captured(name, world), config=Config.load(options(bucket_bytes=bucket_bytes)))
 
 
@@ -56,7 +59,9 @@ def around(toy: Toy, cls: type[Pass], where: Where) -> tuple[fx.Graph, Pass]:
 def apply(item: Pass, graph: fx.Graph, where: Where) -> tuple[fx.Graph, str]:
     """A copy of ``graph`` behind ``item``, checked by the runner, and what the pass said."""
     results: list[PassResult] = []
-    gm = run_passes(fx.GraphModule(nn.Module(), copy_graph(graph)), [item], PassContext(where=where), results.append)
+    gm = run_passes(
+        fx.GraphModule(nn.Module(), copy_graph(graph)), [item], PassContext(where=where), results.append
+    )
     (result,) = results
     return gm.graph, result.summary
 
@@ -64,8 +69,14 @@ def apply(item: Pass, graph: fx.Graph, where: Where) -> tuple[fx.Graph, str]:
 def shape_of(graph: fx.Graph) -> list[Any]:
     """The graph without the names of its nodes."""
     number = {node: i for i, node in enumerate(graph.nodes)}
-    return [(node.op, str(node.target) if node.op == "call_function" else "", [number[a] for a in node.all_input_nodes])
-            for node in graph.nodes]
+    return [
+        (
+            node.op,
+            str(node.target) if node.op == "call_function" else "",
+            [number[a] for a in node.all_input_nodes],
+        )
+        for node in graph.nodes
+    ]
 
 
 def values(toy: Toy, where: Where) -> dict[str, Any]:
@@ -78,7 +89,8 @@ def values(toy: Toy, where: Where) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """How one pass is tested: on which graphs it has golden text, and where it has nothing to do and says what."""
+    """How one pass is tested: on which graphs it has golden text, and where it has nothing to do and says
+    what."""
 
     golden: tuple[tuple[str, Where], ...]
     declines: tuple[str, Where, str]
@@ -86,15 +98,28 @@ class Case:
 
 
 CASES: dict[type[Pass], Case] = {
-    ExposeParameters: Case(golden=(("tied", "joint"),), declines=("mlp", "forward", "no sharded parameter is read here")),
-    ReleaseGathered: Case(golden=(("early_views", "forward"),),
-                          declines=("tied", "forward", "each view of a parameter stands where it is used")),
-    ZeroGather: Case(golden=(("uneven", "forward"), ("tied", "backward")),
-                     declines=("mlp", "joint", "no parameter is read here")),
-    BucketGathers: Case(golden=(("mlp", "forward"),), declines=("uneven", "backward", "1 gathers: nothing to join")),
-    PrefetchGathers: Case(golden=(("mlp", "forward"),), declines=("mlp", "forward", "switched off by distance 0"),
-                          options={"distance": 0}),
-    ZeroReduce: Case(golden=(("tied", "backward"),), declines=("mlp", "forward", "no gradient of a parameter here")),
+    ExposeParameters: Case(
+        golden=(("tied", "joint"),), declines=("mlp", "forward", "no sharded parameter is read here")
+    ),
+    ReleaseGathered: Case(
+        golden=(("early_views", "forward"),),
+        declines=("tied", "forward", "each view of a parameter stands where it is used"),
+    ),
+    ZeroGather: Case(
+        golden=(("uneven", "forward"), ("tied", "backward")),
+        declines=("mlp", "joint", "no parameter is read here"),
+    ),
+    BucketGathers: Case(
+        golden=(("mlp", "forward"),), declines=("uneven", "backward", "1 gathers: nothing to join")
+    ),
+    PrefetchGathers: Case(
+        golden=(("mlp", "forward"),),
+        declines=("mlp", "forward", "switched off by distance 0"),
+        options={"distance": 0},
+    ),
+    ZeroReduce: Case(
+        golden=(("tied", "backward"),), declines=("mlp", "forward", "no gradient of a parameter here")
+    ),
     BucketReductions: Case(golden=(("mlp", "backward"),), declines=("mlp", "forward", "no reductions here")),
 }
 
@@ -110,14 +135,18 @@ def test_golden(cls: type[Pass], golden_update: bool) -> None:
         toy = toy_of(name)
         before, item = around(toy, cls, where)
         after, said = apply(item, before, where)
-        text = f"# {name}, {where}: {said}\n\n# before\n{print_graph(before)}\n\n# after\n{print_graph(after)}\n"
+        text = (
+            f"# {name}, {where}: {said}\n\n# before\n{print_graph(before)}\n\n# after\n{print_graph(after)}\n"
+        )
         parts.append(text.replace(f"{toy.engine.name}/", ""))
     text, path = "\n".join(parts), GOLDEN / f"{cls.name}.txt"
     if golden_update:
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
     assert path.exists(), f"{path} is missing: run pytest {__file__} --golden-update and read what it writes"
-    assert text == path.read_text(), f"{cls.name} writes another graph than {path}; if it should, run with --golden-update"
+    assert text == path.read_text(), (
+        f"{cls.name} writes another graph than {path}; if it should, run with --golden-update"
+    )
 
 
 @PASSES
@@ -144,7 +173,9 @@ def test_declines(cls: type[Pass]) -> None:
     else:
         # Not its kind of graph, which the runner would not even show it: called by hand it leaves it alone.
         graph, item = copy_graph(toy.joint if where == "joint" else toy.raw[where]), cls()
-        run_passes(fx.GraphModule(nn.Module(), graph), [i for i in toy.passes if where == "forward"], PassContext())
+        run_passes(
+            fx.GraphModule(nn.Module(), graph), [i for i in toy.passes if where == "forward"], PassContext()
+        )
     item = replace(item, **CASES[cls].options)
     before, ctx = print_graph(graph), PassContext(where=where)
     item.run(graph, ctx)
@@ -163,14 +194,29 @@ def test_twice_is_once(cls: type[Pass]) -> None:
             assert shape_of(twice) == shape_of(once)
 
 
-@pytest.mark.parametrize(("order", "message"), [
-    ([ZeroGather], r"'zero_gather' requires \['exposed parameters'\].*add a pass that provides it"),
-    ([ZeroGather, ExposeParameters], r"'zero_gather' requires .*: put expose_parameters before it"),
-    ([ReleaseGathered, ExposeParameters], r"'release_gathered' requires .*: put expose_parameters before it"),
-    ([ExposeParameters, BucketGathers, ZeroGather], r"'bucket_gathers' requires \['gathers'\].*put zero_gather before"),
-    ([ExposeParameters, ZeroGather, PrefetchGathers], r"'prefetch_gathers' requires \['bucketed gathers'\]"),
-    ([BucketReductions, ZeroReduce], r"'bucket_reductions' requires \['reductions'\].*put zero_reduce before it"),
-])
+@pytest.mark.parametrize(
+    ("order", "message"),
+    [
+        ([ZeroGather], r"'zero_gather' requires \['exposed parameters'\].*add a pass that provides it"),
+        ([ZeroGather, ExposeParameters], r"'zero_gather' requires .*: put expose_parameters before it"),
+        (
+            [ReleaseGathered, ExposeParameters],
+            r"'release_gathered' requires .*: put expose_parameters before it",
+        ),
+        (
+            [ExposeParameters, BucketGathers, ZeroGather],
+            r"'bucket_gathers' requires \['gathers'\].*put zero_gather before",
+        ),
+        (
+            [ExposeParameters, ZeroGather, PrefetchGathers],
+            r"'prefetch_gathers' requires \['bucketed gathers'\]",
+        ),
+        (
+            [BucketReductions, ZeroReduce],
+            r"'bucket_reductions' requires \['reductions'\].*put zero_reduce before it",
+        ),
+    ],
+)
 def test_refuses_an_order(order: list[type[Pass]], message: str) -> None:
     with pytest.raises(PassError, match=message):
         check_order([cls() for cls in order])
@@ -180,8 +226,9 @@ def test_every_pass_of_the_pipeline_has_a_case() -> None:
     assert set(CASES) == set(DEFAULT)
 
 
-@pytest.mark.parametrize(("name", "world"), [
-    *((name, 2) for name in TOYS), ("uneven", 3), ("mlp", 3), ("tied", 4), ("uneven", 4)])
+@pytest.mark.parametrize(
+    ("name", "world"), [*((name, 2) for name in TOYS), ("uneven", 3), ("mlp", 3), ("tied", 4), ("uneven", 4)]
+)
 def test_the_pipeline_trains_as_one_process(name: str, world: int) -> None:
     check_step(toy_of(name, world))
 
@@ -192,13 +239,16 @@ def test_bucket_sizes_change_only_when_things_travel(name: str, bucket_bytes: in
     check_step(toy_of(name, 2, bucket_bytes))
 
 
-# -- options of passes -----------------------------------------------------------------------------------------------------
+# -- options of passes ---------------------------------------------------------------------------------------
 
 
 def test_a_bucket_holds_no_more_than_its_limits() -> None:
     toy = toy_of("mlp")
     graph, _ = around(toy, BucketGathers, "forward")
-    for item, limit in ((BucketGathers(bucket_bytes=10**6, max_elements=40), 40), (BucketGathers(bucket_bytes=160), 40)):
+    for item, limit in (
+        (BucketGathers(bucket_bytes=10**6, max_elements=40), 40),
+        (BucketGathers(bucket_bytes=160), 40),
+    ):
         after, _ = apply(item, graph, "forward")
         sizes = [[v.numel() for v in start.meta["val"]] for start in calls(after, gather_start)]
         assert any(len(s) > 1 for s in sizes)
@@ -206,6 +256,28 @@ def test_a_bucket_holds_no_more_than_its_limits() -> None:
     after, said = apply(BucketGathers(bucket_bytes=1), graph, "forward")
     assert said == "6 gathers in 6 buckets"
     assert print_graph(after) == print_graph(graph)
+
+
+def test_two_models_in_one_graph_share_no_bucket() -> None:
+    """Each keeps its own gathered copies, waiting gradients and counters."""
+    toy = toy_of("mlp")
+    gathers, _ = around(toy, BucketGathers, "forward")
+    reductions, _ = around(toy, BucketReductions, "backward")
+    theirs = [spec for key, spec in toy.engine.specs.items() if "/tail." in key]
+    other = Engine(stage=3)
+    try:
+        for spec in theirs:
+            spec.engine = other
+        for graph, item, where, start in (
+            (gathers, BucketGathers(bucket_bytes=10**6), "forward", gather_start),
+            (reductions, BucketReductions(bucket_bytes=10**6), "backward", reduce_start),
+        ):
+            after, _ = apply(item, graph, where)
+            buckets = [set(node.args[1]) for node in calls(after, start)]
+            assert {spec.key for spec in theirs} in buckets
+    finally:
+        for spec in theirs:
+            spec.engine = toy.engine
 
 
 def test_reductions_are_bounded_too() -> None:
@@ -259,7 +331,14 @@ def test_a_view_of_a_view_is_made_at_its_use() -> None:
     after, said = apply(ReleaseGathered(), graph, "forward")
     assert said == "2 views made where they are used"
     assert [n.target.__name__ for n in after.nodes if n.op == "call_function"] == [
-        "mm.default", "view.default", "permute.default", "mm.default", "view.default", "permute.default", "mm.default"]
+        "mm.default",
+        "view.default",
+        "permute.default",
+        "mm.default",
+        "view.default",
+        "permute.default",
+        "mm.default",
+    ]
 
 
 def test_a_parameter_held_whole_is_cast_where_it_is_used() -> None:
@@ -342,10 +421,17 @@ def test_what_is_made_of_parameters_is_made_again_where_the_backward_reads_it() 
     backward.lint()
     assert [n.name for n in forward.find_nodes(op="output")[0].args[0]] == ["mm_default", "x", "local"]
     assert [n.name for n in backward.nodes if n.op != "output"] == [
-        "x", "local", "tangents_1", "whole_again", "mm_default", "tanh_default", "mm_default_1"]
+        "x",
+        "local",
+        "tangents_1",
+        "whole_again",
+        "mm_default",
+        "tanh_default",
+        "mm_default_1",
+    ]
 
 
-# -- the runner ------------------------------------------------------------------------------------------------------------
+# -- the runner ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -397,11 +483,16 @@ def _too_late(graph: fx.Graph) -> None:
     sums.append(sums.all_input_nodes[0])
 
 
-@pytest.mark.parametrize(("mistake", "message"), [
-    (_no_value, r"'forgetful' left node 'ones_default' without meta\['val'\]"),
-    (_too_late, r"'forgetful' left a graph that does not lint: .*used before it has been defined"),
-])
-def test_the_runner_names_the_pass_that_broke_a_graph(mistake: Callable[[fx.Graph], object], message: str) -> None:
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        (_no_value, r"'forgetful' left node 'ones_default' without meta\['val'\]"),
+        (_too_late, r"'forgetful' left a graph that does not lint: .*used before it has been defined"),
+    ],
+)
+def test_the_runner_names_the_pass_that_broke_a_graph(
+    mistake: Callable[[fx.Graph], object], message: str
+) -> None:
     graph = copy_graph(toy_of("mlp").raw["forward"])
     with pytest.raises(PassError, match=message):
         run_passes(fx.GraphModule(nn.Module(), graph), [Forgetful(mistake=mistake)], PassContext())
@@ -410,23 +501,29 @@ def test_the_runner_names_the_pass_that_broke_a_graph(mistake: Callable[[fx.Grap
 def test_the_runner_records_what_each_pass_did() -> None:
     step = graphs.run_pipeline(toy_of("mlp"))
     assert [r.name for r in step.results if r.where == "joint"] == ["expose_parameters"]
-    assert [r.name for r in step.results if r.where == "forward"] == [p.name for p in DEFAULT if "forward" in p.where]
-    assert [r.name for r in step.results if r.where == "backward"] == [p.name for p in DEFAULT if "backward" in p.where]
+    assert [r.name for r in step.results if r.where == "forward"] == [
+        p.name for p in DEFAULT if "forward" in p.where
+    ]
+    assert [r.name for r in step.results if r.where == "backward"] == [
+        p.name for p in DEFAULT if "backward" in p.where
+    ]
     for result in step.results:
         assert result.changed == (result.before != result.after)
         assert result.summary
         assert result.keeps_numbers
         assert result.seconds >= 0
     chain = [r for r in step.results if r.where == "backward"]
-    assert all(first.after == second.before for first, second in zip(chain, chain[1:], strict=False))
+    assert all(first.after == second.before for first, second in itertools.pairwise(chain))
 
 
 def test_a_pass_that_conflicts_is_refused_by_name() -> None:
-    with pytest.raises(PassError, match=r"'alone' cannot stand in one list with \['zero_reduce'\]: drop one of them"):
+    with pytest.raises(
+        PassError, match=r"'alone' cannot stand in one list with \['zero_reduce'\]: drop one of them"
+    ):
         check_order([ZeroReduce(), Alone()])
 
 
-# -- the person's own list -------------------------------------------------------------------------------------------------
+# -- the person's own list -----------------------------------------------------------------------------------
 
 
 def listed(*entries: Any) -> list[str]:
@@ -439,7 +536,11 @@ def test_passes_are_added_dropped_and_reordered() -> None:
     assert listed("...", "-prefetch_gathers") == [n for n in names if n != "prefetch_gathers"]
     assert listed("zero_reduce", "...") == ["zero_reduce", *(n for n in names if n != "zero_reduce")]
     assert listed("...", "tests.test_passes:Doubler") == [*names, "doubler"]
-    assert listed("expose_parameters", "zero_gather", "zero_reduce") == ["expose_parameters", "zero_gather", "zero_reduce"]
+    assert listed("expose_parameters", "zero_gather", "zero_reduce") == [
+        "expose_parameters",
+        "zero_gather",
+        "zero_reduce",
+    ]
     assert [p.name for p in build(Config.load(options()))] == names
 
 
@@ -450,14 +551,17 @@ def test_options_of_a_pass_overrule_the_configuration() -> None:
     assert passes["bucket_gathers"].options()["bucket_bytes"] == 77
 
 
-@pytest.mark.parametrize(("entries", "message"), [
-    (["zero_gahter"], "there is no pass 'zero_gahter'.*did you mean 'zero_gather'"),
-    (["...", "-nothing"], "there is no pass 'nothing'"),
-    (["...", "no.such.module:Pass"], "cannot be imported.*importable on every rank"),
-    (["...", "tests.test_passes:NoSuchPass"], "cannot be imported"),
-    (["...", "tests.test_passes:Case"], "is not a pass.*dspass.passes.base.Pass"),
-    (["...", {"name": "zero_gather", "colour": 1}], "zero_gather.colour.*no such option"),
-])
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        (["zero_gahter"], "there is no pass 'zero_gahter'.*did you mean 'zero_gather'"),
+        (["...", "-nothing"], "there is no pass 'nothing'"),
+        (["...", "no.such.module:Pass"], "cannot be imported.*importable on every rank"),
+        (["...", "tests.test_passes:NoSuchPass"], "cannot be imported"),
+        (["...", "tests.test_passes:Case"], "is not a pass.*dspass.passes.base.Pass"),
+        (["...", {"name": "zero_gather", "colour": 1}], "zero_gather.colour.*no such option"),
+    ],
+)
 def test_a_wrong_list_says_what_is_wrong(entries: list[Any], message: str) -> None:
     with pytest.raises(ConfigError, match=f"(?s){message}"):
         build(Config.load(options(passes=entries)))
@@ -469,10 +573,13 @@ def test_a_list_in_an_impossible_order_is_refused() -> None:
 
 
 def test_a_third_party_pass_runs_through_torch_compile() -> None:
-    """From the options of ``torch.compile`` to the number that comes out, on one rank and without a process group."""
+    """From the options of ``torch.compile`` to the number that comes out, on one rank and without a process
+    group."""
     model, x = TOYS["mlp"](), torch.randn(3, 4)
-    config = {"zero_optimization": {"stage": 0}, "dspass": {
-        "passes": ["...", {"name": "tests.test_passes:Doubler", "factor": 2.0}]}}
+    config = {
+        "zero_optimization": {"stage": 0},
+        "dspass": {"passes": ["...", {"name": "tests.test_passes:Doubler", "factor": 2.0}]},
+    }
     torch._dynamo.reset()
     compiled = torch.compile(model, backend=_backend(), options=config)
     with torch.no_grad():
@@ -486,12 +593,15 @@ def _backend() -> Any:
     return dspass.deepspeed
 
 
-@pytest.mark.parametrize("entries", [
-    ["expose_parameters", "zero_gather", "zero_reduce"],
-    ["...", "-bucket_gathers", "-prefetch_gathers"],
-    ["...", "-bucket_reductions", "-release_gathered"],
-    ["zero_reduce", "bucket_reductions", "..."],
-])
+@pytest.mark.parametrize(
+    "entries",
+    [
+        ["expose_parameters", "zero_gather", "zero_reduce"],
+        ["...", "-bucket_gathers", "-prefetch_gathers"],
+        ["...", "-bucket_reductions", "-release_gathered"],
+        ["zero_reduce", "bucket_reductions", "..."],
+    ],
+)
 def test_any_allowed_list_trains_alike(entries: list[str]) -> None:
     toy = toy_of("mlp")
     passes = build(Config.load(options(passes=entries, bucket_bytes=256)))

@@ -1,7 +1,8 @@
-"""Lowering keeps a graph's meaning: random graphs of compute and runtime nodes run as segments give what they give whole.
+"""Lowering keeps a graph's meaning: random graphs run in segments as they run whole.
 
-The compiler here compiles nothing, it runs the segment's graph; what Inductor makes of a segment is Inductor's to test.
-Parameters live on an axis of one rank, so that the runtime's own nodes run without a process group.
+The compiler here compiles nothing, it runs the segment's graph; what Inductor makes of a segment is
+Inductor's to test. Parameters live on an axis of one rank, so that the runtime's own nodes run without a
+process group.
 """
 
 from __future__ import annotations
@@ -35,10 +36,22 @@ def new_engine() -> Engine:
     engine = Engine(stage=3)
     axis = Axis(name="data", group=None, size=1, rank=0, ranks=(0,), backend="none")  # type: ignore[arg-type]
     for i in range(PARAMETERS):
-        # Another precision on the way: else the reduced gradient of one rank is the gradient, and lives as long.
-        engine.add(ParamSpec(
-            key=f"{engine.name}/{i}", name=str(i), shape=(4, 4), dtype=torch.float32, compute_dtype=torch.float32,
-            reduce_dtype=torch.float64, layout="shard", shard_axis=axis, replicate_axis=None, trains=True, engine=engine))
+        # Another precision on the way: else one rank's reduced gradient is the gradient, and lives as long.
+        engine.add(
+            ParamSpec(
+                key=f"{engine.name}/{i}",
+                name=str(i),
+                shape=(4, 4),
+                dtype=torch.float32,
+                compute_dtype=torch.float32,
+                reduce_dtype=torch.float64,
+                layout="shard",
+                shard_axis=axis,
+                replicate_axis=None,
+                trains=True,
+                engine=engine,
+            )
+        )
     return engine
 
 
@@ -76,34 +89,51 @@ class Builder:
 
 
 #: How a random graph goes on: an operation and which of the values at hand it takes.
-STEPS = st.lists(st.tuples(
-    st.sampled_from(["add", "mm", "relu", "permute", "alias", "split", "gather", "reduce", "wait", "wait"]),
-    st.integers(0, 30), st.integers(0, 30)), min_size=1, max_size=20)
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(
+            ["add", "mm", "relu", "permute", "alias", "split", "gather", "reduce", "wait", "wait"]
+        ),
+        st.integers(0, 30),
+        st.integers(0, 30),
+    ),
+    min_size=1,
+    max_size=20,
+)
 
 
-def random_graph(engine: Engine, steps: Sequence[tuple[str, int, int]], outputs: Sequence[int]) -> fx.GraphModule:
+def random_graph(
+    engine: Engine, steps: Sequence[tuple[str, int, int]], outputs: Sequence[int]
+) -> fx.GraphModule:
     build = Builder(engine)
     values, pending = list(build.inputs), []
     for operation, i, j in steps:
         a, b = values[i % len(values)], values[j % len(values)]
         if operation in ("gather", "reduce"):
             which = j % PARAMETERS
-            pending.append(build.start(gather_start, build.shards[which], which) if operation == "gather"
-                           else build.start(reduce_start, a, which))
+            pending.append(
+                build.start(gather_start, build.shards[which], which)
+                if operation == "gather"
+                else build.start(reduce_start, a, which)
+            )
         elif operation == "wait":
             if pending:
                 values.append(build.end(pending.pop(i % len(pending))))
         elif operation == "split":
             parts = build.call(aten.split.Tensor, a, 2)
-            values.append(build.call(aten.cat.default, [build.call(operator.getitem, parts, k) for k in (1, 0)]))
+            values.append(
+                build.call(aten.cat.default, [build.call(operator.getitem, parts, k) for k in (1, 0)])
+            )
         else:
-            values.append({
-                "add": lambda a=a, b=b: build.call(aten.add.Tensor, a, b),
-                "mm": lambda a=a, b=b: build.call(aten.mm.default, a, b),
-                "relu": lambda a=a: build.call(aten.relu.default, a),
-                "permute": lambda a=a: build.call(aten.permute.default, a, [1, 0]),
-                "alias": lambda a=a: build.call(aten.alias.default, a),
-            }[operation]())
+            values.append(
+                {
+                    "add": lambda a=a, b=b: build.call(aten.add.Tensor, a, b),
+                    "mm": lambda a=a, b=b: build.call(aten.mm.default, a, b),
+                    "relu": lambda a=a: build.call(aten.relu.default, a),
+                    "permute": lambda a=a: build.call(aten.permute.default, a, [1, 0]),
+                    "alias": lambda a=a: build.call(aten.alias.default, a),
+                }[operation]()
+            )
     values += [build.end(start) for start in pending]
     return build.module(*(values[i % len(values)] for i in outputs), None, 3)
 
@@ -130,8 +160,11 @@ class Registers:
 
     @staticmethod
     def _numbers(program: Program) -> dict[str, int]:
-        return {name: number for instruction, writes in zip(program.instructions, program.writes, strict=True)
-                for name, number in zip(instruction.outputs, writes, strict=True)}
+        return {
+            name: number
+            for instruction, writes in zip(program.instructions, program.writes, strict=True)
+            for name, number in zip(instruction.outputs, writes, strict=True)
+        }
 
     def before(self, label: str, is_runtime: bool) -> None:
         self.now += 1
@@ -170,7 +203,9 @@ def test_lowered_is_what_was_written(steps: list[tuple[str, int, int]], outputs:
 
 @settings(max_examples=60, deadline=None)
 @given(steps=STEPS, outputs=st.lists(st.integers(0, 30), min_size=1, max_size=4))
-def test_views_are_made_in_the_segment_that_reads_them(steps: list[tuple[str, int, int]], outputs: list[int]) -> None:
+def test_views_are_made_in_the_segment_that_reads_them(
+    steps: list[tuple[str, int, int]], outputs: list[int]
+) -> None:
     gm = random_graph(new_engine(), steps, outputs)
     graph = copy_graph(gm.graph)
     sink_views(graph)
@@ -198,7 +233,7 @@ def test_what_is_written_in_place_runs_though_nobody_reads_it() -> None:
     assert torch.equal(given[0], before + 1)
 
 
-# -- segments that occur again ---------------------------------------------------------------------------------------------
+# -- segments that occur again -------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -224,18 +259,25 @@ def layers(engine: Engine, *kinds: Callable[[Builder, fx.Node, fx.Node], fx.Node
 
 
 def linear(build: Builder, x: fx.Node, weight: fx.Node) -> fx.Node:
-    return build.call(aten.relu.default, build.call(aten.mm.default, x, build.call(aten.permute.default, weight, [1, 0])))
+    return build.call(
+        aten.relu.default, build.call(aten.mm.default, x, build.call(aten.permute.default, weight, [1, 0]))
+    )
 
 
 def scaled(factor: float) -> Callable[[Builder, fx.Node, fx.Node], fx.Node]:
-    return lambda build, x, weight: build.call(aten.mul.Tensor, build.call(aten.mm.default, x, weight), factor)
+    return lambda build, x, weight: build.call(
+        aten.mul.Tensor, build.call(aten.mm.default, x, weight), factor
+    )
 
 
-@pytest.mark.parametrize(("kinds", "distinct"), [
-    ((linear, linear, linear), 1),
-    ((linear, scaled(2.0), linear), 2),
-    ((scaled(2.0), scaled(3.0), scaled(2.0)), 2),
-])
+@pytest.mark.parametrize(
+    ("kinds", "distinct"),
+    [
+        ((linear, linear, linear), 1),
+        ((linear, scaled(2.0), linear), 2),
+        ((scaled(2.0), scaled(3.0), scaled(2.0)), 2),
+    ],
+)
 def test_equal_segments_are_compiled_once(compiled: list[fx.GraphModule], kinds: Any, distinct: int) -> None:
     engine = new_engine()
     gm = layers(engine, *kinds)
