@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -62,6 +63,7 @@ def measure(model: nn.Module) -> Iterator[Measurement]:
     result.start_bytes = ledger.total
     engine.probe.ledger = ledger
     steps, begin = engine.steps, time.perf_counter()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its progress lines are not for the person at the terminal
     cuda = any(p.device.type == "cuda" for p in model.parameters())
     if cuda:
         torch.cuda.reset_peak_memory_stats()

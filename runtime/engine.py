@@ -172,8 +172,7 @@ class Engine:
         """The shards are about to change: gathered copies of them have no further use."""
         self._resident.clear()
         if self.probe.ledger is not None:
-            self.probe.ledger.phase = "optimizer"
-            self.probe.ledger.label = "optimizer.step"
+            self.probe.ledger.mark("optimizer.step", "optimizer")
 
     def after_step(self) -> None:
         """A step has ended: its counters become those of the last whole step."""
@@ -184,7 +183,7 @@ class Engine:
             self.step_seconds = now - self._step_began
         self._step_began = now
         if self.probe.ledger is not None:
-            self.probe.ledger.phase = "forward"
+            self.probe.ledger.mark("between steps", "forward")
 
     def resident_copies(self) -> list[torch.Tensor]:
         """Gathered copies that outlive their graph (stages 1 and 2)."""

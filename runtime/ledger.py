@@ -97,6 +97,11 @@ class Ledger:
 
     # -- what runs -------------------------------------------------------------------------------------------------
 
+    def mark(self, label: str, phase: Phase) -> None:
+        """What runs from here on, outside of programs."""
+        self.label, self.phase = label, phase
+        self._point()
+
     def before(self, label: str, is_runtime: bool) -> None:
         """A program is about to run an instruction."""
         self.label = label
