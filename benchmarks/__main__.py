@@ -12,8 +12,9 @@ from examples.gpt import PRESETS
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("zero", help=zero.__doc__, description=zero.__doc__,
-                              formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    one = commands.add_parser(
+        "zero", help=zero.__doc__, description=zero.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     one.add_argument("--preset", choices=PRESETS, default="12m", help="model size")
     one.add_argument("--ranks", type=int, default=2, help="processes of each subject")
     one.add_argument("--rounds", type=int, default=15, help="interleaved rounds")

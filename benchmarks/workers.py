@@ -39,7 +39,9 @@ class Group:
         self.processes = []
         for rank in range(ranks):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, subject, rank, ranks, port, self.cache, settings), daemon=True)
+            process = context.Process(
+                target=_serve, args=(theirs, subject, rank, ranks, port, self.cache, settings), daemon=True
+            )
             process.start()
             theirs.close()
             self.pipes.append(ours)
@@ -70,9 +72,19 @@ class Group:
         shutil.rmtree(self.cache, ignore_errors=True)
 
 
-def _serve(pipe: Connection, subject: str, rank: int, ranks: int, port: int, cache: str, settings: dict[str, Any]) -> None:
-    os.environ |= {"TORCHINDUCTOR_CACHE_DIR": cache, "OMP_NUM_THREADS": "1", "RANK": str(rank), "WORLD_SIZE": str(ranks),
-                   "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "KINETO_LOG_LEVEL": "99"}
+def _serve(
+    pipe: Connection, subject: str, rank: int, ranks: int, port: int, cache: str, settings: dict[str, Any]
+) -> None:
+    os.environ |= {
+        "TORCHINDUCTOR_CACHE_DIR": cache,
+        "OMP_NUM_THREADS": "1",
+        "RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_RANK": str(rank),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "KINETO_LOG_LEVEL": "99",
+    }
     try:
         subject_here = Subject(subject, rank, ranks, port, settings)
     except BaseException:
@@ -108,8 +120,13 @@ class Subject:
         else:
             torch.cuda.set_device(rank % torch.cuda.device_count())
         if ranks > 1:
-            dist.init_process_group("gloo" if self.device == "cpu" else "nccl", init_method=f"tcp://127.0.0.1:{port}",
-                                    rank=rank, world_size=ranks, timeout=timedelta(seconds=300))
+            dist.init_process_group(
+                "gloo" if self.device == "cpu" else "nccl",
+                init_method=f"tcp://127.0.0.1:{port}",
+                rank=rank,
+                world_size=ranks,
+                timeout=timedelta(seconds=300),
+            )
         self.name, self.rank = name, rank
         self.batches = batches(text_corpus(), settings["batch"], settings["context"], seed=0, rank=rank)
         torch.manual_seed(0)
@@ -134,6 +151,7 @@ class Subject:
 
     def persistent(self) -> dict[str, int]:
         """Bytes of shards, of their gradients (as large as the trained shards) and of the optimiser's states."""
+
         def local(tensor: torch.Tensor) -> int:
             tensor = getattr(tensor, "_local_tensor", tensor)
             return tensor.numel() * tensor.element_size()
@@ -159,7 +177,7 @@ class Subject:
     def collectives(self, count: int) -> dict[str, tuple[float, float]]:
         """Calls and logical bytes a step by kind, from the profiler's record of c10d operators or dspass's own counters."""
         if self.name.startswith("dspass"):
-            from dspass.shard import engine_of
+            from dspass.engines import engine_of
 
             engine = engine_of(self.model)
             assert engine is not None
@@ -170,8 +188,11 @@ class Subject:
             return found
         ranks = int(os.environ["WORLD_SIZE"])
         share = (ranks - 1) / ranks
-        kinds = {"c10d::_allgather_base_": ("all-gather", 0, share), "c10d::allreduce_": ("all-reduce", 0, 2 * share),
-                 "c10d::_reduce_scatter_base_": ("reduce-scatter", 1, share)}
+        kinds = {
+            "c10d::_allgather_base_": ("all-gather", 0, share),
+            "c10d::allreduce_": ("all-reduce", 0, 2 * share),
+            "c10d::_reduce_scatter_base_": ("reduce-scatter", 1, share),
+        }
         totals: dict[str, list[float]] = {}
         for event in self._profiled(count, record_shapes=True):
             if event.name() in kinds:

@@ -10,6 +10,7 @@ import torch._dynamo
 
 from dspass.backend import deepspeed
 from dspass.config import Config, ConfigError
+from dspass.engines import no_sync
 from dspass.explain import explain
 from dspass.measure import measure
 from dspass.report import Report
@@ -21,4 +22,4 @@ if "deepspeed" not in torch._dynamo.list_backends(exclude_tags=()):
 
 compat.register_log("dspass", "dspass")  # TORCH_LOGS="+dspass", torch._logging.set_logs(modules={"dspass": level})
 
-__all__ = ["Config", "ConfigError", "Report", "deepspeed", "explain", "measure", "shard"]
+__all__ = ["Config", "ConfigError", "Report", "deepspeed", "explain", "measure", "no_sync", "shard"]

@@ -28,10 +28,16 @@ examples
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dspass", description=__doc__)
     commands = parser.add_subparsers(dest="command")
-    explain = commands.add_parser("explain", help="predict a model", description=EXPLAIN_HELP,
-                                  formatter_class=argparse.RawDescriptionHelpFormatter)
+    explain = commands.add_parser(
+        "explain",
+        help="predict a model",
+        description=EXPLAIN_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     explain.add_argument("model", help="package.module:function or transformers:CONFIG_CLASS")
-    explain.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of the configuration class")
+    explain.add_argument(
+        "--set", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of the configuration class"
+    )
     explain.add_argument("--batch", type=int, default=1, help="samples of one rank (default 1)")
     explain.add_argument("--sequence", type=int, default=1024, help="tokens of a sample (default 1024)")
     explain.add_argument("--config", help="a DeepSpeed JSON file (default: $DSPASS_CONFIG, else stage 3)")
@@ -65,8 +71,16 @@ def _explain(options: argparse.Namespace) -> int:
     import dspass
 
     model, args, kwargs = _model(options)
-    report = dspass.explain(model, *args, kwargs=kwargs, config=options.config, world_size=options.world_size,
-                            device=options.device, optimizer=options.optimizer, train=not options.forward_only)
+    report = dspass.explain(
+        model,
+        *args,
+        kwargs=kwargs,
+        config=options.config,
+        world_size=options.world_size,
+        device=options.device,
+        optimizer=options.optimizer,
+        train=not options.forward_only,
+    )
     print(report)
     for path in options.save:
         report.save(path)
@@ -77,13 +91,17 @@ def _explain(options: argparse.Namespace) -> int:
 def _model(options: argparse.Namespace) -> tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]]:
     module, _, name = options.model.partition(":")
     if not name:
-        raise ValueError(f"{options.model!r} names no model: write package.module:function or transformers:LlamaConfig.")
+        raise ValueError(
+            f"{options.model!r} names no model: write package.module:function or transformers:LlamaConfig."
+        )
     if module == "transformers":
         return _language_model(name, options)
     sys.path.insert(0, "")
     answer = getattr(importlib.import_module(module), name)()
     if not isinstance(answer, tuple) or not isinstance(answer[0], torch.nn.Module):
-        raise ValueError(f"{options.model} answered {type(answer).__name__}; it must answer (model, args) or (model, args, kwargs).")
+        raise ValueError(
+            f"{options.model} answered {type(answer).__name__}; it must answer (model, args) or (model, args, kwargs)."
+        )
     return answer[0], tuple(answer[1]), dict(answer[2]) if len(answer) > 2 else {}
 
 

@@ -28,22 +28,26 @@ from torch.distributed.tensor import DTensor
 from dspass import steps
 from dspass.compilation import Compilation, compile_graph
 from dspass.config import Config
+from dspass.engines import new_engine
+from dspass.explain import report_at_exit
 from dspass.owners import Heap
-from dspass.passes.nodes import UNSHARD
 from dspass.pipeline import build
 from dspass.runtime import compat
 from dspass.runtime.engine import Engine
 from dspass.runtime.params import ParamSpec
-from dspass.shard import _engines, agree, axes_of, mesh_for, new_engine, place, precision, refuse_wrapped
+from dspass.shard import agree, axes_of, mesh_for, place, precision, refuse_wrapped
 from dspass.sharded import ENGINE
 
 Options = None | str | os.PathLike[str] | Mapping[str, Any]
 
 
-def deepspeed(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Options = None, **kwargs: Any) -> Callable[..., Any]:
+def deepspeed(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Options = None, **kwargs: Any
+) -> Callable[..., Any]:
     """Compile one captured graph. See :func:`torch.compile`; ``options`` is DeepSpeed's configuration."""
     compat.check_torch()
     config = Config.load(options).resolve_stage(dist.is_initialized())
+    config = config.resolve_batch(dist.get_world_size() if dist.is_initialized() else 1)
     passes = build(config)
     params = [p for p in example_inputs if isinstance(p, nn.Parameter)]
     stage = config.zero.stage
@@ -70,7 +74,9 @@ def deepspeed(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Opt
 class _FirstCall:
     """Shards the model, then runs the captured graph by hand, once."""
 
-    def __init__(self, gm: fx.GraphModule, params: Sequence[nn.Parameter], root: nn.Module | None, config: Config) -> None:
+    def __init__(
+        self, gm: fx.GraphModule, params: Sequence[nn.Parameter], root: nn.Module | None, config: Config
+    ) -> None:
         self.gm, self.root, self.config = gm, root, config
 
     def __call__(self, *inputs: Any) -> Any:
@@ -80,17 +86,21 @@ class _FirstCall:
         if len(kinds) > 1 or "meta" in kinds:
             raise RuntimeError(
                 f"parameters lie on {sorted(kinds)}: move the whole model to one device, or fill a model on the meta device "
-                "with dspass.shard(model, config, fill=...) first.")
+                "with dspass.shard(model, config, fill=...) first."
+            )
         heap = Heap.scan()
         mesh = mesh_for(self.config, plain[0].device.type)
         engine = _engine_of(heap, params) or new_engine(self.root, self.config)
         agree(self.root, self.config, mesh, _kinds(inputs, params))
-        todo = dict(self.root.named_parameters()) if self.root is not None else {
-            f"parameter_{len(engine.specs)}_{i}": p for i, p in enumerate(plain)}
+        todo = (
+            dict(self.root.named_parameters())
+            if self.root is not None
+            else {f"parameter_{len(engine.specs)}_{i}": p for i, p in enumerate(plain)}
+        )
         if self.root is not None:
             _broadcast_buffers(self.root, axes_of(mesh))
         specs = place(engine, heap, todo, self.config, mesh)
-        steps.watch(engine, self.config)
+        begin(engine, self.root, self.config)
         whole = []
         for value in inputs:
             spec = specs.get(id(value))
@@ -110,8 +120,14 @@ class _FirstCall:
 class _Stage0:
     """The compiled graph, preceded once by what every rank must do together."""
 
-    def __init__(self, run: Callable[..., Any], engine: Engine, root: nn.Module | None, config: Config,
-                 params: Sequence[nn.Parameter]) -> None:
+    def __init__(
+        self,
+        run: Callable[..., Any],
+        engine: Engine,
+        root: nn.Module | None,
+        config: Config,
+        params: Sequence[nn.Parameter],
+    ) -> None:
         self.run, self.engine, self.root, self.config = run, engine, root, config
         self.params = [weakref.ref(p) for p in params]
 
@@ -126,8 +142,15 @@ class _Stage0:
                     for tensor in tensors:
                         if dist.get_world_size() > 1:
                             dist.broadcast(tensor.data, 0)
-            steps.watch(self.engine, self.config)
+            begin(self.engine, self.root, self.config)
         return self.run(*inputs)
+
+
+def begin(engine: Engine, root: nn.Module | None, config: Config) -> None:
+    """What starts with a model's first call: its optimiser's steps are followed, its report promised."""
+    steps.watch(engine, config)
+    if config.dspass.report is not None and root is not None and (not dist.is_initialized() or dist.get_rank() == 0):
+        report_at_exit(root, config.dspass.report)
 
 
 def _root(heap: Heap, params: Sequence[nn.Parameter]) -> nn.Module | None:
@@ -145,7 +168,9 @@ def _engine_of(heap: Heap, params: Sequence[nn.Parameter]) -> Engine | None:
     return None
 
 
-def _plain_specs(engine: Engine, root: nn.Module | None, params: Sequence[nn.Parameter], config: Config) -> dict[int, ParamSpec]:
+def _plain_specs(
+    engine: Engine, root: nn.Module | None, params: Sequence[nn.Parameter], config: Config
+) -> dict[int, ParamSpec]:
     """Specs of whole parameters that are reduced or cast; none where neither is the case."""
     grouped = dist.is_initialized() and dist.get_world_size() > 1
     if not grouped and not config.bf16 and not config.fp16:
@@ -159,12 +184,22 @@ def _plain_specs(engine: Engine, root: nn.Module | None, params: Sequence[nn.Par
         if spec is None:
             name = names.get(id(param), f"parameter_{len(engine.specs)}_{i}")
             dtype = param.dtype
-            spec = engine.add(ParamSpec(
-                key=f"{engine.name}/{name}", name=name, shape=tuple(param.shape), dtype=dtype,
-                compute_dtype=precision(config, dtype),
-                reduce_dtype=torch.float32 if dtype.is_floating_point and dtype.itemsize < 4 else dtype,
-                layout="plain", shard_axis=axis, replicate_axis=None, trains=param.requires_grad, engine=engine,
-                param=weakref.ref(param)))
+            spec = engine.add(
+                ParamSpec(
+                    key=f"{engine.name}/{name}",
+                    name=name,
+                    shape=tuple(param.shape),
+                    dtype=dtype,
+                    compute_dtype=precision(config, dtype),
+                    reduce_dtype=torch.float32 if dtype.is_floating_point and dtype.itemsize < 4 else dtype,
+                    layout="plain",
+                    shard_axis=axis,
+                    replicate_axis=None,
+                    trains=param.requires_grad,
+                    engine=engine,
+                    param=weakref.ref(param),
+                )
+            )
         found[id(param)] = spec
     return found
 
@@ -206,8 +241,11 @@ def cast_inputs(gm: fx.GraphModule, params: Sequence[nn.Parameter], config: Conf
 def _kinds(inputs: Sequence[Any], params: Sequence[nn.Parameter]) -> list[tuple[str, int]]:
     """What must be alike on all ranks of a graph's inputs: their types and numbers of dimensions, not their sizes."""
     known = {id(p) for p in params}
-    return [(str(v.dtype), v.dim()) if isinstance(v, torch.Tensor) else (type(v).__name__, 0)
-            for v in inputs if id(v) not in known]
+    return [
+        (str(v.dtype), v.dim()) if isinstance(v, torch.Tensor) else (type(v).__name__, 0)
+        for v in inputs
+        if id(v) not in known
+    ]
 
 
 def _broadcast_buffers(root: nn.Module, axes: Any) -> None:

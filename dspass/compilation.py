@@ -33,7 +33,11 @@ class Compilation:
 
 
 def compile_graph(
-    gm: fx.GraphModule, inputs: Sequence[Any], engine: Engine, config: Config, passes: Sequence[Pass],
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    engine: Engine,
+    config: Config,
+    passes: Sequence[Pass],
     compiler: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """Compile ``gm``, in which sharded parameters are read through ``dspass::unshard``; inference and training alike."""
@@ -50,12 +54,23 @@ def compile_graph(
         done.graphs[where] = graph
         return graph
 
-    def partition_fn(joint: fx.GraphModule, joint_inputs: Any, *, num_fwd_outputs: int,
-                     static_lifetime_input_indices: Sequence[int] | None = None, **_: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
+    def partition_fn(
+        joint: fx.GraphModule,
+        joint_inputs: Any,
+        *,
+        num_fwd_outputs: int,
+        static_lifetime_input_indices: Sequence[int] | None = None,
+        **_: Any,
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
         joint = compat.joint_graph_passes(joint)
         joint = prepare(joint, "joint")
-        forward, backward = partition(joint, joint_inputs, num_fwd_outputs, static_lifetime_input_indices or (),
-                                      recompute_pointwise=engine.stage == 3)
+        forward, backward = partition(
+            joint,
+            joint_inputs,
+            num_fwd_outputs,
+            static_lifetime_input_indices or (),
+            recompute_pointwise=engine.stage == 3,
+        )
         return prepare(forward, "forward"), prepare(backward, "backward")
 
     def lowered(where: str, is_backward: bool, is_inference: bool) -> Callable[..., Any]:
@@ -63,8 +78,7 @@ def compile_graph(
             start = time.perf_counter()
             if is_inference:
                 graph = prepare(compat.joint_graph_passes(graph), "forward")
-            program = lower(graph, compiler, is_backward=is_backward, is_inference=is_inference,
-                            probe=engine.probe)
+            program = lower(graph, compiler, is_backward=is_backward, is_inference=is_inference, probe=engine.probe)
             done.programs[where] = program
             done.seconds[where] = time.perf_counter() - start
             return program.boxed()
@@ -72,9 +86,13 @@ def compile_graph(
         return compile_one
 
     backend = compat.aot_backend(
-        fw_compiler=lowered("forward", False, False), bw_compiler=lowered("backward", True, False),
-        inference_compiler=lowered("forward", False, True), partition_fn=partition_fn,
-        decompositions=compat.inductor_decompositions(), keep_inference_input_mutations=True)
+        fw_compiler=lowered("forward", False, False),
+        bw_compiler=lowered("backward", True, False),
+        inference_compiler=lowered("forward", False, True),
+        partition_fn=partition_fn,
+        decompositions=compat.inductor_decompositions(),
+        keep_inference_input_mutations=True,
+    )
     return backend(gm, list(inputs))
 
 
@@ -82,7 +100,7 @@ def segment_compiler(config: Config) -> SegmentCompiler:
     patches: dict[str, Any] = {}
     if config.dspass.fallback_random:
         patches["fallback_random"] = True
-    return SegmentCompiler(patches=patches)
+    return SegmentCompiler(patches=patches, share=config.dspass.segment_cache)
 
 
 __all__ = ["Compilation", "compile_graph", "segment_compiler", "torch"]

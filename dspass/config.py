@@ -25,9 +25,7 @@ from typing import Any, Literal
 PAGE = "docs/config.md"
 ENVIRONMENT = "DSPASS_CONFIG"
 
-Kind = Literal[
-    "section", "flag", "integer", "count", "number", "text", "list", "object", "any", "bytes", "passes"
-]
+Kind = Literal["section", "flag", "integer", "count", "number", "text", "list", "object", "any", "bytes", "passes"]
 
 _KIND_TEXT: dict[Kind, str] = {
     "section": "a section in braces",
@@ -127,9 +125,7 @@ def _deny(path: str, kind: Kind, default: object, refused: str, instead: str, **
 
 def _inner(section: str, kind: Kind, **defaults: object) -> tuple[Key, ...]:
     """Keys that share the fate of the section they stand in."""
-    return tuple(
-        Key(path=f"{section}.{name}", kind=kind, default=default) for name, default in defaults.items()
-    )
+    return tuple(Key(path=f"{section}.{name}", kind=kind, default=default) for name, default in defaults.items())
 
 
 _OWN_OPTIMIZER = "the optimiser is built by the training script"
@@ -141,9 +137,7 @@ _NO_PIPELINE = "only concerns pipeline stages, which this version does not build
 _NO_TENSOR = "only concerns tensor parallelism, which this version does not do"
 _NO_CHECKPOINTING = "tunes deepspeed.checkpointing; torch.utils.checkpoint in the model is honoured"
 _NO_DEEPCOMPILE = "is a choice inside DeepCompile's own executor, which is not used"
-_NO_ENGINE_SAVE = (
-    "there is no engine that saves; torch.distributed.checkpoint saves shards and reshards on load"
-)
+_NO_ENGINE_SAVE = "there is no engine that saves; torch.distributed.checkpoint saves shards and reshards on load"
 _NO_HOOKS = "gathers are nodes of the graph, not hooks on modules"
 _PLAIN_GATHER = "the pass that packs gathers decides this for each bucket"
 _FIT = "Remove it, or set it to {off}."
@@ -682,9 +676,7 @@ class Config:
             return cls._parse(source)
         if isinstance(source, (str, os.PathLike)):
             return cls._parse(_read(source, ""))
-        raise ConfigError(
-            "", f"The options are {_shown(source)}.", "Give a mapping or the path of a JSON file."
-        )
+        raise ConfigError("", f"The options are {_shown(source)}.", "Give a mapping or the path of a JSON file.")
 
     @classmethod
     def _parse(cls, options: Mapping[Any, Any]) -> Config:
@@ -840,9 +832,7 @@ def _read(path: str | os.PathLike[str], who: str) -> Mapping[Any, Any]:
         raise ConfigError(name, f"{text} is not JSON.", f"{who}Write a finite number.")
 
     if name.lstrip().startswith("{"):
-        raise ConfigError(
-            "", "The options are JSON text.", "Give a mapping (json.loads(...)) or the path of a file."
-        )
+        raise ConfigError("", "The options are JSON text.", "Give a mapping (json.loads(...)) or the path of a file.")
     try:
         with open(name, encoding="utf-8-sig") as file:
             found = json.load(file, object_pairs_hook=no_twins, parse_constant=no_constant)
@@ -865,9 +855,7 @@ def _read(path: str | os.PathLike[str], who: str) -> Mapping[Any, Any]:
     return found
 
 
-def _walk(
-    options: Mapping[Any, Any], parent: Key | None, taken: dict[str, Any], ignored: list[Ignored]
-) -> None:
+def _walk(options: Mapping[Any, Any], parent: Key | None, taken: dict[str, Any], ignored: list[Ignored]) -> None:
     """Sort what was written in one section into what acts and what is ignored; raise for the rest."""
     section = parent.path if parent else ""
     written: dict[str, str] = {}
@@ -901,9 +889,7 @@ def _walk_section(key: Key, path: str, value: Any, taken: dict[str, Any], ignore
         return
     if not isinstance(value, Mapping):
         hint = '{"stage": 1}' if path == "zero_optimization" else '{"enabled": ...}'
-        raise ConfigError(
-            path, f"{_shown(value)} is not a section.", f"Write a section in braces, such as {hint}."
-        )
+        raise ConfigError(path, f"{_shown(value)} is not a section.", f"Write a section in braces, such as {hint}.")
     _walk(value, key, taken, ignored)
     if key.refused and _asks(key, value):
         raise _refusal(key, value)
@@ -918,9 +904,7 @@ def _asks(key: Key, value: object) -> bool:
     if key.asks == "value":
         return not any(_same(value, off) for off in key.off)
     if isinstance(value, Mapping):
-        return any(
-            (name == "enabled" and inner is True) or _asks(key, inner) for name, inner in value.items()
-        )
+        return any((name == "enabled" and inner is True) or _asks(key, inner) for name, inner in value.items())
     return False
 
 
@@ -1034,9 +1018,7 @@ def _numeric(key: Key, value: Any) -> Any:
 def _simple(*types: type) -> Callable[[Key, Any], Any]:
     def check(key: Key, value: Any) -> Any:
         if not isinstance(value, types):
-            example = (
-                f"Write {value.lower()} without quotes." if str(value).lower() in ("true", "false") else ""
-            )
+            example = f"Write {value.lower()} without quotes." if str(value).lower() in ("true", "false") else ""
             raise _wrong(key, value, example if isinstance(value, str) and bool in types else "")
         _no_auto(key.path, value)
         return value
@@ -1048,9 +1030,7 @@ def _text(key: Key, value: Any) -> str:
     if not isinstance(value, str):
         raise _wrong(key, value)
     if key.field == "report" and not value.endswith((".html", ".json")):
-        raise ConfigError(
-            key.path, f"{_shown(value)} ends neither in .html nor in .json.", "Choose one of them."
-        )
+        raise ConfigError(key.path, f"{_shown(value)} ends neither in .html nor in .json.", "Choose one of them.")
     return value
 
 
@@ -1058,9 +1038,7 @@ def _bytes(key: Key, value: Any) -> int:
     if isinstance(value, str):
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
         if match is None or match[2] not in _UNITS:
-            raise _wrong(
-                key, value, f"The units are {', '.join(sorted(_UNITS, key=lambda unit: _UNITS[unit]))}."
-            )
+            raise _wrong(key, value, f"The units are {', '.join(sorted(_UNITS, key=lambda unit: _UNITS[unit]))}.")
         size = float(match[1]) * _UNITS[match[2]] if "." in match[1] else int(match[1]) * _UNITS[match[2]]
         if size != int(size):
             raise _wrong(key, value)

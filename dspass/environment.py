@@ -16,22 +16,37 @@ def describe() -> list[tuple[str, list[tuple[str, str]]]]:
     low, high = (".".join(map(str, v)) for v in compat.SUPPORTED)
     versions = [("python", platform.python_version()), ("torch", f"{torch.__version__} (tried: {low} to {high})")]
     versions += [(name, _version(name)) for name in ("dspass", "transformers", "accelerate", "triton", "deepspeed")]
-    backends = [(name, "yes" if check() else "no") for name, check in (
-        ("gloo", dist.is_gloo_available), ("nccl", dist.is_nccl_available), ("mpi", dist.is_mpi_available))]
+    backends = [
+        (name, "yes" if check() else "no")
+        for name, check in (
+            ("gloo", dist.is_gloo_available),
+            ("nccl", dist.is_nccl_available),
+            ("mpi", dist.is_mpi_available),
+        )
+    ]
     devices = [("cpu", f"{torch.get_num_threads()} threads, {platform.machine()}")]
     if torch.accelerator.is_available():
         kind = torch.accelerator.current_accelerator()
-        devices += [(f"{kind}:{i}", torch.cuda.get_device_name(i) if torch.cuda.is_available() else "present")
-                    for i in range(torch.accelerator.device_count())]
+        devices += [
+            (f"{kind}:{i}", torch.cuda.get_device_name(i) if torch.cuda.is_available() else "present")
+            for i in range(torch.accelerator.device_count())
+        ]
     else:
         devices.append(("accelerator", "none"))
     found = [e.value for e in entry_points(group="torch_dynamo_backends") if e.name == "deepspeed"]
     registered = "deepspeed" in torch._dynamo.list_backends(exclude_tags=())
-    backend = [("entry point", found[0] if found else "none: a checkout, which needs `import dspass` in the script"),
-               ("registered", "yes" if registered else "no")]
+    backend = [
+        ("entry point", found[0] if found else "none: a checkout, which needs `import dspass` in the script"),
+        ("registered", "yes" if registered else "no"),
+    ]
     operators = [(name, "torch reference") for name in ("dspass::unshard", "dspass::reduce_grad")]
-    return [("versions", versions), ("devices", devices), ("process groups", backends), ("backend 'deepspeed'", backend),
-            ("operators, and who serves them", operators)]
+    return [
+        ("versions", versions),
+        ("devices", devices),
+        ("process groups", backends),
+        ("backend 'deepspeed'", backend),
+        ("operators, and who serves them", operators),
+    ]
 
 
 def _version(name: str) -> str:

@@ -10,11 +10,14 @@ gathers and the engine's copies would each need a model of its own, and each wou
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import copy
 import os
 import platform
+import sys
 import time
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +27,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from dspass.config import Config
+from dspass.engines import engine_of, new_engine
 from dspass.lowering.simulate import GraphSimulator, InductorSimulator
 from dspass.owners import unwrap
 from dspass.passes import cost
@@ -32,11 +36,17 @@ from dspass.runtime import compat
 from dspass.runtime.axis import Axis
 from dspass.runtime.engine import Engine
 from dspass.runtime.ledger import CATEGORIES, Ledger, Point
-from dspass.shard import _axes, engine_of, new_engine, shard
+from dspass.shard import _axes, shard
 
 #: States of one parameter, and temporaries of its size that one step of it holds at once (torch.optim, not fused).
 OPTIMIZERS: dict[str, tuple[int, int]] = {
-    "adamw": (2, 2), "adam": (2, 2), "sgd": (0, 0), "momentum": (1, 0), "adamw-fused": (2, 0), "none": (0, 0)}
+    "adamw": (2, 2),
+    "adam": (2, 2),
+    "sgd": (0, 0),
+    "momentum": (1, 0),
+    "adamw-fused": (2, 0),
+    "none": (0, 0),
+}
 
 #: Above this many parameters the graph is walked instead of having Inductor generate code for it.
 GENERATE_UP_TO = 500_000_000
@@ -71,12 +81,36 @@ def explain(
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer={optimizer!r} is not known; use one of {sorted(OPTIMIZERS)}.")
     settings = Config.load(config)
-    return _predicted(unwrap(model), args, dict(kwargs or {}), settings, world_size or settings_world(), device or "cpu",
-                      memory_budget, optimizer, train)
+    return _predicted(
+        unwrap(model),
+        args,
+        dict(kwargs or {}),
+        settings,
+        world_size or settings_world(),
+        device or "cpu",
+        memory_budget,
+        optimizer,
+        train,
+    )
 
 
 def settings_world() -> int:
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def report_at_exit(model: nn.Module, path: str) -> None:
+    """Write the report when the process ends, as ``dspass.report`` asks; a failure is said, and ends nothing."""
+    weak = weakref.ref(model)
+
+    def write() -> None:
+        alive = weak()
+        try:
+            if alive is not None:
+                explain(alive).save(path)
+        except Exception as error:
+            print(f"dspass: the report could not be written to {path}: {error}", file=sys.stderr)
+
+    atexit.register(write)
 
 
 # -- a model that has run ------------------------------------------------------------------------------------------------
@@ -87,7 +121,8 @@ def _measured(model: nn.Module) -> Report:
     if engine is None or not engine.compilations:
         raise RuntimeError(
             "dspass.explain(model) reports on a model that has run under torch.compile(model, backend='deepspeed'), and this "
-            "one has not. Run a step first, or pass a batch to predict: dspass.explain(model, *batch, world_size=8).")
+            "one has not. Run a step first, or pass a batch to predict: dspass.explain(model, *batch, world_size=8)."
+        )
     notes = []
     measurement = engine.measurement
     memory = Memory(time_unit="seconds")
@@ -95,20 +130,35 @@ def _measured(model: nn.Module) -> Report:
         notes.append("Memory was not measured: wrap a step in `with dspass.measure(model):`.")
     else:
         memory = Memory(timeline=_timeline(measurement.points), time_unit="seconds")
-    traffic = [Traffic(kind=kind, direction=direction, group=group, group_size=size, calls=n, bytes=b, exposed_seconds=exposed)
-               for (kind, direction, group, size), (n, b, exposed) in engine.traffic.last.items()]
+    traffic = [
+        Traffic(kind=kind, direction=direction, group=group, group_size=size, calls=n, bytes=b, exposed_seconds=exposed)
+        for (kind, direction, group, size), (n, b, exposed) in engine.traffic.last.items()
+    ]
     world = dist.get_world_size() if dist.is_initialized() else 1
     device = next((p.device.type for p in model.parameters()), "cpu")
-    return _report("measured", engine, unwrap(model), memory, traffic, engine.step_seconds, world, device, notes, engine.config)
+    return _report(
+        "measured", engine, unwrap(model), memory, traffic, engine.step_seconds, world, device, notes, engine.config
+    )
 
 
 # -- a model that has not --------------------------------------------------------------------------------------------------
 
 
-def _predicted(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], config: Config, world: int, device: str,
-               budget: int | str | None, optimizer: str, train: bool) -> Report:
+def _predicted(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    config: Config,
+    world: int,
+    device: str,
+    budget: int | str | None,
+    optimizer: str,
+    train: bool,
+) -> Report:
     if budget is not None:
-        raise ValueError("memory_budget is the planner's, and this version has none yet: read report.memory.peak_bytes instead.")
+        raise ValueError(
+            "memory_budget is the planner's, and this version has none yet: read report.memory.peak_bytes instead."
+        )
     began = time.perf_counter()
     notes = []
     on_cpu = device == "cpu"
@@ -123,7 +173,9 @@ def _predicted(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], co
         small = sum(p.numel() for p in model.parameters()) <= GENERATE_UP_TO
         engine.compiler = InductorSimulator() if on_cpu and small else GraphSimulator()
         if not (on_cpu and small):
-            notes.append("Temporaries inside of a segment are estimated from its graph: pointwise chains are taken as fused.")
+            notes.append(
+                "Temporaries inside of a segment are estimated from its graph: pointwise chains are taken as fused."
+            )
         compiled = torch.compile(fake, backend="deepspeed", options=config)
         ledger = Ledger(watches=True)
         steps = _Steps(compiled, fake, engine, batch, named, optimizer, train, ledger)
@@ -132,16 +184,29 @@ def _predicted(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], co
         ledger.points.clear()
         steps.run()
         exposed, seconds = _seconds(engine, fake, device, optimizer, train)
-        traffic = [Traffic(kind=kind, direction=direction, group=group, group_size=size, calls=n, bytes=b,
-                           exposed_seconds=exposed.get((kind, direction), 0.0))
-                   for (kind, direction, group, size), (n, b, _) in engine.traffic.last.items()]
+        traffic = [
+            Traffic(
+                kind=kind,
+                direction=direction,
+                group=group,
+                group_size=size,
+                calls=n,
+                bytes=b,
+                exposed_seconds=exposed.get((kind, direction), 0.0),
+            )
+            for (kind, direction, group, size), (n, b, _) in engine.traffic.last.items()
+        ]
         memory = Memory(timeline=_timeline(_ordered(ledger.points)), time_unit="events")
-        notes.append(f"Predicted in {time.perf_counter() - began:.1f} s from fake tensors. The time is a roofline's, "
-                     + ("with this CPU's measured rates." if on_cpu else f"{cost.ACHIEVED:.0%} of datasheet rates."))
+        notes.append(
+            f"Predicted in {time.perf_counter() - began:.1f} s from fake tensors. The time is a roofline's, "
+            + ("with this CPU's measured rates." if on_cpu else f"{cost.ACHIEVED:.0%} of datasheet rates.")
+        )
         return _report("predicted", engine, model, memory, traffic, seconds, world, device, notes, config)
 
 
-def _seconds(engine: Engine, model: nn.Module, device: str, optimizer: str, train: bool) -> tuple[dict[tuple[str, str], float], float]:
+def _seconds(
+    engine: Engine, model: nn.Module, device: str, optimizer: str, train: bool
+) -> tuple[dict[tuple[str, str], float], float]:
     """Exposed seconds by kind and direction, and the whole step's."""
     with compat.without_fake_mode():
         on = cost.device(device)
@@ -156,8 +221,11 @@ def _seconds(engine: Engine, model: nn.Module, device: str, optimizer: str, trai
                     exposed[kind, where] = exposed.get((kind, where), 0.0) + seconds * engine.accumulation_steps
     if train:
         states, _ = OPTIMIZERS[optimizer]
-        shards = sum((p._local_tensor if isinstance(p, DTensor) else p).numel() * p.element_size()
-                     for p in model.parameters() if p.requires_grad)
+        shards = sum(
+            (p._local_tensor if isinstance(p, DTensor) else p).numel() * p.element_size()
+            for p in model.parameters()
+            if p.requires_grad
+        )
         total += shards * (3 + 2 * states) / on.memory  # reads p, g and states; writes p and states
     return exposed, total
 
@@ -165,8 +233,17 @@ def _seconds(engine: Engine, model: nn.Module, device: str, optimizer: str, trai
 class _Steps:
     """Training steps on fake tensors, the optimiser's by its states and temporaries."""
 
-    def __init__(self, compiled: Any, model: nn.Module, engine: Engine, batch: Sequence[Any], named: dict[str, Any],
-                 optimizer: str, train: bool, ledger: Ledger) -> None:
+    def __init__(
+        self,
+        compiled: Any,
+        model: nn.Module,
+        engine: Engine,
+        batch: Sequence[Any],
+        named: dict[str, Any],
+        optimizer: str,
+        train: bool,
+        ledger: Ledger,
+    ) -> None:
         self.compiled, self.model, self.engine = compiled, model, engine
         self.batch, self.named, self.train, self.ledger = batch, named, train, ledger
         self.states, self.temporaries = OPTIMIZERS[optimizer] if train else (0, 0)
@@ -215,8 +292,10 @@ def _loss(result: Any) -> torch.Tensor:
     else:
         leaves = [t for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, torch.Tensor) and t.requires_grad]
         if not leaves:
-            raise ValueError("the model's output holds no tensor with a gradient: pass labels so that it answers a loss, or "
-                             "use train=False.")
+            raise ValueError(
+                "the model's output holds no tensor with a gradient: pass labels so that it answers a loss, or "
+                "use train=False."
+            )
         loss = leaves[0]
     return loss if loss.dim() == 0 else loss.float().sum()
 
@@ -227,7 +306,8 @@ def _fake_group(world: int, backend: str) -> Iterator[None]:
     if dist.is_initialized():
         raise RuntimeError(
             "dspass.explain predicts in a fake process group, and this process is in a real one: predict before "
-            "init_process_group(), or in a process of its own (python -m dspass explain --help).")
+            "init_process_group(), or in a process of its own (python -m dspass explain --help)."
+        )
     if world == 1:
         yield
         return
@@ -248,13 +328,16 @@ def _faked(model: nn.Module, mode: Any) -> nn.Module:
         if id(tensor) in memo:
             continue
         fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
-        memo[id(tensor)] = nn.Parameter(fake, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+        memo[id(tensor)] = (
+            nn.Parameter(fake, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+        )
     return copy.deepcopy(model, memo)
 
 
 def _fake_inputs(values: Any, mode: Any) -> Any:
     return torch.utils._pytree.tree_map_only(
-        torch.Tensor, lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype), values)
+        torch.Tensor, lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype), values
+    )
 
 
 # -- reports ---------------------------------------------------------------------------------------------------------------
@@ -267,25 +350,67 @@ def _ordered(points: Sequence[Point]) -> list[Point]:
 
 def _timeline(points: Sequence[Point]) -> list[MemoryPoint]:
     start = points[0].seconds if points else 0.0
-    return [MemoryPoint(t=p.seconds - start, label=p.label, phase=p.phase,
-                        bytes={c: max(b, 0) for c, b in zip(CATEGORIES, p.bytes, strict=True)}) for p in points]
+    return [
+        MemoryPoint(
+            t=p.seconds - start,
+            label=p.label,
+            phase=p.phase,
+            bytes={c: max(b, 0) for c, b in zip(CATEGORIES, p.bytes, strict=True)},
+        )
+        for p in points
+    ]
 
 
-def _report(kind: Any, engine: Engine, model: nn.Module, memory: Memory, traffic: list[Traffic], seconds: float | None,
-            world: int, device: str, notes: list[str], config: Config | None) -> Report:
+def _report(
+    kind: Any,
+    engine: Engine,
+    model: nn.Module,
+    memory: Memory,
+    traffic: list[Traffic],
+    seconds: float | None,
+    world: int,
+    device: str,
+    notes: list[str],
+    config: Config | None,
+) -> Report:
     passes, graphs = [], []
     for compilation in engine.compilations:
-        passes += [PassRecord(name=p.name, stage=p.where, summary=p.summary, changed=p.changed, seconds=p.seconds,
-                              ops_before=p.ops_before, ops_after=p.ops_after, keeps_numbers=p.keeps_numbers, graph=p.graph,
-                              before=p.before, after=p.after) for p in compilation.passes]
-        graphs += [GraphRecord(name=f"{compilation.name} {where}", before=before, after=after)
-                   for where, (before, after) in compilation.texts.items()]
+        passes += [
+            PassRecord(
+                name=p.name,
+                stage=p.where,
+                summary=p.summary,
+                changed=p.changed,
+                seconds=p.seconds,
+                ops_before=p.ops_before,
+                ops_after=p.ops_after,
+                keeps_numbers=p.keeps_numbers,
+                graph=p.graph,
+                before=p.before,
+                after=p.after,
+            )
+            for p in compilation.passes
+        ]
+        graphs += [
+            GraphRecord(name=f"{compilation.name} {where}", before=before, after=after)
+            for where, (before, after) in compilation.texts.items()
+        ]
     ignored = {i.key: i.reason for i in config.ignored} if config is not None else {}
     return Report(
-        kind=kind, model=type(model).__name__, device=device, world_size=world, passes=passes, graphs=graphs, memory=memory,
-        traffic=sorted(traffic, key=lambda t: (t.direction, t.kind)), step_seconds=seconds,
-        config=config.to_dict() if config is not None else {}, ignored=ignored, notes=notes,
-        versions={"torch": torch.__version__, "python": platform.python_version(), "dspass": _version()})
+        kind=kind,
+        model=type(model).__name__,
+        device=device,
+        world_size=world,
+        passes=passes,
+        graphs=graphs,
+        memory=memory,
+        traffic=sorted(traffic, key=lambda t: (t.direction, t.kind)),
+        step_seconds=seconds,
+        config=config.to_dict() if config is not None else {},
+        ignored=ignored,
+        notes=notes,
+        versions={"torch": torch.__version__, "python": platform.python_version(), "dspass": _version()},
+    )
 
 
 def _version() -> str:

@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from dspass.engines import engine_of
 from dspass.owners import Heap
 from dspass.runtime.engine import Engine
 from dspass.runtime.ledger import CATEGORIES, Ledger, Phase, Point
-from dspass.shard import engine_of
 
 
 @dataclass(kw_only=True)
@@ -56,7 +56,8 @@ def measure(model: nn.Module) -> Iterator[Measurement]:
     if engine is None:
         raise RuntimeError(
             "dspass.measure needs a model that has run at least once under torch.compile(model, backend='deepspeed'): "
-            "run a step first, then measure the ones after it.")
+            "run a step first, then measure the ones after it."
+        )
     result = Measurement()
     ledger = Ledger()
     persistent(engine, model, ledger)
@@ -68,7 +69,9 @@ def measure(model: nn.Module) -> Iterator[Measurement]:
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     try:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=not cuda) as profiler:
+        with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=not cuda
+        ) as profiler:
             yield result
     finally:
         engine.probe.ledger = None
@@ -85,7 +88,9 @@ def measure(model: nn.Module) -> Iterator[Measurement]:
 def _allocations(profiler: torch.profiler.profile) -> list[tuple[float, int]]:
     """Time in seconds since the epoch and signed bytes of each event of the CPU allocator."""
     events = profiler.profiler.kineto_results.events()
-    found = [(e.start_ns() / 1e9, e.nbytes()) for e in events if e.name() == "[memory]" and e.device_type().name == "CPU"]
+    found = [
+        (e.start_ns() / 1e9, e.nbytes()) for e in events if e.name() == "[memory]" and e.device_type().name == "CPU"
+    ]
     return sorted(found)
 
 

@@ -41,8 +41,12 @@ class Heap:
 
     def owners(self, params: Iterable[torch.Tensor]) -> list[tuple[nn.Module, str]]:
         wanted = {id(p) for p in params}
-        return [(module, name) for module in self.modules
-                for name, value in (module.__dict__.get("_parameters") or {}).items() if id(value) in wanted]
+        return [
+            (module, name)
+            for module in self.modules
+            for name, value in (module.__dict__.get("_parameters") or {}).items()
+            if id(value) in wanted
+        ]
 
     def compiled_root(self, module: nn.Module) -> nn.Module | None:
         """The nearest module at or above ``module`` that ``torch.compile`` was called on."""
@@ -52,7 +56,8 @@ class Heap:
             for current in frontier:
                 parents = self.parents.get(id(current), [])
                 if current.__dict__.get("_compiled_call_impl") is not None or any(
-                        isinstance(p, torch._dynamo.OptimizedModule) for p in parents):
+                    isinstance(p, torch._dynamo.OptimizedModule) for p in parents
+                ):
                     return current
                 above += [p for p in parents if id(p) not in seen]
                 seen.update(id(p) for p in parents)
@@ -81,7 +86,8 @@ def exchange(heap: Heap, replaced: dict[int, tuple[nn.Parameter, nn.Parameter, A
             state = optimizer.state.pop(old)
             optimizer.state[new] = {
                 k: shard_like(v) if isinstance(v, torch.Tensor) and v.shape == old.shape and v.dim() else v
-                for k, v in state.items()}
+                for k, v in state.items()
+            }
     olds = [old for old, _, _ in replaced.values()]
     for holder in gc.get_referrers(*olds):
         if type(holder) is list and holder is not olds:

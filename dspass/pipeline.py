@@ -35,8 +35,11 @@ def build(config: Config) -> tuple[Pass, ...]:
             names = {f.name for f in fields(cls)}
             for option in entry.options:
                 if option not in names:
-                    raise ConfigError(f"dspass.passes.{entry.name}.{option}", "the pass has no such option",
-                                      f"it has {sorted(names) or 'none'}")
+                    raise ConfigError(
+                        f"dspass.passes.{entry.name}.{option}",
+                        "the pass has no such option",
+                        f"it has {sorted(names) or 'none'}",
+                    )
             result.append(cls(**{**_options(cls, config), **entry.options}))
     check_order(result)
     return tuple(result)
@@ -68,11 +71,19 @@ def _find(entry: PassEntry, known: dict[str, type[Pass]]) -> type[Pass]:
         try:
             cls = getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError) as error:
-            raise ConfigError("dspass.passes", f"{entry.name!r} cannot be imported: {error}",
-                              "write it as package.module:Class, importable on every rank") from error
+            raise ConfigError(
+                "dspass.passes",
+                f"{entry.name!r} cannot be imported: {error}",
+                "write it as package.module:Class, importable on every rank",
+            ) from error
         if not (isinstance(cls, type) and issubclass(cls, Pass)):
-            raise ConfigError("dspass.passes", f"{entry.name!r} is not a pass", "derive it from dspass.passes.base.Pass")
+            raise ConfigError(
+                "dspass.passes", f"{entry.name!r} is not a pass", "derive it from dspass.passes.base.Pass"
+            )
         return cls
     near = difflib.get_close_matches(entry.name, known, n=1)
-    raise ConfigError("dspass.passes", f"there is no pass {entry.name!r}",
-                      f"did you mean {near[0]!r}?" if near else f"there are {sorted(known)}")
+    raise ConfigError(
+        "dspass.passes",
+        f"there is no pass {entry.name!r}",
+        f"did you mean {near[0]!r}?" if near else f"there are {sorted(known)}",
+    )

@@ -19,7 +19,9 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from dspass import steps
 from dspass.config import Config, ConfigError
+from dspass.engines import adopt, engine_of, new_engine
 from dspass.owners import Heap, exchange, unwrap
 from dspass.runtime import compat
 from dspass.runtime.axis import Axis
@@ -32,13 +34,6 @@ Fill = Callable[[str, torch.Size, torch.dtype], torch.Tensor] | Mapping[str, tor
 #: Parameters of fewer elements than this stay whole on every rank unless the configuration says otherwise: below it a
 #: gather costs more in latency than it saves in bytes.
 DEFAULT_PERSISTENCE_THRESHOLD = 10_000
-
-_engines: weakref.WeakKeyDictionary[nn.Module, Engine] = weakref.WeakKeyDictionary()
-
-
-def engine_of(model: nn.Module) -> Engine | None:
-    """The engine of a model that was sharded or run, else None."""
-    return _engines.get(unwrap(model))
 
 
 def shard(
@@ -73,22 +68,14 @@ def shard(
     if meta and fill is None:
         raise RuntimeError(
             f"{len(meta)} parameters are on the meta device, {meta[0]!r} for one, and have no values to shard: give "
-            "dspass.shard(model, config, fill=...) a function (name, shape, dtype) -> tensor or a state dict.")
+            "dspass.shard(model, config, fill=...) a function (name, shape, dtype) -> tensor or a state dict."
+        )
     engine = new_engine(root, config)
     agree(root, config, mesh)
     heap = Heap.scan()
     place(engine, heap, dict(root.named_parameters()), config, mesh, fill=fill, device=device)
+    steps.watch(engine, config)
     return model
-
-
-def new_engine(root: nn.Module | None, config: Config) -> Engine:
-    if root is not None and root in _engines:
-        return _engines[root]
-    assert config.zero.stage is not None
-    engine = Engine(stage=config.zero.stage, accumulation_steps=config.gradient_accumulation_steps)
-    if root is not None:
-        _engines[root] = engine
-    return engine
 
 
 def refuse_wrapped(model: nn.Module) -> None:
@@ -96,11 +83,19 @@ def refuse_wrapped(model: nn.Module) -> None:
     for name, module in model.named_modules():
         kind = type(module)
         origin = f"{kind.__module__}.{kind.__qualname__}"
-        by = next((who for mark, who in _WRAPPERS.items() if any(mark in f"{c.__module__}.{c.__qualname__}" for c in kind.__mro__)), None)
+        by = next(
+            (
+                who
+                for mark, who in _WRAPPERS.items()
+                if any(mark in f"{c.__module__}.{c.__qualname__}" for c in kind.__mro__)
+            ),
+            None,
+        )
         if by is not None:
             raise RuntimeError(
                 f"the model is already wrapped by {by} ({name or 'the model itself'} is a {origin}): two owners of the "
-                f"same parameters would each reduce gradients. Give torch.compile the plain module instead of the {by} one.")
+                f"same parameters would each reduce gradients. Give torch.compile the plain module instead of the {by} one."
+            )
 
 
 _WRAPPERS = {
@@ -119,7 +114,8 @@ def mesh_for(config: Config, device_type: str) -> DeviceMesh:
         raise RuntimeError(
             f"ZeRO stage {config.zero.stage} divides parameters over ranks, and there is no process group. Start the script "
             "with torchrun and call torch.distributed.init_process_group() before the first forward, or set "
-            "zero_optimization.stage to 0.")
+            "zero_optimization.stage to 0."
+        )
     world, group = dist.get_world_size(), config.zero.mics_shard_size
     if group is None or group == world:
         with compat.without_fake_mode():
@@ -127,7 +123,8 @@ def mesh_for(config: Config, device_type: str) -> DeviceMesh:
     if world % group:
         divisors = [d for d in range(1, world + 1) if world % d == 0]
         raise ConfigError(
-            "zero_optimization.mics_shard_size", f"{group} does not divide the {world} ranks", f"use one of {divisors}")
+            "zero_optimization.mics_shard_size", f"{group} does not divide the {world} ranks", f"use one of {divisors}"
+        )
     with compat.without_fake_mode():
         return init_device_mesh(device_type, (world // group, group), mesh_dim_names=("replicate", "shard"))
 
@@ -159,8 +156,14 @@ def precision(config: Config, dtype: torch.dtype) -> torch.dtype:
 
 
 def place(
-    engine: Engine, heap: Heap, params: Mapping[str, nn.Parameter], config: Config, mesh: DeviceMesh, *,
-    fill: Fill | None = None, device: torch.device | str | None = None,
+    engine: Engine,
+    heap: Heap,
+    params: Mapping[str, nn.Parameter],
+    config: Config,
+    mesh: DeviceMesh,
+    *,
+    fill: Fill | None = None,
+    device: torch.device | str | None = None,
 ) -> dict[int, ParamSpec]:
     """Replace ``params`` (name to parameter) by DTensors wherever they are held. Answers id of the old to its spec."""
     shard_axis, replicate_axis = axes_of(mesh)
@@ -176,10 +179,19 @@ def place(
         new = _distribute(name, param, mesh, shard_axis, placements, layout, fill, device)
         key = f"{engine.name}/{name}"
         spec = ParamSpec(
-            key=key, name=name, shape=tuple(param.shape), dtype=param.dtype,
-            compute_dtype=precision(config, param.dtype), reduce_dtype=_reduce_dtype(param.dtype), layout=layout,
-            shard_axis=shard_axis, replicate_axis=replicate_axis, trains=param.requires_grad, engine=engine,
-            param=weakref.ref(new))
+            key=key,
+            name=name,
+            shape=tuple(param.shape),
+            dtype=param.dtype,
+            compute_dtype=precision(config, param.dtype),
+            reduce_dtype=_reduce_dtype(param.dtype),
+            layout=layout,
+            shard_axis=shard_axis,
+            replicate_axis=replicate_axis,
+            trains=param.requires_grad,
+            engine=engine,
+            param=weakref.ref(new),
+        )
         engine.add(spec)
         specs[id(param)] = spec
 
@@ -211,8 +223,16 @@ def _reduce_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype.is_floating_point and dtype.itemsize < 4 else dtype
 
 
-def _distribute(name: str, param: nn.Parameter, mesh: DeviceMesh, axis: Axis, placements: Any, layout: Layout,
-                fill: Fill | None, device: torch.device | str | None) -> nn.Parameter:
+def _distribute(
+    name: str,
+    param: nn.Parameter,
+    mesh: DeviceMesh,
+    axis: Axis,
+    placements: Any,
+    layout: Layout,
+    fill: Fill | None,
+    device: torch.device | str | None,
+) -> nn.Parameter:
     if fill is None:
         value = distribute_tensor(param.data, mesh, placements)
     else:
@@ -220,7 +240,9 @@ def _distribute(name: str, param: nn.Parameter, mesh: DeviceMesh, axis: Axis, pl
         start, count = axis.rows(param.shape[0]) if layout == "shard" else (0, param.shape[0] if param.dim() else 0)
         local = whole.narrow(0, start, count) if layout == "shard" else whole
         local = local.detach().to(device or mesh.device_type).clone()
-        value = DTensor.from_local(local, mesh, placements, run_check=False, shape=param.shape, stride=_contiguous(param.shape))
+        value = DTensor.from_local(
+            local, mesh, placements, run_check=False, shape=param.shape, stride=_contiguous(param.shape)
+        )
     new = nn.Parameter(value, requires_grad=param.requires_grad)
     for attribute, content in param.__dict__.items():
         setattr(new, attribute, content)
@@ -235,7 +257,9 @@ def filled(fill: Fill, name: str, like: torch.Tensor) -> torch.Tensor:
     """The full tensor for ``name``, checked against the model's shape and dtype."""
     if isinstance(fill, Mapping):
         if name not in fill:
-            raise KeyError(f"fill has no {name!r}, which the model needs. It has {len(fill)} names, {next(iter(fill), None)!r} for one.")
+            raise KeyError(
+                f"fill has no {name!r}, which the model needs. It has {len(fill)} names, {next(iter(fill), None)!r} for one."
+            )
         value = fill[name]
     else:
         value = fill(name, like.shape, like.dtype)
@@ -267,7 +291,9 @@ def _device_type(root: nn.Module, device: torch.device | str | None) -> str:
     kinds = {p.device.type for p in root.parameters()} - {"meta"}
     if len(kinds) > 1:
         where = {kind: next(n for n, p in root.named_parameters() if p.device.type == kind) for kind in sorted(kinds)}
-        raise RuntimeError(f"parameters lie on several kinds of device ({where}): move the model to one with model.to(device).")
+        raise RuntimeError(
+            f"parameters lie on several kinds of device ({where}): move the model to one with model.to(device)."
+        )
     if kinds:
         return kinds.pop()
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -280,7 +306,9 @@ def agree(root: nn.Module | None, config: Config, mesh: DeviceMesh | None, input
         return
     mine = {
         "configuration": config.to_dict(),
-        "parameters": [(n, tuple(p.shape), str(p.dtype), p.requires_grad) for n, p in root.named_parameters()] if root is not None else [],
+        "parameters": [(n, tuple(p.shape), str(p.dtype), p.requires_grad) for n, p in root.named_parameters()]
+        if root is not None
+        else [],
         "inputs": inputs,
         "torch": torch.__version__,
     }
@@ -291,13 +319,16 @@ def agree(root: nn.Module | None, config: Config, mesh: DeviceMesh | None, input
             continue
         if other["configuration"] != everyone[0]["configuration"]:
             what = "; ".join(config_differences(other["configuration"], everyone[0]["configuration"]))
-            raise RuntimeError(f"ranks 0 and {rank} have different configurations: {what}. Give every rank the same file.")
+            raise RuntimeError(
+                f"ranks 0 and {rank} have different configurations: {what}. Give every rank the same file."
+            )
         for subject in ("torch", "parameters", "inputs"):
             if other[subject] != everyone[0][subject]:
                 raise RuntimeError(
                     f"ranks 0 and {rank} differ in their {subject}: {_first_difference(everyone[0][subject], other[subject])}. "
                     "Every rank must build the same model and pass inputs of the same kind; only their values, and sizes "
-                    "marked dynamic, may differ.")
+                    "marked dynamic, may differ."
+                )
 
 
 def config_differences(theirs: Mapping[str, Any], first: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -324,7 +355,7 @@ def adopt_copy(original: nn.Module, new: nn.Module, memo: dict[int, Any]) -> Non
     """Give a deep copy of a sharded module parameters of its own in the table."""
     from dspass.runtime.params import lookup
 
-    engines: dict[Engine, Engine] = memo.setdefault(id(_engines), {})
+    engines: dict[Engine, Engine] = memo.setdefault("dspass engines", {})  # type: ignore[call-overload]
     specs = {}
     for name, key in original.__dict__[KEYS].items():
         old = lookup(key)
@@ -337,8 +368,9 @@ def adopt_copy(original: nn.Module, new: nn.Module, memo: dict[int, Any]) -> Non
             engine.add(replace(old, key=fresh, engine=engine, param=weakref.ref(param)))
         specs[name] = engine.specs[fresh]
     attach(new, specs)
-    if original in _engines:
-        _engines[new] = engines.setdefault(_engines[original], next(iter(engines.values())))
+    theirs = engine_of(original)
+    if theirs is not None and theirs in engines:
+        adopt(new, engines[theirs])
 
 
-__all__ = ["agree", "axes_of", "engine_of", "layout_of", "mesh_for", "new_engine", "place", "precision", "shard"]
+__all__ = ["agree", "axes_of", "layout_of", "mesh_for", "place", "precision", "shard"]

@@ -33,8 +33,14 @@ class PickleShardedError(TypeError):
 def sharded_class(cls: type[nn.Module], names: frozenset[str]) -> type[nn.Module]:
     """The subclass of ``cls`` in which ``names`` are read through :func:`_read`."""
     body: dict[str, Any] = {name: property(_getter(name), _setter(name)) for name in names}
-    body |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__,
-             "__deepcopy__": _deepcopy, "__reduce_ex__": _refuse_pickle, "_dspass_base": cls}
+    body |= {
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+        "__deepcopy__": _deepcopy,
+        "__reduce_ex__": _refuse_pickle,
+        "_dspass_base": cls,
+    }
     return type(cls.__name__, (cls,), body)
 
 

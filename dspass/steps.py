@@ -29,8 +29,11 @@ def watch(engine: Engine, config: Config) -> None:
 
 def _theirs(optimizer: torch.optim.Optimizer) -> list[tuple[Engine, float]]:
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    return [(engine, clip) for engine, clip in _watched.items()
-            if any(id(spec.param()) in held for spec in engine.specs.values())]
+    return [
+        (engine, clip)
+        for engine, clip in _watched.items()
+        if any(id(spec.param()) in held for spec in engine.specs.values())
+    ]
 
 
 def _before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

@@ -42,7 +42,9 @@ class Block(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         batch, length, width = x.shape
         q, k, v = self.qkv(self.norm1(x)).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0)
+        mixed = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0
+        )
         x = x + self.proj(mixed.transpose(1, 2).reshape(batch, length, width))
         return x + F.dropout(self.down(F.gelu(self.up(self.norm2(x)))), self.dropout, self.training)
 
@@ -95,7 +97,9 @@ def text_corpus(least_bytes: int = 4_000_000) -> torch.Tensor:
     raise RuntimeError(f"found only {have} bytes of Python sources, fewer than {least_bytes}: ask for less text.")
 
 
-def batches(data: torch.Tensor, batch: int, context: int, seed: int, rank: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def batches(
+    data: torch.Tensor, batch: int, context: int, seed: int, rank: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Endless pairs of inputs and targets, ``int64[batch, context]`` each; every rank draws its own."""
     random = torch.Generator().manual_seed(seed * 100_003 + rank)
     while True:

@@ -1,6 +1,6 @@
 """Train a small GPT on real text with ZeRO, from a plain loop, and print what happened.
 
-    torchrun --nproc_per_node 2 -m examples.train_gpt
+torchrun --nproc_per_node 2 -m examples.train_gpt
 """
 
 from __future__ import annotations
@@ -31,15 +31,20 @@ def main() -> None:
 
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     rank = dist.get_rank()
-    device = torch.device("cuda", rank % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
+    device = (
+        torch.device("cuda", rank % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
+    )
     torch.manual_seed(0)
     data = batches(text_corpus(), options.batch, options.context, seed=0, rank=rank)
 
     model = GPT(PRESETS[options.preset]).to(device)
     if rank == 0:
         count = sum(p.numel() for p in model.parameters())
-        print(f"GPT, {count / 1e6:.1f} M parameters, ZeRO stage {options.stage} on {dist.get_world_size()} processes; "
-              "the first two steps compile", flush=True)
+        print(
+            f"GPT, {count / 1e6:.1f} M parameters, ZeRO stage {options.stage} on {dist.get_world_size()} processes; "
+            "the first two steps compile",
+            flush=True,
+        )
     original = model
     model = torch.compile(model, backend="deepspeed", options={"zero_optimization": {"stage": options.stage}})
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr)
@@ -73,10 +78,16 @@ def main() -> None:
         first, last = sum(losses[:5]) / 5, sum(losses[-5:]) / 5
         steady = sorted(seconds[2:])[len(seconds[2:]) // 2]
         print(f"\nloss            {first:.3f} -> {last:.3f} (means of the first and the last five steps)")
-        print(f"tokens/s        {tokens / steady:,.0f} (median step {steady * 1e3:.0f} ms; compiling took {sum(seconds[:2]):.0f} s)")
+        print(
+            f"tokens/s        {tokens / steady:,.0f} "
+            f"(median step {steady * 1e3:.0f} ms; compiling took {sum(seconds[:2]):.0f} s)"
+        )
         for number, peak in enumerate(peaks):
             print(f"peak of rank {number}  {format_bytes(peak)}, measured")
-        print(f"sent a step     {format_bytes(report.traffic_bytes)} by each rank, in {sum(t.calls for t in report.traffic)} collectives\n")
+        print(
+            f"sent a step     {format_bytes(report.traffic_bytes)} by each rank, "
+            f"in {sum(t.calls for t in report.traffic)} collectives\n"
+        )
         print(report)
         for name in ("report.html", "report.json"):
             report.save(options.out / name)

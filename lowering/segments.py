@@ -38,26 +38,34 @@ class SegmentCompiler:
     """
 
     patches: Mapping[str, Any] = field(default_factory=dict)
+    share: bool = True
     compiled: int = 0
     reused: int = 0
     _cache: dict[str, Compiled] = field(default_factory=dict)
 
     def __call__(self, gm: fx.GraphModule, *, is_backward: bool, is_inference: bool) -> Compiled:
         inputs = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
-        key = None if _has_symbols(gm.graph) or _has_constants(gm.graph) else segment_key(gm.graph)
+        key = None if not self.share or _has_symbols(gm.graph) or _has_constants(gm.graph) else segment_key(gm.graph)
         if key is not None and key in self._cache:
             self.reused += 1
             return self._cache[key]
         self.compiled += 1
         result = compat.compile_segment(
-            gm, inputs, is_backward=is_backward, is_inference=is_inference, patches=self.patches)
+            gm, inputs, is_backward=is_backward, is_inference=is_inference, patches=self.patches
+        )
         if key is not None:
             self._cache[key] = result
         return result
 
 
-def lower(gm: fx.GraphModule, compiler: Callable[..., Compiled], *, is_backward: bool, is_inference: bool,
-          probe: Probe | None = None) -> Program:
+def lower(
+    gm: fx.GraphModule,
+    compiler: Callable[..., Compiled],
+    *,
+    is_backward: bool,
+    is_inference: bool,
+    probe: Probe | None = None,
+) -> Program:
     """Compile ``gm`` into a :class:`Program` that takes a list of the graph's inputs and answers its outputs."""
     graph = gm.graph
     placeholders = graph.find_nodes(op="placeholder")
@@ -82,15 +90,24 @@ def lower(gm: fx.GraphModule, compiler: Callable[..., Compiled], *, is_backward:
             continue
         segment = build_segment(gm, piece, inputs, results)
         run = compiler(segment, is_backward=is_backward, is_inference=is_inference)
-        instructions.append(Instruction(
-            label=f"segment_{i}", run=run, inputs=tuple(n.name for n in inputs),
-            outputs=tuple(n.name for n in results), boxed=True))
+        instructions.append(
+            Instruction(
+                label=f"segment_{i}",
+                run=run,
+                inputs=tuple(n.name for n in inputs),
+                outputs=tuple(n.name for n in results),
+                boxed=True,
+            )
+        )
     outputs = output.args[0] if isinstance(output.args[0], (list, tuple)) else (output.args[0],)
     return Program.build(
-        inputs=[n.name for n in placeholders], instructions=instructions,
+        inputs=[n.name for n in placeholders],
+        instructions=instructions,
         outputs=[n.name if isinstance(n, fx.Node) else n for n in outputs],
         literal=[not isinstance(n, fx.Node) for n in outputs],
-        categories=memory_categories(graph, is_backward), probe=probe)
+        categories=memory_categories(graph, is_backward),
+        probe=probe,
+    )
 
 
 def memory_categories(graph: fx.Graph, is_backward: bool) -> dict[str, str]:
@@ -181,8 +198,12 @@ def segment_key(graph: fx.Graph) -> str:
     for node in graph.nodes:
         value = node.meta.get("val")
         leaves = value if isinstance(value, (list, tuple)) else [value]
-        layout = [(print_value(v), tuple(v.stride()), str(v.device), v.storage_offset()) if isinstance(v, torch.Tensor)
-                  else repr(v) for v in leaves]
+        layout = [
+            (print_value(v), tuple(v.stride()), str(v.device), v.storage_offset())
+            if isinstance(v, torch.Tensor)
+            else repr(v)
+            for v in leaves
+        ]
         target = "" if node.op == "placeholder" else str(node.target)
         lines.append(f"{node.op} {target} {argument(node.args)} {argument(dict(node.kwargs))} {layout}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
@@ -197,7 +218,9 @@ def _is_runtime(node: fx.Node) -> bool:
 
 def _is_host(node: fx.Node) -> bool:
     """Sizes: computed by Python, not worth a segment."""
-    return node.op == "call_function" and isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool, int))
+    return node.op == "call_function" and isinstance(
+        node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool, int)
+    )
 
 
 def _mutates(node: fx.Node) -> bool:
@@ -206,9 +229,12 @@ def _mutates(node: fx.Node) -> bool:
 
 
 def _has_symbols(graph: fx.Graph) -> bool:
-    return any(isinstance(s, torch.SymInt) for n in graph.nodes
-               for v in ([n.meta.get("val")] if not isinstance(n.meta.get("val"), (list, tuple)) else n.meta["val"])
-               for s in ([*v.shape, *v.stride(), v.storage_offset()] if isinstance(v, torch.Tensor) else [v]))
+    return any(
+        isinstance(s, torch.SymInt)
+        for n in graph.nodes
+        for v in ([n.meta.get("val")] if not isinstance(n.meta.get("val"), (list, tuple)) else n.meta["val"])
+        for s in ([*v.shape, *v.stride(), v.storage_offset()] if isinstance(v, torch.Tensor) else [v])
+    )
 
 
 def _has_constants(graph: fx.Graph) -> bool:
@@ -225,8 +251,7 @@ def _runtime_instruction(node: fx.Node) -> Instruction:
     def run(args: list[Any]) -> tuple[Any]:
         return (target(args if takes_list else args[0], *rest),)
 
-    return Instruction(label=node.name, run=run, inputs=names, outputs=(node.name,), boxed=False,
-                       is_runtime=True)
+    return Instruction(label=node.name, run=run, inputs=names, outputs=(node.name,), boxed=False, is_runtime=True)
 
 
 def _host_instruction(node: fx.Node) -> Instruction:

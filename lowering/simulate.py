@@ -39,7 +39,9 @@ class InductorSimulator:
             return self._cache[key]
         self.compiled += 1
         inputs = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
-        run = compat.generate_segment(gm, inputs, is_backward=is_backward, is_inference=is_inference, patches=self.patches)
+        run = compat.generate_segment(
+            gm, inputs, is_backward=is_backward, is_inference=is_inference, patches=self.patches
+        )
         if key is not None:
             self._cache[key] = run
         return run
@@ -68,7 +70,9 @@ def walk(graph: fx.Graph) -> Callable[[list[Any]], Sequence[Any]]:
         if node in solid or node.op == "placeholder":
             holds[node] = {node}
         elif is_view(node) or (node.op == "call_function" and node not in solid):
-            holds[node] = set().union(*(holds.get(a, set()) for a in node.all_input_nodes)) if node.all_input_nodes else set()
+            holds[node] = (
+                set().union(*(holds.get(a, set()) for a in node.all_input_nodes)) if node.all_input_nodes else set()
+            )
     last: dict[fx.Node, int] = {}
     for i, node in enumerate(nodes):
         for held in holds.get(node, set()) | set().union(*(holds.get(a, set()) for a in node.all_input_nodes), set()):
@@ -90,7 +94,9 @@ def walk(graph: fx.Graph) -> Callable[[list[Any]], Sequence[Any]]:
         for node in results:
             if not isinstance(node, fx.Node):
                 continue
-            made[node] = values[node] if node in values else _view_of(node, [values.get(h) for h in holds.get(node, ())])
+            made[node] = (
+                values[node] if node in values else _view_of(node, [values.get(h) for h in holds.get(node, ())])
+            )
         return tuple(made[n] if isinstance(n, fx.Node) else n for n in results)
 
     return run

@@ -93,8 +93,12 @@ def check_order(passes: Sequence[Pass]) -> None:
         missing = item.requires - have
         if missing:
             makers = sorted(p.name for p in passes if p.provides & missing)
-            way_out = f"put {' and '.join(makers)} before it" if makers else "add a pass that provides it, or drop this one"
-            raise PassError(f"pass {item.name!r} requires {sorted(missing)}, which no pass before it provides: {way_out}.")
+            way_out = (
+                f"put {' and '.join(makers)} before it" if makers else "add a pass that provides it, or drop this one"
+            )
+            raise PassError(
+                f"pass {item.name!r} requires {sorted(missing)}, which no pass before it provides: {way_out}."
+            )
         clash = item.conflicts & set(names)
         if clash:
             raise PassError(f"pass {item.name!r} cannot stand in one list with {sorted(clash)}: drop one of them.")
@@ -120,9 +124,21 @@ def run_passes(
         if record is not None:
             text = print_graph(gm.graph)
             summary = "; ".join(ctx.said) or ("changed the graph" if text != before else "nothing to do")
-            record(PassResult(name=item.name, where=ctx.where, graph=ctx.graph, summary=summary, changed=text != before,
-                              seconds=seconds, ops_before=ops, ops_after=_ops(gm.graph),
-                              keeps_numbers=item.keeps_numbers, before=before, after=text))
+            record(
+                PassResult(
+                    name=item.name,
+                    where=ctx.where,
+                    graph=ctx.graph,
+                    summary=summary,
+                    changed=text != before,
+                    seconds=seconds,
+                    ops_before=ops,
+                    ops_after=_ops(gm.graph),
+                    keeps_numbers=item.keeps_numbers,
+                    before=before,
+                    after=text,
+                )
+            )
             log.debug("%s %s: %s (%s, %.1f ms)", ctx.graph, ctx.where, item.name, summary, seconds * 1e3)
             if text != before:
                 compat.trace_artifact(f"dspass_{ctx.where}_{item.name}", functools.partial(str, text))

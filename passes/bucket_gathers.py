@@ -19,7 +19,8 @@ class BucketGathers(Pass):
     """Join consecutive ``gather_start`` of one axis until a bucket holds ``bucket_bytes`` of whole parameters.
 
     ``max_elements`` is DeepSpeed's ``stage3_prefetch_bucket_size``, an upper limit in elements. A parameter larger than a
-    limit travels alone; without ``bucket_bytes`` the choice is ours (:mod:`dspass.passes.buckets`). The bucket stands where its first parameter is needed, so that none is late.
+    limit travels alone; without ``bucket_bytes`` the choice is ours (:mod:`dspass.passes.buckets`).
+    The bucket stands where its first parameter is needed, so that none is late.
     """
 
     name: ClassVar[str] = "bucket_gathers"
@@ -38,8 +39,11 @@ class BucketGathers(Pass):
         buckets: list[list[fx.Node]] = []
         for start in starts:
             together = [*buckets[-1], start] if buckets else []
-            if together and _kind(together[0]) == _kind(start) and limit.holds(
-                    [_bytes(s) for s in together], [_elements(s) for s in together]):
+            if (
+                together
+                and _kind(together[0]) == _kind(start)
+                and limit.holds([_bytes(s) for s in together], [_elements(s) for s in together])
+            ):
                 buckets[-1].append(start)
             else:
                 buckets.append([start])

@@ -58,7 +58,9 @@ class BucketReductions(Pass):
         joined = []
         for bucket in buckets:
             at = wait_of(bucket[-1])
-            joined.append(merge_pairs(graph, bucket, reduce_start, reduce_wait, at=at) if len(bucket) > 1 else bucket[0])
+            joined.append(
+                merge_pairs(graph, bucket, reduce_start, reduce_wait, at=at) if len(bucket) > 1 else bucket[0]
+            )
         self._place_waits(graph, joined)
         ctx.say(f"{len(starts)} reductions in {len(buckets)} buckets")
         return graph

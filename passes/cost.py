@@ -48,13 +48,16 @@ def _gpu(name: str, half: float, single: float, memory: float, link: float) -> D
 
 
 #: Links are those between nodes, one 400 Gb/s (200 for the A100) adapter a GPU: a ring is as fast as its slowest hop.
-GPUS = {d.name: d for d in (
-    _gpu("a100", 312e12, 19.5e12, 2.0e12, 25e9),
-    _gpu("h100", 989e12, 67e12, 3.35e12, 50e9),
-    _gpu("h200", 989e12, 67e12, 4.8e12, 50e9),
-    _gpu("b200", 2250e12, 75e12, 8.0e12, 50e9),
-    _gpu("mi300x", 1307e12, 163e12, 5.3e12, 50e9),
-)}
+GPUS = {
+    d.name: d
+    for d in (
+        _gpu("a100", 312e12, 19.5e12, 2.0e12, 25e9),
+        _gpu("h100", 989e12, 67e12, 3.35e12, 50e9),
+        _gpu("h200", 989e12, 67e12, 4.8e12, 50e9),
+        _gpu("b200", 2250e12, 75e12, 8.0e12, 50e9),
+        _gpu("mi300x", 1307e12, 163e12, 5.3e12, 50e9),
+    )
+}
 
 
 def device(name: str) -> Device:
@@ -75,7 +78,9 @@ def _this_cpu() -> Device:
     out = torch.empty_like(big)
     moved = _best(lambda: out.copy_(big))
     rate = 2 * 512**3 / product
-    return Device(name="cpu", rates={torch.float32: rate}, memory=2 * 32e6 / moved, link=1e9, latency=200e-6, overlaps=False)
+    return Device(
+        name="cpu", rates={torch.float32: rate}, memory=2 * 32e6 / moved, link=1e9, latency=200e-6, overlaps=False
+    )
 
 
 def _best(work: Any) -> float:
@@ -172,9 +177,16 @@ def _values_in_memory(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
 
 
 _FUSIBLE = {
-    torch.ops.aten.sum.dim_IntList, torch.ops.aten.mean.dim, torch.ops.aten.amax.default, torch.ops.aten.sum.default,
-    torch.ops.aten.var_mean.correction, torch.ops.aten.mean.default, torch.ops.prims.convert_element_type.default,
-    torch.ops.aten.embedding.default, torch.ops.aten.cat.default, torch.ops.aten.where.self,
+    torch.ops.aten.sum.dim_IntList,
+    torch.ops.aten.mean.dim,
+    torch.ops.aten.amax.default,
+    torch.ops.aten.sum.default,
+    torch.ops.aten.var_mean.correction,
+    torch.ops.aten.mean.default,
+    torch.ops.prims.convert_element_type.default,
+    torch.ops.aten.embedding.default,
+    torch.ops.aten.cat.default,
+    torch.ops.aten.where.self,
 }
 
 

@@ -11,8 +11,14 @@ import torch.fx as fx
 from dspass.passes.base import Pass, PassContext, Where
 from dspass.passes.nodes import GATHERED, REDUCE_GRAD, UNSHARD, calls
 
-_ALIASES = {torch.ops.aten.alias.default, torch.ops.aten.view.default, torch.ops.aten.detach.default,
-            torch.ops.aten.view_as.default, torch.ops.aten._unsafe_view.default, torch.ops.aten.reshape.default}
+_ALIASES = {
+    torch.ops.aten.alias.default,
+    torch.ops.aten.view.default,
+    torch.ops.aten.detach.default,
+    torch.ops.aten.view_as.default,
+    torch.ops.aten._unsafe_view.default,
+    torch.ops.aten.reshape.default,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +57,10 @@ class ExposeParameters(Pass):
             marker.replace_all_uses_with(exposed[key])
             graph.erase_node(marker)
         merged = _merge_reductions(graph)
-        ctx.say(f"{len(markers)} uses of {len(exposed)} parameters" + (f", {merged} sums before reductions" if merged else ""))
+        ctx.say(
+            f"{len(markers)} uses of {len(exposed)} parameters"
+            + (f", {merged} sums before reductions" if merged else "")
+        )
         graph.eliminate_dead_code()
         return graph
 
@@ -71,9 +80,14 @@ def _merge_reductions(graph: fx.Graph) -> int:
         if node.target is not torch.ops.aten.add.Tensor or node.kwargs:
             continue
         left, right = node.args
-        if not (isinstance(left, fx.Node) and isinstance(right, fx.Node)
-                and left.target is REDUCE_GRAD and right.target is REDUCE_GRAD and left.args[1] == right.args[1]
-                and len(left.users) == len(right.users) == 1):
+        if not (
+            isinstance(left, fx.Node)
+            and isinstance(right, fx.Node)
+            and left.target is REDUCE_GRAD
+            and right.target is REDUCE_GRAD
+            and left.args[1] == right.args[1]
+            and len(left.users) == len(right.users) == 1
+        ):
             continue
         with graph.inserting_before(node):
             total = graph.call_function(torch.ops.aten.add.Tensor, (left.args[0], right.args[0]))

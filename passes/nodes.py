@@ -42,8 +42,12 @@ def wait_of(start: fx.Node) -> fx.Node:
 
 
 def insert_pair(
-    graph: fx.Graph, begin: Callable[..., Any], end: Callable[..., Any],
-    inputs: Sequence[fx.Node], keys: Sequence[str], values: Sequence[torch.Tensor],
+    graph: fx.Graph,
+    begin: Callable[..., Any],
+    end: Callable[..., Any],
+    inputs: Sequence[fx.Node],
+    keys: Sequence[str],
+    values: Sequence[torch.Tensor],
 ) -> tuple[fx.Node, fx.Node, list[fx.Node]]:
     """Start, wait and one item node a parameter, at the graph's insertion point."""
     start = graph.call_function(begin, (list(inputs), list(keys)))
@@ -87,6 +91,19 @@ def merge_pairs(graph: fx.Graph, starts: Sequence[fx.Node], begin: Any, end: Any
 
 
 __all__ = [
-    "GATHERED", "REDUCE_GRAD", "UNSHARD", "calls", "first_user", "gather_start", "gather_wait", "insert_pair",
-    "items_of", "merge_pairs", "positions", "reduce_start", "reduce_wait", "specs_of", "wait_of",
+    "GATHERED",
+    "REDUCE_GRAD",
+    "UNSHARD",
+    "calls",
+    "first_user",
+    "gather_start",
+    "gather_wait",
+    "insert_pair",
+    "items_of",
+    "merge_pairs",
+    "positions",
+    "reduce_start",
+    "reduce_wait",
+    "specs_of",
+    "wait_of",
 ]

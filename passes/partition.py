@@ -18,14 +18,19 @@ from dspass.runtime import compat
 
 
 def partition(
-    joint: fx.GraphModule, inputs: Any, num_fwd_outputs: int, free_inputs: Sequence[int] = (),
-    *, recompute_pointwise: bool = False,
+    joint: fx.GraphModule,
+    inputs: Any,
+    num_fwd_outputs: int,
+    free_inputs: Sequence[int] = (),
+    *,
+    recompute_pointwise: bool = False,
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
     """Split ``joint``. The first ``num_fwd_outputs`` outputs are the forward's own; ``free_inputs`` cost nothing to save."""
     placeholders = joint.graph.find_nodes(op="placeholder")
     exposed = [i for i, node in enumerate(placeholders) if GATHERED in node.meta]
-    forward, backward = compat.min_cut_partition(joint, inputs, num_fwd_outputs, sorted({*free_inputs, *exposed}),
-                                                 recompute_pointwise)
+    forward, backward = compat.min_cut_partition(
+        joint, inputs, num_fwd_outputs, sorted({*free_inputs, *exposed}), recompute_pointwise
+    )
     save_shards(forward.graph, backward.graph, num_fwd_outputs)
     forward.recompile()
     backward.recompile()
@@ -55,8 +60,11 @@ def save_shards(forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int) -> 
     # AOTAutograd's order: tensors, then opaque objects (a DTensor's mesh, from torch 2.13), then symbolic sizes.
     end = next((i for i, (v, _) in enumerate(kept) if not isinstance(v.meta.get("val"), torch.Tensor)), len(kept))
     held = {value.name: placeholder for value, placeholder in kept if isinstance(value, fx.Node)}
-    first_other = backward.find_nodes(op="placeholder")[len(saved)] if len(
-        backward.find_nodes(op="placeholder")) > len(saved) else next(n for n in backward.nodes if n.op != "placeholder")
+    first_other = (
+        backward.find_nodes(op="placeholder")[len(saved)]
+        if len(backward.find_nodes(op="placeholder")) > len(saved)
+        else next(n for n in backward.nodes if n.op != "placeholder")
+    )
     anchor = kept[end][1] if end < len(kept) else first_other
     body = next(n for n in backward.nodes if n.op != "placeholder")
     for value in remade:

@@ -12,11 +12,11 @@ from dspass.passes.zero_gather import ZeroGather
 from dspass.passes.zero_reduce import ZeroReduce
 
 DEFAULT: tuple[type[Pass], ...] = (
-    ExposeParameters,   # joint: whole parameters become inputs; then the partitioner splits the graph
-    ReleaseGathered,    # views of them are made where they are used, so that gathers come late and end early
-    ZeroGather,         # gathers at first use
-    BucketGathers,      # joined into buckets
-    PrefetchGathers,    # and started early
-    ZeroReduce,         # gradients averaged as they are complete
-    BucketReductions,   # joined into buckets
+    ExposeParameters,  # joint: whole parameters become inputs; then the partitioner splits the graph
+    ReleaseGathered,  # views of them are made where they are used, so that gathers come late and end early
+    ZeroGather,  # gathers at first use
+    BucketGathers,  # joined into buckets
+    PrefetchGathers,  # and started early
+    ZeroReduce,  # gradients averaged as they are complete
+    BucketReductions,  # joined into buckets
 )

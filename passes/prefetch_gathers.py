@@ -35,7 +35,10 @@ class PrefetchGathers(Pass):
         sizes = [sum(s.numel for s in specs_of(start)) for start in starts]
         body = next(n for n in graph.nodes if n.op != "placeholder")
         for i, start in enumerate(starts):
-            if self.max_live_elements is not None and sum(sizes[max(i - self.distance, 0) : i + 1]) > self.max_live_elements:
+            if (
+                self.max_live_elements is not None
+                and sum(sizes[max(i - self.distance, 0) : i + 1]) > self.max_live_elements
+            ):
                 refused += 1
             elif i < self.distance:  # from the top of the graph, in order
                 if i:
@@ -48,6 +51,8 @@ class PrefetchGathers(Pass):
                 arrived = wait_of(starts[i - self.distance])
                 max(arrived, *arrived.users, starts[i - 1]).append(start)
                 moved += 1
-        ctx.say(f"{moved} gathers start {self.distance} bucket{'s' * (self.distance > 1)} early"
-                + (f", {refused} not, to keep live parameters under the limit" if refused else ""))
+        ctx.say(
+            f"{moved} gathers start {self.distance} bucket{'s' * (self.distance > 1)} early"
+            + (f", {refused} not, to keep live parameters under the limit" if refused else "")
+        )
         return graph

@@ -32,16 +32,20 @@ class ReleaseGathered(Pass):
             if view.users and not (len(view.users) == 1 and view.next in view.users):
                 _make_at_uses(graph, view)
                 copies += 1
-        ctx.say(f"{copies} views made where they are used" if copies
-                else "each view of a parameter stands where it is used")
+        ctx.say(
+            f"{copies} views made where they are used" if copies else "each view of a parameter stands where it is used"
+        )
         return graph
 
 
 def _views_of_parameters(graph: fx.Graph) -> list[fx.Node]:
     found: dict[fx.Node, None] = {}
     for node in graph.nodes:
-        if node.op == "call_function" and len(node.all_input_nodes) == 1 and (
-                getattr(node.target, "is_view", False) is True or node.target is operator.getitem):
+        if (
+            node.op == "call_function"
+            and len(node.all_input_nodes) == 1
+            and (getattr(node.target, "is_view", False) is True or node.target is operator.getitem)
+        ):
             (source,) = node.all_input_nodes
             if GATHERED in source.meta or source in found:
                 found[node] = None

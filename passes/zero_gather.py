@@ -39,7 +39,8 @@ class ZeroGather(Pass):
                         gathered += 1
                     elif spec.compute_dtype != spec.dtype:
                         item = graph.call_function(
-                            torch.ops.prims.convert_element_type.default, (local, spec.compute_dtype))
+                            torch.ops.prims.convert_element_type.default, (local, spec.compute_dtype)
+                        )
                         item.meta["val"] = value
                         whole += 1
                     else:
@@ -47,5 +48,7 @@ class ZeroGather(Pass):
                         whole += 1
                 placeholder.replace_all_uses_with(item)
             graph.erase_node(placeholder)
-        ctx.say(f"{gathered} gathers, {whole} parameters held whole" if gathered or whole else "no parameter is read here")
+        ctx.say(
+            f"{gathered} gathers, {whole} parameters held whole" if gathered or whole else "no parameter is read here"
+        )
         return graph

@@ -87,7 +87,10 @@ def joint_graph_passes(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def min_cut_partition(
-    joint: fx.GraphModule, inputs: Any, num_fwd_outputs: int, free_inputs: Sequence[int],
+    joint: fx.GraphModule,
+    inputs: Any,
+    num_fwd_outputs: int,
+    free_inputs: Sequence[int],
     recompute_pointwise: bool = False,
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
     """Split a joint graph by min-cut; ``free_inputs`` are the indices of placeholders that cost nothing to save.
@@ -99,7 +102,8 @@ def min_cut_partition(
     from torch._functorch.partitioners import min_cut_rematerialization_partition
 
     with config.patch(
-        treat_parameters_as_free_to_save=True, ban_recompute_materialized_backward=not recompute_pointwise):
+        treat_parameters_as_free_to_save=True, ban_recompute_materialized_backward=not recompute_pointwise
+    ):
         return min_cut_rematerialization_partition(
             joint,
             inputs,

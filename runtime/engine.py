@@ -197,9 +197,15 @@ class Engine:
 class Gather:
     """A gather under way."""
 
-    def __init__(self, engine: Engine, keys: list[str], ready: dict[str, torch.Tensor],
-                 missing: list[tuple[ParamSpec, torch.Tensor]], flight: InFlight | None,
-                 counted: CollectiveKey | None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        keys: list[str],
+        ready: dict[str, torch.Tensor],
+        missing: list[tuple[ParamSpec, torch.Tensor]],
+        flight: InFlight | None,
+        counted: CollectiveKey | None,
+    ) -> None:
         self._engine, self._keys, self._ready = engine, keys, ready
         self._missing, self._flight, self._counted = missing, flight, counted
 
@@ -224,9 +230,16 @@ class Gather:
 class Reduction:
     """A reduction under way."""
 
-    def __init__(self, engine: Engine, specs: Sequence[ParamSpec], results: list[torch.Tensor] | None,
-                 flight: InFlight | None, counted: list[CollectiveKey], world: int,
-                 then: Sequence = ()) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        specs: Sequence[ParamSpec],
+        results: list[torch.Tensor] | None,
+        flight: InFlight | None,
+        counted: list[CollectiveKey],
+        world: int,
+        then: Sequence = (),
+    ) -> None:
         self._engine, self._specs, self._results = engine, specs, results
         self._flight, self._counted, self._world, self._then = flight, counted, world, then
 

@@ -1,8 +1,8 @@
 """Which bytes are alive, by category, while programs run: the same bookkeeping for real steps and for fake ones.
 
 A storage enters when an instruction ends with it or, where the ledger ``watches``, when any operator inside of an
-instruction makes it, and leaves when the last tensor on it dies. Fake tensors have storages of the right size and none of the bytes, so a step under a fake mode yields
-the timeline of a real one, by the same code.
+instruction makes it, and leaves when the last tensor on it dies. Fake tensors have storages of the right size and none
+of the bytes, so a step under a fake mode yields the timeline of a real one, by the same code.
 """
 
 from __future__ import annotations

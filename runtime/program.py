@@ -50,8 +50,16 @@ class Program:
     probe: Probe
 
     @classmethod
-    def build(cls, *, inputs: Sequence[str], instructions: Sequence[Instruction], outputs: Sequence[Any],
-              literal: Sequence[bool], categories: Mapping[str, str] | None = None, probe: Probe | None = None) -> Program:
+    def build(
+        cls,
+        *,
+        inputs: Sequence[str],
+        instructions: Sequence[Instruction],
+        outputs: Sequence[Any],
+        literal: Sequence[bool],
+        categories: Mapping[str, str] | None = None,
+        probe: Probe | None = None,
+    ) -> Program:
         number: dict[str, int] = {}
         for name in [*inputs, *(n for i in instructions for n in i.outputs)]:
             number.setdefault(name, len(number))
@@ -65,14 +73,19 @@ class Program:
             if register not in kept:
                 frees[i].append(register)
         return cls(
-            instructions=tuple(instructions), size=len(number), inputs=tuple(number[n] for n in inputs),
+            instructions=tuple(instructions),
+            size=len(number),
+            inputs=tuple(number[n] for n in inputs),
             reads=tuple(tuple(number[n] for n in i.inputs) for i in instructions),
             writes=tuple(tuple(number[n] for n in i.outputs) for i in instructions),
             frees=tuple(map(tuple, frees)),
             unused_inputs=tuple(number[n] for n in inputs if number[n] not in last and number[n] not in kept),
-            outputs=tuple((is_literal, o if is_literal else number[o])
-                          for o, is_literal in zip(outputs, literal, strict=True)),
-            categories=categories or {}, probe=probe or Probe())
+            outputs=tuple(
+                (is_literal, o if is_literal else number[o]) for o, is_literal in zip(outputs, literal, strict=True)
+            ),
+            categories=categories or {},
+            probe=probe or Probe(),
+        )
 
     def boxed(self) -> Callable[[list[Any]], tuple[Any, ...]]:
         """This program as a function, marked so that AOTAutograd hands over its list of arguments and lets go of it."""
@@ -93,7 +106,8 @@ class Program:
             registers[register] = None
         with torch.no_grad():
             for instruction, reads, writes, frees in zip(
-                    self.instructions, self.reads, self.writes, self.frees, strict=True):
+                self.instructions, self.reads, self.writes, self.frees, strict=True
+            ):
                 taken = [registers[r] for r in reads]
                 ledger = self.probe.ledger
                 if ledger is not None:

@@ -81,7 +81,5 @@ class TrafficCounter:
 
     def end_step(self) -> None:
         if self.current:
-            self.last = {
-                k: (n, self.current_bytes[k], self.exposed[k]) for k, n in self.current.items()
-            }
+            self.last = {k: (n, self.current_bytes[k], self.exposed[k]) for k, n in self.current.items()}
         self.current, self.current_bytes, self.exposed = Counter(), Counter(), defaultdict(float)

@@ -30,8 +30,13 @@ from dspass.runtime.axis import Axis
 class InFlight:
     """An operation that was started. ``wait`` may be called once; it keeps every tensor alive that is on its way."""
 
-    def __init__(self, works: Sequence[Any], results: list[torch.Tensor], finish: Callable[[], None] | None = None,
-                 keep: Sequence[torch.Tensor] = ()) -> None:
+    def __init__(
+        self,
+        works: Sequence[Any],
+        results: list[torch.Tensor],
+        finish: Callable[[], None] | None = None,
+        keep: Sequence[torch.Tensor] = (),
+    ) -> None:
         self._works = list(works)
         self.results = results
         self._finish = finish
@@ -102,8 +107,10 @@ class PointToPoint(Transport):
             result = arriving[0] if arriving else own.clone()
             results.append(result)
             if own.numel():
-                works += [dist.irecv(buffer, axis.ranks[peer], axis.group)
-                          for buffer, peer in zip(arriving, _others(axis), strict=True)]
+                works += [
+                    dist.irecv(buffer, axis.ranks[peer], axis.group)
+                    for buffer, peer in zip(arriving, _others(axis), strict=True)
+                ]
                 sums.append((result, own, arriving[1:]))
         for tensor in keep:
             for peer in _others(axis):
@@ -145,9 +152,13 @@ class Coalesced(Transport):
         works = self._launch(axis, dist.reduce_scatter_tensor, outputs, padded)
         return InFlight(works, results, keep=padded)
 
-
-    def _launch(self, axis: Axis, collective: Callable[..., Any], outputs: Sequence[torch.Tensor],
-                inputs: Sequence[torch.Tensor]) -> list[Any]:
+    def _launch(
+        self,
+        axis: Axis,
+        collective: Callable[..., Any],
+        outputs: Sequence[torch.Tensor],
+        inputs: Sequence[torch.Tensor],
+    ) -> list[Any]:
         with dist._coalescing_manager(group=axis.group, async_ops=True) as works:
             for output, value in zip(outputs, inputs, strict=True):
                 collective(output, value, group=axis.group)
@@ -157,13 +168,20 @@ class Coalesced(Transport):
 class Modelled(Coalesced):
     """The buffers of :class:`Coalesced` and no communication: what a fake process group stands in for."""
 
-    def _launch(self, axis: Axis, collective: Callable[..., Any], outputs: Sequence[torch.Tensor],
-                inputs: Sequence[torch.Tensor]) -> list[Any]:
+    def _launch(
+        self,
+        axis: Axis,
+        collective: Callable[..., Any],
+        outputs: Sequence[torch.Tensor],
+        inputs: Sequence[torch.Tensor],
+    ) -> list[Any]:
         return []
 
     def all_reduce(self, axis: Axis, tensors: Sequence[torch.Tensor]) -> InFlight:
         flat = torch.cat([t.reshape(-1) for t in tensors])
-        return InFlight([], [p.view(t.shape) for p, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)])
+        return InFlight(
+            [], [p.view(t.shape) for p, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)]
+        )
 
 
 def _others(axis: Axis) -> list[int]:

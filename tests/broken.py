@@ -131,9 +131,7 @@ class GatheredForEachUse(ZeroGather):
             (item,) = wait_of(start).users
             for user in list(item.users)[1:]:
                 with graph.inserting_before(user):
-                    _, _, (again,) = insert_pair(
-                        graph, gather_start, gather_wait, *start.args, start.meta["val"]
-                    )
+                    _, _, (again,) = insert_pair(graph, gather_start, gather_wait, *start.args, start.meta["val"])
                 user.replace_input_with(item, again)
         return graph
 
@@ -223,9 +221,7 @@ class NotReduced(ZeroReduce):
         marker = calls(graph, REDUCE_GRAD)[0]
         grad = marker.args[0]
         with graph.inserting_before(marker):
-            own = graph.call_function(
-                torch.ops.aten.narrow.default, (grad, 0, 0, marker.meta["val"].shape[0])
-            )
+            own = graph.call_function(torch.ops.aten.narrow.default, (grad, 0, 0, marker.meta["val"].shape[0]))
         own.meta["val"] = marker.meta["val"]
         marker.replace_all_uses_with(own)
         graph.erase_node(marker)

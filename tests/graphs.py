@@ -26,6 +26,7 @@ from torch import nn
 
 from dspass.compilation import compile_graph
 from dspass.config import Config
+from dspass.engines import new_engine
 from dspass.passes.base import Pass, PassContext, PassResult, Where, run_passes
 from dspass.passes.nodes import (
     GATHERED,
@@ -43,7 +44,7 @@ from dspass.pipeline import build
 from dspass.runtime import compat
 from dspass.runtime.engine import Engine
 from dspass.runtime.params import ParamSpec, lookup
-from dspass.shard import new_engine, shard
+from dspass.shard import shard
 
 
 class CheckError(AssertionError):
@@ -77,9 +78,7 @@ class Tied(nn.Module):
         self.mix = nn.Linear(4, 4, bias=False)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return (
-            nn.functional.linear(torch.tanh(self.mix(self.embed(tokens))), self.embed.weight).square().sum()
-        )
+        return nn.functional.linear(torch.tanh(self.mix(self.embed(tokens))), self.embed.weight).square().sum()
 
 
 class EarlyViews(nn.Module):
@@ -205,9 +204,7 @@ def capture(name: str, world: int = 2, config: Mapping[str, Any] | None = None) 
         engine = new_engine(model, settings)
 
         def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
-            return compile_graph(
-                gm, inputs, engine, settings, [Keep(into=kept), *build(settings)], as_written
-            )
+            return compile_graph(gm, inputs, engine, settings, [Keep(into=kept), *build(settings)], as_written)
 
         torch.compile(model, backend=backend)(*batches[0])
     torch._dynamo.reset()
@@ -240,9 +237,7 @@ def _batch(name: str) -> tuple[torch.Tensor, ...]:
     return (torch.randint(8, (3,)),) if name == "tied" else (torch.randn(3, 4),)
 
 
-def _reference(
-    model: nn.Module, batches: Sequence[Any]
-) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+def _reference(model: nn.Module, batches: Sequence[Any]) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
     losses, sums = [], {n: torch.zeros_like(p) for n, p in model.named_parameters()}
     for batch in batches:
         loss = model(*batch)
@@ -293,16 +288,12 @@ def _whole(key: str, shards: PerRank) -> PerRank:
 def _mean(key: str, grads: PerRank) -> PerRank:
     spec = lookup(key)
     if tuple(grads[0].shape) != spec.shape:
-        raise CheckError(
-            f"{key} is reduced from something else than its whole gradient: {tuple(grads[0].shape)}"
-        )
+        raise CheckError(f"{key} is reduced from something else than its whole gradient: {tuple(grads[0].shape)}")
     mean = sum(g.to(spec.reduce_dtype) for g in grads) / len(grads)
     return PerRank(rows_of(spec, mean, r).to(spec.dtype) for r in range(len(grads)))
 
 
-def simulate(
-    graph: fx.Graph, inputs: Mapping[str, PerRank], world: int, trace: Trace | None = None
-) -> list[Any]:
+def simulate(graph: fx.Graph, inputs: Mapping[str, PerRank], world: int, trace: Trace | None = None) -> list[Any]:
     """Run ``graph`` on ``world`` ranks at once; ``inputs`` by the names of placeholders. Answers its
     outputs."""
     trace = trace or Trace()
@@ -350,9 +341,7 @@ def _call(node: fx.Node, values: Mapping[fx.Node, Any], world: int, trace: Trace
         (trace.gathered if gathers else trace.reduced).update(node.args[1])
         work = _whole if gathers else _mean
         given = [PerRank(_of_rank(n, values, r) for r in range(world)) for n in first]
-        return Flight(
-            "gather" if gathers else "reduce", [work(k, g) for k, g in zip(node.args[1], given, strict=True)]
-        )
+        return Flight("gather" if gathers else "reduce", [work(k, g) for k, g in zip(node.args[1], given, strict=True)])
     if node.target in (gather_wait, reduce_wait):
         flight = values[first]
         kind = "gather" if node.target is gather_wait else "reduce"
@@ -457,9 +446,7 @@ def check_numbers(toy: Toy, step: Step) -> None:
     trace, backward_trace = Trace(), Trace()
     with torch.no_grad():
         outputs = simulate(step.forward, inputs, toy.world, trace)
-        results = simulate(
-            step.backward, inputs | saved_of(step.backward, outputs), toy.world, backward_trace
-        )
+        results = simulate(step.backward, inputs | saved_of(step.backward, outputs), toy.world, backward_trace)
     for name, sent in (("forward", trace.gathered), ("backward", backward_trace.gathered)):
         if too_many := {k: n for k, n in sent.items() if n > 1}:
             raise CheckError(f"gathered more than once in one {name}: {too_many}")
@@ -534,9 +521,7 @@ def check_liveness(graph: fx.Graph, ahead: int = 1) -> None:
         waiting = [start for start in begun if use[start] >= i]
         later = [start.name for start in waiting if use[start] > min(use[s] for s in waiting)]
         if len(later) > ahead:
-            raise CheckError(
-                f"at {node.name} {len(later)} buckets are gathered that are not used soon: {later}"
-            )
+            raise CheckError(f"at {node.name} {len(later)} buckets are gathered that are not used soon: {later}")
 
 
 def check_overlap(graph: fx.Graph) -> None:

@@ -65,9 +65,7 @@ def test_a_broken_pass_is_caught(cls: type[Pass], name: str, error: type[Excepti
 
 def test_each_pass_has_a_broken_version() -> None:
     tried = {cls for cls, *_ in MISTAKES}
-    assert tried == {
-        v for v in vars(broken).values() if isinstance(v, type) and v.__module__ == broken.__name__
-    }
+    assert tried == {v for v in vars(broken).values() if isinstance(v, type) and v.__module__ == broken.__name__}
     for cls in DEFAULT:
         assert any(issubclass(mistake, cls) for mistake in tried), f"no broken version of {cls.name}"
 

@@ -111,9 +111,7 @@ def test_nothing_leaves_the_stage_open() -> None:
     assert config.resolve_stage(process_group=False).zero.stage == 0
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"zero_optimization": {}}, {"zero_optimization": None}, {"bf16": {}}]
-)
+@pytest.mark.parametrize("options", [{}, {"zero_optimization": {}}, {"zero_optimization": None}, {"bf16": {}}])
 def test_options_without_a_stage_mean_stage_0(options: dict) -> None:
     config = Config.load(options)
     assert config.zero.stage == 0
@@ -407,12 +405,8 @@ def test_what_is_not_built_may_be_off() -> None:
 
 def test_digest_and_differences() -> None:
     one = Config.load({"zero_optimization": {"stage": 3}, "optimizer": {"type": "Adam"}})
-    same = Config.load(
-        {"zero_optimization": {"stage": 3, "reduce_bucket_size": None}, "dspass": {"report": "a.html"}}
-    )
-    other = Config.load(
-        {"zero_optimization": {"stage": 2, "reduce_bucket_size": 10}, "bf16": {"enabled": True}}
-    )
+    same = Config.load({"zero_optimization": {"stage": 3, "reduce_bucket_size": None}, "dspass": {"report": "a.html"}})
+    other = Config.load({"zero_optimization": {"stage": 2, "reduce_bucket_size": 10}, "bf16": {"enabled": True}})
     assert len(one.digest()) == 64
     assert one.digest() == same.digest() != other.digest()
     assert one.differences(same.to_dict()) == []

@@ -26,8 +26,16 @@ def gpt() -> tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]]:
 def llama() -> tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(vocab_size=512, hidden_size=128, intermediate_size=352, num_hidden_layers=2, num_attention_heads=4,
-                         num_key_value_heads=2, max_position_embeddings=128, use_cache=False)
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=352,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        use_cache=False,
+    )
     tokens = torch.randint(0, 512, (8, 64), generator=torch.Generator().manual_seed(0))
     return LlamaForCausalLM(config), (), {"input_ids": tokens, "labels": tokens}
 
@@ -63,8 +71,11 @@ def _measured(name: str, stage: int) -> dict[str, Any]:
             step()
     report = dspass.explain(model)
     return {
-        "peak": report.memory.peak_bytes, "traffic": [(t.kind, t.direction, t.calls, t.bytes) for t in report.traffic],
-        "gathered": max(p.bytes["gathered"] for p in report.memory.timeline), "steps": measurement.steps, "text": str(report),
+        "peak": report.memory.peak_bytes,
+        "traffic": [(t.kind, t.direction, t.calls, t.bytes) for t in report.traffic],
+        "gathered": max(p.bytes["gathered"] for p in report.memory.timeline),
+        "steps": measurement.steps,
+        "text": str(report),
         "step_seconds": report.step_seconds,
     }
 
@@ -105,15 +116,23 @@ def test_logical_bytes_equal_the_bound() -> None:
     unused = model.positions.weight.numel() * 4 * 3 // 4  # type: ignore[union-attr]
     tokens = model.tokens.weight.numel() * 4 * 3 // 4  # type: ignore[union-attr]
     sent = predicted.traffic_bytes
-    assert sent in {bound, bound - unused if model.positions.weight.numel() >= 10_000 else bound,  # type: ignore[union-attr]
-                    bound - tokens}
+    assert sent in {
+        bound,
+        bound - unused if model.positions.weight.numel() >= 10_000 else bound,  # type: ignore[union-attr]
+        bound - tokens,
+    }
 
 
 def test_many_ranks_of_a_gpu_without_either() -> None:
-    model, args, kwargs = llama()
+    model, _, kwargs = llama()
     meta = model.to("meta")
-    report = dspass.explain(meta, kwargs=kwargs, config={"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}},
-                            world_size=64, device="h100")
+    report = dspass.explain(
+        meta,
+        kwargs=kwargs,
+        config={"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}},
+        world_size=64,
+        device="h100",
+    )
     assert report.kind == "predicted"
     assert report.world_size == 64
     assert report.memory.by_category["optimizer"] > 0
@@ -129,12 +148,15 @@ def test_a_saved_report_reads_back(tmp_path: Path) -> None:
     assert dspass.explain(tmp_path / "r.json").to_dict() == report.to_dict()
 
 
-@pytest.mark.parametrize(("call", "says"), [
-    (lambda m, x: dspass.explain(m), "has not"),
-    (lambda m, x: dspass.explain(m, x, x, optimizer="adamv"), "adamw"),
-    (lambda m, x: dspass.explain(m, x, x, device="h1000"), "h100"),
-    (lambda m, x: dspass.explain(m, x, x, memory_budget="60GB"), "planner"),
-])
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda m, x: dspass.explain(m), "has not"),
+        (lambda m, x: dspass.explain(m, x, x, optimizer="adamv"), "adamw"),
+        (lambda m, x: dspass.explain(m, x, x, device="h1000"), "h100"),
+        (lambda m, x: dspass.explain(m, x, x, memory_budget="60GB"), "planner"),
+    ],
+)
 def test_refusals_name_the_way_out(call: Any, says: str) -> None:
     model, (x, _), _ = gpt()
     with pytest.raises((ValueError, RuntimeError), match=says):
@@ -142,7 +164,9 @@ def test_refusals_name_the_way_out(call: Any, says: str) -> None:
 
 
 def _dspass(*args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "dspass", *args], capture_output=True, text=True, timeout=240, check=False)
+    return subprocess.run(
+        [sys.executable, "-m", "dspass", *args], capture_output=True, text=True, timeout=240, check=False
+    )
 
 
 def test_command_line(tmp_path: Path) -> None:
@@ -150,9 +174,25 @@ def test_command_line(tmp_path: Path) -> None:
     assert shown.returncode == 0
     assert "registered" in shown.stdout
     path = tmp_path / "report.json"
-    done = _dspass("explain", "transformers:LlamaConfig", "--set", "vocab_size=256", "hidden_size=64", "intermediate_size=128",
-                   "num_hidden_layers=1", "num_attention_heads=2", "num_key_value_heads=2", "--sequence", "32",
-                   "--world-size", "4", "--device", "h100", "--save", str(path))
+    done = _dspass(
+        "explain",
+        "transformers:LlamaConfig",
+        "--set",
+        "vocab_size=256",
+        "hidden_size=64",
+        "intermediate_size=128",
+        "num_hidden_layers=1",
+        "num_attention_heads=2",
+        "num_key_value_heads=2",
+        "--sequence",
+        "32",
+        "--world-size",
+        "4",
+        "--device",
+        "h100",
+        "--save",
+        str(path),
+    )
     assert done.returncode == 0, done.stderr
     assert "Peak memory" in done.stdout
     assert json.loads(path.read_text())["world_size"] == 4

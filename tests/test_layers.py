@@ -103,18 +103,14 @@ def test_each_pass_has_its_row(cls: type) -> None:
 
 
 def test_no_row_is_left_of_a_pass_that_is_gone() -> None:
-    assert list(rows()) == [cls.name for cls in DEFAULT], (
-        "the table has the passes in the order of the pipeline"
-    )
+    assert list(rows()) == [cls.name for cls in DEFAULT], "the table has the passes in the order of the pipeline"
 
 
 @pytest.mark.parametrize("cls", DEFAULT, ids=lambda cls: cls.name)
 def test_each_pass_has_its_file_and_its_golden_text(cls: type) -> None:
     assert cls.__module__ == f"dspass.passes.{cls.name}", "one pass is one file of its name"
     assert (ROOT / "passes" / f"{cls.name}.py").exists()
-    assert (ROOT / "tests" / "golden" / f"{cls.name}.txt").exists(), (
-        "run pytest tests/test_passes.py --golden-update"
-    )
+    assert (ROOT / "tests" / "golden" / f"{cls.name}.txt").exists(), "run pytest tests/test_passes.py --golden-update"
 
 
 def test_no_golden_text_is_left_of_a_pass_that_is_gone() -> None:

@@ -59,9 +59,7 @@ def around(toy: Toy, cls: type[Pass], where: Where) -> tuple[fx.Graph, Pass]:
 def apply(item: Pass, graph: fx.Graph, where: Where) -> tuple[fx.Graph, str]:
     """A copy of ``graph`` behind ``item``, checked by the runner, and what the pass said."""
     results: list[PassResult] = []
-    gm = run_passes(
-        fx.GraphModule(nn.Module(), copy_graph(graph)), [item], PassContext(where=where), results.append
-    )
+    gm = run_passes(fx.GraphModule(nn.Module(), copy_graph(graph)), [item], PassContext(where=where), results.append)
     (result,) = results
     return gm.graph, result.summary
 
@@ -109,17 +107,13 @@ CASES: dict[type[Pass], Case] = {
         golden=(("uneven", "forward"), ("tied", "backward")),
         declines=("mlp", "joint", "no parameter is read here"),
     ),
-    BucketGathers: Case(
-        golden=(("mlp", "forward"),), declines=("uneven", "backward", "1 gathers: nothing to join")
-    ),
+    BucketGathers: Case(golden=(("mlp", "forward"),), declines=("uneven", "backward", "1 gathers: nothing to join")),
     PrefetchGathers: Case(
         golden=(("mlp", "forward"),),
         declines=("mlp", "forward", "switched off by distance 0"),
         options={"distance": 0},
     ),
-    ZeroReduce: Case(
-        golden=(("tied", "backward"),), declines=("mlp", "forward", "no gradient of a parameter here")
-    ),
+    ZeroReduce: Case(golden=(("tied", "backward"),), declines=("mlp", "forward", "no gradient of a parameter here")),
     BucketReductions: Case(golden=(("mlp", "backward"),), declines=("mlp", "forward", "no reductions here")),
 }
 
@@ -135,9 +129,7 @@ def test_golden(cls: type[Pass], golden_update: bool) -> None:
         toy = toy_of(name)
         before, item = around(toy, cls, where)
         after, said = apply(item, before, where)
-        text = (
-            f"# {name}, {where}: {said}\n\n# before\n{print_graph(before)}\n\n# after\n{print_graph(after)}\n"
-        )
+        text = f"# {name}, {where}: {said}\n\n# before\n{print_graph(before)}\n\n# after\n{print_graph(after)}\n"
         parts.append(text.replace(f"{toy.engine.name}/", ""))
     text, path = "\n".join(parts), GOLDEN / f"{cls.name}.txt"
     if golden_update:
@@ -173,9 +165,7 @@ def test_declines(cls: type[Pass]) -> None:
     else:
         # Not its kind of graph, which the runner would not even show it: called by hand it leaves it alone.
         graph, item = copy_graph(toy.joint if where == "joint" else toy.raw[where]), cls()
-        run_passes(
-            fx.GraphModule(nn.Module(), graph), [i for i in toy.passes if where == "forward"], PassContext()
-        )
+        run_passes(fx.GraphModule(nn.Module(), graph), [i for i in toy.passes if where == "forward"], PassContext())
     item = replace(item, **CASES[cls].options)
     before, ctx = print_graph(graph), PassContext(where=where)
     item.run(graph, ctx)
@@ -490,9 +480,7 @@ def _too_late(graph: fx.Graph) -> None:
         (_too_late, r"'forgetful' left a graph that does not lint: .*used before it has been defined"),
     ],
 )
-def test_the_runner_names_the_pass_that_broke_a_graph(
-    mistake: Callable[[fx.Graph], object], message: str
-) -> None:
+def test_the_runner_names_the_pass_that_broke_a_graph(mistake: Callable[[fx.Graph], object], message: str) -> None:
     graph = copy_graph(toy_of("mlp").raw["forward"])
     with pytest.raises(PassError, match=message):
         run_passes(fx.GraphModule(nn.Module(), graph), [Forgetful(mistake=mistake)], PassContext())
@@ -501,12 +489,8 @@ def test_the_runner_names_the_pass_that_broke_a_graph(
 def test_the_runner_records_what_each_pass_did() -> None:
     step = graphs.run_pipeline(toy_of("mlp"))
     assert [r.name for r in step.results if r.where == "joint"] == ["expose_parameters"]
-    assert [r.name for r in step.results if r.where == "forward"] == [
-        p.name for p in DEFAULT if "forward" in p.where
-    ]
-    assert [r.name for r in step.results if r.where == "backward"] == [
-        p.name for p in DEFAULT if "backward" in p.where
-    ]
+    assert [r.name for r in step.results if r.where == "forward"] == [p.name for p in DEFAULT if "forward" in p.where]
+    assert [r.name for r in step.results if r.where == "backward"] == [p.name for p in DEFAULT if "backward" in p.where]
     for result in step.results:
         assert result.changed == (result.before != result.after)
         assert result.summary
@@ -517,9 +501,7 @@ def test_the_runner_records_what_each_pass_did() -> None:
 
 
 def test_a_pass_that_conflicts_is_refused_by_name() -> None:
-    with pytest.raises(
-        PassError, match=r"'alone' cannot stand in one list with \['zero_reduce'\]: drop one of them"
-    ):
+    with pytest.raises(PassError, match=r"'alone' cannot stand in one list with \['zero_reduce'\]: drop one of them"):
         check_order([ZeroReduce(), Alone()])
 
 

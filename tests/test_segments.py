@@ -91,9 +91,7 @@ class Builder:
 #: How a random graph goes on: an operation and which of the values at hand it takes.
 STEPS = st.lists(
     st.tuples(
-        st.sampled_from(
-            ["add", "mm", "relu", "permute", "alias", "split", "gather", "reduce", "wait", "wait"]
-        ),
+        st.sampled_from(["add", "mm", "relu", "permute", "alias", "split", "gather", "reduce", "wait", "wait"]),
         st.integers(0, 30),
         st.integers(0, 30),
     ),
@@ -102,9 +100,7 @@ STEPS = st.lists(
 )
 
 
-def random_graph(
-    engine: Engine, steps: Sequence[tuple[str, int, int]], outputs: Sequence[int]
-) -> fx.GraphModule:
+def random_graph(engine: Engine, steps: Sequence[tuple[str, int, int]], outputs: Sequence[int]) -> fx.GraphModule:
     build = Builder(engine)
     values, pending = list(build.inputs), []
     for operation, i, j in steps:
@@ -121,9 +117,7 @@ def random_graph(
                 values.append(build.end(pending.pop(i % len(pending))))
         elif operation == "split":
             parts = build.call(aten.split.Tensor, a, 2)
-            values.append(
-                build.call(aten.cat.default, [build.call(operator.getitem, parts, k) for k in (1, 0)])
-            )
+            values.append(build.call(aten.cat.default, [build.call(operator.getitem, parts, k) for k in (1, 0)]))
         else:
             values.append(
                 {
@@ -203,9 +197,7 @@ def test_lowered_is_what_was_written(steps: list[tuple[str, int, int]], outputs:
 
 @settings(max_examples=60, deadline=None)
 @given(steps=STEPS, outputs=st.lists(st.integers(0, 30), min_size=1, max_size=4))
-def test_views_are_made_in_the_segment_that_reads_them(
-    steps: list[tuple[str, int, int]], outputs: list[int]
-) -> None:
+def test_views_are_made_in_the_segment_that_reads_them(steps: list[tuple[str, int, int]], outputs: list[int]) -> None:
     gm = random_graph(new_engine(), steps, outputs)
     graph = copy_graph(gm.graph)
     sink_views(graph)
@@ -265,9 +257,7 @@ def linear(build: Builder, x: fx.Node, weight: fx.Node) -> fx.Node:
 
 
 def scaled(factor: float) -> Callable[[Builder, fx.Node, fx.Node], fx.Node]:
-    return lambda build, x, weight: build.call(
-        aten.mul.Tensor, build.call(aten.mm.default, x, weight), factor
-    )
+    return lambda build, x, weight: build.call(aten.mul.Tensor, build.call(aten.mm.default, x, weight), factor)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,64 @@
+"""Which engine belongs to which model, and ``dspass.no_sync``.
+
+The table is weak: an engine lives as long as its model. It is the one place where a module leads to what was made for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator
+
+from torch import nn
+
+from dspass.config import Config
+from dspass.owners import unwrap
+from dspass.runtime.engine import Engine
+
+_engines: weakref.WeakKeyDictionary[nn.Module, Engine] = weakref.WeakKeyDictionary()
+_no_sync: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+
+
+def engine_of(model: nn.Module) -> Engine | None:
+    """The engine of a model that was sharded or run, else None."""
+    return _engines.get(unwrap(model))
+
+
+def new_engine(root: nn.Module | None, config: Config) -> Engine:
+    """The engine of ``root``, made now if there is none. Without a root (a compiled function) it belongs to nobody."""
+    if root is not None and root in _engines:
+        return _engines[root]
+    assert config.zero.stage is not None, "the stage is resolved before an engine is made"
+    engine = Engine(stage=config.zero.stage, accumulation_steps=config.gradient_accumulation_steps, config=config)
+    if root is not None:
+        adopt(root, engine)
+    return engine
+
+
+def adopt(root: nn.Module, engine: Engine) -> None:
+    """Let ``engine`` be that of ``root``."""
+    _engines[root] = engine
+    engine.no_sync_depth = _no_sync.get(root, 0)
+
+
+@contextlib.contextmanager
+def no_sync(model: nn.Module) -> Iterator[None]:
+    """Inside, backwards of ``model`` add up on each rank; the first one outside reduces the sum, as under DDP's.
+
+    It replaces the counting of ``gradient_accumulation_steps`` for the step at hand. Stages 2 and 3 hold no whole gradients
+    between calls, so there each backward is reduced all the same: the numbers are right and nothing is saved. May be entered
+    before the first forward, when there is no engine yet.
+    """
+    root = unwrap(model)
+    _shift(root, 1)
+    try:
+        yield
+    finally:
+        _shift(root, -1)
+
+
+def _shift(root: nn.Module, by: int) -> None:
+    _no_sync[root] = _no_sync.get(root, 0) + by
+    engine = _engines.get(root)
+    if engine is not None:
+        engine.no_sync_depth = _no_sync[root]
