@@ -120,17 +120,18 @@ def compile_segment(
 
     Every output keeps the strides that its fake value has: the next segment was traced with them.
     """
+    from torch._guards import detect_fake_mode
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx_inner
 
     output = gm.graph.find_nodes(op="output")[0]
     output.meta["user_visible_output_idxs"] = [i for i, n in enumerate(output.args[0]) if isinstance(n, fx.Node)]
-    context = torch._guards.TracingContext.try_get()
     with contextlib.ExitStack() as stack:
         stack.enter_context(config.patch(dict(patches)))
-        if context is not None:  # it takes the strides of one whole graph, and a segment is not one
-            stack.callback(setattr, context, "output_strides", context.output_strides)
-            context.output_strides = None
+        # A context of its own: the whole graph's says which inputs may be overwritten (donated) by their index in the whole
+        # graph, and collects the strides of one whole graph's outputs. A segment's inputs and outputs are others.
+        mode = detect_fake_mode(list(inputs))
+        stack.enter_context(torch._guards.tracing(torch._guards.TracingContext(mode)))
         return compile_fx_inner(gm, list(inputs), is_backward=is_backward, is_inference=is_inference)
 
 
