@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 @dataclass(kw_only=True)
@@ -72,6 +73,29 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
+#: Entries of torch.optim's states that are one number each, whatever the parameter: never divided.
+_NUMBERS = frozenset({"step", "mu_product", "eta", "mu"})
+
+
+def _is_of_a_parameter(key: Any, value: Any, param: torch.Tensor) -> bool:
+    """Whether a state's entry goes element by element with its parameter, and so lies as that does."""
+    return isinstance(value, torch.Tensor) and value.shape == param.shape and bool(value.dim() or key not in _NUMBERS)
+
+
+def shard_states(optimizer: torch.optim.Optimizer) -> None:
+    """Cut whole states that were loaded for sharded parameters: those of one process's checkpoint, and 0-dim ones.
+
+    ``set_optimizer_state_dict`` leaves 0-dim states plain, and ``Optimizer.load_state_dict`` takes what it is given; either
+    would fail inside of DTensor. Every rank holds the same whole state, so nothing is sent.
+    """
+    for param, state in optimizer.state.items():
+        if not isinstance(param, DTensor):
+            continue
+        for key, value in state.items():
+            if not isinstance(value, DTensor) and _is_of_a_parameter(key, value, param):
+                state[key] = distribute_tensor(value, param.device_mesh, param.placements, src_data_rank=None)
+
+
 def exchange(heap: Heap, replaced: dict[int, tuple[nn.Parameter, nn.Parameter, Any]]) -> None:
     """Let optimisers and plain lists hold the new parameters where they held the old ones.
 
@@ -85,7 +109,7 @@ def exchange(heap: Heap, replaced: dict[int, tuple[nn.Parameter, nn.Parameter, A
             _, new, shard_like = replaced[id(old)]
             state = optimizer.state.pop(old)
             optimizer.state[new] = {
-                k: shard_like(v) if isinstance(v, torch.Tensor) and v.shape == old.shape and v.dim() else v
+                k: shard_like(v) if _is_of_a_parameter(k, v, old) else v
                 for k, v in state.items()
             }
     olds = [old for old, _, _ in replaced.values()]

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dspass.runtime import compat
 from dspass.runtime.params import ParamSpec
@@ -37,6 +38,7 @@ def sharded_class(cls: type[nn.Module], names: frozenset[str]) -> type[nn.Module
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
+        "_load_from_state_dict": _load,
         "__deepcopy__": _deepcopy,
         "__reduce_ex__": _refuse_pickle,
         "_dspass_base": cls,
@@ -73,6 +75,19 @@ def _setter(name: str) -> Any:
         self._parameters[name] = value
 
     return put
+
+
+def _load(self: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    """``load_state_dict`` with whole tensors, the same on every rank: each keeps its rows, and nothing is sent."""
+    for name in self.__dict__[KEYS]:
+        param, value = self._parameters[name], state_dict.get(prefix + name)
+        if isinstance(param, DTensor) and isinstance(value, torch.Tensor) and value.shape == param.shape:
+            if not isinstance(value, DTensor):
+                value = value.detach().to(param.device, param.dtype)
+                state_dict[prefix + name] = distribute_tensor(
+                    value, param.device_mesh, param.placements, src_data_rank=None
+                )
+    type(self)._dspass_base._load_from_state_dict(self, state_dict, prefix, *args)
 
 
 def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:

@@ -41,31 +41,36 @@ def save_shards(forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int) -> 
     """Hand shards, not whole parameters or what was made of them, from the forward to the backward graph."""
     output = forward.find_nodes(op="output")[0]
     outputs = list(output.args[0])
-    saved = outputs[num_fwd_outputs:]
-    received = backward.find_nodes(op="placeholder")[: len(saved)]
+    said = list(output.meta.get("desc") or [None] * len(outputs))
+    saved, received = outputs[num_fwd_outputs:], _received(backward, outputs[num_fwd_outputs:])
     inputs = {node.name: node for node in forward.find_nodes(op="placeholder")}
 
     kept: list[tuple[fx.Node, fx.Node]] = []
+    kept_said: list[Any] = []
     remade: dict[fx.Node, fx.Node] = {}  # value in the forward graph -> placeholder in the backward graph
-    for value, placeholder in zip(saved, received, strict=True):
+    for value, placeholder, desc in zip(saved, received, said[num_fwd_outputs:], strict=True):
         if isinstance(value, fx.Node) and _made_of_parameters(value):
             remade[value] = placeholder
+            said_of_tensor = desc
         else:
             kept.append((value, placeholder))
+            kept_said.append(desc)
     if not remade:
         return
 
-    # The shards that the backward graph needs, saved once each, behind the other tensors.
+    # The shards that the backward graph needs, saved once each, behind the other tensors that autograd watches for in-place
+    # changes: what follows them are tensors that it need not watch, opaque objects and symbolic sizes.
     copies: dict[fx.Node, fx.Node] = {}
-    # AOTAutograd's order: tensors, then opaque objects (a DTensor's mesh, from torch 2.13), then symbolic sizes.
-    end = next((i for i, (v, _) in enumerate(kept) if not isinstance(v.meta.get("val"), torch.Tensor)), len(kept))
-    held = {value.name: placeholder for value, placeholder in kept if isinstance(value, fx.Node)}
-    first_other = (
-        backward.find_nodes(op="placeholder")[len(saved)]
-        if len(backward.find_nodes(op="placeholder")) > len(saved)
-        else next(n for n in backward.nodes if n.op != "placeholder")
+    end = next(
+        (i for i, ((v, _), d) in enumerate(zip(kept, kept_said, strict=True)) if not _is_watched(v, d)), len(kept)
     )
-    anchor = kept[end][1] if end < len(kept) else first_other
+    held = {value.name: placeholder for value, placeholder in kept if isinstance(value, fx.Node)}
+    placeholders = backward.find_nodes(op="placeholder")
+    if end:
+        anchor = kept[end - 1][1].next
+    else:  # behind the symbolic sizes, which come first
+        sizes = sum(_is_size(v) for v in saved)
+        anchor = placeholders[sizes] if sizes < len(placeholders) else placeholders[-1].next
     body = next(n for n in backward.nodes if n.op != "placeholder")
     for value in remade:
         for leaf in _leaves(value):
@@ -78,6 +83,7 @@ def save_shards(forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int) -> 
                 shard.meta = dict(local.meta)
                 held[local.name] = shard
                 kept.insert(end, (local, shard))
+                kept_said.insert(end, said_of_tensor)
                 end += 1
             with backward.inserting_before(body):
                 whole = backward.placeholder(f"{leaf.name}_again")
@@ -94,7 +100,27 @@ def save_shards(forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int) -> 
         placeholder.replace_all_uses_with(copy)
         backward.erase_node(placeholder)
     output.args = (tuple(outputs[:num_fwd_outputs]) + tuple(value for value, _ in kept),)
+    if "desc" in output.meta:
+        output.meta["desc"] = [*said[:num_fwd_outputs], *kept_said]
     forward.eliminate_dead_code()
+
+
+def _received(backward: fx.Graph, saved: Sequence[Any]) -> list[fx.Node]:
+    """The backward graph's placeholders of ``saved``: its symbolic sizes come first there, and last in the forward's."""
+    placeholders = backward.find_nodes(op="placeholder")[: len(saved)]
+    sizes = sum(_is_size(value) for value in saved)
+    return placeholders[sizes:] + placeholders[:sizes]
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, fx.Node) and isinstance(
+        value.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool)
+    )
+
+
+def _is_watched(value: Any, desc: Any) -> bool:
+    is_tensor = isinstance(value, fx.Node) and isinstance(value.meta.get("val"), torch.Tensor)
+    return is_tensor and "NoVcCheck" not in type(desc).__name__
 
 
 def _leaves(value: fx.Node) -> list[fx.Node]:

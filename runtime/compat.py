@@ -218,3 +218,24 @@ def register_log(name: str, qualified: str) -> None:
 
     if name not in log_registry.log_alias_to_log_qnames:
         register_log(name, qualified)
+
+
+def reduce_overflow_of_mixed_placements() -> None:
+    """Have every rank hear of an overflow (``GradScaler``) that one rank sees, also beside replicated gradients.
+
+    DTensor reduces ``found_inf`` as the first gradient of a list is placed, so a ``Replicate`` one in front of sharded ones
+    leaves each rank with its own answer, and ranks step apart. Sharded ones are put first; the order means nothing else.
+    """
+    from torch.distributed.tensor import DTensor
+
+    handlers = DTensor._op_dispatcher._custom_op_handlers
+    operator = torch.ops.aten._amp_foreach_non_finite_check_and_unscale_.default
+    theirs = handlers[operator]
+    if theirs.__module__ == __name__:
+        return
+
+    def ours(op_call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+        grads = sorted(args[0], key=lambda grad: all(p.is_replicate() for p in grad.placements))
+        return theirs(op_call, (grads, *args[1:]), kwargs)
+
+    handlers[operator] = ours
