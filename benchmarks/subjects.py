@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,48 +11,146 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-Wrapped = Callable[..., torch.Tensor]
+
+@dataclass
+class Training:
+    """A wrapped model: ``forward(x, y)`` gives the loss. DeepSpeed replaces ``backward`` and ``step`` by its engine's."""
+
+    forward: Callable[..., torch.Tensor]
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+    def step(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
 
-def _dspass(stage: int) -> Callable[[nn.Module, str], Wrapped]:
-    def wrap(model: nn.Module, device: str) -> Wrapped:
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    """The same for all; built after the wrapping, as FSDP2 asks (dspass exchanges the parameters at its first call)."""
+    return torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
+
+
+def _dspass(stage: int) -> Callable[[nn.Module, str], Training]:
+    def wrap(model: nn.Module, device: str) -> Training:
         import dspass  # noqa: F401  (registers the backend from a checkout)
 
-        return torch.compile(model, backend="deepspeed", options={"zero_optimization": {"stage": stage}})
+        options = {"zero_optimization": {"stage": stage}}
+        return Training(torch.compile(model, backend="deepspeed", options=options), model, adamw(model))
 
     return wrap
 
 
-def _inductor(model: nn.Module, device: str) -> Wrapped:
-    return torch.compile(model)
+def _inductor(model: nn.Module, device: str) -> Training:
+    return Training(torch.compile(model), model, adamw(model))
 
 
-def _ddp_inductor(model: nn.Module, device: str) -> Wrapped:
-    return torch.compile(nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True))
+def _ddp_inductor(model: nn.Module, device: str) -> Training:
+    wrapped = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    return Training(torch.compile(wrapped), wrapped, adamw(model))
 
 
-def _fsdp2(compiled: bool) -> Callable[[nn.Module, str], Wrapped]:
-    def wrap(model: Any, device: str) -> Wrapped:
+def _fsdp2(compiled: bool, all_to_all: bool = False) -> Callable[[nn.Module, str], Training]:
+    def wrap(model: Any, device: str) -> Training:
         from torch.distributed.fsdp import fully_shard
 
         mesh = init_device_mesh(device, (dist.get_world_size(),))
         for block in model.blocks:
             if compiled:
                 block.compile(fullgraph=True)
-            fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-        return model
+            fully_shard(block, mesh=mesh, reshard_after_forward=True)
+        fully_shard(model, mesh=mesh, reshard_after_forward=True)
+        if all_to_all:
+            for part in (*model.blocks, model):
+                part.set_custom_reduce_scatter(_all_to_all_reduce_scatter())
+        return Training(model, model, adamw(model))
 
     return wrap
 
 
-SUBJECTS: dict[str, tuple[Callable[[nn.Module, str], Wrapped], str]] = {
-    "inductor": (_inductor, "one process, torch.compile(model); the reference for compile time"),
-    "ddp-inductor": (_ddp_inductor, "torch.compile(DistributedDataParallel(model, gradient_as_bucket_view=True))"),
-    "fsdp2": (_fsdp2(False), "fully_shard on each block and the root, eager"),
-    "fsdp2-compile": (_fsdp2(True), "block.compile(fullgraph=True), then fully_shard on each block and the root"),
-    "dspass-0": (_dspass(0), "torch.compile(model, backend='deepspeed'), stage 0"),
-    "dspass-1": (_dspass(1), "torch.compile(model, backend='deepspeed'), stage 1"),
-    "dspass-2": (_dspass(2), "torch.compile(model, backend='deepspeed'), stage 2"),
-    "dspass-3": (_dspass(3), "torch.compile(model, backend='deepspeed'), stage 3"),
+def _all_to_all_reduce_scatter() -> Any:
+    """gloo's own reduce-scatter is an all-reduce and sends twice as much; this one is fair to FSDP2 beside dspass's."""
+    from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
+
+    class AllToAll(ReduceScatter):
+        def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+            return torch.empty(*size, dtype=dtype, device=device)
+
+        def __call__(
+            self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any, op: Any, async_op: bool = False
+        ) -> None:
+            ranks = dist.get_world_size(group)
+            received = torch.empty_like(input_tensor)
+            dist.all_to_all_single(received, input_tensor, group=group)
+            torch.sum(received.view(ranks, -1), 0, out=output_tensor.view(-1))
+            if op == dist.ReduceOp.AVG:
+                output_tensor.div_(ranks)
+            elif op != dist.ReduceOp.SUM:
+                raise NotImplementedError(f"reduce-scatter by all-to-all knows SUM and AVG, not {op}")
+
+    return AllToAll()
+
+
+def _deepspeed(compiled: bool) -> Callable[[nn.Module, str], Training]:
+    def wrap(model: nn.Module, device: str) -> Training:
+        import deepspeed
+
+        config = {
+            "train_micro_batch_size_per_gpu": 1,  # for its own throughput line only: we feed the batches
+            "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": 10**9,
+        }
+        engine, *_ = deepspeed.initialize(model=model, optimizer=adamw(model), config=config)
+        if compiled:
+            engine.compile()
+
+        class Engine(Training):
+            def backward(self, loss: torch.Tensor) -> None:
+                engine.backward(loss)
+
+            def step(self) -> None:
+                engine.step()
+
+        return Engine(engine, model, engine.optimizer.optimizer)
+
+    return wrap
+
+
+@dataclass(frozen=True)
+class Subject:
+    """``how`` is printed; a subject that is not ``usual`` runs where ``--only`` or its own option asks for it."""
+
+    wrap: Callable[[nn.Module, str], Training]
+    how: str
+    usual: bool = True
+
+
+_FSDP2 = "fully_shard(reshard_after_forward=True) on each block and the root"
+_A2A = "; reduce-scatter by all-to-all (set_custom_reduce_scatter)"
+_DS = "deepspeed.initialize(AdamW(fused=True)), stage 3, stage3_param_persistence_threshold 0"
+
+SUBJECTS: dict[str, Subject] = {
+    "inductor": Subject(_inductor, "one process, torch.compile(model): for the compile time only, takes no turns"),
+    "ddp-inductor": Subject(_ddp_inductor, "torch.compile(DistributedDataParallel(model, gradient_as_bucket_view=True))"),
+    "fsdp2": Subject(_fsdp2(False), f"{_FSDP2}; eager"),
+    "fsdp2-compile": Subject(_fsdp2(True), f"block.compile(fullgraph=True), then {_FSDP2}"),
+    **{
+        f"dspass-{stage}": Subject(
+            _dspass(stage),
+            f'torch.compile(model, backend="deepspeed", options={{"zero_optimization": {{"stage": {stage}}}}})',
+        )
+        for stage in range(4)
+    },
+    "fsdp2-a2a": Subject(_fsdp2(False, True), f"{_FSDP2}; eager{_A2A}", usual=False),
+    "fsdp2-compile-a2a": Subject(
+        _fsdp2(True, True), f"block.compile(fullgraph=True), then {_FSDP2}{_A2A}", usual=False
+    ),
+    "deepspeed-zero3": Subject(_deepspeed(False), f"{_DS}; eager", usual=False),
+    "deepspeed-zero3-compile": Subject(_deepspeed(True), f"{_DS}; engine.compile()", usual=False),
 }
+
+REFERENCES = ("ddp-inductor", "fsdp2", "fsdp2-compile")
+"""Kept alive for all turns where not all subjects fit into memory at once."""

@@ -57,16 +57,15 @@ def deepspeed(
     root = _root(heap, params)
     if root is not None:
         refuse_wrapped(root)
+    cast_inputs(gm, config)
     if stage and any(not isinstance(p, DTensor) for p in params):
         return torch._dynamo.disable(_FirstCall(gm, params, root, config), reason="runs once, before sharding")
     if stage:
         engine = _engine_of(heap, params) or Engine(stage=stage, accumulation_steps=config.gradient_accumulation_steps)
-        cast_inputs(gm, params, config)
         return compile_graph(gm, example_inputs, engine, config, passes)
     engine = new_engine(root, config)
     specs = _plain_specs(engine, root, params, config)
     mark_plain(gm, example_inputs, specs)
-    cast_inputs(gm, params, config)
     run = compile_graph(gm, example_inputs, engine, config, passes)
     return torch._dynamo.disable(_Stage0(run, engine, root, config, params), reason="agrees with other ranks first")
 
@@ -112,8 +111,6 @@ class _FirstCall:
                 (key,) = [s.key for s in engine.specs.values() if s.param() is value]
                 value = torch.ops.dspass.unshard(value.to_local(), key)
             whole.append(value)
-        cast_inputs(self.gm, params, self.config)
-        self.gm.recompile()
         return self.gm(*whole)
 
 
@@ -220,7 +217,7 @@ def mark_plain(gm: fx.GraphModule, inputs: Sequence[Any], specs: Mapping[int, Pa
     gm.recompile()
 
 
-def cast_inputs(gm: fx.GraphModule, params: Sequence[nn.Parameter], config: Config) -> None:
+def cast_inputs(gm: fx.GraphModule, config: Config) -> None:
     """With bf16 or fp16: floating-point inputs of the model itself are cast as its parameters are."""
     if not (config.bf16 or config.fp16) or compat.in_resumed_frame():
         return
