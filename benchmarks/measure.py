@@ -122,7 +122,9 @@ def _collectives(events: list[Any], count: int, ranks: int) -> dict[str, tuple[f
                 entry[1] += _bytes(event, which) * share / count
         elif waiting is not None and not event.name().startswith("c10d::"):
             size = sum(_bytes(event, i) for i in range(len(event.shapes())))
-            factor = {"all-reduce": 2 * share, "all-gather": ranks * share}.get(waiting, share)  # a gather's input is one part
+            factor = {"all-reduce": 2 * share, "all-gather": ranks * share}.get(
+                waiting, share
+            )  # a gather's input is one part
             totals[waiting][1] += size * factor / count
             waiting = None
     return {k: (v[0], v[1]) for k, v in totals.items()}

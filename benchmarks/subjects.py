@@ -134,7 +134,9 @@ _DS = "deepspeed.initialize(AdamW(fused=True)), stage 3, stage3_param_persistenc
 
 SUBJECTS: dict[str, Subject] = {
     "inductor": Subject(_inductor, "one process, torch.compile(model): for the compile time only, takes no turns"),
-    "ddp-inductor": Subject(_ddp_inductor, "torch.compile(DistributedDataParallel(model, gradient_as_bucket_view=True))"),
+    "ddp-inductor": Subject(
+        _ddp_inductor, "torch.compile(DistributedDataParallel(model, gradient_as_bucket_view=True))"
+    ),
     "fsdp2": Subject(_fsdp2(False), f"{_FSDP2}; eager"),
     "fsdp2-compile": Subject(_fsdp2(True), f"block.compile(fullgraph=True), then {_FSDP2}"),
     **{

@@ -104,8 +104,7 @@ class _FirstCall:
         for value in inputs:
             spec = specs.get(id(value))
             if spec is not None:
-                new = spec.param()
-                assert isinstance(new, DTensor)
+                new: Any = spec.param()
                 value = torch.ops.dspass.unshard(new.to_local(), spec.key)
             elif isinstance(value, DTensor):
                 (key,) = [s.key for s in engine.specs.values() if s.param() is value]

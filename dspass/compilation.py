@@ -43,8 +43,8 @@ def compile_graph(
     """Compile ``gm``, in which sharded parameters are read through ``dspass::unshard``; inference and training alike."""
     done = Compilation(name=f"graph {len(engine.compilations)}")
     engine.compilations.append(done)
-    compiler = compiler or engine.compiler or segment_compiler(config)
-    engine.compiler, engine.config = compiler, config
+    chosen: Callable[..., Any] = compiler or engine.compiler or segment_compiler(config)
+    engine.compiler, engine.config = chosen, config
     record = done.passes.append
 
     def prepare(graph: fx.GraphModule, where: str) -> fx.GraphModule:
@@ -78,7 +78,7 @@ def compile_graph(
             start = time.perf_counter()
             if is_inference:
                 graph = prepare(compat.joint_graph_passes(graph), "forward")
-            program = lower(graph, compiler, is_backward=is_backward, is_inference=is_inference, probe=engine.probe)
+            program = lower(graph, chosen, is_backward=is_backward, is_inference=is_inference, probe=engine.probe)
             done.programs[where] = program
             done.seconds[where] = time.perf_counter() - start
             return program.boxed()

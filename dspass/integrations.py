@@ -20,7 +20,6 @@ rank 0 alone write a state dict that only all ranks together hold. Also dropped:
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -116,6 +115,8 @@ class ShardedAccelerator(_Accelerator):
     reductions wait as far as the ZeRO stage allows (:func:`dspass.no_sync`). ``save_state`` and ``load_state`` use
     ``torch.distributed.checkpoint``: every rank writes its part, and any number of ranks may read it.
     """
+
+    _optimizers: list[Any]  # Accelerate's own
 
     def __init__(self, *args: Any, config: Options = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -236,7 +237,7 @@ class ShardedTrainer(_Trainer):
         super().__init__(*args, **kwargs)
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Give the ``Trainer``'s accelerator our methods. It makes the accelerator itself, and nothing says of which class."""
+        """Give the accelerator our methods: the ``Trainer`` makes it, and nothing says of which class."""
         super().create_accelerator_and_postprocess()
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise ValueError(
@@ -279,10 +280,16 @@ def _scheduler_file() -> str:
     return SCHEDULER_NAME
 
 
-@functools.cache
-def _over(mixin: type, base: type) -> type:
-    """``mixin`` over ``base``, under the name of the latter."""
-    return base if issubclass(base, mixin) else type(base.__name__, (mixin, base), {"__module__": __name__})
+_made: dict[tuple[type, type], Any] = {}
+
+
+def _over(mixin: type, base: type) -> Any:
+    """``mixin`` over ``base``, under the name of the latter; the same class each time."""
+    if issubclass(base, mixin):
+        return base
+    if (mixin, base) not in _made:
+        _made[mixin, base] = type(base.__name__, (mixin, base), {"__module__": __name__})
+    return _made[mixin, base]
 
 
 def __getattr__(name: str) -> Any:
@@ -297,7 +304,7 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-__all__ = [
+__all__ = [  # noqa: F822  (Accelerator and Trainer are made when they are asked for)
     "Accelerator",
     "ShardedAccelerator",
     "ShardedTrainer",

@@ -108,10 +108,7 @@ def exchange(heap: Heap, replaced: dict[int, tuple[nn.Parameter, nn.Parameter, A
         for old in [p for p in optimizer.state if id(p) in replaced]:
             _, new, shard_like = replaced[id(old)]
             state = optimizer.state.pop(old)
-            optimizer.state[new] = {
-                k: shard_like(v) if _is_of_a_parameter(k, v, old) else v
-                for k, v in state.items()
-            }
+            optimizer.state[new] = {k: shard_like(v) if _is_of_a_parameter(k, v, old) else v for k, v in state.items()}
     olds = [old for old, _, _ in replaced.values()]
     for holder in gc.get_referrers(*olds):
         if type(holder) is list and holder is not olds:

@@ -7,6 +7,7 @@ out, as DDP and DeepSpeed do, so ranks may be initialised differently. Buffers: 
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -38,7 +39,7 @@ DEFAULT_PERSISTENCE_THRESHOLD = 10_000
 
 def shard(
     model: nn.Module,
-    config: Config | str | Mapping[str, Any] | None = None,
+    config: Config | str | os.PathLike[str] | Mapping[str, Any] | None = None,
     *,
     fill: Fill | None = None,
     device: torch.device | str | None = None,

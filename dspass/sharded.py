@@ -80,13 +80,15 @@ def _setter(name: str) -> Any:
 def _load(self: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
     """``load_state_dict`` with whole tensors, the same on every rank: each keeps its rows, and nothing is sent."""
     for name in self.__dict__[KEYS]:
-        param, value = self._parameters[name], state_dict.get(prefix + name)
-        if isinstance(param, DTensor) and isinstance(value, torch.Tensor) and value.shape == param.shape:
-            if not isinstance(value, DTensor):
-                value = value.detach().to(param.device, param.dtype)
-                state_dict[prefix + name] = distribute_tensor(
-                    value, param.device_mesh, param.placements, src_data_rank=None
-                )
+        param: Any = self._parameters[name]
+        value: Any = state_dict.get(prefix + name)
+        if not isinstance(param, DTensor) or not isinstance(value, torch.Tensor) or isinstance(value, DTensor):
+            continue
+        if value.shape == param.shape:
+            value = value.detach().to(param.device, param.dtype)
+            state_dict[prefix + name] = distribute_tensor(
+                value, param.device_mesh, param.placements, src_data_rank=None
+            )
     type(self)._dspass_base._load_from_state_dict(self, state_dict, prefix, *args)
 
 

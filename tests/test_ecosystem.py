@@ -77,19 +77,14 @@ OPTIMIZERS: Optimizers = {
 
 
 def zero(stage: int) -> dict[str, Any]:
-    return {
-        "zero_optimization": {"stage": stage, **({"stage3_param_persistence_threshold": 20} if stage == 3 else {})}
-    }
+    return {"zero_optimization": {"stage": stage, **({"stage3_param_persistence_threshold": 20} if stage == 3 else {})}}
 
 
 def batches(steps: int, ranks: int, seed: int = 1) -> list[list[Batch]]:
     """``[step][rank]``, the same on every rank."""
     random = torch.Generator().manual_seed(seed)
     return [
-        [
-            (torch.randn(8, 10, generator=random), torch.randint(0, 37, (8,), generator=random))
-            for _ in range(ranks)
-        ]
+        [(torch.randn(8, 10, generator=random), torch.randint(0, 37, (8,), generator=random)) for _ in range(ranks)]
         for _ in range(steps)
     ]
 
@@ -270,7 +265,9 @@ def _state_dicts(pair: Pair) -> dict[str, Any]:
 
     pair.model.load_state_dict(twice)
     answers["load full"] = is_twice()
-    missing, unexpected = pair.model.load_state_dict({"first.bias": twice["first.bias"], "no": twice["scale"]}, strict=False)
+    missing, unexpected = pair.model.load_state_dict(
+        {"first.bias": twice["first.bias"], "no": twice["scale"]}, strict=False
+    )
     answers["not strict"] = "first.weight" in missing and unexpected == ["no"]
     bias = whole(pair.model.first.bias.detach())
     answers["one of them"] = torch.equal(bias, twice["first.bias"])
@@ -282,7 +279,7 @@ def _state_dicts(pair: Pair) -> dict[str, Any]:
     answers["set from rank 0"] = is_twice()
     set_model_state_dict(pair.model, {k: v * 2 for k, v in pair.model.state_dict().items()})
     answers["set sharded"] = is_twice()
-    with pytest.raises(RuntimeError, match="size mismatch for first.bias"):
+    with pytest.raises(RuntimeError, match=r"size mismatch for first\.bias"):
         pair.model.load_state_dict({**twice, "first.bias": torch.zeros(3)})
     reset(pair.model, pair.first)
     x, y = batches(1, pair.ranks)[0][pair.rank]

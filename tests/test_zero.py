@@ -136,7 +136,7 @@ def train(
 ) -> dict[str, Any]:
     """Train on this rank beside the one-process reference; answers the largest differences and what was sent."""
     if not inductor:
-        with mock.patch("dspass.compilation.segment_compiler", lambda config: as_they_are):
+        with mock.patch("dspass.compilation.segment_compiler", return_value=as_they_are):
             return train(
                 name, config, inductor=True, steps=steps, calls=calls, explicit=explicit, early=early, no_sync=no_sync,
                 sizes=sizes, options=options,
