@@ -78,7 +78,7 @@ class Bench:
 
     def measure_all(self, names: list[str]) -> None:
         """One turn after another until every subject has had its rounds; most runs need one."""
-        waiting = [n for n in sorted(names, key=lambda n: n not in REFERENCES)]
+        waiting = sorted(names, key=lambda n: n not in REFERENCES)
         if "inductor" in waiting:
             waiting.remove("inductor")
             self._attempt("inductor", self._compile_only)

@@ -241,7 +241,7 @@ class ShardedTrainer(_Trainer):
         super().create_accelerator_and_postprocess()
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise ValueError(
-        """Give the accelerator our methods: the ``Trainer`` makes it, and nothing says of which class."""
+                "TrainingArguments asks for DeepSpeed or FSDP, which shard the model themselves. Drop them, and "
                 "give the configuration as Trainer(config=...)."
             )
         if self.args.save_on_each_node:

@@ -19,8 +19,10 @@ VOCABULARY, LENGTH = 61, 12
 
 
 def zero(stage: int) -> dict[str, Any]:
-    return {"zero_optimization": {"stage": stage, **({"stage3_param_persistence_threshold": 40} if stage == 3 else {})},
-        "dspass": {"bucket_bytes": "1GB"},  # fewer segments, for which a compiler is started}
+    return {
+        "zero_optimization": {"stage": stage, **({"stage3_param_persistence_threshold": 40} if stage == 3 else {})},
+        "dspass": {"bucket_bytes": "1GB"},  # few segments: a compiler is started for each
+    }
 
 
 def model_of(name: str, seed: int = 0) -> Any:
