@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.workers import SubjectFailed
 from examples.gpt import GPT, PRESETS
 
 SHARDED_PEERS = (
@@ -84,7 +85,8 @@ def report(found: dict[str, Any]) -> str:
 
 def _row(name: str, r: dict[str, Any]) -> str:
     if "error" in r:
-        return f"| {name} | failed: {r['error'].strip().splitlines()[-1][:120]} | | | | | | | |"
+        why = SubjectFailed.short(r["error"])[:200].replace("|", "/")
+        return f"| {name} | failed: {why} | | | | | | | |"
     calls = r.get("collectives")
     cells = [
         name,

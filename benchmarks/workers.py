@@ -24,6 +24,12 @@ from typing import Any
 class SubjectFailed(RuntimeError):
     """A rank of a subject raised, died, or did not answer in time."""
 
+    @staticmethod
+    def short(text: str) -> str:
+        """What failed, and the last line of why."""
+        lines = text.strip().splitlines()
+        return " ".join(dict.fromkeys((lines[0], lines[-1])))
+
 
 class Group:
     """The ranks of one subject."""
@@ -76,14 +82,14 @@ class Group:
     def ask(self, request: str, *args: Any, timeout: float = 600) -> list[Any]:
         """One answer of each rank; raises :class:`SubjectFailed`, after which the group is of no more use."""
         deadline = time.monotonic() + timeout
-        answers = {}
+        answers: dict[int, Any] = {}
         try:
             for pipe in self.pipes:
                 pipe.send((request, args))
             while len(answers) < len(self.pipes):
-                ready = wait(
-                    [p for rank, p in enumerate(self.pipes) if rank not in answers], deadline - time.monotonic()
-                )
+                waiting = [p for rank, p in enumerate(self.pipes) if rank not in answers]
+                heard = wait(waiting, max(deadline - time.monotonic(), 0.0))
+                ready = [p for p in waiting if p in heard]
                 if not ready:
                     raise SubjectFailed(f"{self.subject}: no answer to {request!r} within {timeout:.0f} s{self._log()}")
                 for pipe in ready:  # whichever fails first is heard first

@@ -11,6 +11,7 @@ import json
 import platform
 import random
 import shlex
+import signal
 import statistics
 import sys
 import time
@@ -42,9 +43,10 @@ def run(options: argparse.Namespace) -> int:
         bench.python, said = deepspeed_python(options.deepspeed_python, options.with_deepspeed)
         bench.notes.append(f"DeepSpeed: {said}.")
         if bench.python and not options.only:
-            names += _DEEPSPEED
+            names += list(_DEEPSPEED)
         if not bench.python:
             names = [n for n in names if n not in _DEEPSPEED]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the groups are closed then, too
     try:
         bench.measure_all(names)
     except KeyboardInterrupt:
@@ -133,7 +135,7 @@ class Bench:
             work(name)
         except SubjectFailed as error:
             self.results.setdefault(name, {"seconds": {}, "losses": []})["error"] = str(error)
-            tqdm.write(f"{name} failed: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
+            tqdm.write(f"failed: {SubjectFailed.short(str(error))}", file=sys.stderr)
             if name in self.groups:
                 self.groups.pop(name).close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ class GPTConfig:
     heads: int = 6
     width: int = 408
     dropout: float = 0.0
+    tied: bool = False
+    """One matrix for the embedding and the head."""
 
 
 PRESETS = {
@@ -60,6 +63,8 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width)
         self.head = nn.Linear(config.width, config.vocab, bias=False)
+        if config.tied:
+            self.head.weight = self.tokens.weight
         self.apply(self._init)
 
     @staticmethod
@@ -79,6 +84,10 @@ class GPT(nn.Module):
         return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1))
 
 
+_SKIPPED = {"site-packages", "dist-packages", "test", "tests"}
+"""Folders left out: what else is installed there differs from machine to machine, and tests are hardly text."""
+
+
 def text_corpus(least_bytes: int = 4_000_000) -> torch.Tensor:
     """At least that many bytes of Python sources, of the standard library and then of torch, as ``uint8[n]``.
 
@@ -87,14 +96,18 @@ def text_corpus(least_bytes: int = 4_000_000) -> torch.Tensor:
     parts: list[bytes] = []
     have = 0
     for folder in (Path(sysconfig.get_paths()["stdlib"]), Path(torch.__file__).parent):
-        for path in sorted(folder.rglob("*.py")):
-            if "site-packages" in path.relative_to(folder).parts or "test" in path.relative_to(folder).parts:
-                continue
+        for path in sorted(_sources(folder)):
             parts.append(path.read_bytes())
             have += len(parts[-1])
             if have >= least_bytes:
                 return torch.frombuffer(bytearray(b"".join(parts)), dtype=torch.uint8)
     raise RuntimeError(f"found only {have} bytes of Python sources, fewer than {least_bytes}: ask for less text.")
+
+
+def _sources(folder: Path) -> Iterator[Path]:
+    for inside, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if name not in _SKIPPED]
+        yield from (Path(inside, name) for name in files if name.endswith(".py"))
 
 
 def batches(

@@ -71,7 +71,7 @@ def main() -> None:
     with dspass.measure(original):
         step()
     report = dspass.explain(original)
-    peaks = [None] * dist.get_world_size()
+    peaks = [0] * dist.get_world_size()
     dist.all_gather_object(peaks, report.memory.peak_bytes)
     failed = False
     if rank == 0:

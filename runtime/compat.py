@@ -81,9 +81,13 @@ def aot_backend(**options: Any) -> Callable[..., Any]:
 
 def joint_graph_passes(gm: fx.GraphModule) -> fx.GraphModule:
     """Inductor's own joint passes: attention patterns, constant folding, random number replacement."""
+    from torch._guards import detect_fake_mode
     from torch._inductor.compile_fx import _recursive_joint_graph_passes
+    from torch._inductor.virtualized import V
 
-    return _recursive_joint_graph_passes(gm) or gm
+    values = [node.meta.get("val") for node in gm.graph.find_nodes(op="placeholder")]
+    with V.set_fake_mode(detect_fake_mode(values)):  # dropout's seeds are made under it
+        return _recursive_joint_graph_passes(gm) or gm
 
 
 def min_cut_partition(
