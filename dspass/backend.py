@@ -65,6 +65,7 @@ def deepspeed(
         return compile_graph(gm, example_inputs, engine, config, passes)
     engine = new_engine(root, config)
     specs = _plain_specs(engine, root, params, config)
+    engine.deferred |= compat.in_resumed_frame() or _used_outside(heap, root, params)
     mark_plain(gm, example_inputs, specs)
     run = compile_graph(gm, example_inputs, engine, config, passes)
     return torch._dynamo.disable(_Stage0(run, engine, root, config, params), reason="agrees with other ranks first")
@@ -98,7 +99,8 @@ class _FirstCall:
         )
         if self.root is not None:
             _broadcast_buffers(self.root, axes_of(mesh))
-        specs = place(engine, heap, todo, self.config, mesh)
+        with torch.inference_mode(False):  # parameters that are made in it could never be trained
+            specs = place(engine, heap, todo, self.config, mesh)
         begin(engine, self.root, self.config)
         whole = []
         for value in inputs:
@@ -133,7 +135,7 @@ class _Stage0:
             if dist.is_initialized():
                 params = [p for ref in self.params if (p := ref()) is not None]
                 agree(self.root, self.config, None, _kinds(inputs, params))
-                tensors = [*params, *(self.root.buffers() if self.root is not None else ())]
+                tensors = params if self.root is None else [*self.root.parameters(), *self.root.buffers()]
                 with torch.no_grad():
                     for tensor in tensors:
                         if dist.get_world_size() > 1:
@@ -164,6 +166,14 @@ def _engine_of(heap: Heap, params: Sequence[nn.Parameter]) -> Engine | None:
     return None
 
 
+def _used_outside(heap: Heap, root: nn.Module | None, params: Sequence[nn.Parameter]) -> bool:
+    """Whether a module outside of the compiled one holds some of ``params`` too."""
+    if root is None:
+        return False
+    inside = {id(module) for module in root.modules()}
+    return any(id(module) not in inside for module, _ in heap.owners(params))
+
+
 def _plain_specs(
     engine: Engine, root: nn.Module | None, params: Sequence[nn.Parameter], config: Config
 ) -> dict[int, ParamSpec]:
@@ -175,7 +185,9 @@ def _plain_specs(
     names = {id(p): n for n, p in root.named_parameters()} if root is not None else {}
     known = {id(s.param()): s for s in engine.specs.values()}
     found = {}
-    for i, param in enumerate(params):
+    graphs = {id(p) for p in params}
+    others = [p for p in root.parameters() if id(p) not in graphs and p.requires_grad] if root is not None else []
+    for i, param in enumerate([*params, *others]):
         spec = known.get(id(param))
         if spec is None:
             name = names.get(id(param), f"parameter_{len(engine.specs)}_{i}")
@@ -240,7 +252,7 @@ def _kinds(inputs: Sequence[Any], params: Sequence[nn.Parameter]) -> list[tuple[
     return [
         (str(v.dtype), v.dim()) if isinstance(v, torch.Tensor) else (type(v).__name__, 0)
         for v in inputs
-        if id(v) not in known
+        if id(v) not in known and not isinstance(v, int)  # sizes: how many there are depends on which are equal
     ]
 
 

@@ -46,6 +46,7 @@ def compile_graph(
     chosen: Callable[..., Any] = compiler or engine.compiler or segment_compiler(config)
     engine.compiler, engine.config = chosen, config
     record = done.passes.append
+    patches = inductor_settings(config)
 
     def prepare(graph: fx.GraphModule, where: str) -> fx.GraphModule:
         before = print_graph(graph.graph)
@@ -62,7 +63,7 @@ def compile_graph(
         static_lifetime_input_indices: Sequence[int] | None = None,
         **_: Any,
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
-        joint = compat.joint_graph_passes(joint)
+        joint = compat.joint_graph_passes(joint, patches)
         joint = prepare(joint, "joint")
         forward, backward = partition(
             joint,
@@ -77,7 +78,7 @@ def compile_graph(
         def compile_one(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
             start = time.perf_counter()
             if is_inference:
-                graph = prepare(compat.joint_graph_passes(graph), "forward")
+                graph = prepare(compat.joint_graph_passes(graph, patches), "forward")
             program = lower(graph, chosen, is_backward=is_backward, is_inference=is_inference, probe=engine.probe)
             done.programs[where] = program
             done.seconds[where] = time.perf_counter() - start
@@ -90,17 +91,19 @@ def compile_graph(
         bw_compiler=lowered("backward", True, False),
         inference_compiler=lowered("forward", False, True),
         partition_fn=partition_fn,
-        decompositions=compat.inductor_decompositions(),
+        decompositions=compat.inductor_decompositions(patches),
         keep_inference_input_mutations=True,
     )
     return backend(gm, list(inputs))
 
 
 def segment_compiler(config: Config) -> SegmentCompiler:
-    patches: dict[str, Any] = {}
-    if config.dspass.fallback_random:
-        patches["fallback_random"] = True
-    return SegmentCompiler(patches=patches, share=config.dspass.segment_cache)
+    return SegmentCompiler(patches=inductor_settings(config), share=config.dspass.segment_cache)
+
+
+def inductor_settings(config: Config) -> dict[str, Any]:
+    """Inductor's own settings that ``config`` asks for, for its decompositions, its joint passes and its code alike."""
+    return {"fallback_random": True} if config.dspass.fallback_random else {}
 
 
 __all__ = ["Compilation", "compile_graph", "segment_compiler", "torch"]

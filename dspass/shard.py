@@ -74,7 +74,8 @@ def shard(
     engine = new_engine(root, config)
     agree(root, config, mesh)
     heap = Heap.scan()
-    place(engine, heap, dict(root.named_parameters()), config, mesh, fill=fill, device=device)
+    with torch.inference_mode(False):  # parameters that are made in it could never be trained
+        place(engine, heap, dict(root.named_parameters()), config, mesh, fill=fill, device=device)
     steps.watch(engine, config)
     return model
 
@@ -117,7 +118,7 @@ def mesh_for(config: Config, device_type: str) -> DeviceMesh:
             "with torchrun and call torch.distributed.init_process_group() before the first forward, or set "
             "zero_optimization.stage to 0."
         )
-    world, group = dist.get_world_size(), config.zero.mics_shard_size
+    world, group = dist.get_world_size(), config.zero.mics_shard_size if config.zero.stage else None
     if group is None or group == world:
         with compat.without_fake_mode():
             return init_device_mesh(device_type, (world,), mesh_dim_names=("data",))

@@ -39,6 +39,11 @@ def backward_run() -> int:
     return torch._C._current_graph_task_id()
 
 
+def at_end_of_backward(function: Callable[[], None]) -> None:
+    """Call ``function`` when the autograd run at hand has put every gradient into its ``.grad``, as DDP and FSDP do."""
+    torch.autograd.Variable._execution_engine.queue_callback(function)
+
+
 def in_compiled_call() -> bool:
     """Whether a function wrapped by ``torch.compile`` is on this thread's stack, or a backward runs.
 
@@ -66,10 +71,12 @@ def in_resumed_frame() -> bool:
     return current.f_code.co_name.startswith("torch_dynamo_resume_in_")
 
 
-def inductor_decompositions() -> Any:
+def inductor_decompositions(patches: Mapping[str, Any]) -> Any:
+    from torch._inductor import config
     from torch._inductor.decomposition import select_decomp_table
 
-    return select_decomp_table()
+    with config.patch(dict(patches)):
+        return select_decomp_table()
 
 
 def aot_backend(**options: Any) -> Callable[..., Any]:
@@ -79,14 +86,15 @@ def aot_backend(**options: Any) -> Callable[..., Any]:
     return aot_autograd(**options)
 
 
-def joint_graph_passes(gm: fx.GraphModule) -> fx.GraphModule:
+def joint_graph_passes(gm: fx.GraphModule, patches: Mapping[str, Any]) -> fx.GraphModule:
     """Inductor's own joint passes: attention patterns, constant folding, random number replacement."""
     from torch._guards import detect_fake_mode
+    from torch._inductor import config
     from torch._inductor.compile_fx import _recursive_joint_graph_passes
     from torch._inductor.virtualized import V
 
     values = [node.meta.get("val") for node in gm.graph.find_nodes(op="placeholder")]
-    with V.set_fake_mode(detect_fake_mode(values)):  # dropout's seeds are made under it
+    with config.patch(dict(patches)), V.set_fake_mode(detect_fake_mode(values)):  # dropout's seeds are made under it
         return _recursive_joint_graph_passes(gm) or gm
 
 

@@ -15,6 +15,10 @@ stage a gathered copy lives                           gradients are reduced
 The backward graph asks for its gathers at every stage; at stages 1 and 2 the answer is the copy at hand. That keeps one
 graph for all stages. Dropped: giving stages 1 and 2 a graph input with the gathered copy. It needs a second kind of
 graph, and the copy's life would be decided outside of the pass pipeline.
+
+A step's last backward also averages what its own graphs did not: at stage 1 the gradients that an earlier call left for a
+parameter which the last one does not use, at stage 0 those of parameters that are used in eager code. That is done when
+autograd has filled every ``.grad``. An average of averages is the same average, so at stage 0 it is right for any mix.
 """
 
 from __future__ import annotations
@@ -35,6 +39,9 @@ from dspass.runtime.transport import InFlight, transport_for
 
 _numbers = itertools.count()
 
+#: Gradients averaged at the end of a backward travel in buffers of this size.
+_LEFT_OVER_BYTES = 25 * 2**20
+
 
 @dataclass(kw_only=True, eq=False)
 class Engine:
@@ -47,6 +54,9 @@ class Engine:
     traffic: TrafficCounter = field(default_factory=TrafficCounter)
     no_sync_depth: int = 0
     started: bool = False
+    #: Stage 0: parameters may also be used in eager code, where no pass sees them (graph breaks, weights tied to a module
+    #: outside of the compiled one), so all of ``.grad`` is averaged at the end of the backward, and nothing in the graph.
+    deferred: bool = False
     #: What the compiler keeps with the model: its segments and a record of each graph. The runtime reads neither.
     compiler: Any = None
     compilations: list[Any] = field(default_factory=list)
@@ -59,6 +69,7 @@ class Engine:
     _resident: dict[str, tuple[tuple[int, int], torch.Tensor]] = field(default_factory=dict)
     _waiting: dict[str, tuple[int, torch.Tensor]] = field(default_factory=dict)  # with the run that began it
     _local: set[str] = field(default_factory=set)
+    _averaged: set[str] = field(default_factory=set)  # by the graphs of the run at hand
     _run: int = -1
     _calls: int = 0
     _within_no_sync: bool = False
@@ -103,7 +114,8 @@ class Engine:
     def start_reduce(self, specs: Sequence[ParamSpec], grads: Sequence[torch.Tensor]) -> Reduction:
         """Begin to average gradients over ranks. Yields, for each, a gradient of the parameter's own local shape."""
         last = self._is_last_backward()
-        if self.stage >= 2 or last:
+        if self.stage >= 2 or (last and not self.deferred):
+            self._averaged.update(s.key for s in specs)
             return self._reduce_now(specs, grads)
         if self.stage == 0:  # plain parameters gather their own sum in .grad, as under DDP's no_sync
             self._local.update(s.key for s in specs)
@@ -157,6 +169,9 @@ class Engine:
         run = compat.backward_run()
         if run != self._run or run == -1:
             self._run = run
+            self._averaged.clear()
+            if self._calls and self._begun_anew():
+                self._forget_calls()
             self._calls += 1
             if self.no_sync_depth:
                 self._within_no_sync, self._last = True, False
@@ -164,12 +179,63 @@ class Engine:
                 self._last = self._within_no_sync or self._calls >= self.accumulation_steps
                 if self._last:
                     self._within_no_sync, self._calls = False, 0
+                    if self.stage < 2 and run != -1:
+                        compat.at_end_of_backward(self._average_the_rest)
         return self._last
+
+    def _begun_anew(self) -> bool:
+        """Whether ``zero_grad()`` gave up a step half-way, as after a bad loss: it leaves no gradient at all."""
+        params = (spec.param() for spec in self.specs.values() if spec.trains)
+        return all(p is None or p.grad is None for p in params)
+
+    def _forget_calls(self) -> None:
+        self._calls, self._within_no_sync = 0, False
+        self._waiting.clear()
+        self._local.clear()
+
+    @torch.no_grad()
+    def _average_the_rest(self) -> None:
+        """Average gradients of the step that no graph of its last backward has averaged."""
+        left: list[tuple[ParamSpec, torch.Tensor]] = []
+        for spec in self.specs.values():
+            param = spec.param()
+            if param is None or param.grad is None:
+                self._waiting.pop(spec.key, None)
+            elif self.stage == 0 and spec.trains and spec.key not in self._averaged and reduction_steps([spec]):
+                self._local.discard(spec.key)
+                left.append((spec, param.grad))
+            elif spec.key in self._waiting:
+                left.append((spec, self._waiting.pop(spec.key)[1]))
+        for bucket in _alike(left):
+            specs = [spec for spec, _ in bucket]
+            for spec, mean in zip(specs, self._reduce_now(specs, [grad for _, grad in bucket]).wait(), strict=True):
+                param = spec.param()
+                assert param is not None
+                assert param.grad is not None
+                if self.stage == 0:
+                    param.grad.copy_(mean)
+                else:
+                    param.grad.to_local().add_(mean)
 
     # -- the optimiser's step --------------------------------------------------------------------------------------
 
     def before_step(self) -> None:
-        """The shards are about to change: gathered copies of them have no further use."""
+        """The shards are about to change: gathered copies of them have no further use.
+
+        Raises ``RuntimeError`` where gradients still wait to be averaged.
+        """
+        if self._calls and self.stage < 2 and not self._begun_anew():
+            way_out = (
+                "Its backwards so far ran inside of dspass.no_sync(model): run the step's last one outside of it."
+                if self._within_no_sync
+                else "Run all that gradient_accumulation_steps asks for, set it to the number that you run, or mark all "
+                "but the last with dspass.no_sync(model)."
+            )
+            raise RuntimeError(
+                f"optimizer.step() after call {self._calls} of {self.accumulation_steps}: at stage {self.stage} gradients "
+                f"are averaged over ranks at the last call of a step, so these differ from rank to rank. {way_out}"
+            )
+        self._forget_calls()
         self._resident.clear()
         if self.probe.ledger is not None:
             self.probe.ledger.mark("optimizer.step", "optimizer")
@@ -192,6 +258,17 @@ class Engine:
     def waiting_gradients(self) -> list[torch.Tensor]:
         """Whole gradients of earlier calls that wait to be reduced (stage 1)."""
         return [waiting for _, waiting in self._waiting.values()]
+
+
+def _alike(found: Sequence[tuple[ParamSpec, torch.Tensor]]) -> list[list[tuple[ParamSpec, torch.Tensor]]]:
+    """In lists that one reduction can take: same layout and precision, not too large."""
+    buckets: dict[Any, list[list[tuple[ParamSpec, torch.Tensor]]]] = {}
+    for spec, grad in found:
+        filled = buckets.setdefault((spec.layout, spec.reduce_dtype), [[]])
+        if filled[-1] and sum(s.reduced_bytes for s, _ in filled[-1]) + spec.reduced_bytes > _LEFT_OVER_BYTES:
+            filled.append([])
+        filled[-1].append((spec, grad))
+    return [bucket for filled in buckets.values() for bucket in filled]
 
 
 class Gather:

@@ -1,6 +1,6 @@
 """Small models for tests, one a difficulty; each is called with its batch and answers its loss.
 
-``MODELS[name]`` is a pair: a function that builds the model, and one that draws a rank's batch.
+``MODELS[name]`` is a pair: a function that builds the model, and one that draws a rank's batch for the step's n-th call.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 
-def points(draw: torch.Generator, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+def points(draw: torch.Generator, rank: int, call: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(8, 10, generator=draw), torch.randint(0, 3, (8,), generator=draw)
 
 
-def uneven_points(draw: torch.Generator, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+def uneven_points(draw: torch.Generator, rank: int, call: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Each rank another number of rows."""
     rows = 4 + 3 * rank
     return torch.randn(rows, 10, generator=draw), torch.randint(0, 3, (rows,), generator=draw)
 
 
-def tokens(draw: torch.Generator, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+def tokens(draw: torch.Generator, rank: int, call: int) -> tuple[torch.Tensor, torch.Tensor]:
     ids = torch.randint(0, 61, (2, 9), generator=draw)
     return ids[:, :-1], ids[:, 1:]
 
@@ -145,14 +145,6 @@ class Branches(nn.Module):
         return F.cross_entropy(self.left(h) if left else self.right(h), y)
 
 
-class _Turns:
-    """Batches that take turns: left, right, left. Counted by what was drawn, so alike on every rank."""
-
-    def __call__(self, draw: torch.Generator, rank: int) -> tuple[Any, ...]:
-        turn = torch.randint(0, 2, (), generator=torch.Generator().manual_seed(draw.get_state()[:8].sum().item()))
-        return (*points(draw, rank), bool(turn))
-
-
 class Unused(Mlp):
     """A parameter that no forward reads: its gradient stays None."""
 
@@ -161,7 +153,12 @@ class Unused(Mlp):
         self.spare = nn.Linear(30, 30)
 
 
-MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[torch.Generator, int], Any]]] = {
+def turns(draw: torch.Generator, rank: int, call: int) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """For :class:`Branches`: the calls of a step take turns."""
+    return (*points(draw, rank, call), call % 2 == 0)
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[torch.Generator, int, int], Any]]] = {
     "mlp": (Mlp, points),
     "uneven": (Mlp, uneven_points),
     "gpt": (Gpt, tokens),
@@ -172,4 +169,5 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[torch.Generator, int]
     "twice": (Twice, points),
     "checkpointed": (Checkpointed, points),
     "unused": (Unused, points),
+    "branches": (Branches, turns),
 }

@@ -121,8 +121,7 @@ _worlds: dict[int, World] = {}
 
 def run(size: int, function: Callable[..., Any], *args: Any, timeout: float = 240, **kwargs: Any) -> list[Any]:
     """Call ``function(*args, **kwargs)`` on ``size`` ranks; raises :class:`RankError` with every rank's traceback."""
-    if size not in _worlds:
-        close_all()  # one world at a time: two cores
+    if size not in _worlds:  # an idle world takes memory and no time
         _worlds[size] = World(size)
     world = _worlds[size]
     try:

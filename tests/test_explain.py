@@ -83,11 +83,7 @@ def _measured(name: str, stage: int) -> dict[str, Any]:
 #: Since segments compile in a tracing context of their own, the measured peak of this small Llama (seen at stages 0 to 2)
 #: is 6 to 7 % above the predicted one, by one copy of the logits whose origin is not found yet.
 KNOWN = pytest.mark.xfail(reason="predicted peak 6 to 7 % too low by one copy of the logits; not understood yet")
-CASES = [
-    pytest.param(name, stage, marks=[KNOWN] if name == "llama" else [])
-    for name in MODELS
-    for stage in range(4)
-]
+CASES = [pytest.param(name, stage, marks=[KNOWN] if name == "llama" else []) for name in MODELS for stage in range(4)]
 
 
 @pytest.mark.parametrize(("name", "stage"), CASES)

@@ -23,8 +23,8 @@ def trained(ranks: int, name: str, config: dict[str, Any], **options: Any) -> li
     return results
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_gpt_at_each_stage(stage: int, ranks: int) -> None:
     trained(ranks, "gpt", zero(stage), steps=20 if ranks == 2 else 4, clip=1.0)
 

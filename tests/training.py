@@ -92,7 +92,7 @@ def seeded(seed: int | None) -> Any:
 @without_inductor
 def train(
     build: Callable[[], nn.Module],
-    batches: Callable[[torch.Generator, int], Batch],
+    batches: Callable[[torch.Generator, int, int], Batch],
     config: dict[str, Any],
     *,
     steps: int = 20,
@@ -124,7 +124,7 @@ def train(
     ours = optimizer(model.parameters()) if optimizer_when == "before compile" else None
     theirs = optimizer(reference.parameters())
     draw = torch.Generator().manual_seed(1)
-    data = [[[batches(draw, r) for r in range(ranks)] for _ in range(calls)] for _ in range(eager_steps + steps)]
+    data = [[[batches(draw, r, c) for r in range(ranks)] for c in range(calls)] for _ in range(eager_steps + steps)]
 
     for step in data[:eager_steps]:  # on one process, as a warm-up before torch.compile would be
         assert ours is not None
