@@ -106,6 +106,7 @@ def lower(
         outputs=[n.name if isinstance(n, fx.Node) else n for n in outputs],
         literal=[not isinstance(n, fx.Node) for n in outputs],
         categories=memory_categories(graph, is_backward),
+        is_backward=is_backward,
         probe=probe,
     )
 
@@ -134,6 +135,7 @@ def cut(graph: fx.Graph) -> list[list[fx.Node]]:
     Symbolic arithmetic, items of runtime results and views that only one later piece reads do not begin a segment of
     their own; see :func:`sink_views`.
     """
+    hoist_items(graph)
     sink_views(graph)
     pieces: list[list[fx.Node]] = []
     compute: list[fx.Node] | None = None
@@ -149,6 +151,14 @@ def cut(graph: fx.Graph) -> list[list[fx.Node]]:
             pieces.append(compute)
         compute.append(node)
     return pieces
+
+
+def hoist_items(graph: fx.Graph) -> None:
+    """Move each item of an operator with several results right behind it: a segment answers tensors, never a tuple."""
+    for node in graph.find_nodes(op="call_function", target=operator.getitem):
+        source = node.args[0]
+        if not _is_runtime(node) and source.op == "call_function" and source.target is not operator.getitem:
+            source.append(node)
 
 
 def sink_views(graph: fx.Graph) -> None:

@@ -47,6 +47,7 @@ class Program:
     unused_inputs: tuple[int, ...]
     outputs: tuple[tuple[bool, Any], ...]
     categories: Mapping[str, str]
+    is_backward: bool
     probe: Probe
 
     @classmethod
@@ -58,6 +59,7 @@ class Program:
         outputs: Sequence[Any],
         literal: Sequence[bool],
         categories: Mapping[str, str] | None = None,
+        is_backward: bool = False,
         probe: Probe | None = None,
     ) -> Program:
         number: dict[str, int] = {}
@@ -84,6 +86,7 @@ class Program:
                 (is_literal, o if is_literal else number[o]) for o, is_literal in zip(outputs, literal, strict=True)
             ),
             categories=categories or {},
+            is_backward=is_backward,
             probe=probe or Probe(),
         )
 
@@ -97,6 +100,10 @@ class Program:
         return run
 
     def __call__(self, arguments: list[Any]) -> tuple[Any, ...]:
+        if self.is_backward and self.probe.ledger is not None:
+            # Autograd makes zeros for the gradients of outputs that the loss does not use, such as a model's logits.
+            self.probe.ledger.mark("gradients of outputs", "forward")
+            self.probe.ledger.note(arguments)
         registers: list[Any] = [None] * self.size
         for register, value in zip(self.inputs, arguments, strict=True):
             registers[register] = value
