@@ -97,9 +97,18 @@ def _deepspeed(compiled: bool) -> Callable[[nn.Module, str], Training]:
     def wrap(model: nn.Module, device: str) -> Training:
         import deepspeed
 
+        bucket = 5_000_000  # elements; the default, 5e8, alone keeps a buffer of 2 GB
         config = {
             "train_micro_batch_size_per_gpu": 1,  # for its own throughput line only: we feed the batches
-            "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+            "gradient_clipping": 0.0,  # its default is 1.0, and nobody else clips here
+            "zero_optimization": {
+                "stage": 3,
+                "reduce_bucket_size": bucket,
+                "stage3_prefetch_bucket_size": bucket,
+                "stage3_param_persistence_threshold": 0,
+                "stage3_max_live_parameters": bucket,
+                "stage3_max_reuse_distance": 0,  # gather again for the backward, as all others do
+            },
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": 10**9,
         }
@@ -130,10 +139,15 @@ class Subject:
 
 _FSDP2 = "fully_shard(reshard_after_forward=True) on each block and the root"
 _A2A = "; reduce-scatter by all-to-all (set_custom_reduce_scatter)"
-_DS = "deepspeed.initialize(AdamW(fused=True)), stage 3, stage3_param_persistence_threshold 0"
+_DS = (
+    "deepspeed.initialize(AdamW(fused=True)), stage 3, buckets and live parameters of 5e6 elements, "
+    "stage3_param_persistence_threshold 0, stage3_max_reuse_distance 0"
+)
 
 SUBJECTS: dict[str, Subject] = {
-    "inductor": Subject(_inductor, "one process, torch.compile(model): for the compile time only, takes no turns"),
+    "inductor": Subject(
+        _inductor, "torch.compile(model) in as many processes, without a group: for the compile time only, no turns"
+    ),
     "ddp-inductor": Subject(
         _ddp_inductor, "torch.compile(DistributedDataParallel(model, gradient_as_bucket_view=True))"
     ),

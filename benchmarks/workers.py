@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from multiprocessing.connection import Pipe as make_pipe
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,12 @@ from typing import Any
 
 class SubjectFailed(RuntimeError):
     """A rank of a subject raised, died, or did not answer in time."""
+
+    @staticmethod
+    def short(text: str) -> str:
+        """What failed, and the last line of why."""
+        lines = text.strip().splitlines()
+        return " ".join(dict.fromkeys((lines[0], lines[-1])))
 
 
 class Group:
@@ -76,19 +82,21 @@ class Group:
     def ask(self, request: str, *args: Any, timeout: float = 600) -> list[Any]:
         """One answer of each rank; raises :class:`SubjectFailed`, after which the group is of no more use."""
         deadline = time.monotonic() + timeout
-        answers = {}
+        answers: dict[int, Any] = {}
         try:
             for pipe in self.pipes:
                 pipe.send((request, args))
             while len(answers) < len(self.pipes):
-                for rank, pipe in enumerate(self.pipes):  # whichever fails first is heard first
-                    if rank in answers or not pipe.poll(0.05):
-                        continue
+                waiting = [p for rank, p in enumerate(self.pipes) if rank not in answers]
+                heard = wait(waiting, max(deadline - time.monotonic(), 0.0))
+                ready = [p for p in waiting if p in heard]
+                if not ready:
+                    raise SubjectFailed(f"{self.subject}: no answer to {request!r} within {timeout:.0f} s{self._log()}")
+                for pipe in ready:  # whichever fails first is heard first
+                    rank = self.pipes.index(pipe)
                     good, answers[rank] = pipe.recv()
                     if not good:
                         raise SubjectFailed(f"{self.subject}: rank {rank} failed in {request!r}:\n{answers[rank]}")
-                if time.monotonic() > deadline:
-                    raise SubjectFailed(f"{self.subject}: no answer to {request!r} within {timeout:.0f} s{self._log()}")
         except (EOFError, OSError):
             raise SubjectFailed(f"{self.subject}: a rank died in {request!r}{self._log()}") from None
         return [answers[rank] for rank in range(len(self.pipes))]

@@ -1,222 +1,219 @@
-"""``python -m benchmarks zero``: dspass stages 0 to 3 beside DDP, FSDP2 and plain Inductor, in turns, in one call."""
+"""``python -m benchmarks zero``: dspass stages 0 to 3 beside DDP, FSDP2, Inductor and DeepSpeed, in turns, in one call.
+
+All subjects stay alive, one of them steps at a time, and their order changes every round, so that a ratio compares steps of
+the same moment. Where not all fit into memory they run in several turns, each beside the same references.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import random
 import shlex
+import signal
 import statistics
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
-from benchmarks.subjects import SUBJECTS
+from benchmarks import table
+from benchmarks.measure import loopback_bytes
+from benchmarks.peers import deepspeed_python
+from benchmarks.subjects import REFERENCES, SUBJECTS
 from benchmarks.workers import Group, SubjectFailed
-from examples.gpt import GPT, PRESETS
 
-REFERENCES = {
-    "dspass-3": ("fsdp2", "fsdp2-compile"),
-    "dspass-0": ("ddp-inductor",),
-    "dspass-1": ("fsdp2", "fsdp2-compile"),
-    "dspass-2": ("fsdp2", "fsdp2-compile"),
-}
+GIB = 1 << 30
+_DEEPSPEED = ("deepspeed-zero3", "deepspeed-zero3-compile")
+
+Result = dict[str, Any]
 
 
-def run(options: Any) -> int:
-    settings = {"preset": options.preset, "batch": options.batch, "context": options.context, "device": options.device}
-    names = options.only.split(",") if options.only else list(SUBJECTS)
+def run(options: argparse.Namespace) -> int:
+    names = options.only.split(",") if options.only else [n for n, s in SUBJECTS.items() if s.usual]
     unknown = [n for n in names if n not in SUBJECTS]
     if unknown:
         print(f"no subject {unknown[0]!r}; there are {', '.join(SUBJECTS)}", file=sys.stderr)
         return 2
-    results: dict[str, dict[str, Any]] = {}
-    groups: dict[str, Group] = {}
+    bench = Bench(options)
+    if not options.only or set(names) & set(_DEEPSPEED):
+        bench.python, said = deepspeed_python(options.deepspeed_python, options.with_deepspeed)
+        bench.notes.append(f"DeepSpeed: {said}.")
+        if bench.python and not options.only:
+            names += list(_DEEPSPEED)
+        if not bench.python:
+            names = [n for n in names if n not in _DEEPSPEED]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the groups are closed then, too
     try:
-        for name in tqdm(names, desc="start and compile", unit="subject", ncols=90):
-            _attempt(results, name, lambda name=name: _start(name, options, settings, groups, results))
-        for _ in tqdm(range(options.rounds), desc="interleaved rounds", unit="round", ncols=90):
-            order = [n for n in names if n in groups]
-            random.Random(len(results.get(order[0], {}).get("seconds", []))).shuffle(order)
-            for name in order:
-                _attempt(
-                    results, name, lambda name=name: _round(name, groups[name], results[name], options.steps), groups
-                )
-        for name in tqdm(list(groups), desc="memory and traffic", unit="subject", ncols=90):
-            _attempt(results, name, lambda name=name: _measure(groups[name], results[name]), groups)
+        bench.measure_all(names)
+    except KeyboardInterrupt:
+        bench.notes.append("Stopped by hand; what was measured until then is shown.")
     finally:
-        for group in groups.values():
-            group.close()
-    text = report(results, options, settings)
+        bench.close()
+    found = bench.found()
+    text = table.report(found)
     print(text)
     folder = Path(options.out)
     folder.mkdir(parents=True, exist_ok=True)
-    stem = folder / f"zero-{options.preset}-{options.device}-b{options.batch}"
-    stem.with_suffix(".md").write_text(text + "\n")
-    stem.with_suffix(".json").write_text(json.dumps({"settings": settings, "results": results}, indent=1) + "\n")
-    print(f"\nwritten: {stem}.md and {stem}.json")
-    return int(any("error" in r for r in results.values()))
+    stem = f"zero-{options.preset}-{options.device}-b{options.batch}"
+    (folder / f"{stem}.md").write_text(text + "\n")
+    (folder / f"{stem}.json").write_text(json.dumps(found, indent=1) + "\n")
+    print(f"\nwritten: {folder / stem}.md and {folder / stem}.json")
+    return int(any("error" in r for r in bench.results.values()))
 
 
-def _attempt(results: dict[str, dict[str, Any]], name: str, work: Any, groups: dict[str, Group] | None = None) -> None:
-    try:
-        work()
-    except SubjectFailed as error:
-        results.setdefault(name, {})["error"] = str(error)
-        tqdm.write(f"{name} failed: {str(error).strip().splitlines()[-1]}")
-        if groups is not None and name in groups:
-            groups.pop(name).close()
+class Bench:
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.settings = {k: getattr(options, k) for k in ("preset", "batch", "context", "device")}
+        self.results: dict[str, Result] = {}
+        self.groups: dict[str, Group] = {}
+        self.notes: list[str] = []
+        self.python: str | None = None
+        self.most = 0  # bytes that a subject took at most so far
+        self.round = 0
+        self.begin = time.time()
+        self.limit = min(options.memory_gib * GIB, int(_available() * 0.9))
 
-
-def _start(
-    name: str, options: Any, settings: dict[str, Any], groups: dict[str, Group], results: dict[str, Any]
-) -> None:
-    ranks = 1 if name == "inductor" else options.ranks
-    group = Group(name, ranks, settings)
-    groups[name] = group
-    try:
-        begin = time.perf_counter()
-        first = group.ask("steps", 1, timeout=900)
-        second = group.ask("steps", 1, timeout=900)
-        group.ask("steps", 1, timeout=900)
-    except SubjectFailed:
-        groups.pop(name).close()
-        raise
-    results[name] = {
-        "wrapped": SUBJECTS[name][1],
-        "compile_seconds": max(f[0] for f in first) + max(s[0] for s in second),
-        "start_seconds": time.perf_counter() - begin,
-        "losses": [f[1][0] for f in (first[0], second[0])],
-        "seconds": [],
-    }
-
-
-def _round(name: str, group: Group, result: dict[str, Any], count: int) -> None:
-    answers = group.ask("steps", count, timeout=600)
-    result["seconds"].append(max(a[0] for a in answers))
-    result["losses"] += answers[0][1]
-
-
-def _measure(group: Group, result: dict[str, Any]) -> None:
-    peaks, kept = group.ask("peak", 2), group.ask("persistent")
-    result["peak_bytes"] = max(peaks)
-    result["persistent_bytes"] = max(sum(k.values()) for k in kept)
-    result["collectives"] = group.ask("collectives", 1)[0]
-    result["interface_bytes"] = max(group.ask("interface_bytes", 2)) / len(group.pipes)
-
-
-def ratio(ours: list[float], theirs: list[float]) -> tuple[float, float, float]:
-    """The median of ratios of one round's steps, and its bootstrap 95 % interval."""
-    pairs = [a / b for a, b in zip(ours, theirs, strict=False)]
-    draw = random.Random(0)
-    medians = sorted(statistics.median(draw.choices(pairs, k=len(pairs))) for _ in range(2000))
-    return statistics.median(pairs), medians[50], medians[1949]
-
-
-def report(results: dict[str, dict[str, Any]], options: Any, settings: dict[str, Any]) -> str:
-    count = sum(p.numel() for p in _meta(settings["preset"]).parameters())
-    lines = [
-        f"# ZeRO beside its peers: GPT, {count / 1e6:.1f} M parameters, "
-        f"batch {settings['batch']} x {settings['context']} a rank",
-        "",
-        f"`{shlex.join(['python', '-m', 'benchmarks', *sys.argv[1:]])}` on {options.ranks} ranks of {_device(options.device)}, "
-        f"torch {torch.__version__}, Python {platform.python_version()}; AdamW(fused=True) for all, {options.rounds} rounds of "
-        f"{options.steps} steps, subjects in random order within a round.",
-        "",
-        "| subject | step, median | peak | beyond persistent | collectives | bytes sent | interface | first 2 steps | loss |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for name, r in results.items():
-        if not r.get("seconds"):
-            lines.append(f"| {name} | failed: {r.get('error', '').strip().splitlines()[-1][:80]} | | | | | | | |")
-            continue
-        lines.append(
-            " | ".join(
-                [
-                    f"| {name}",
-                    f"{statistics.median(r['seconds']) * 1e3:.0f} ms",
-                    _mb(r.get("peak_bytes")),
-                    _mb(r["peak_bytes"] - r["persistent_bytes"]) if "peak_bytes" in r else "-",
-                    f"{sum(c for c, _ in r.get('collectives', {}).values()):.0f}",
-                    _mb(sum(b for _, b in r.get("collectives", {}).values()) or None),
-                    _mb(r.get("interface_bytes")),
-                    f"{r['compile_seconds']:.0f} s",
-                    f"{r['losses'][-1]:.5f} |",
-                ]
+    def measure_all(self, names: list[str]) -> None:
+        """One turn after another until every subject has had its rounds; most runs need one."""
+        waiting = sorted(names, key=lambda n: n not in REFERENCES)
+        if "inductor" in waiting:
+            waiting.remove("inductor")
+            self._attempt("inductor", self._compile_only)
+        turns = 0
+        while waiting:
+            turns += 1
+            fresh = self._start_some(waiting)
+            for _ in tqdm(range(self.options.rounds), desc="interleaved rounds", unit="round", ncols=90):
+                order = list(self.groups)
+                random.Random(self.round).shuffle(order)
+                for name in order:
+                    self._attempt(name, self._one_round)
+                self.round += 1
+            for name in tqdm(
+                [n for n in fresh if n in self.groups], desc="memory and traffic", unit="subject", ncols=90
+            ):
+                self._attempt(name, self._watch)
+            for name in [n for n in self.groups if n not in REFERENCES]:
+                self.groups.pop(name).close()
+        if turns > 1:
+            self.notes.append(
+                f"Not all fit into {self.limit / GIB:.0f} GiB: {turns} turns, each beside the references."
             )
-        )
-    lines += [
-        "",
-        "| compared | with | step time, median of paired ratios (95 %) | peak | beyond persistent |",
-        "|---|---|---|---|---|",
-    ]
-    for name, peers in REFERENCES.items():
-        for peer in peers:
-            a, b = results.get(name, {}), results.get(peer, {})
-            if a.get("seconds") and b.get("seconds"):
-                middle, low, high = ratio(a["seconds"], b["seconds"])
-                peak = f"{a['peak_bytes'] / b['peak_bytes']:.3f}" if "peak_bytes" in a and "peak_bytes" in b else "-"
-                beyond = (
-                    f"{(a['peak_bytes'] - a['persistent_bytes']) / (b['peak_bytes'] - b['persistent_bytes']):.3f}"
-                    if peak != "-"
-                    else "-"
-                )
-                lines.append(f"| {name} | {peer} | {middle:.3f} ({low:.3f} to {high:.3f}) | {peak} | {beyond} |")
-    lines += ["", *_losses(results), *_bounds(results, count, options), "", "How each was wrapped:", ""]
-    lines += [f"- {name}: {r['wrapped']}" for name, r in results.items() if "wrapped" in r]
-    return "\n".join(lines)
+
+    def _start_some(self, waiting: list[str]) -> list[str]:
+        """Start and compile subjects while memory lasts, one at least."""
+        fresh: list[str] = []
+        bar = tqdm(total=len(waiting), desc="start and compile", unit="subject", ncols=90)
+        while waiting:
+            if any(n in self.groups and n not in REFERENCES for n in fresh) and not self._room():
+                break
+            name = waiting.pop(0)
+            bar.set_postfix_str(name)
+            self._attempt(name, self._start)
+            fresh.append(name)
+            bar.update()
+        bar.close()
+        return fresh
+
+    def _room(self) -> bool:
+        if self.options.device != "cpu":
+            return True
+        held = 0
+        for group in self.groups.values():
+            now, most = group.memory()
+            held, self.most = held + now, max(self.most, most)
+        return held + self.most <= self.limit
+
+    def _attempt(self, name: str, work: Any) -> None:
+        """A subject that fails is reported and ended; the others go on."""
+        try:
+            work(name)
+        except SubjectFailed as error:
+            self.results.setdefault(name, {"seconds": {}, "losses": []})["error"] = str(error)
+            tqdm.write(f"failed: {SubjectFailed.short(str(error))}", file=sys.stderr)
+            if name in self.groups:
+                self.groups.pop(name).close()
+
+    def _compile_only(self, name: str) -> None:
+        self._start(name)
+        self.results[name]["saved_bytes"] = self.groups[name].ask("saved", timeout=300)[0]
+        self.groups.pop(name).close()
+
+    def _start(self, name: str) -> None:
+        group = Group(name, self.options.ranks, self.settings, self.python if name in _DEEPSPEED else None)
+        self.groups[name] = group
+        result = self.results[name] = {"wrapped": SUBJECTS[name].how, "seconds": {}, "losses": [], "interface": []}
+        result["versions"] = group.ask("versions", timeout=600)[0]  # imports, builds and wraps the model
+        spent = []
+        for _ in range(3):
+            answers = group.ask("steps", 1, timeout=900)
+            spent.append(max(a[0] for a in answers))
+            result["losses"].append(_mean(answers))
+        result["first_steps_seconds"] = spent
+        result["compile_seconds"] = max(spent[0] + spent[1] - 2 * spent[2], 0.0)
+
+    def _one_round(self, name: str) -> None:
+        before = loopback_bytes()
+        answers = self.groups[name].ask("steps", self.options.steps, timeout=600)
+        result = self.results[name]
+        result["interface"].append((loopback_bytes() - before) / self.options.steps / self.options.ranks)
+        result["seconds"][self.round] = max(a[0] for a in answers)
+        if self.options.steps == 1:
+            result["losses"].append(_mean(answers))
+        else:
+            result["losses"] += [sum(step) / len(step) for step in zip(*(a[1] for a in answers), strict=True)]
+
+    def _watch(self, name: str) -> None:
+        group, result = self.groups[name], self.results[name]
+        kept = group.ask("persistent")
+        # Eager peers' peaks differ from step to step by what the allocator of a collective's thread does: the median of three.
+        three = sorted((group.ask("watch", 2) for _ in range(3)), key=lambda w: max(one["peak"] for one in w))
+        watched = three[1]
+        result["persistent"] = max(kept, key=lambda k: sum(k.values()))
+        result["persistent_bytes"] = sum(result["persistent"].values())
+        result["peak_bytes"] = max(w["peak"] for w in watched)
+        result["peaks_bytes"] = [max(one["peak"] for one in w) for w in three]
+        result["saved_bytes"] = max(w.get("saved", 0) for w in watched)
+        result["live_bytes"] = max(w["live"] for w in watched)
+        result["collectives"] = watched[0]["collectives"]
+        result["collectives_outside"] = watched[0].get("counted_outside", {})
+        # The least of the rounds: what other processes send over the interface only adds.
+        result["interface_bytes"] = min(result["interface"]) if result["interface"] else None
+
+    def found(self) -> dict[str, Any]:
+        """All that is written to the JSON file, and all that the table is made of."""
+        import torch
+
+        return {
+            "command": shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
+            "settings": self.settings | {k: getattr(self.options, k) for k in ("ranks", "rounds", "steps")},
+            "device": table.device(self.options.device),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "minutes": (time.time() - self.begin) / 60,
+            "date": time.strftime("%Y-%m-%d"),
+            "notes": self.notes,
+            "medians": {n: statistics.median(r["seconds"].values()) for n, r in self.results.items() if r["seconds"]},
+            "results": self.results,
+        }
+
+    def close(self) -> None:
+        for group in self.groups.values():
+            group.close()
 
 
-def _losses(results: dict[str, dict[str, Any]]) -> list[str]:
-    base = results.get("ddp-inductor", {}).get("losses")
-    if not base:
-        return []
-    worst = {
-        name: max((abs(a - b) / abs(b) for a, b in zip(r["losses"], base, strict=False)), default=0.0)
-        for name, r in results.items()
-        if r.get("seconds") and name not in ("ddp-inductor", "inductor")
-    }
-    said = ", ".join(f"{n} {w:.1e}" for n, w in worst.items())
-    return [f"Losses of {len(base)} steps against ddp-inductor, largest relative difference: {said}."]
+def _mean(answers: list[Any]) -> float:
+    """The ranks' mean loss of one step."""
+    return sum(a[1][0] for a in answers) / len(answers)
 
 
-def _bounds(results: dict[str, dict[str, Any]], count: int, options: Any) -> list[str]:
-    share = (options.ranks - 1) / options.ranks
-    lines = [
-        f"Bound of bytes sent a step: {_mb(3 * 4 * count * share)} where all parameters are sharded (stage 3), "
-        f"{_mb(2 * 4 * count * share)} at stages 0 to 2; parameters held whole cost 2 instead of 3."
-    ]
-    ours, plain = results.get("dspass-3", {}), results.get("inductor", {})
-    if "compile_seconds" in ours and "compile_seconds" in plain:
-        lines.append(
-            f"First two steps, dspass-3 over one process of plain Inductor: "
-            f"{ours['compile_seconds'] / plain['compile_seconds']:.2f} (both ranks compile, each on its own core)."
-        )
-    return lines
-
-
-def _meta(preset: str) -> torch.nn.Module:
-    with torch.device("meta"):
-        return GPT(PRESETS[preset])
-
-
-def _device(kind: str) -> str:
-    if kind != "cpu":
-        return torch.cuda.get_device_name(0)
-    model = next(
-        (
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.machine(),
-    )
-    return f"{model}, one core each"
-
-
-def _mb(count: float | None) -> str:
-    return "-" if count is None else f"{count / 1e6:.1f} MB"
+def _available() -> int:
+    table_ = Path("/proc/meminfo")
+    for line in table_.read_text().splitlines() if table_.exists() else ():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 1 << 62

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ import torch
 import torch.fx as fx
 
 from dspass.config import Config
-from dspass.lowering.segments import SegmentCompiler, lower
+from dspass.lowering.segments import SegmentCompiler, lower, shared_order
 from dspass.passes.base import Pass, PassContext, PassResult, run_passes
 from dspass.passes.partition import partition
 from dspass.passes.text import print_graph
@@ -47,6 +48,7 @@ def compile_graph(
     engine.compiler, engine.config = chosen, config
     record = done.passes.append
     patches = inductor_settings(config)
+    order = shared_order(int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
     def prepare(graph: fx.GraphModule, where: str) -> fx.GraphModule:
         before = print_graph(graph.graph)
@@ -79,7 +81,9 @@ def compile_graph(
             start = time.perf_counter()
             if is_inference:
                 graph = prepare(compat.joint_graph_passes(graph, patches), "forward")
-            program = lower(graph, chosen, is_backward=is_backward, is_inference=is_inference, probe=engine.probe)
+            program = lower(
+                graph, chosen, is_backward=is_backward, is_inference=is_inference, probe=engine.probe, order=order
+            )
             done.programs[where] = program
             done.seconds[where] = time.perf_counter() - start
             return program.boxed()

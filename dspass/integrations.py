@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,14 +68,14 @@ def full_state_dict(model: nn.Module) -> dict[str, Any]:
 
 def save_model(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Write ``model`` as every rank holds it. Read by :func:`load_model`, on any number of ranks."""
-    dcp.save({"model": get_model_state_dict(unwrap(model))}, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    _save({"model": get_model_state_dict(unwrap(model))}, folder)
 
 
 def load_model(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Fill ``model``, sharded or not, in place."""
     model = unwrap(model)
     state = {"model": get_model_state_dict(model)}
-    dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    _load(state, folder)
     set_model_state_dict(model, state["model"])
 
 
@@ -83,7 +84,7 @@ def save_optimizers(
 ) -> None:
     """Write the states of ``optimizers`` by the names of ``model``'s parameters, each rank its part."""
     state = get_optimizer_state_dict(unwrap(model), [_bare(o) for o in optimizers])
-    dcp.save({"optimizer": state}, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    _save({"optimizer": state}, folder)
 
 
 def load_optimizers(
@@ -92,8 +93,22 @@ def load_optimizers(
     """Read what :func:`save_optimizers` wrote, on any number of ranks. Optimisers may be fresh."""
     model, bare = unwrap(model), [_bare(o) for o in optimizers]
     state = {"optimizer": get_optimizer_state_dict(model, bare)}
-    dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    _load(state, folder)
     set_optimizer_state_dict(model, bare, state["optimizer"])
+
+
+def _save(state: dict[str, Any], folder: str | os.PathLike[str]) -> None:
+    with warnings.catch_warnings():
+        # Both libraries overwrite their own files without a word, and a single process is no mistake.
+        warnings.filterwarnings("ignore", "Detected an existing checkpoint", UserWarning)
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        dcp.save(state, checkpoint_id=folder)
+
+
+def _load(state: dict[str, Any], folder: str | os.PathLike[str]) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        dcp.load(state, checkpoint_id=folder)
 
 
 def _bare(optimizer: Any) -> torch.optim.Optimizer:
@@ -123,6 +138,11 @@ class ShardedAccelerator(_Accelerator):
         self._plug(config)
 
     def _plug(self, config: Options) -> None:
+        if self.distributed_type in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
+            raise ValueError(
+                f"Accelerate is set up for {self.distributed_type.value}, which shards the model itself: drop its plugin, or "
+                "its part of the file that `accelerate config` wrote, and give the configuration as config=... here."
+            )
         if self.num_processes > 1 and not self.even_batches:
             raise ValueError(
                 "even_batches=False gives ranks different numbers of batches, and the rank with one more would wait for ever "
@@ -304,7 +324,14 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-__all__ = [  # noqa: F822  (Accelerator and Trainer are made when they are asked for)
+if TYPE_CHECKING:  # what __getattr__ makes
+
+    class Accelerator(ShardedAccelerator): ...
+
+    class Trainer(ShardedTrainer): ...
+
+
+__all__ = [
     "Accelerator",
     "ShardedAccelerator",
     "ShardedTrainer",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from dspass.integrations import Accelerator  # accelerate.Accelerator, without DistributedDataParallel
 
@@ -25,9 +25,15 @@ def main() -> None:
         gradient_accumulation_steps=2,
         config={"zero_optimization": {"stage": 3}},
     )
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=256, n_positions=64, n_embd=64, n_layer=2, n_head=4, use_cache=False))
-    model.loss_type = (
-        "ForCausalLM"  # unset, as the class's name does not end so, each loss warns, which breaks the graph
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=256,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            use_cache=False,
+        )
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=1000)

@@ -8,15 +8,13 @@ from typing import ClassVar
 import torch.fx as fx
 
 from dspass.passes.base import Pass, PassContext
-from dspass.passes.buckets import BucketLimit
+from dspass.passes.buckets import Item, pack
 from dspass.passes.nodes import calls, gather_start, gather_wait, merge_pairs, specs_of
-from dspass.runtime.axis import Axis
-from dspass.runtime.engine import Engine
 
 
 @dataclass(frozen=True, kw_only=True)
 class BucketGathers(Pass):
-    """Join consecutive ``gather_start`` of one axis until a bucket holds ``bucket_bytes`` of whole parameters.
+    """Join consecutive ``gather_start`` of one axis into buckets of whole blocks, of at most ``bucket_bytes``.
 
     ``max_elements`` is DeepSpeed's ``stage3_prefetch_bucket_size``, an upper limit in elements. A parameter larger than a
     limit travels alone; without ``bucket_bytes`` the choice is ours (:mod:`dspass.passes.buckets`).
@@ -35,18 +33,8 @@ class BucketGathers(Pass):
         if len(starts) < 2:
             ctx.say(f"{len(starts)} gathers: nothing to join")
             return graph
-        limit = BucketLimit.choose([_bytes(s) for s in starts], self.bucket_bytes, self.max_elements)
-        buckets: list[list[fx.Node]] = []
-        for start in starts:
-            together = [*buckets[-1], start] if buckets else []
-            if (
-                together
-                and _kind(together[0]) == _kind(start)
-                and limit.holds([_bytes(s) for s in together], [_elements(s) for s in together])
-            ):
-                buckets[-1].append(start)
-            else:
-                buckets.append([start])
+        packed = pack([_item(start) for start in starts], self.bucket_bytes, self.max_elements)
+        buckets = [[starts[i] for i in bucket] for bucket in packed]
         for bucket in buckets:
             if len(bucket) > 1:
                 merge_pairs(graph, bucket, gather_start, gather_wait, at=bucket[0])
@@ -54,15 +42,8 @@ class BucketGathers(Pass):
         return graph
 
 
-def _kind(start: fx.Node) -> tuple[Engine, Axis | None]:
-    """What a bucket has in common: two models called in one graph keep their copies and counters apart."""
-    spec = specs_of(start)[0]
-    return spec.engine, spec.shard_axis
-
-
-def _bytes(start: fx.Node) -> int:
-    return sum(s.gathered_bytes for s in specs_of(start))
-
-
-def _elements(start: fx.Node) -> int:
-    return sum(s.numel for s in specs_of(start))
+def _item(start: fx.Node) -> Item:
+    specs = specs_of(start)
+    # Two models called in one graph keep their copies and counters apart.
+    kind = (specs[0].engine, specs[0].shard_axis)
+    return Item(tuple(s.name for s in specs), tuple(s.gathered_bytes for s in specs), sum(s.numel for s in specs), kind)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch.fx as fx
 
 from dspass.passes.base import Pass, PassContext, Where
-from dspass.passes.buckets import BucketLimit
+from dspass.passes.buckets import Item, pack
 from dspass.passes.nodes import calls, merge_pairs, positions, reduce_start, reduce_wait, specs_of, wait_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class BucketReductions(Pass):
-    """Join ``reduce_start`` of one kind until a bucket holds ``bucket_bytes`` of gradients, in the order in which
+    """Join ``reduce_start`` of one kind into buckets of whole blocks, of at most ``bucket_bytes``, in the order in which
     gradients become complete.
 
     A bucket starts behind its last gradient. It is waited for when the one ``in_flight`` buckets later starts, or at
@@ -38,21 +39,16 @@ class BucketReductions(Pass):
             ctx.say("no reductions here")
             return graph
         output = graph.find_nodes(op="output")[0]
-        limit = BucketLimit.choose([_bytes(s) for s in starts], self.bucket_bytes, self.max_elements)
-        open_buckets: dict[tuple, list[fx.Node]] = {}
         buckets: list[list[fx.Node]] = []
+        kinds: dict[Hashable, list[fx.Node]] = {}
         for start in starts:
             if any(user is not output for item in wait_of(start).users for user in item.users):
                 buckets.append([start])
-                continue
-            spec = specs_of(start)[0]
-            kind = (spec.engine, spec.layout == "shard", spec.shard_axis, spec.replicate_axis, spec.reduce_dtype)
-            bucket = open_buckets.get(kind)
-            joined_by = [*(bucket or ()), start]
-            if bucket is None or not limit.holds([_bytes(s) for s in joined_by], [_elements(s) for s in joined_by]):
-                bucket = open_buckets[kind] = []
-                buckets.append(bucket)
-            bucket.append(start)
+            else:
+                kinds.setdefault(_item(start).kind, []).append(start)
+        for alike in kinds.values():
+            packed = pack([_item(start) for start in alike], self.bucket_bytes, self.max_elements)
+            buckets += [[alike[i] for i in bucket] for bucket in packed]
         order = positions(graph)
         buckets.sort(key=lambda bucket: order[bucket[-1]])
         joined = []
@@ -79,9 +75,8 @@ class BucketReductions(Pass):
                 later.prepend(node)
 
 
-def _bytes(start: fx.Node) -> int:
-    return sum(s.reduced_bytes for s in specs_of(start))
-
-
-def _elements(start: fx.Node) -> int:
-    return sum(s.numel for s in specs_of(start))
+def _item(start: fx.Node) -> Item:
+    specs = specs_of(start)
+    first = specs[0]
+    kind = (first.engine, first.layout == "shard", first.shard_axis, first.replicate_axis, first.reduce_dtype)
+    return Item(tuple(s.name for s in specs), tuple(s.reduced_bytes for s in specs), sum(s.numel for s in specs), kind)

@@ -96,7 +96,11 @@ class Encoder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         layer = nn.TransformerEncoderLayer(32, 4, dim_feedforward=64, dropout=0.0, batch_first=True)
-        self.embed, self.encoder, self.head = nn.Embedding(TOKENS, 32), nn.TransformerEncoder(layer, 2), nn.Linear(32, 5)
+        self.embed, self.encoder, self.head = (
+            nn.Embedding(TOKENS, 32),
+            nn.TransformerEncoder(layer, 2),
+            nn.Linear(32, 5),
+        )
 
     def forward(self, ids: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(self.head(self.encoder(self.embed(ids)).mean(1)), target)

@@ -1,0 +1,124 @@
+"""One rank of one subject, a process of its own: waits on a pipe, does what it is asked, answers.
+
+Started by :mod:`benchmarks.workers` as ``python -m benchmarks.rank FD``, perhaps by another Python.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from typing import Any
+
+
+def main() -> None:
+    pipe = Connection(int(sys.argv[1]))
+    setting = pipe.recv()
+    if setting["core"] is not None:
+        os.sched_setaffinity(0, {setting["core"]})  # before torch starts a thread
+    subject: Rank | None = None
+    while True:
+        try:
+            request, args = pipe.recv()
+        except EOFError:
+            os._exit(0)  # whoever asked is gone; a collective's thread must not keep us
+        try:
+            if subject is None:
+                subject = Rank(setting)
+            pipe.send((True, getattr(subject, request)(*args)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
+
+
+class Rank:
+    """Every public method is a request."""
+
+    def __init__(self, setting: dict[str, Any]) -> None:
+        import torch
+        import torch.distributed as dist
+
+        from benchmarks.subjects import SUBJECTS
+        from examples.gpt import GPT, PRESETS, batches, text_corpus
+
+        rank, ranks, self.device = setting["rank"], setting["ranks"], setting["device"]
+        torch.set_num_threads(1)
+        if self.device == "cuda":
+            torch.cuda.set_device(rank)
+        # "inductor" is as many processes that know nothing of each other; everything else wants a group, also of one rank.
+        if setting["subject"] != "inductor":
+            dist.init_process_group(
+                "gloo" if self.device == "cpu" else "nccl",
+                init_method=f"tcp://127.0.0.1:{setting['port']}",
+                rank=rank,
+                world_size=ranks,
+                timeout=timedelta(seconds=300),
+            )
+        self.ranks, self.name = ranks, setting["subject"]
+        self.corpus = text_corpus()
+        self.batches = batches(self.corpus, setting["batch"], setting["context"], seed=0, rank=rank)
+        torch.manual_seed(0)
+        model = GPT(PRESETS[setting["preset"]]).to(self.device)
+        self.parameters = list(model.parameters())
+        self.model = model
+        self.training = SUBJECTS[self.name].wrap(model, self.device)
+
+    def versions(self) -> dict[str, str]:
+        import torch
+
+        found = {"python": sys.version.split()[0], "torch": torch.__version__}
+        if "deepspeed" in sys.modules:
+            found["deepspeed"] = sys.modules["deepspeed"].__version__
+        return found
+
+    def steps(self, count: int) -> tuple[float, list[float]]:
+        """Seconds a step and the losses of ``count`` whole optimiser steps, on this rank's batches."""
+        losses = []
+        begin = time.perf_counter()
+        for _ in range(count):
+            x, y = next(self.batches)
+            loss = self.training.forward(x.to(self.device), y.to(self.device))
+            self.training.backward(loss)
+            self.training.step()
+            losses.append(loss.detach())
+        values = [loss.item() for loss in losses]  # waits for a GPU as well
+        return (time.perf_counter() - begin) / count, values
+
+    def persistent(self) -> dict[str, int]:
+        from benchmarks import measure
+
+        return measure.persistent(self.model, self.training.optimizer)
+
+    def watch(self, count: int) -> dict[str, Any]:
+        """Allocator's peak in bytes, and calls and logical bytes by kind of collective, over ``count`` steps."""
+        from benchmarks import measure
+
+        watched = measure.watch(lambda: self.steps(count), self.training, self.device, self.corpus, count, self.ranks)
+        if self.name.startswith("dspass"):
+            import dspass
+            from dspass.runtime.ledger import CATEGORIES
+
+            found: dict[str, tuple[float, float]] = {}
+            for entry in dspass.explain(self.model).traffic:
+                calls, sent = found.get(entry.kind, (0.0, 0.0))
+                found[entry.kind] = (calls + entry.calls, sent + entry.bytes)
+            watched["counted_outside"], watched["collectives"] = watched["collectives"], found
+            if self.device == "cpu":
+                with dspass.measure(self.model) as measured:
+                    self.steps(1)
+                watched["saved"] = max(p.bytes[CATEGORIES.index("saved")] for p in measured.points)
+        return watched
+
+    def saved(self) -> int | None:
+        """Bytes that Inductor's forward keeps for its backward; None where the graph did not end in one function."""
+        from benchmarks import measure
+
+        x, y = next(self.batches)
+        loss = self.training.forward(x.to(self.device), y.to(self.device))
+        return measure.saved(loss, self.model)
+
+
+if __name__ == "__main__":
+    main()
