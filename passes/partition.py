@@ -31,10 +31,45 @@ def partition(
     forward, backward = compat.min_cut_partition(
         joint, inputs, num_fwd_outputs, sorted({*free_inputs, *exposed}), recompute_pointwise
     )
+    compat.fill_values(forward.graph)
+    saved = forward.graph.find_nodes(op="output")[0].args[0][num_fwd_outputs:]
+    for value, placeholder in zip(saved, _received(backward.graph, saved), strict=True):
+        if "val" not in placeholder.meta:
+            placeholder.meta["val"] = value.meta["val"]
+    compat.fill_values(backward.graph)
+    order_saved(forward.graph, backward.graph, num_fwd_outputs)
     save_shards(forward.graph, backward.graph, num_fwd_outputs)
     forward.recompile()
     backward.recompile()
     return forward, backward
+
+
+def order_saved(forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int) -> None:
+    """Put saved values into the order that AOTAutograd counts on: tensors, then opaque objects, then symbolic sizes.
+
+    The partitioner appends random states, which are tensors, behind everything else.
+    """
+    output = forward.find_nodes(op="output")[0]
+    outputs = list(output.args[0])
+    saved = outputs[num_fwd_outputs:]
+    said = list(output.meta.get("desc") or [None] * len(outputs))[num_fwd_outputs:]
+    received = _received(backward, saved)
+
+    def rank(i: int) -> int:
+        if isinstance(saved[i].meta.get("val"), torch.Tensor):
+            return 0 if _is_watched(saved[i], said[i]) else 1
+        return 3 if _is_size(saved[i]) else 2
+
+    order = sorted(range(len(saved)), key=rank)
+    if order == list(range(len(saved))):
+        return
+    output.args = ((*outputs[:num_fwd_outputs], *(saved[i] for i in order)),)
+    if "desc" in output.meta:
+        output.meta["desc"] = [*output.meta["desc"][:num_fwd_outputs], *(said[i] for i in order)]
+    sizes = [i for i in order if _is_size(saved[i])]
+    anchor = max(received).next
+    for i in [*sizes, *(i for i in order if i not in sizes)]:
+        anchor.prepend(received[i])
 
 
 def save_shards(forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int) -> None:

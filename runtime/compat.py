@@ -125,6 +125,23 @@ def min_cut_partition(
         )
 
 
+def fill_values(graph: fx.Graph) -> None:
+    """Give nodes without ``meta["val"]`` theirs: the partitioner leaves what saves and restores the random state bare."""
+    from torch._guards import detect_fake_mode
+    from torch.utils._pytree import tree_map_only
+
+    mode = detect_fake_mode([node.meta.get("val") for node in graph.find_nodes(op="placeholder")])
+    for node in graph.nodes:
+        if node.op != "call_function" or "val" in node.meta or mode is None:
+            continue
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        with mode:
+            value = node.target(*args, **kwargs)
+        node.meta["val"] = tree_map_only(
+            torch.Tensor, lambda t: t if detect_fake_mode([t]) is mode else mode.from_tensor(t), value
+        )
+
+
 def compile_segment(
     gm: fx.GraphModule, inputs: Sequence[Any], *, is_backward: bool, is_inference: bool, patches: Mapping[str, Any]
 ) -> Callable[[list[Any]], Sequence[Any]]:

@@ -133,6 +133,16 @@ class Checkpointed(Mlp):
         return F.cross_entropy(self.head(torch.tanh(self.second(h))), y)
 
 
+class CheckpointedAttention(Gpt):
+    """Each block recomputed, its attention's random state saved for that, as ``gradient_checkpointing`` does."""
+
+    def forward(self, ids: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids) + self.place(torch.arange(ids.shape[1], device=ids.device))
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False)
+        return F.cross_entropy(self.head(self.norm(x)).flatten(0, 1), target.flatten())
+
+
 class Branches(nn.Module):
     """Which of two layers is used depends on the batch's kind: a parameter may have no gradient in a call."""
 
@@ -168,6 +178,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[torch.Generator, int,
     "broken": (Broken, points),
     "twice": (Twice, points),
     "checkpointed": (Checkpointed, points),
+    "checkpointed_attention": (CheckpointedAttention, tokens),
     "unused": (Unused, points),
     "branches": (Branches, turns),
 }

@@ -35,7 +35,10 @@ def test_gpt_through_inductor(stage: int) -> None:
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("name", ["uneven", "frozen", "batchnorm", "broken", "twice", "checkpointed", "unused"])
+@pytest.mark.parametrize(
+    "name",
+    ["uneven", "frozen", "batchnorm", "broken", "twice", "checkpointed", "checkpointed_attention", "unused"],
+)
 def test_difficult_models(name: str, stage: int) -> None:
     trained(3 if name in ("frozen", "twice") else 2, name, zero(stage), steps=5)
 
