@@ -14,6 +14,7 @@ Dropped: raising to have Dynamo trace again at once. It diverges.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -99,6 +100,13 @@ class _FirstCall:
         )
         if self.root is not None:
             _broadcast_buffers(self.root, axes_of(mesh))
+        ledger = engine.probe.ledger
+        with ledger.watching() if ledger is not None else contextlib.nullcontext():
+            return self._run(engine, heap, mesh, todo, inputs)
+
+    def _run(
+        self, engine: Engine, heap: Heap, mesh: Any, todo: Mapping[str, nn.Parameter], inputs: Sequence[Any]
+    ) -> Any:
         with torch.inference_mode(False):  # parameters that are made in it could never be trained
             specs = place(engine, heap, todo, self.config, mesh)
         begin(engine, self.root, self.config)

@@ -232,8 +232,8 @@ KEYS: tuple[Key, ...] = (
          'for the default list, `"-name"` drops one from it, `"package.module:Class"` is your own. Absent: '
          '`["..."]`.'),
     _act("dspass.bucket_bytes", "bucket_bytes", "bytes", None, "bytes",
-         "Size the passes aim at for one bucket of any collective. KB, MB, GB are powers of 1000; KiB, MiB, "
-         "GiB of 1024. Absent: the planner's choice.", low=1),
+         "Upper limit of one bucket of any collective. KB, MB, GB are powers of 1000; KiB, MiB, GiB of 1024. "
+         "Absent: as many whole blocks as an eighth of the model, one at least, of 12 to 512 MB.", low=1),
     _act("dspass.fallback_random", "fallback_random", "flag", False, "",
          "Draw random numbers as eager torch does, so that dropout equals an uncompiled run's (slower)."),
     _act("dspass.segment_cache", "segment_cache", "flag", True, "",

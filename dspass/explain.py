@@ -33,10 +33,9 @@ from dspass.owners import unwrap
 from dspass.passes import cost
 from dspass.report import GraphRecord, Memory, MemoryPoint, PassRecord, Report, Traffic
 from dspass.runtime import compat
-from dspass.runtime.axis import Axis
+from dspass.runtime.axis import MODELLED
 from dspass.runtime.engine import Engine
 from dspass.runtime.ledger import CATEGORIES, Ledger, Point
-from dspass.shard import _axes, shard
 
 #: States of one parameter, and temporaries of its size that one step of it holds at once (torch.optim, not fused).
 OPTIMIZERS: dict[str, tuple[int, int]] = {
@@ -125,11 +124,13 @@ def _measured(model: nn.Module) -> Report:
         )
     notes = []
     measurement = engine.measurement
-    memory = Memory(time_unit="seconds")
+    first_call = engine.first_call_peak_bytes
+    memory = Memory(time_unit="seconds", first_call_peak_bytes=first_call)
     if measurement is None:
         notes.append("Memory was not measured: wrap a step in `with dspass.measure(model):`.")
     else:
-        memory = Memory(timeline=_timeline(measurement.points), time_unit="seconds")
+        timeline = _timeline(measurement.points)
+        memory = Memory(timeline=timeline, time_unit="seconds", first_call_peak_bytes=first_call)
     traffic = [
         Traffic(kind=kind, direction=direction, group=group, group_size=size, calls=n, bytes=b, exposed_seconds=exposed)
         for (kind, direction, group, size), (n, b, exposed) in engine.traffic.last.items()
@@ -167,9 +168,7 @@ def _predicted(
         fake = _faked(model, mode)
         fake.train(train)
         batch, named = _fake_inputs(args, mode), _fake_inputs(kwargs, mode)
-        if config.zero.stage:
-            shard(fake, config)
-        engine = engine_of(fake) or new_engine(fake, config)
+        engine = new_engine(fake, config)
         small = sum(p.numel() for p in model.parameters()) <= GENERATE_UP_TO
         engine.compiler = InductorSimulator() if on_cpu and small else GraphSimulator()
         if not (on_cpu and small):
@@ -179,8 +178,11 @@ def _predicted(
         compiled = torch.compile(fake, backend="deepspeed", options=config)
         ledger = Ledger(watches=True)
         steps = _Steps(compiled, fake, engine, batch, named, optimizer, train, ledger)
-        steps.run()  # compiles, and makes the optimiser's states
         engine.probe.ledger = ledger
+        steps.run()  # the one-line way holds the whole model once; makes the optimiser's states
+        first_call = max(p.total for p in ledger.points)
+        if config.zero.stage:
+            steps.run()  # compiles
         ledger.points.clear()
         steps.run()
         exposed, seconds = _seconds(engine, fake, device, optimizer, train)
@@ -196,7 +198,8 @@ def _predicted(
             )
             for (kind, direction, group, size), (n, b, _) in engine.traffic.last.items()
         ]
-        memory = Memory(timeline=_timeline(_ordered(ledger.points)), time_unit="events")
+        timeline = _timeline(_ordered(ledger.points))
+        memory = Memory(timeline=timeline, time_unit="events", first_call_peak_bytes=first_call)
         notes.append(
             f"Predicted in {time.perf_counter() - began:.1f} s from fake tensors. The time is a roofline's, "
             + ("with this CPU's measured rates." if on_cpu else f"{cost.ACHIEVED:.0%} of datasheet rates.")
@@ -260,7 +263,9 @@ class _Steps:
                 continue
             loss = _loss(self.compiled(*self.batch, **self.named))
             self.ledger.phase = "backward"
-            loss.backward()
+            # The first backward of a model that is being sharded is autograd's own.
+            with contextlib.nullcontext() if self.engine.compilations else self.ledger.watching():
+                loss.backward()
             self.ledger.phase = "forward"
         if self.train:
             self._optimizer_step()
@@ -312,12 +317,11 @@ def _fake_group(world: int, backend: str) -> Iterator[None]:
         yield
         return
     compat.init_fake_group(world)
+    modelled = MODELLED.set(backend)
     try:
-        group = dist.group.WORLD
-        assert group is not None
-        _axes[group] = Axis(name="data", group=group, size=world, rank=0, ranks=tuple(range(world)), backend=backend)
         yield
     finally:
+        MODELLED.reset(modelled)
         dist.destroy_process_group()
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from dspass.engines import engine_of
-from dspass.owners import Heap
+from dspass.owners import Heap, unwrap
 from dspass.runtime.engine import Engine
 from dspass.runtime.ledger import CATEGORIES, Ledger, Phase, Point
 
@@ -33,7 +33,7 @@ class Measurement:
     steps: int = 0
 
 
-def persistent(engine: Engine, model: nn.Module, ledger: Ledger) -> None:
+def persistent(engine: Engine | None, model: nn.Module, ledger: Ledger) -> None:
     """Enter what is alive between steps: parameters, buffers, gradients and optimisers' states."""
     params = list(model.parameters())
     ledger.note([p.data for p in params], "parameters")
@@ -42,30 +42,28 @@ def persistent(engine: Engine, model: nn.Module, ledger: Ledger) -> None:
     known = {id(p) for p in params}
     for optimizer in Heap.scan().optimizers:
         ledger.note([state for p, state in optimizer.state.items() if id(p) in known], "optimizer")
-    ledger.note(engine.resident_copies(), "gathered")
-    ledger.note(engine.waiting_gradients(), "gradients")
+    if engine is not None:
+        ledger.note(engine.resident_copies(), "gathered")
+        ledger.note(engine.waiting_gradients(), "gradients")
 
 
 @contextlib.contextmanager
 def measure(model: nn.Module) -> Iterator[Measurement]:
     """Watch whole optimiser steps. Slows them down: read seconds elsewhere.
 
-    Raises ``RuntimeError`` for a model that has not run under the backend, or when a profiler is already active.
+    Around a model's first step it measures what that takes once: the one-line way holds the whole model until its first call
+    has divided it. Raises ``RuntimeError`` for a model that does not run under the backend, or where a profiler is active.
     """
-    engine = engine_of(model)
-    if engine is None:
-        raise RuntimeError(
-            "dspass.measure needs a model that has run at least once under torch.compile(model, backend='deepspeed'): "
-            "run a step first, then measure the ones after it."
-        )
-    result = Measurement()
-    ledger = Ledger()
-    persistent(engine, model, ledger)
+    root = unwrap(model)
+    engine = engine_of(root)
+    result, ledger = Measurement(), Ledger()
+    persistent(engine, root, ledger)
     result.start_bytes = ledger.total
-    engine.probe.ledger = ledger
-    steps, begin = engine.steps, time.perf_counter()
+    if engine is not None:
+        engine.probe.ledger = ledger
+    steps, begin = engine.steps if engine is not None else 0, time.perf_counter()
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its progress lines are not for the person at the terminal
-    cuda = any(p.device.type == "cuda" for p in model.parameters())
+    cuda = any(p.device.type == "cuda" for p in root.parameters())
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     try:
@@ -74,7 +72,14 @@ def measure(model: nn.Module) -> Iterator[Measurement]:
         ) as profiler:
             yield result
     finally:
-        engine.probe.ledger = None
+        if engine is not None:
+            engine.probe.ledger = None
+    first_call, engine = engine is None, engine_of(root)
+    if engine is None:
+        raise RuntimeError(
+            "dspass.measure watched a model that did not run under torch.compile(model, backend='deepspeed'): run a step of "
+            "the compiled model inside of it."
+        )
     result.seconds = time.perf_counter() - begin
     result.steps = engine.steps - steps
     if cuda:
@@ -82,7 +87,10 @@ def measure(model: nn.Module) -> Iterator[Measurement]:
     else:
         result.points = _combine(ledger, result.start_bytes, _allocations(profiler))
         result.peak_bytes = max((p.total for p in result.points), default=result.start_bytes)
-    engine.measurement = result
+    if first_call:
+        engine.first_call_peak_bytes = result.peak_bytes
+    else:
+        engine.measurement = result
 
 
 def _allocations(profiler: torch.profiler.profile) -> list[tuple[float, int]]:

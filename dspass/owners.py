@@ -97,21 +97,42 @@ def shard_states(optimizer: torch.optim.Optimizer) -> None:
 
 
 def exchange(heap: Heap, replaced: dict[int, tuple[nn.Parameter, nn.Parameter, Any]]) -> None:
-    """Let optimisers and plain lists hold the new parameters where they held the old ones.
+    """Let optimisers, plain lists and dictionaries hold the new parameters where they held the old ones.
 
     ``replaced`` maps the id of an old parameter to it, the new one, and a function that shards a state tensor alike.
     """
     for optimizer in heap.optimizers:
         for group in optimizer.param_groups:
-            if isinstance(group["params"], list):
-                group["params"][:] = [replaced[id(p)][1] if id(p) in replaced else p for p in group["params"]]
+            group["params"] = [replaced[id(p)][1] if id(p) in replaced else p for p in group["params"]]
         for old in [p for p in optimizer.state if id(p) in replaced]:
             _, new, shard_like = replaced[id(old)]
             state = optimizer.state.pop(old)
             optimizer.state[new] = {k: shard_like(v) if _is_of_a_parameter(k, v, old) else v for k, v in state.items()}
     olds = [old for old, _, _ in replaced.values()]
     for holder in gc.get_referrers(*olds):
-        if type(holder) is list and holder is not olds:
-            for i, value in enumerate(holder):
-                if id(value) in replaced and isinstance(value, nn.Parameter):
-                    holder[i] = replaced[id(value)][1]
+        if type(holder) not in (list, dict) or holder is olds:
+            continue
+        for key, value in list(holder.items() if type(holder) is dict else enumerate(holder)):
+            if id(value) in replaced and isinstance(value, nn.Parameter):
+                holder[key] = replaced[id(value)][1]
+
+
+def refuse_stale(heap: Heap, params: Iterable[torch.Tensor]) -> None:
+    """Raise ``RuntimeError`` where an optimiser holds ``params`` in a way that :func:`exchange` cannot mend."""
+    ids = {id(p) for p in params}
+    for optimizer in heap.optimizers:
+        for name, value in optimizer.__dict__.items():
+            if name not in ("param_groups", "state") and _holds_fast(value, ids):
+                raise RuntimeError(
+                    f"{type(optimizer).__name__}.{name} holds parameters in a form that cannot be exchanged (a tuple, a set or "
+                    "a dictionary's keys), so it would go on with the whole ones that are about to be divided: build the "
+                    "optimizer after the model's first forward, or call dspass.shard(model, config) before you build it."
+                )
+
+
+def _holds_fast(value: Any, ids: set[int], depth: int = 4) -> bool:
+    if depth == 0 or not isinstance(value, (list, dict, tuple, set, frozenset)):
+        return False
+    inside = [*value, *value.values()] if isinstance(value, dict) else list(value)
+    fixed = list(value) if not isinstance(value, list) else []  # of a dictionary: its keys
+    return any(id(v) in ids for v in fixed) or any(_holds_fast(v, ids, depth - 1) for v in inside)

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from dspass import steps
 from dspass.config import Config, ConfigError
 from dspass.engines import adopt, engine_of, new_engine
-from dspass.owners import Heap, exchange, unwrap
+from dspass.owners import Heap, exchange, refuse_stale, unwrap
 from dspass.runtime import compat
 from dspass.runtime.axis import Axis
 from dspass.runtime.engine import Engine
@@ -103,8 +103,7 @@ def refuse_wrapped(model: nn.Module) -> None:
 _WRAPPERS = {
     "torch.nn.parallel.distributed.DistributedDataParallel": "DistributedDataParallel",
     "torch.distributed.fsdp.fully_sharded_data_parallel": "FullyShardedDataParallel",
-    "fully_shard._fully_shard.FSDPModule": "FSDP2 (fully_shard)",
-    "_fully_shard._fully_shard.FSDPModule": "FSDP2 (fully_shard)",
+    "FSDPModule": "FSDP2 (fully_shard)",  # under torch.distributed, in another module from version to version
     "deepspeed.runtime.engine.DeepSpeedEngine": "DeepSpeed",
     "torch.nn.parallel.data_parallel.DataParallel": "DataParallel",
 }
@@ -168,6 +167,7 @@ def place(
     device: torch.device | str | None = None,
 ) -> dict[int, ParamSpec]:
     """Replace ``params`` (name to parameter) by DTensors wherever they are held. Answers id of the old to its spec."""
+    refuse_stale(heap, params.values())
     shard_axis, replicate_axis = axes_of(mesh)
     replaced: dict[int, tuple[nn.Parameter, nn.Parameter, Any]] = {}
     specs: dict[int, ParamSpec] = {}
@@ -315,7 +315,13 @@ def agree(root: nn.Module | None, config: Config, mesh: DeviceMesh | None, input
         "torch": torch.__version__,
     }
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
+    try:
+        dist.all_gather_object(everyone, mine)
+    except RuntimeError as error:  # the group's time-out, or a connection that closed
+        raise RuntimeError(
+            "not every rank reached the first call of its compiled model, where all of them agree on what to do: look for a "
+            "rank that stopped before it with an error of its own, or that calls a model which is not compiled."
+        ) from error
     for rank, other in enumerate(everyone):
         if other == everyone[0]:
             continue

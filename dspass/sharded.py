@@ -43,6 +43,8 @@ def sharded_class(cls: type[nn.Module], names: frozenset[str]) -> type[nn.Module
         "__reduce_ex__": _refuse_pickle,
         "_dspass_base": cls,
     }
+    if issubclass(cls, nn.RNNBase):
+        body["_flat_weights"] = property(_flat_weights, lambda self, value: None)
     return type(cls.__name__, (cls,), body)
 
 
@@ -62,11 +64,17 @@ def _getter(name: str) -> Any:
     # A closure: with a default argument Dynamo fails.
     def get(self: nn.Module) -> Any:
         param = self._parameters[name]
-        if param is not None and (torch.compiler.is_compiling() or compat.in_compiled_call()):
+        # torch.func.functional_call puts plain tensors here for the length of a call.
+        if isinstance(param, DTensor) and (torch.compiler.is_compiling() or compat.in_compiled_call()):
             return torch.ops.dspass.unshard(param.to_local(), self._dspass_keys[name])
         return param
 
     return get
+
+
+def _flat_weights(self: Any) -> list[Any]:
+    """A recurrent layer keeps a list of its own of its parameters, and its forward reads nothing else."""
+    return [getattr(self, name, None) for name in self._flat_weights_names]
 
 
 def _setter(name: str) -> Any:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch.distributed as dist
+
+#: What a fake process group, in which nothing is sent, stands for: the transport whose buffers are modelled.
+MODELLED: ContextVar[str] = ContextVar("modelled back end", default="modelled nccl")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -23,13 +27,14 @@ class Axis:
 
     @classmethod
     def of(cls, name: str, group: dist.ProcessGroup) -> Axis:
+        backend = str(dist.get_backend(group))
         return cls(
             name=name,
             group=group,
             size=dist.get_world_size(group),
             rank=dist.get_rank(group),
             ranks=tuple(dist.get_process_group_ranks(group)),
-            backend=str(dist.get_backend(group)),
+            backend=MODELLED.get() if backend == "fake" else backend,
         )
 
     def rows(self, total: int, rank: int | None = None) -> tuple[int, int]:

@@ -62,6 +62,7 @@ class Engine:
     compilations: list[Any] = field(default_factory=list)
     probe: Probe = field(default_factory=Probe)
     measurement: Any = None
+    first_call_peak_bytes: int | None = None
     config: Any = None
     steps: int = 0
     step_seconds: float | None = None

@@ -7,6 +7,7 @@ of the bytes, so a step under a fake mode yields the timeline of a real one, by 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 import weakref
@@ -120,6 +121,15 @@ class Ledger:
             self.note(in_flight() if callable(in_flight) else value, categories.get(name))
         self._default = "temporary"
         self._point()
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Enter what any operator makes inside, for code that runs eagerly; nothing where the ledger does not watch."""
+        if not self.watches:
+            yield
+            return
+        with _Watch(self):
+            yield
 
 
 class _Watch(TorchDispatchMode):

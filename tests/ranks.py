@@ -1,8 +1,8 @@
 """Real ranks for tests: worker processes over gloo that are kept from test to test.
 
 ``run(n, function, *args)`` calls an importable function on ``n`` ranks and answers their results, rank 0 first. Importing
-torch costs seconds a process, so a world of each size is started once and reused; one in which a rank failed, died or did
-not answer in time is killed, never reused. No rank outlives pytest.
+torch costs seconds a process, so a world of each size is started once and reused; one in which a rank failed, died, did
+not answer in time or gave up its process group is killed, never reused. No rank outlives pytest.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ def _worker(rank: int, size: int, port: int, pipe: Connection) -> None:
             return
         function, args, kwargs = task
         try:
-            pipe.send((True, function(*args, **kwargs)))
+            pipe.send((True, function(*args, **kwargs), dist.is_initialized()))
         except BaseException:
-            pipe.send((False, traceback.format_exc()))
+            pipe.send((False, traceback.format_exc(), False))
         torch._dynamo.reset()
         gc.collect()
 
@@ -79,7 +79,7 @@ class World:
     def call(self, function: Callable[..., Any], args: Any, kwargs: Any, timeout: float) -> list[Any]:
         for pipe in self.pipes:
             pipe.send((function, args, kwargs))
-        results: dict[int, tuple[bool, Any]] = {}
+        results: dict[int, tuple[bool, Any, bool]] = {}
         deadline = time.monotonic() + timeout
         failed_at = None
         while len(results) < len(self.pipes):
@@ -95,18 +95,21 @@ class World:
                 try:
                     results[rank] = pipe.recv()  # type: ignore[union-attr]
                 except EOFError:
-                    results[rank] = (False, f"the process of rank {rank} died")
+                    results[rank] = (False, f"the process of rank {rank} died", False)
                 if not results[rank][0] and failed_at is None:
                     failed_at = time.monotonic()
-        bad = {r: text for r, (good, text) in results.items() if not good}
+        bad = {r: text for r, (good, text, _) in results.items() if not good}
         missing = [r for r in range(len(self.pipes)) if r not in results]
         if bad or missing:
             self.kill()
             said = "\n".join(f"--- rank {r}\n{text}" for r, text in sorted(bad.items()))
             raise RankError((f"ranks {missing} did not answer within {timeout} s\n" if missing else "") + said)
+        if not all(grouped for _, _, grouped in results.values()):  # a script that ends as scripts do
+            self.kill()
         return [results[r][1] for r in range(len(self.pipes))]
 
     def kill(self) -> None:
+        _worlds.pop(len(self.pipes), None)
         for process in self.processes:
             process.kill()
         for process in self.processes:
@@ -123,17 +126,12 @@ def run(size: int, function: Callable[..., Any], *args: Any, timeout: float = 24
     """Call ``function(*args, **kwargs)`` on ``size`` ranks; raises :class:`RankError` with every rank's traceback."""
     if size not in _worlds:  # an idle world takes memory and no time
         _worlds[size] = World(size)
-    world = _worlds[size]
-    try:
-        return world.call(function, args, kwargs, timeout)
-    except RankError:
-        _worlds.pop(size, None)
-        raise
+    return _worlds[size].call(function, args, kwargs, timeout)
 
 
 def close_all() -> None:
     while _worlds:
-        _worlds.popitem()[1].kill()
+        next(iter(_worlds.values())).kill()
 
 
 atexit.register(close_all)

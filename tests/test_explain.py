@@ -14,6 +14,7 @@ import torch
 import dspass
 from examples.gpt import GPT, GPTConfig
 from tests.ranks import run
+from tests.training import without_inductor
 
 CONFIG = GPTConfig(context=64, layers=3, heads=4, width=128)
 
@@ -64,7 +65,9 @@ def _measured(name: str, stage: int) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad()
 
-    for _ in range(3):
+    with dspass.measure(model):
+        step()
+    for _ in range(2):
         step()
     with dspass.measure(model) as measurement:
         for _ in range(3):
@@ -72,6 +75,7 @@ def _measured(name: str, stage: int) -> dict[str, Any]:
     report = dspass.explain(model)
     return {
         "peak": report.memory.peak_bytes,
+        "first": report.memory.first_call_peak_bytes,
         "traffic": [(t.kind, t.direction, t.calls, t.bytes) for t in report.traffic],
         "gathered": max(p.bytes["gathered"] for p in report.memory.timeline),
         "steps": measurement.steps,
@@ -90,6 +94,8 @@ def test_predicted_is_measured(name: str, stage: int) -> None:
     for one in measured:
         assert one["steps"] == 3
         assert abs(predicted.memory.peak_bytes / one["peak"] - 1) < 0.05
+        assert predicted.memory.first_call_peak_bytes is not None
+        assert abs(predicted.memory.first_call_peak_bytes / one["first"] - 1) < 0.05
         assert [(t.kind, t.direction, t.calls, t.bytes) for t in predicted.traffic] == one["traffic"]
         assert one["step_seconds"] > 0
     assert predicted.step_seconds is not None
@@ -138,6 +144,33 @@ def test_many_ranks_of_a_gpu_without_either() -> None:
     assert report.memory.by_category["optimizer"] > 0
     assert {t.kind for t in report.traffic} == {"all-gather", "reduce-scatter", "all-reduce"}
     assert not torch.distributed.is_initialized()
+
+
+HYBRID = {"zero_optimization": {"stage": 3, "mics_shard_size": 2}}
+
+
+@without_inductor
+def _hybrid_traffic() -> Any:
+    model, args, _ = gpt()
+    compiled = torch.compile(model, backend="deepspeed", options=HYBRID)
+    optimizer = torch.optim.AdamW(compiled.parameters())
+    for _ in range(2):
+        compiled(*args).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return _traffic(dspass.explain(model))
+
+
+def _traffic(report: dspass.Report) -> Any:
+    return sorted((t.kind, t.direction, t.group, t.group_size, t.calls, t.bytes) for t in report.traffic)
+
+
+def test_hybrid_sharding_is_predicted() -> None:
+    model, args, _ = gpt()
+    predicted = _traffic(dspass.explain(model, *args, config=HYBRID, world_size=4))
+    assert {group for _, _, group, _, _, _ in predicted} == {"shard", "replicate"}
+    torch._dynamo.reset()
+    assert run(4, _hybrid_traffic) == [predicted] * 4
 
 
 def test_a_saved_report_reads_back(tmp_path: Path) -> None:

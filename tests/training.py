@@ -7,7 +7,6 @@ that nothing has to be sent and a rank that differs fails by itself.
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
@@ -119,7 +118,8 @@ def train(
     rank, ranks = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
     reference = build()
-    model = copy.deepcopy(reference)
+    torch.manual_seed(0)
+    model = build()  # no copy: some modules refuse that
     plain = list(model.parameters())  # a person's own list, from before anything was sharded
     ours = optimizer(model.parameters()) if optimizer_when == "before compile" else None
     theirs = optimizer(reference.parameters())
