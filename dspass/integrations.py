@@ -24,7 +24,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -193,7 +193,7 @@ class ShardedAccelerator(_Accelerator):
 
     def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2) -> torch.Tensor:
         """As Accelerate's, with the norm of the whole model as a plain tensor, on every rank."""
-        norm = super().clip_grad_norm_(parameters, max_norm, norm_type)
+        norm: Any = super().clip_grad_norm_(parameters, max_norm, cast(Any, norm_type))  # typed as an integer there
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def get_state_dict(self, model: nn.Module, unwrap: bool = True) -> dict[str, Any]:
@@ -275,23 +275,25 @@ class ShardedTrainer(_Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the whole model, so that ``from_pretrained`` reads it. Every rank has to call it; rank 0 writes."""
-        state = full_state_dict(self.model)
+        state = full_state_dict(cast(nn.Module, self.model))
         if self.args.should_save:
             self._save(output_dir, state_dict=state)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        save_optimizers(self.model, [self.optimizer], Path(output_dir) / OPTIMIZER_FOLDER)
+        save_optimizers(cast(nn.Module, self.model), [cast(Any, self.optimizer)], Path(output_dir) / OPTIMIZER_FOLDER)
         if self.args.should_save:
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / _scheduler_file())
+            torch.save(cast(Any, self.lr_scheduler).state_dict(), Path(output_dir) / _scheduler_file())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or not (Path(checkpoint) / OPTIMIZER_FOLDER).is_dir():
             super()._load_optimizer_and_scheduler(checkpoint)  # whole states are sharded before the next step
             return
-        load_optimizers(self.model, [self.optimizer], Path(checkpoint) / OPTIMIZER_FOLDER)
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / _scheduler_file(), weights_only=True))
+        load_optimizers(cast(nn.Module, self.model), [cast(Any, self.optimizer)], Path(checkpoint) / OPTIMIZER_FOLDER)
+        cast(Any, self.lr_scheduler).load_state_dict(
+            torch.load(Path(checkpoint) / _scheduler_file(), weights_only=True)
+        )
 
 
 def _scheduler_file() -> str:

@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -95,7 +96,7 @@ def measure(model: nn.Module) -> Iterator[Measurement]:
 
 def _allocations(profiler: torch.profiler.profile) -> list[tuple[float, int]]:
     """Time in seconds since the epoch and signed bytes of each event of the CPU allocator."""
-    events = profiler.profiler.kineto_results.events()
+    events = cast(Any, profiler.profiler).kineto_results.events()
     found = [
         (e.start_ns() / 1e9, e.nbytes()) for e in events if e.name() == "[memory]" and e.device_type().name == "CPU"
     ]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -45,7 +45,7 @@ def sharded_class(cls: type[nn.Module], names: frozenset[str]) -> type[nn.Module
     }
     if issubclass(cls, nn.RNNBase):
         body["_flat_weights"] = property(_flat_weights, lambda self, value: None)
-    return type(cls.__name__, (cls,), body)
+    return cast(type[nn.Module], type(cls.__name__, (cls,), body))
 
 
 def attach(module: nn.Module, specs: Mapping[str, ParamSpec]) -> None:
@@ -62,7 +62,7 @@ def attach(module: nn.Module, specs: Mapping[str, ParamSpec]) -> None:
 
 def _getter(name: str) -> Any:
     # A closure: with a default argument Dynamo fails.
-    def get(self: nn.Module) -> Any:
+    def get(self: Any) -> Any:
         param = self._parameters[name]
         # torch.func.functional_call puts plain tensors here for the length of a call.
         if isinstance(param, DTensor) and (torch.compiler.is_compiling() or compat.in_compiled_call()):

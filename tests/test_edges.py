@@ -226,7 +226,11 @@ def test_a_configuration_from_the_environment_and_a_report_at_the_end(tmp_path: 
     assert done.returncode == 0, done.stderr
     saved = dspass.explain(report)
     assert saved.config["zero_optimization"]["stage"] == 1
-    assert {t.kind for t in saved.traffic} == {"all-gather", "reduce-scatter", "all-reduce"}  # the last: a 0-dim parameter's
+    assert {t.kind for t in saved.traffic} == {
+        "all-gather",
+        "reduce-scatter",
+        "all-reduce",
+    }  # the last: a 0-dim parameter's
 
 
 def test_max_live_parameters_is_a_limit() -> None:

@@ -95,7 +95,8 @@ def test_predicted_is_measured(name: str, stage: int) -> None:
         assert one["steps"] == 3
         assert abs(predicted.memory.peak_bytes / one["peak"] - 1) < 0.05
         assert predicted.memory.first_call_peak_bytes is not None
-        assert abs(predicted.memory.first_call_peak_bytes / one["first"] - 1) < 0.05
+        # Where it shards, the first call runs eagerly: what an eager kernel allocates inside of itself is not seen.
+        assert 0.9 < predicted.memory.first_call_peak_bytes / one["first"] < 1.01
         assert [(t.kind, t.direction, t.calls, t.bytes) for t in predicted.traffic] == one["traffic"]
         assert one["step_seconds"] > 0
     assert predicted.step_seconds is not None
