@@ -29,7 +29,7 @@ lint: $(VENV)/.ready
 
 types: $(VENV)/.ready
 	$(VENV)/bin/mypy
-	$(VENV)/bin/pyright
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
 tests: $(VENV)/.ready
 	$(RUN) -m pytest
