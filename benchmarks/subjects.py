@@ -33,11 +33,13 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
 
 
-def _dspass(stage: int) -> Callable[[nn.Module, str], Training]:
+def _dspass(stage: int, *passes: str) -> Callable[[nn.Module, str], Training]:
     def wrap(model: nn.Module, device: str) -> Training:
         import dspass  # noqa: F401  (registers the backend from a checkout)
 
-        options = {"zero_optimization": {"stage": stage}}
+        options: dict[str, Any] = {"zero_optimization": {"stage": stage}}
+        if passes:
+            options["dspass"] = {"passes": list(passes)}
         return Training(torch.compile(model, backend="deepspeed", options=options), model, adamw(model))
 
     return wrap
@@ -160,6 +162,11 @@ SUBJECTS: dict[str, Subject] = {
         )
         for stage in range(4)
     },
+    "dspass-3-mkl": Subject(
+        _dspass(3, "...", "-onednn_products"),
+        'as dspass-3, with "dspass": {"passes": ["...", "-onednn_products"]}: products by MKL, as the peers have them',
+        usual=False,
+    ),
     "fsdp2-a2a": Subject(_fsdp2(False, True), f"{_FSDP2}; eager{_A2A}", usual=False),
     "fsdp2-compile-a2a": Subject(
         _fsdp2(True, True), f"block.compile(fullgraph=True), then {_FSDP2}{_A2A}", usual=False

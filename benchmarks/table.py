@@ -24,6 +24,7 @@ SHARDED_PEERS = (
 )
 PEERS = {
     "dspass-3": SHARDED_PEERS,
+    "dspass-3-mkl": ("dspass-3", "fsdp2", "fsdp2-compile"),
     "dspass-0": ("ddp-inductor",),
     "dspass-1": ("ddp-inductor", "fsdp2", "fsdp2-compile"),
     "dspass-2": ("ddp-inductor", "fsdp2", "fsdp2-compile"),

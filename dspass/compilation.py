@@ -52,7 +52,8 @@ def compile_graph(
 
     def prepare(graph: fx.GraphModule, where: str) -> fx.GraphModule:
         before = print_graph(graph.graph)
-        graph = run_passes(graph, passes, PassContext(graph=done.name, where=where), record)  # type: ignore[arg-type]
+        context = PassContext(graph=done.name, where=where, target=engine.target)  # type: ignore[arg-type]
+        graph = run_passes(graph, passes, context, record)
         done.texts[where] = (before, print_graph(graph.graph))
         done.graphs[where] = graph
         return graph

@@ -169,6 +169,7 @@ def _predicted(
         fake.train(train)
         batch, named = _fake_inputs(args, mode), _fake_inputs(kwargs, mode)
         engine = new_engine(fake, config)
+        engine.target = device
         small = sum(p.numel() for p in model.parameters()) <= GENERATE_UP_TO
         engine.compiler = InductorSimulator() if on_cpu and small else GraphSimulator()
         if not (on_cpu and small):

@@ -34,10 +34,14 @@ class PassError(RuntimeError):
 
 @dataclass(kw_only=True)
 class PassContext:
-    """What a pass may know: where in the step its graph stands, and what it wants to tell the report."""
+    """What a pass may know: where in the step its graph stands, and what it wants to tell the report.
+
+    ``target`` is the kind of device that a prediction is for; None where a graph runs on the devices of its own tensors.
+    """
 
     graph: str = "graph 0"
     where: Where = "forward"
+    target: str | None = None
     said: list[str] = field(default_factory=list)
 
     def say(self, text: str) -> None:

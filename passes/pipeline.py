@@ -6,6 +6,7 @@ from dspass.passes.base import Pass
 from dspass.passes.bucket_gathers import BucketGathers
 from dspass.passes.bucket_reductions import BucketReductions
 from dspass.passes.expose_parameters import ExposeParameters
+from dspass.passes.onednn_products import OnednnProducts
 from dspass.passes.prefetch_gathers import PrefetchGathers
 from dspass.passes.release_gathered import ReleaseGathered
 from dspass.passes.zero_gather import ZeroGather
@@ -19,4 +20,5 @@ DEFAULT: tuple[type[Pass], ...] = (
     PrefetchGathers,  # and started early
     ZeroReduce,  # gradients averaged as they are complete
     BucketReductions,  # joined into buckets
+    OnednnProducts,  # the faster library on a CPU
 )

@@ -201,6 +201,15 @@ def _reinterpret(base: torch.Tensor, size: Any, stride: Any, offset: int = 0) ->
     return torch.as_strided(base, size, stride, base.storage_offset() + offset)
 
 
+def has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """``x @ weight.T + bias`` by oneDNN; ``weight`` may have any strides."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
 def placeholder_source(node: fx.Node) -> str | None:
     """Where Dynamo got a graph input from, such as ``L['self']._modules['0']._parameters['weight']``."""
     argument = node.meta.get("grapharg")

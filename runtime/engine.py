@@ -59,6 +59,8 @@ class Engine:
     deferred: bool = False
     #: What the compiler keeps with the model: its segments and a record of each graph. The runtime reads neither.
     compiler: Any = None
+    #: The kind of device that a prediction is for; None where the model runs on the devices of its own tensors.
+    target: str | None = None
     compilations: list[Any] = field(default_factory=list)
     probe: Probe = field(default_factory=Probe)
     measurement: Any = None

@@ -30,10 +30,12 @@ from dspass.passes.nodes import (
     reduce_wait,
     wait_of,
 )
+from dspass.passes.onednn_products import OnednnProducts
 from dspass.passes.prefetch_gathers import PrefetchGathers
 from dspass.passes.release_gathered import ReleaseGathered
 from dspass.passes.zero_gather import ZeroGather
 from dspass.passes.zero_reduce import ZeroReduce
+from dspass.runtime.linear import LINEAR
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,4 +313,31 @@ class GradientsExchanged(BucketReductions):
                     place = graph.find_nodes(op="output")[0]
                     place.args = ([other if a is item else item if a is other else a for a in place.args[0]],)
                     return graph
+        return graph
+
+
+@dataclass(frozen=True, kw_only=True)
+class BiasForgotten(OnednnProducts):
+    """A product with a bias becomes one without."""
+
+    def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
+        graph = super().run(graph, ctx)
+        for node in calls(graph, LINEAR):
+            node.args = (*node.args[:2], None)
+        return graph
+
+
+@dataclass(frozen=True, kw_only=True)
+class NotTransposed(OnednnProducts):
+    """A square matrix goes in as it is, where the operator wants it transposed."""
+
+    def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
+        graph = super().run(graph, ctx)
+        for node in calls(graph, LINEAR):
+            x, weight, bias = node.args
+            if weight.meta["val"].shape[0] == weight.meta["val"].shape[1]:
+                with graph.inserting_before(node):
+                    turned = graph.call_function(torch.ops.aten.permute.default, (weight, [1, 0]))
+                turned.meta["val"] = weight.meta["val"].t()
+                node.args = (x, turned, bias)
         return graph

@@ -100,8 +100,8 @@ class MadeOfParameters(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.left = nn.ParameterList(torch.randn(4, 4) for _ in range(4))
-        self.right = nn.ParameterList(torch.randn(4, 4) for _ in range(4))
+        self.left = nn.ParameterList(torch.randn(4, 4) / 2 for _ in range(4))
+        self.right = nn.ParameterList(torch.randn(4, 4) / 2 for _ in range(4))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for left, right in zip(self.left, self.right, strict=True):

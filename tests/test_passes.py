@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.fx as fx
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from dspass.config import Config, ConfigError
 from dspass.passes.base import Pass, PassContext, PassError, PassResult, Where, check_order, run_passes
@@ -24,6 +25,7 @@ from dspass.passes.bucket_gathers import BucketGathers
 from dspass.passes.bucket_reductions import BucketReductions
 from dspass.passes.expose_parameters import ExposeParameters
 from dspass.passes.nodes import calls, gather_start, reduce_start, reduce_wait, wait_of
+from dspass.passes.onednn_products import OnednnProducts
 from dspass.passes.partition import save_shards
 from dspass.passes.pipeline import DEFAULT
 from dspass.passes.prefetch_gathers import PrefetchGathers
@@ -32,6 +34,7 @@ from dspass.passes.text import print_graph
 from dspass.passes.zero_gather import ZeroGather
 from dspass.passes.zero_reduce import ZeroReduce
 from dspass.pipeline import build
+from dspass.runtime import linear
 from dspass.runtime.engine import Engine
 from tests import graphs
 from tests.graphs import TOYS, Toy, capture, check_step, copy_graph, inputs_of, options, saved_of, simulate
@@ -43,7 +46,8 @@ _captured = functools.cache(capture)
 
 def toy_of(name: str, world: int = 2, bucket_bytes: int = 256) -> Toy:
     """Captured once. Buckets hold about two of the toys' weights unless said otherwise: there are several."""
-    return replace(_captured(name, world), config=Config.load(options(bucket_bytes=bucket_bytes)))
+    passes = ["...", {"name": "onednn_products", "min_operations": 0}]
+    return replace(_captured(name, world), config=Config.load(options(bucket_bytes=bucket_bytes, passes=passes)))
 
 
 def around(toy: Toy, cls: type[Pass], where: Where) -> tuple[fx.Graph, Pass]:
@@ -115,6 +119,11 @@ CASES: dict[type[Pass], Case] = {
     ),
     ZeroReduce: Case(golden=(("tied", "backward"),), declines=("mlp", "forward", "no gradient of a parameter here")),
     BucketReductions: Case(golden=(("mlp", "backward"),), declines=("mlp", "forward", "no reductions here")),
+    OnednnProducts: Case(
+        golden=(("mlp", "forward"), ("mlp", "backward")),
+        declines=("mlp", "forward", "0 of 4 products by oneDNN"),
+        options={"min_operations": 10**7},
+    ),
 }
 
 PASSES = pytest.mark.parametrize("cls", DEFAULT, ids=lambda cls: cls.name)
@@ -378,6 +387,54 @@ def test_no_overlap_is_a_working_configuration() -> None:
     config["zero_optimization"]["overlap_comm"] = False
     toy = replace(toy_of("mlp"), config=Config.load(config))
     graphs.check_numbers(toy, graphs.run_pipeline(toy))
+
+
+@pytest.mark.parametrize("target", [None, "cpu", "h100"])
+def test_products_of_a_prediction_for_another_device_stay(target: str | None) -> None:
+    graph, item = around(toy_of("mlp"), OnednnProducts, "forward")
+    after = item.run(copy_graph(graph), PassContext(target=target))
+    assert len(calls(after, linear.LINEAR)) == (0 if target == "h100" else 4)
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "options", "taken"),
+    [
+        (torch.empty(8, 4), torch.empty(4, 6), {}, True),
+        (torch.empty(8, 4), torch.empty(6, 4).t(), {}, True),
+        (torch.empty(4, 8).t(), torch.empty(4, 6), {}, False),  # oneDNN would copy it
+        (torch.empty(8, 4, dtype=torch.bfloat16), torch.empty(4, 6, dtype=torch.bfloat16), {}, False),
+        (torch.empty(8, 4, device="meta"), torch.empty(4, 6, device="meta"), {}, False),
+        (torch.empty(8, 4), torch.empty(4, 6), {"min_operations": 2 * 8 * 4 * 6}, True),
+        (torch.empty(8, 4), torch.empty(4, 6), {"min_operations": 2 * 8 * 4 * 6 + 1}, False),
+    ],
+)
+def test_which_products_are_taken(
+    left: torch.Tensor, right: torch.Tensor, options: dict[str, int], taken: bool
+) -> None:
+    graph = fx.Graph()
+    nodes = [graph.placeholder("left"), graph.placeholder("right")]
+    nodes.append(graph.call_function(torch.ops.aten.mm.default, tuple(nodes)))
+    for node, value in zip(nodes, (left, right, left @ right), strict=True):
+        node.meta["val"] = value
+    graph.output((nodes[-1],))
+    OnednnProducts(**{"min_operations": 0, **options}).run(graph, PassContext())
+    assert len(calls(graph, linear.LINEAR)) == taken
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(("rows", "inner", "columns"), [(64, 40, 24), (1, 7, 3), (5, 1, 1), (0, 4, 4)])
+def test_the_product_operator(rows: int, inner: int, columns: int, turned: bool, bias: bool) -> None:
+    x, weight = torch.randn(rows, inner), torch.randn(inner, columns).t() if turned else torch.randn(columns, inner)
+    arguments = (x, weight, torch.randn(columns) if bias else None)
+    torch.testing.assert_close(linear.LINEAR(*arguments), torch.nn.functional.linear(*arguments))
+    torch.library.opcheck(linear.LINEAR, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_operations_of_a_product_are_counted() -> None:
+    with FlopCounterMode(display=False) as counter:
+        linear.LINEAR(torch.randn(8, 4), torch.randn(6, 4), None)
+    assert counter.get_total_flops() == 2 * 8 * 4 * 6
 
 
 def test_a_gradient_that_is_used_in_the_graph_travels_alone() -> None:
