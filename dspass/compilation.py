@@ -16,6 +16,7 @@ from dspass.lowering.segments import SegmentCompiler, lower, shared_order
 from dspass.passes.base import Pass, PassContext, PassResult, run_passes
 from dspass.passes.partition import partition
 from dspass.passes.text import print_graph
+from dspass.planning import planned
 from dspass.runtime import compat
 from dspass.runtime.engine import Engine
 from dspass.runtime.program import Program
@@ -31,6 +32,7 @@ class Compilation:
     graphs: dict[str, fx.GraphModule] = field(default_factory=dict)
     programs: dict[str, Program] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    plan: str | None = None
 
 
 def compile_graph(
@@ -68,13 +70,23 @@ def compile_graph(
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         joint = compat.joint_graph_passes(joint, patches)
         joint = prepare(joint, "joint")
-        forward, backward = partition(
-            joint,
-            joint_inputs,
-            num_fwd_outputs,
-            static_lifetime_input_indices or (),
-            recompute_pointwise=engine.stage == 3,
-        )
+        free = static_lifetime_input_indices or ()
+        if config.dspass.memory_budget is not None:
+            forward, backward, done.plan = planned(
+                joint,
+                joint_inputs,
+                num_fwd_outputs,
+                free,
+                engine,
+                config.dspass.memory_budget,
+                passes,
+                done.name,
+                patches,
+            )
+        else:
+            forward, backward = partition(
+                joint, joint_inputs, num_fwd_outputs, free, recompute_pointwise=engine.stage == 3
+            )
         return prepare(forward, "forward"), prepare(backward, "backward")
 
     def lowered(where: str, is_backward: bool, is_inference: bool) -> Callable[..., Any]:

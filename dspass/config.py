@@ -234,6 +234,10 @@ KEYS: tuple[Key, ...] = (
     _act("dspass.bucket_bytes", "bucket_bytes", "bytes", None, "bytes",
          "Upper limit of one bucket of any collective. KB, MB, GB are powers of 1000; KiB, MiB, GiB of 1024. "
          "Absent: as many whole blocks as an eighth of the model, one at least, of 12 to 512 MB.", low=1),
+    _act("dspass.memory_budget", "memory_budget", "bytes", None, "bytes",
+         "Most bytes of tensors that one rank holds at any time of a training step: what is saved for the backward and what is "
+         "computed again is planned for it, and a budget that cannot be met is refused with the smallest that can. Absent: "
+         "Inductor's own choice.", low=1),
     _act("dspass.fallback_random", "fallback_random", "flag", False, "",
          "Draw random numbers as eager torch does, so that dropout equals an uncompiled run's (slower)."),
     _act("dspass.segment_cache", "segment_cache", "flag", True, "",
@@ -607,6 +611,8 @@ class DspassConfig:
     """The passes in order; None is the default list."""
     bucket_bytes: int | None = None
     """Bytes that one bucket of a collective aims at; None is the planner's choice."""
+    memory_budget: int | None = None
+    """Most bytes of tensors on one rank; None plans nothing."""
     fallback_random: bool = False
     """Draw random numbers as eager torch does."""
     segment_cache: bool = True

@@ -13,6 +13,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import copy
+import dataclasses
 import os
 import platform
 import sys
@@ -26,6 +27,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from dspass.compilation import inductor_settings
 from dspass.config import Config
 from dspass.engines import engine_of, new_engine
 from dspass.lowering.simulate import GraphSimulator, InductorSimulator
@@ -157,8 +159,11 @@ def _predicted(
     train: bool,
 ) -> Report:
     if budget is not None:
-        raise ValueError(
-            "memory_budget is the planner's, and this version has none yet: read report.memory.peak_bytes instead."
+        config = dataclasses.replace(
+            config,
+            dspass=dataclasses.replace(
+                config.dspass, memory_budget=Config.load({"dspass": {"memory_budget": budget}}).dspass.memory_budget
+            ),
         )
     began = time.perf_counter()
     notes = []
@@ -170,8 +175,9 @@ def _predicted(
         batch, named = _fake_inputs(args, mode), _fake_inputs(kwargs, mode)
         engine = new_engine(fake, config)
         engine.target = device
+        engine.supposed_optimizer = OPTIMIZERS[optimizer] if train else (0, 0)
         small = sum(p.numel() for p in model.parameters()) <= GENERATE_UP_TO
-        engine.compiler = InductorSimulator() if on_cpu and small else GraphSimulator()
+        engine.compiler = InductorSimulator(patches=inductor_settings(config)) if on_cpu and small else GraphSimulator()
         if not (on_cpu and small):
             notes.append(
                 "Temporaries inside of a segment are estimated from its graph: pointwise chains are taken as fused."
@@ -379,6 +385,7 @@ def _report(
     config: Config | None,
 ) -> Report:
     passes, graphs = [], []
+    notes = [*notes, *(f"Plan of {c.name}: {c.plan}." for c in engine.compilations if c.plan is not None)]
     for compilation in engine.compilations:
         passes += [
             PassRecord(

@@ -7,7 +7,7 @@ is made anew in the backward graph from the shards, which are inputs of the step
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,16 +24,20 @@ def partition(
     free_inputs: Sequence[int] = (),
     *,
     recompute_pointwise: bool = False,
+    choose: Callable[[fx.Graph, Sequence[fx.Node], frozenset[fx.Node]], list[fx.Node]] | None = None,
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """Split ``joint``. The first ``num_fwd_outputs`` outputs are the forward's own; ``free_inputs`` cost nothing to save."""
+    """Split ``joint``. The first ``num_fwd_outputs`` outputs are the forward's own; ``free_inputs`` cost nothing to save.
+
+    ``choose``, the planner's, says which nodes are saved in place of Inductor's min-cut.
+    """
     placeholders = joint.graph.find_nodes(op="placeholder")
     exposed = [i for i, node in enumerate(placeholders) if GATHERED in node.meta]
     forward, backward = compat.min_cut_partition(
-        joint, inputs, num_fwd_outputs, sorted({*free_inputs, *exposed}), recompute_pointwise
+        joint, inputs, num_fwd_outputs, sorted({*free_inputs, *exposed}), recompute_pointwise, choose
     )
     compat.fill_values(forward.graph)
     saved = forward.graph.find_nodes(op="output")[0].args[0][num_fwd_outputs:]
-    for value, placeholder in zip(saved, _received(backward.graph, saved), strict=True):
+    for value, placeholder in zip(saved, received_by(backward.graph, saved), strict=True):
         if "val" not in placeholder.meta:
             placeholder.meta["val"] = value.meta["val"]
     compat.fill_values(backward.graph)
@@ -53,7 +57,7 @@ def order_saved(forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int) -> 
     outputs = list(output.args[0])
     saved = outputs[num_fwd_outputs:]
     said = list(output.meta.get("desc") or [None] * len(outputs))[num_fwd_outputs:]
-    received = _received(backward, saved)
+    received = received_by(backward, saved)
 
     def rank(i: int) -> int:
         if isinstance(saved[i].meta.get("val"), torch.Tensor):
@@ -77,7 +81,7 @@ def save_shards(forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int) -> 
     output = forward.find_nodes(op="output")[0]
     outputs = list(output.args[0])
     said = list(output.meta.get("desc") or [None] * len(outputs))
-    saved, received = outputs[num_fwd_outputs:], _received(backward, outputs[num_fwd_outputs:])
+    saved, received = outputs[num_fwd_outputs:], received_by(backward, outputs[num_fwd_outputs:])
     inputs = {node.name: node for node in forward.find_nodes(op="placeholder")}
 
     kept: list[tuple[fx.Node, fx.Node]] = []
@@ -140,7 +144,7 @@ def save_shards(forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int) -> 
     forward.eliminate_dead_code()
 
 
-def _received(backward: fx.Graph, saved: Sequence[Any]) -> list[fx.Node]:
+def received_by(backward: fx.Graph, saved: Sequence[Any]) -> list[fx.Node]:
     """The backward graph's placeholders of ``saved``: its symbolic sizes come first there, and last in the forward's."""
     placeholders = backward.find_nodes(op="placeholder")[: len(saved)]
     sizes = sum(_is_size(value) for value in saved)

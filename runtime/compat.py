@@ -104,18 +104,31 @@ def min_cut_partition(
     num_fwd_outputs: int,
     free_inputs: Sequence[int],
     recompute_pointwise: bool = False,
+    choose: Callable[[fx.Graph, Sequence[fx.Node], frozenset[fx.Node]], list[fx.Node]] | None = None,
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
     """Split a joint graph by min-cut; ``free_inputs`` are the indices of placeholders that cost nothing to save.
+
+    ``choose`` answers the nodes to save in place of Inductor's min-cut. It is given the joint graph as it will be split, the
+    nodes in order that do not depend on the gradients that come in, and those placeholders that cost nothing.
 
     ``recompute_pointwise`` also recomputes a value that the backward graph has to write to memory again, such as the
     activation function in front of a matrix product.
     """
-    from torch._functorch import config
+    from torch._functorch import config, partitioners
     from torch._functorch.partitioners import min_cut_rematerialization_partition
 
-    with config.patch(
-        treat_parameters_as_free_to_save=True, ban_recompute_materialized_backward=not recompute_pointwise
-    ):
+    def chosen(graph: fx.Graph, info: Any, *_: Any, **__: Any) -> list[fx.Node]:
+        assert choose is not None
+        backward = getattr(info, "tangents_closure", info.required_bw_nodes)  # one set until torch 2.12
+        forward = [node for node in graph.nodes if node.op != "output" and node not in backward]
+        return choose(graph, forward, frozenset(info.static_lifetime_input_nodes))
+
+    ours = mock.patch.object(partitioners, "choose_saved_values_set", chosen) if choose else contextlib.nullcontext()
+    settings = {
+        "treat_parameters_as_free_to_save": True,
+        "ban_recompute_materialized_backward": not recompute_pointwise,
+    }
+    with config.patch(settings), ours:
         return min_cut_rematerialization_partition(
             joint,
             inputs,
@@ -229,6 +242,13 @@ def fake_mode() -> Iterator[Any]:
         yield mode
 
 
+def mode_of(values: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
+    """The fake mode of the fake tensors among ``values``."""
+    from torch._guards import detect_fake_mode
+
+    return detect_fake_mode(list(values)) or contextlib.nullcontext()
+
+
 def without_fake_mode() -> contextlib.AbstractContextManager[Any]:
     """Inside, tensors are real again: a device mesh computes with its own."""
     from torch._subclasses.fake_tensor import unset_fake_temporarily
@@ -241,6 +261,11 @@ def init_fake_group(size: int) -> None:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     torch.distributed.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
+
+
+def store() -> Any:
+    """The key-value store of the default process group: safe inside of a compilation, where a collective is not."""
+    return torch.distributed.distributed_c10d._get_default_store()
 
 
 def trace_artifact(name: str, text: Callable[[], str]) -> None:

@@ -54,11 +54,15 @@ class Engine:
     traffic: TrafficCounter = field(default_factory=TrafficCounter)
     no_sync_depth: int = 0
     started: bool = False
+    #: Holds buffers as ever and sends nothing: the planner runs a step on fake tensors through it.
+    dry: bool = False
     #: Stage 0: parameters may also be used in eager code, where no pass sees them (graph breaks, weights tied to a module
     #: outside of the compiled one), so all of ``.grad`` is averaged at the end of the backward, and nothing in the graph.
     deferred: bool = False
     #: What the compiler keeps with the model: its segments and a record of each graph. The runtime reads neither.
     compiler: Any = None
+    #: Names of an optimiser whose states a prediction supposes (``dspass.explain``); None where there is a real one.
+    supposed_optimizer: tuple[int, int] | None = None
     #: The kind of device that a prediction is for; None where the model runs on the devices of its own tensors.
     target: str | None = None
     compilations: list[Any] = field(default_factory=list)
@@ -107,7 +111,7 @@ class Engine:
                 ready.update({spec.key: shard for (spec, _), shard in zip(missing, sent, strict=True)})
                 missing = []
             else:
-                flight = transport_for(axis).all_gather(axis, sent, [spec.shape[0] for spec, _ in missing])
+                flight = transport_for(axis, self.dry).all_gather(axis, sent, [spec.shape[0] for spec, _ in missing])
                 cost = gather_cost([spec for spec, _ in missing], _direction())
                 counted = self.traffic.add(cost) if cost is not None else None
         return Gather(self, [s.key for s in specs], ready, missing, flight, counted)
@@ -139,7 +143,7 @@ class Engine:
             return Reduction(self, specs, totals, None, [], 1)
         counted = [self.traffic.add(cost) for cost in reduce_cost(specs)]
         axis, kind, _ = steps[0]
-        transport = transport_for(axis)
+        transport = transport_for(axis, self.dry)
         operation = transport.reduce_scatter if kind == "reduce-scatter" else transport.all_reduce
         return Reduction(self, specs, None, operation(axis, totals), counted, world, [a for a, _, _ in steps[1:]])
 
@@ -254,6 +258,12 @@ class Engine:
         if self.probe.ledger is not None:
             self.probe.ledger.mark("between steps", "forward")
 
+    def forget(self) -> None:
+        """Begin as an engine that has not run yet: no copies, no gradients, no counts, nobody who watches."""
+        self.traffic, self.probe = TrafficCounter(), Probe()
+        self._resident, self._waiting, self._local, self._averaged = {}, {}, set(), set()
+        self._run, self._calls, self._within_no_sync, self._last = -1, 0, False, True
+
     def resident_copies(self) -> list[torch.Tensor]:
         """Gathered copies that outlive their graph (stages 1 and 2)."""
         return [copy for _, copy in self._resident.values()]
@@ -337,7 +347,7 @@ class Reduction:
         summed = flight.wait()
         self._engine.traffic.exposed[self._counted[0]] += flight.exposed_seconds
         for axis, counted in zip(self._then, self._counted[1:], strict=True):
-            second = transport_for(axis).all_reduce(axis, summed)
+            second = transport_for(axis, self._engine.dry).all_reduce(axis, summed)
             summed = second.wait()
             self._engine.traffic.exposed[counted] += second.exposed_seconds
         torch._foreach_div_(summed, self._world)

@@ -70,14 +70,23 @@ class Transport(ABC):
         """The sum over ranks. Tensors of one call travel as one flat buffer, and the results are its views."""
         if len(tensors) == 1:
             flat = tensors[0].clone(memory_format=torch.contiguous_format)
-            return InFlight([dist.all_reduce(flat, group=axis.group, async_op=True)], [flat])
+            return InFlight([self._sum(flat, axis)], [flat])
         flat = torch.cat([t.reshape(-1) for t in tensors])
         parts = flat.split([t.numel() for t in tensors])
         results = [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
-        return InFlight([dist.all_reduce(flat, group=axis.group, async_op=True)], results)
+        return InFlight([self._sum(flat, axis)], results)
+
+    def _sum(self, flat: torch.Tensor, axis: Axis) -> Any:
+        return dist.all_reduce(flat, group=axis.group, async_op=True)
 
 
 class PointToPoint(Transport):
+    def _receive(self, buffer: torch.Tensor, axis: Axis, peer: int) -> Any:
+        return dist.irecv(buffer, axis.ranks[peer], axis.group)
+
+    def _send(self, tensor: torch.Tensor, axis: Axis, peer: int) -> Any:
+        return dist.isend(tensor, axis.ranks[peer], axis.group)
+
     def all_gather(self, axis: Axis, shards: Sequence[torch.Tensor], rows: Sequence[int]) -> InFlight:
         results, works, keep = [], [], []
         for shard, total in zip(shards, rows, strict=True):
@@ -90,10 +99,10 @@ class PointToPoint(Transport):
                 if peer == axis.rank:
                     full.narrow(0, start, count).copy_(shard)
                 elif count * full[:1].numel():
-                    works.append(dist.irecv(full.narrow(0, start, count), axis.ranks[peer], axis.group))
+                    works.append(self._receive(full.narrow(0, start, count), axis, peer))
         for shard in keep:
             if shard.numel():
-                works += [dist.isend(shard, axis.ranks[peer], axis.group) for peer in _others(axis)]
+                works += [self._send(shard, axis, peer) for peer in _others(axis)]
         return InFlight(works, results, keep=keep)
 
     def reduce_scatter(self, axis: Axis, full: Sequence[torch.Tensor]) -> InFlight:
@@ -108,8 +117,7 @@ class PointToPoint(Transport):
             results.append(result)
             if own.numel():
                 works += [
-                    dist.irecv(buffer, axis.ranks[peer], axis.group)
-                    for buffer, peer in zip(arriving, _others(axis), strict=True)
+                    self._receive(buffer, axis, peer) for buffer, peer in zip(arriving, _others(axis), strict=True)
                 ]
                 sums.append((result, own, arriving[1:]))
         for tensor in keep:
@@ -117,7 +125,7 @@ class PointToPoint(Transport):
                 start, count = axis.rows(tensor.shape[0], peer)
                 part = tensor.narrow(0, start, count)
                 if part.numel():
-                    works.append(dist.isend(part, axis.ranks[peer], axis.group))
+                    works.append(self._send(part, axis, peer))
 
         def finish() -> None:
             for result, own, others in sums:
@@ -165,8 +173,28 @@ class Coalesced(Transport):
         return [works]
 
 
-class Modelled(Coalesced):
-    """The buffers of :class:`Coalesced` and no communication: what a fake process group stands in for."""
+class _Done:
+    """The work of an operation that sends nothing."""
+
+    def wait(self) -> None:
+        pass
+
+
+class DryPointToPoint(PointToPoint):
+    """The buffers of :class:`PointToPoint` and no communication: a step on fake tensors."""
+
+    def _receive(self, buffer: torch.Tensor, axis: Axis, peer: int) -> Any:
+        return _Done()
+
+    def _send(self, tensor: torch.Tensor, axis: Axis, peer: int) -> Any:
+        return _Done()
+
+    def _sum(self, flat: torch.Tensor, axis: Axis) -> Any:
+        return _Done()
+
+
+class DryCoalesced(Coalesced):
+    """The buffers of :class:`Coalesced` and no communication: also what a fake process group stands in for."""
 
     def _launch(
         self,
@@ -177,11 +205,8 @@ class Modelled(Coalesced):
     ) -> list[Any]:
         return []
 
-    def all_reduce(self, axis: Axis, tensors: Sequence[torch.Tensor]) -> InFlight:
-        flat = torch.cat([t.reshape(-1) for t in tensors])
-        return InFlight(
-            [], [p.view(t.shape) for p, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)]
-        )
+    def _sum(self, flat: torch.Tensor, axis: Axis) -> Any:
+        return _Done()
 
 
 def _others(axis: Axis) -> list[int]:
@@ -197,7 +222,7 @@ def _pad_rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:
     return padded
 
 
-def transport_for(axis: Axis) -> Transport:
-    if axis.backend == "modelled nccl":
-        return Modelled()
-    return PointToPoint() if axis.backend == "gloo" else Coalesced()
+def transport_for(axis: Axis, dry: bool = False) -> Transport:
+    if axis.backend == "gloo":
+        return DryPointToPoint() if dry else PointToPoint()
+    return DryCoalesced() if dry or axis.backend == "modelled nccl" else Coalesced()

@@ -18,6 +18,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "runtime": ("dspass.runtime",),
     "passes": ("dspass.passes", "dspass.runtime"),
     "lowering": ("dspass.lowering", "dspass.passes", "dspass.runtime"),
+    "planner": ("dspass.planner", "dspass.lowering", "dspass.passes", "dspass.runtime"),
 }
 
 
@@ -63,19 +64,19 @@ def test_every_module_has_one_name() -> None:
     relative imports would hide which of the two it is."""
     wrong = [
         f"{path.relative_to(ROOT)}:{line} imports {name}"
-        for path in sources("dspass", "passes", "lowering", "runtime", "tests", "benchmarks", "examples")
+        for path in sources("dspass", "passes", "lowering", "planner", "runtime", "tests", "benchmarks", "examples")
         for line, name in imports(path)
-        if within(name, ("passes", "lowering", "runtime")) or name.startswith(".")
+        if within(name, ("passes", "lowering", "planner", "runtime")) or name.startswith(".")
     ]
     assert not wrong, "\n".join(wrong)
 
 
 def test_private_torch_stands_behind_one_door() -> None:
-    """Passes and lowering reach torch's private modules through ``dspass.runtime.compat`` only."""
+    """Passes, lowering and planner reach torch's private modules through ``dspass.runtime.compat`` only."""
     private = re.compile(r"torch\.(_inductor|_functorch|_dynamo|_logging|_subclasses)\b")
     wrong = [
         f"{path.relative_to(ROOT)}:{line} imports {name}"
-        for path in sources("passes", "lowering")
+        for path in sources("passes", "lowering", "planner")
         for line, name in imports(path)
         if private.match(name)
     ]

@@ -1,0 +1,101 @@
+"""The peak of one step of a graph, before it runs: the lowered programs on fake tensors, by the code that runs real ones.
+
+Segments allocate as :mod:`dspass.lowering.simulate` says, gathers and reductions as the runtime's own transports do, which
+send nothing for a dry engine, and the ledger counts. Dropped: adding up sizes from the graph. It would say a second time, and
+one day differently, what a bucket's buffers are, when a copy is dropped and what stays resident at stages 1 and 2.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from dspass.lowering.segments import lower
+from dspass.passes.partition import received_by
+from dspass.runtime import compat
+from dspass.runtime.engine import Engine
+from dspass.runtime.ledger import Ledger
+from dspass.runtime.program import Probe
+
+
+@dataclass(frozen=True)
+class State:
+    """Bytes that are there in every moment of the step, and those that the optimiser adds to them and to the gradients."""
+
+    parameters: int
+    states: int
+    optimizer_temporaries: int = 0
+
+    @property
+    def bytes(self) -> int:
+        return self.parameters + self.states
+
+
+def peak_of_step(
+    forward: fx.GraphModule,
+    backward: fx.GraphModule,
+    num_fwd_outputs: int,
+    engine: Engine,
+    state: State,
+    simulator: Callable[..., Any],
+) -> int:
+    """Bytes at the peak of forward, backward and optimiser together."""
+    values = [n.meta.get("val") for n in forward.graph.find_nodes(op="placeholder")]
+    ledger = Ledger(watches=True)
+    probe = Probe(ledger)
+    with _dry(engine), compat.mode_of(values):
+        programs = [
+            lower(_copy(gm), simulator, is_backward=is_backward, is_inference=False, probe=probe)
+            for gm, is_backward in ((forward, False), (backward, True))
+        ]
+        inputs = [_fresh(v) for v in values]
+        ledger.note(inputs, "parameters")
+        there = ledger.total  # shards and the batch
+        batch = max(there - state.parameters, 0)
+        outputs = programs[0](list(inputs))
+        saved = outputs[num_fwd_outputs:]
+        asked = forward.graph.find_nodes(op="output")[0].args[0][num_fwd_outputs:]
+        places = {node.name: value for node, value in zip(received_by(backward.graph, asked), saved, strict=True)}
+        kept = outputs[:num_fwd_outputs]
+        arguments = [
+            places.pop(n.name) if n.name in places else _fresh(n.meta.get("val"))
+            for n in backward.graph.find_nodes(op="placeholder")
+        ]
+        del outputs, saved, places
+        ledger.mark("backward", "backward")
+        gradients = programs[1](arguments)
+        end = ledger.total - there
+        del kept, gradients
+    graph = max(point.total for point in ledger.points) - there
+    return state.bytes + batch + max(graph, end + state.optimizer_temporaries)
+
+
+@contextlib.contextmanager
+def _dry(engine: Engine) -> Iterator[None]:
+    """In place of ``engine`` one without its state, that sends nothing and averages at once."""
+    dry = copy.copy(engine)
+    dry.forget()
+    dry.dry, dry.accumulation_steps, dry.no_sync_depth = True, 1, 0
+    for spec in engine.specs.values():
+        spec.engine = dry
+    try:
+        yield
+    finally:
+        for spec in engine.specs.values():
+            spec.engine = engine
+
+
+def _copy(gm: fx.GraphModule) -> fx.GraphModule:
+    return fx.GraphModule(gm, copy.deepcopy(gm.graph))
+
+
+def _fresh(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)

@@ -1,0 +1,126 @@
+"""A joint graph as the solver sees it: what each value of the forward weighs, and what it costs to make it again."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch.utils.checkpoint import CheckpointPolicy
+
+from dspass.passes.cost import Device, fuses, is_view, kernel_seconds
+from dspass.passes.nodes import GATHERED
+from dspass.planner.mincut import Value
+
+#: How much dearer an early value is to save than a late one: equal layers then change sides one after another, the first first.
+#: What is computed again early in the forward is needed late in the backward, when other saved values are gone.
+EARLY = 0.02
+
+
+def values_of(
+    joint: fx.Graph,
+    forward: Sequence[fx.Node],
+    num_fwd_outputs: int,
+    free: frozenset[fx.Node],
+    on: Device,
+) -> tuple[list[Value], list[fx.Node]]:
+    """The values of ``forward``, the nodes in order that depend on no gradient, and these nodes.
+
+    The forward's own outputs do not need all of them: not a dropout's mask, which has to be saved all the same.
+
+    ``free`` are placeholders that take no memory to keep, such as parameters. A person's own wishes stand in the nodes:
+    ``torch.utils.checkpoint`` and its policies mark what must be saved and what must be computed again.
+    """
+    inside = set(forward)
+    number = {node: i for i, node in enumerate(forward)}
+    output = joint.find_nodes(op="output")[0]
+    gradients = {a for a in output.args[0][num_fwd_outputs:] if isinstance(a, fx.Node)}
+    found = []
+    for i, node in enumerate(forward):
+        needed = node in gradients or any(u.op != "output" and u not in inside for u in node.users)
+        wish = node.meta.get("recompute")
+        again = wish in (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)
+        # A tuple is never saved itself: what is taken from it decides.
+        recomputable = again or _is_tuple(node) or (wish is not CheckpointPolicy.MUST_SAVE and can_recompute(node))
+        size = _bytes(node)
+        found.append(
+            Value(
+                bytes=0 if node in free or GATHERED in node.meta else size,
+                seconds=seconds_again(node, on),
+                save_seconds=0.0 if node.op == "placeholder" else size / on.memory,  # the backward reads it
+                inputs=tuple(number[a] for a in node.all_input_nodes if a in number),
+                needed=needed,
+                savable=not recomputable or not (again or is_view(node) or _is_tuple(node)),
+                recomputable=recomputable,
+                weight=1 + EARLY * (1 - i / len(forward)),
+            )
+        )
+    return found, list(forward)
+
+
+def can_recompute(node: fx.Node) -> bool:
+    """Not an input, a random number (its state is not kept), something that writes, or a size known only at run time."""
+    if node.op != "call_function":
+        return False
+    if node.target is operator.getitem:
+        return can_recompute(node.args[0])
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or schema.is_mutable or getattr(node.target, "namespace", "") == "_c10d_functional":
+        return False
+    if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and _dropout(node) != 0:
+        return False
+    return all(isinstance(leaf, torch.Tensor) for leaf in _leaves(node.meta.get("val")))
+
+
+def _dropout(node: fx.Node) -> Any:
+    """The share that an attention drops; None for operators without that argument."""
+    for i, argument in enumerate(node.target._schema.arguments):
+        if argument.name == "dropout_p":
+            return node.args[i] if i < len(node.args) else node.kwargs.get("dropout_p", argument.default_value)
+    return None
+
+
+def seconds_again(node: fx.Node, on: Device) -> float:
+    """Seconds to compute a value from its inputs: a kernel of its own, or its part of a fused one, where inputs are at hand."""
+    if node.op != "call_function" or is_view(node) or node.target is operator.getitem:
+        return 0.0
+    if not fuses(node):
+        return kernel_seconds(node, node.all_input_nodes, on)
+    # A fused operator costs arithmetic; per element, a transcendental one about as much as moving it, others a fraction.
+    elements = max(_bytes(node), *(_bytes(a) for a in node.all_input_nodes), 0)
+    return elements / on.memory * (1.0 if _name(node) in _TRANSCENDENTAL else 0.1)
+
+
+_TRANSCENDENTAL = {
+    "erf",
+    "exp",
+    "exp2",
+    "expm1",
+    "log",
+    "log1p",
+    "tanh",
+    "sigmoid",
+    "sin",
+    "cos",
+    "pow",
+    "gelu",
+    "silu",
+}
+
+
+def _name(node: fx.Node) -> str:
+    return getattr(getattr(node.target, "overloadpacket", None), "__name__", "")
+
+
+def _is_tuple(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), (list, tuple))
+
+
+def _leaves(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _bytes(node: fx.Node) -> int:
+    return sum(v.numel() * v.element_size() for v in _leaves(node.meta.get("val")) if isinstance(v, torch.Tensor))
