@@ -20,7 +20,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(VENV)/.ready
-	OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --nproc_per_node 2 -m examples.train_gpt
+	OMP_NUM_THREADS=1 TORCH_CPP_LOG_LEVEL=ERROR $(VENV)/bin/torchrun --nproc_per_node 2 -m examples.train_gpt
 
 test: lint types tests
 

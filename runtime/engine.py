@@ -252,7 +252,8 @@ class Engine:
         self.traffic.end_step()
         self.steps += 1
         now = time.perf_counter()
-        if self._step_began is not None:
+        # A step that is watched takes longer: it counts only where no other is known.
+        if self._step_began is not None and (self.probe.ledger is None or self.step_seconds is None):
             self.step_seconds = now - self._step_began
         self._step_began = now
         if self.probe.ledger is not None:
