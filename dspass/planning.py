@@ -143,7 +143,12 @@ def state_of(engine: Engine) -> State:
         for found in gc.get_objects():
             if not issubclass(type(found), torch.optim.Optimizer):
                 continue
-            made = [t for p in trained for t in found.state.get(p, {}).values() if isinstance(t, torch.Tensor)]
+            made = [
+                t
+                for p in trained
+                for t in getattr(found, "state", {}).get(p, {}).values()
+                if isinstance(t, torch.Tensor)
+            ]
             if made:
                 return State(
                     sum(sizes.values()), sum(map(_local_bytes, made)), _temporaries(trained, sizes, temporaries)

@@ -1,3 +1,4 @@
+import gc
 import os
 
 import pytest
@@ -13,6 +14,10 @@ def _onednn_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     from dspass.runtime import compat, linear
 
     monkeypatch.setattr(linear, "pays", compat.has_onednn)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # all that was imported; see tests/ranks.py
 
 
 def pytest_sessionfinish() -> None:

@@ -60,6 +60,7 @@ def _worker(rank: int, size: int, port: int, pipe: Connection) -> None:
             pipe.send((False, traceback.format_exc(), False))
         torch._dynamo.reset()
         gc.collect()
+        gc.freeze()  # what is still there stays: tracing makes many objects, and each collection would look through all of it
 
 
 class World:

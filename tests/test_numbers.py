@@ -52,24 +52,23 @@ def test_dropout_through_inductor() -> None:
     trained(2, "dropout", zero(3, dspass={"fallback_random": True}), steps=5, random=True, inductor=True)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 3])
 def test_adamw(stage: int) -> None:
     trained(2, "gpt", zero(stage), optimizer=adamw)
 
 
-@pytest.mark.parametrize("calls", [2, 3])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(("stage", "calls"), [(0, 2), (1, 2), (1, 3), (2, 3), (3, 2)])
 def test_accumulation(stage: int, calls: int) -> None:
     trained(2, "mlp", zero(stage, gradient_accumulation_steps=calls), calls=calls, steps=4, clip=1.0)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 1, 3])
 def test_a_parameter_used_only_in_an_early_call_of_the_step(stage: int) -> None:
     trained(2, "branches", zero(stage, gradient_accumulation_steps=2), calls=2, steps=4, clip=1.0)
     trained(2, "branches", zero(stage), calls=2, steps=4, no_sync=True)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 1, 3])
 def test_several_forwards_before_one_backward(stage: int) -> None:
     trained(2, "mlp", zero(stage), calls=2, losses_per_backward=2, steps=4)
     trained(
@@ -77,7 +76,7 @@ def test_several_forwards_before_one_backward(stage: int) -> None:
     )  # backwards are counted, not forwards
 
 
-@pytest.mark.parametrize("stage", [0, 1, 3])
+@pytest.mark.parametrize("stage", [0, 3])
 def test_the_persons_loop_in_any_order(stage: int) -> None:
     config = zero(stage, gradient_clipping=0.5)
     trained(2, "mlp", config, steps=4, optimizer_when="before compile")
@@ -114,7 +113,7 @@ def evaluate(model: Any, batch: Any) -> None:
     assert first.item() == pytest.approx(second.item(), rel=1e-6) == pytest.approx(third.item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [1, 3])
 def test_evaluation_between_steps_and_before_the_first(stage: int) -> None:
     trained(2, "mlp", zero(stage), steps=4, between=evaluate)
 
@@ -291,7 +290,7 @@ def _two_models(stage: int) -> list[float]:
     return [worst, *apart]
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 3])
 def test_a_second_compiled_model(stage: int) -> None:
     for differences in run(2, _two_models, stage):
         assert max(differences) <= 1e-5
