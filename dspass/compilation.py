@@ -16,6 +16,7 @@ from dspass.lowering.segments import SegmentCompiler, lower, shared_order
 from dspass.passes.base import Pass, PassContext, PassResult, run_passes
 from dspass.passes.partition import partition
 from dspass.passes.text import print_graph
+from dspass.planner.plan import Plan
 from dspass.planning import planned
 from dspass.runtime import compat
 from dspass.runtime.engine import Engine
@@ -32,7 +33,7 @@ class Compilation:
     graphs: dict[str, fx.GraphModule] = field(default_factory=dict)
     programs: dict[str, Program] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
-    plan: str | None = None
+    plan: Plan | None = None
 
 
 def compile_graph(
@@ -71,17 +72,9 @@ def compile_graph(
         joint = compat.joint_graph_passes(joint, patches)
         joint = prepare(joint, "joint")
         free = static_lifetime_input_indices or ()
-        if config.dspass.memory_budget is not None:
+        if config.dspass.memory_budget is not None or config.dspass.plan is not None:
             forward, backward, done.plan = planned(
-                joint,
-                joint_inputs,
-                num_fwd_outputs,
-                free,
-                engine,
-                config.dspass.memory_budget,
-                passes,
-                done.name,
-                patches,
+                joint, joint_inputs, num_fwd_outputs, free, engine, config, passes, done.name, patches
             )
         else:
             forward, backward = partition(

@@ -238,6 +238,9 @@ KEYS: tuple[Key, ...] = (
          "Most bytes of tensors that one rank holds at any time of a training step: what is saved for the backward and what is "
          "computed again is planned for it, and a budget that cannot be met is refused with the smallest that can. Absent: "
          "Inductor's own choice.", low=1),
+    _act("dspass.plan", "plan", "text", None, "path",
+         "A .json file of plans: where it holds one for this model, ranks and shapes it is used, where it is not there it is "
+         "written, and one that was made for something else is refused with what differs.", local=True),
     _act("dspass.fallback_random", "fallback_random", "flag", False, "",
          "Draw random numbers as eager torch does, so that dropout equals an uncompiled run's (slower)."),
     _act("dspass.segment_cache", "segment_cache", "flag", True, "",
@@ -613,6 +616,8 @@ class DspassConfig:
     """Bytes that one bucket of a collective aims at; None is the planner's choice."""
     memory_budget: int | None = None
     """Most bytes of tensors on one rank; None plans nothing."""
+    plan: str | None = None
+    """Where plans are read from and written to; None keeps none."""
     fallback_random: bool = False
     """Draw random numbers as eager torch does."""
     segment_cache: bool = True
@@ -1035,6 +1040,8 @@ def _simple(*types: type) -> Callable[[Key, Any], Any]:
 def _text(key: Key, value: Any) -> str:
     if not isinstance(value, str):
         raise _wrong(key, value)
+    if key.field == "plan" and not value.endswith(".json"):
+        raise ConfigError(key.path, f"{_shown(value)} does not end in .json.", "Name a .json file.")
     if key.field == "report" and not value.endswith((".html", ".json")):
         raise ConfigError(key.path, f"{_shown(value)} ends neither in .html nor in .json.", "Choose one of them.")
     return value

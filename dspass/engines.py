@@ -6,6 +6,7 @@ The table is weak: an engine lives as long as its model. It is the one place whe
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import weakref
 from collections.abc import Iterator
 
@@ -31,8 +32,17 @@ def new_engine(root: nn.Module | None, config: Config) -> Engine:
     assert config.zero.stage is not None, "the stage is resolved before an engine is made"
     engine = Engine(stage=config.zero.stage, accumulation_steps=config.gradient_accumulation_steps, config=config)
     if root is not None:
+        engine.model = _described(root)
         adopt(root, engine)
     return engine
+
+
+def _described(root: nn.Module) -> str:
+    """A model's type and size, and a hash of its parameters' names and shapes: equal for equal models in other runs."""
+    shapes = [(name, tuple(p.shape)) for name, p in root.named_parameters()]
+    elements = sum(p.numel() for p in root.parameters())
+    known = hashlib.sha256(repr(shapes).encode()).hexdigest()[:8]
+    return f"{type(root).__name__} of {len(shapes)} parameters, {elements} elements ({known})"
 
 
 def adopt(root: nn.Module, engine: Engine) -> None:

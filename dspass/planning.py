@@ -21,14 +21,22 @@ import torch.distributed as dist
 import torch.fx as fx
 from torch.distributed.tensor import DTensor
 
+from dspass.config import Config
 from dspass.lowering.simulate import GraphSimulator, InductorSimulator
 from dspass.passes import cost
 from dspass.passes.base import Pass, PassContext, run_passes
+from dspass.passes.bucket_gathers import BucketGathers
+from dspass.passes.nodes import GATHERED
 from dspass.passes.partition import partition
-from dspass.planner.dry_run import State, peak_of_step
-from dspass.planner.plan import BudgetError, Planner
+from dspass.passes.text import print_value
+from dspass.planner.dry_run import Peak, State, peak_of_step
+from dspass.planner.plan import BudgetError, Chooser, Plan, Planner, Split, chooser
+from dspass.planner.saved import MadeFor, PlanError, PlanFile
+from dspass.planner.values import is_gathered
 from dspass.runtime import compat
 from dspass.runtime.engine import Engine
+from dspass.runtime.params import lookup
+from dspass.runtime.traffic import gather_cost, reduce_cost
 
 #: How long the other ranks wait for rank 0's plan.
 WAIT = timedelta(minutes=10)
@@ -47,26 +55,23 @@ def planned(
     num_fwd_outputs: int,
     free: Sequence[int],
     engine: Engine,
-    budget: int,
+    config: Config,
     passes: Sequence[Pass],
     name: str,
     patches: Mapping[str, Any],
-) -> tuple[fx.GraphModule, fx.GraphModule, str]:
-    """``joint`` split as the plan says, and the plan in words; raises :class:`BudgetError` on every rank."""
+) -> tuple[fx.GraphModule, fx.GraphModule, Plan]:
+    """``joint`` split as a plan says, and the plan: one that is read from ``dspass.plan``, or one made for
+    ``dspass.memory_budget``. Raises :class:`BudgetError` or :class:`PlanError` on every rank alike."""
 
-    def split(choose: Callable[..., list[fx.Node]]) -> tuple[fx.GraphModule, fx.GraphModule]:
+    def split(choose: Chooser) -> Split:
         fresh = fx.GraphModule(joint, copy.deepcopy(joint.graph))
         return partition(fresh, inputs, num_fwd_outputs, free, choose=choose)
 
-    def pipeline(forward: fx.GraphModule, backward: fx.GraphModule) -> tuple[fx.GraphModule, fx.GraphModule]:
+    def pipeline(forward: fx.GraphModule, backward: fx.GraphModule) -> Split:
         return (
             run_passes(forward, passes, PassContext(graph=name, where="forward", target=engine.target)),
             run_passes(backward, passes, PassContext(graph=name, where="backward", target=engine.target)),
         )
-
-    def peak(simulator: Any) -> Callable[[fx.GraphModule, fx.GraphModule], int]:
-        state = state_of(engine)
-        return lambda forward, backward: peak_of_step(forward, backward, num_fwd_outputs, engine, state, simulator)
 
     if any(_unknown(n.meta.get("val")) for n in joint.graph.nodes):
         raise BudgetError(
@@ -74,63 +79,109 @@ def planned(
             "with torch.compile(..., dynamic=False), or pad batches to one size.",
             0,
         )
-    shared = _Shared(joint.graph)
-    told = shared.read()
-    if told is None:
+    made_for = _made_for(joint.graph, engine, passes)
+    graphs: Split | None = None
+
+    def make() -> Plan:
+        nonlocal graphs
+        file = PlanFile(config.dspass.plan) if config.dspass.plan is not None else None
+        if file is not None and (read := file.find(made_for, config.dspass.memory_budget)) is not None:
+            return read
+        budget = config.dspass.memory_budget
+        assert budget is not None
         on_cpu = (engine.target or "cpu") == "cpu"
-        planner = Planner(
+        on = _CPU if on_cpu else cost.device(engine.target or "h100")
+        state = state_of(engine)
+        simulator = InductorSimulator(patches=patches) if on_cpu else GraphSimulator()
+
+        def run(forward: fx.GraphModule, backward: fx.GraphModule) -> Peak:
+            return peak_of_step(forward, backward, num_fwd_outputs, engine, state, simulator)
+
+        graphs, plan = Planner(
             budget=budget,
-            on=_CPU if on_cpu else cost.device(engine.target or "h100"),
+            on=on,
             num_fwd_outputs=num_fwd_outputs,
+            gathers=engine.stage == 3,
+            regather=_exposed_share(joint.graph, on) if engine.stage == 3 else 0.0,
             split=split,
             passes=pipeline,
-            rough=peak(GraphSimulator()),
-            exact=peak(InductorSimulator(patches=patches)) if on_cpu else None,
-        )
+            run=run,
+            seconds=lambda *graphs: sum(cost.estimate(gm.graph, on).seconds for gm in graphs),
+            bucket_bytes=next((p.bucket_bytes for p in passes if isinstance(p, BucketGathers)), None),
+        ).plan()
+        if file is not None and engine.target is None:  # not a prediction
+            file.add(made_for, plan)
+        return plan
+
+    plan = _shared(made_for, make)
+    forward, backward = graphs or split(chooser(plan.decision))
+    return forward, backward, plan
+
+
+def _exposed_share(joint: fx.Graph, on: cost.Device) -> float:
+    """The share of the backward's collectives that its compute, two thirds of the step's, does not hide."""
+    if not on.overlaps:
+        return 1.0
+    specs = [lookup(n.meta[GATHERED][0]) for n in joint.find_nodes(op="placeholder") if GATHERED in n.meta]
+    gathers = [gather_cost([spec], "backward") for spec in specs if is_gathered(spec)]
+    costs = [*(c for c in gathers if c is not None), *(c for s in specs if s.trains for c in reduce_cost([s]))]
+    sent = sum(c.bytes for c in costs) / on.link
+    return max(0.0, 1.0 - cost.estimate(joint, on).compute * 2 / 3 / sent) if sent else 0.0
+
+
+def _made_for(joint: fx.Graph, engine: Engine, passes: Sequence[Pass]) -> MadeFor:
+    placeholders = joint.find_nodes(op="placeholder")
+    nodes = " ".join(f"{n.name}={n.target}" for n in joint.nodes if n.op != "placeholder")
+    return MadeFor(
+        model=engine.model,
+        graph=hashlib.sha256(nodes.encode()).hexdigest()[:16],
+        inputs=tuple(print_value(n.meta["val"]) for n in placeholders if isinstance(n.meta.get("val"), torch.Tensor)),
+        ranks=dist.get_world_size() if dist.is_initialized() else 1,
+        stage=engine.stage,
+        device=engine.target or next((n.meta["val"].device.type for n in placeholders if _is_tensor(n)), "cpu"),
+        passes=tuple(map(str, passes)),
+        torch=torch.__version__.split("+")[0],
+    )
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def _shared(made_for: MadeFor, make: Callable[[], Plan]) -> Plan:
+    """Rank 0's plan, through the store of the process group; what it raises is raised on every rank."""
+    key = f"dspass/plan/{next(_plans)}"
+    ranks = dist.get_world_size() if dist.is_initialized() and dist.get_backend() != "fake" else 1
+    if ranks == 1:
+        return make()
+    store = compat.store()
+    if dist.get_rank() == 0:
         try:
-            (forward, backward), plan = planner.plan()
-        except BudgetError as error:
-            shared.write({"error": str(error), "smallest": error.smallest})
+            plan = make()
+        except (BudgetError, PlanError) as error:
+            told = {"error": str(error), "smallest": getattr(error, "smallest", None)}
+            store.set(key, json.dumps({"made_for": made_for.to_json(), **told}))
             raise
-        shared.write({"saved": plan.saved, "text": str(plan)})
-        return forward, backward, str(plan)
+        store.set(key, json.dumps({"made_for": made_for.to_json(), "plan": plan.to_json()}))
+        return plan
+    try:
+        store.wait([key], WAIT)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"rank 0 has made no plan for {key} in {WAIT}: it compiles another graph than rank {dist.get_rank()}, or "
+            "it failed; see what it said."
+        ) from error
+    told = json.loads(store.get(key))
     if "error" in told:
-        raise BudgetError(told["error"], told["smallest"])
-    saved = set(told["saved"])
-    forward, backward = split(lambda graph, nodes, free: [n for n in nodes if n.name in saved])
-    return forward, backward, told["text"]
-
-
-class _Shared:
-    """The plan of one graph in the process group's store."""
-
-    def __init__(self, graph: fx.Graph) -> None:
-        self.ranks = dist.get_world_size() if dist.is_initialized() and dist.get_backend() != "fake" else 1
-        self.key = f"dspass/plan/{next(_plans)}"
-        self.graph = hashlib.sha256(" ".join(f"{n.name}={n.target}" for n in graph.nodes).encode()).hexdigest()
-
-    def read(self) -> dict[str, Any] | None:
-        """Rank 0's plan, waited for; None on rank 0 itself."""
-        if self.ranks == 1 or dist.get_rank() == 0:
-            return None
-        store = compat.store()
-        try:
-            store.wait([self.key], WAIT)
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"rank 0 has made no plan for {self.key} in {WAIT}: it compiles another graph than rank {dist.get_rank()}, or "
-                "it failed; see what it said."
-            ) from error
-        told = json.loads(store.get(self.key))
-        if told["graph"] != self.graph:
-            raise RuntimeError(
-                f"rank {dist.get_rank()} compiles another graph as {self.key} than rank 0: all ranks must run one model."
-            )
-        return dict(told)
-
-    def write(self, plan: dict[str, Any]) -> None:
-        if self.ranks > 1:
-            compat.store().set(self.key, json.dumps({**plan, "graph": self.graph}))
+        raise PlanError(told["error"]) if told["smallest"] is None else BudgetError(told["error"], told["smallest"])
+    theirs = MadeFor.from_json(told["made_for"])
+    differences = made_for.differences(theirs, but=("inputs",))  # shards are uneven
+    if differences:
+        raise RuntimeError(
+            f"rank {dist.get_rank()} compiles another graph as {key} than rank 0: all ranks must run one model. "
+            + " ".join(differences)
+        )
+    return Plan.from_json(told["plan"])
 
 
 def state_of(engine: Engine) -> State:

@@ -150,6 +150,8 @@ def memory_categories(graph: fx.Graph, is_backward: bool) -> dict[str, str]:
             found[node.name] = "gradients"
         elif node.target is reduce_wait:
             found[node.name] = "gradients"
+        elif node.target is operator.getitem and found.get(node.args[0].name) == "gathered":
+            found[node.name] = "gathered"  # also a copy that is kept for the backward graph
         elif node.op == "output":
             kind = "gradients" if is_backward else "saved"
             found |= {n.name: kind for n in node.all_input_nodes if n.op != "placeholder" and n.name not in found}

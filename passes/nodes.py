@@ -18,6 +18,9 @@ REDUCE_GRAD = torch.ops.dspass.reduce_grad.default
 #: On a placeholder that stands for a whole parameter: its key and the name of the placeholder of its shard.
 GATHERED = "dspass_gathered"
 
+#: On such a placeholder of the joint graph: the planner has the forward hand the whole copy to the backward.
+KEPT = "dspass_kept"
+
 
 def calls(graph: fx.Graph, target: Any) -> list[fx.Node]:
     return graph.find_nodes(op="call_function", target=target)
@@ -92,6 +95,7 @@ def merge_pairs(graph: fx.Graph, starts: Sequence[fx.Node], begin: Any, end: Any
 
 __all__ = [
     "GATHERED",
+    "KEPT",
     "REDUCE_GRAD",
     "UNSHARD",
     "calls",

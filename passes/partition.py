@@ -2,7 +2,8 @@
 
 This is no pass: it makes two graphs of one. After :class:`ExposeParameters` the min-cut sees whole parameters as inputs,
 free to save. What it wants to save of them, the parameter itself or a view, a cast or any value made of parameters only,
-is made anew in the backward graph from the shards, which are inputs of the step and take no memory to keep.
+is made anew in the backward graph from the shards, which are inputs of the step and take no memory to keep. But where the
+planner keeps a whole copy, that is handed over, and the backward gathers it no more.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from dspass.passes.nodes import GATHERED, first_user, positions
+from dspass.passes.nodes import GATHERED, KEPT, first_user, positions
 from dspass.runtime import compat
 
 
@@ -28,7 +29,8 @@ def partition(
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
     """Split ``joint``. The first ``num_fwd_outputs`` outputs are the forward's own; ``free_inputs`` cost nothing to save.
 
-    ``choose``, the planner's, says which nodes are saved in place of Inductor's min-cut.
+    ``choose``, the planner's, says which nodes are saved in place of Inductor's min-cut, and marks whole parameters whose
+    copies are ``KEPT``.
     """
     placeholders = joint.graph.find_nodes(op="placeholder")
     exposed = [i for i, node in enumerate(placeholders) if GATHERED in node.meta]
@@ -77,17 +79,18 @@ def order_saved(forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int) -> 
 
 
 def save_shards(forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int) -> None:
-    """Hand shards, not whole parameters or what was made of them, from the forward to the backward graph."""
+    """Hand shards, not whole parameters or what was made of them, from the forward to the backward graph; whole ones where
+    they are ``KEPT``."""
     output = forward.find_nodes(op="output")[0]
     outputs = list(output.args[0])
     said = list(output.meta.get("desc") or [None] * len(outputs))
-    saved, received = outputs[num_fwd_outputs:], received_by(backward, outputs[num_fwd_outputs:])
+    saved, places = outputs[num_fwd_outputs:], received_by(backward, outputs[num_fwd_outputs:])
     inputs = {node.name: node for node in forward.find_nodes(op="placeholder")}
 
     kept: list[tuple[fx.Node, fx.Node]] = []
     kept_said: list[Any] = []
     remade: dict[fx.Node, fx.Node] = {}  # value in the forward graph -> placeholder in the backward graph
-    for value, placeholder, desc in zip(saved, received, said[num_fwd_outputs:], strict=True):
+    for value, placeholder, desc in zip(saved, places, said[num_fwd_outputs:], strict=True):
         if isinstance(value, fx.Node) and _made_of_parameters(value):
             remade[value] = placeholder
             said_of_tensor = desc
@@ -115,19 +118,23 @@ def save_shards(forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int) -> 
         for leaf in _leaves(value):
             if leaf in copies:
                 continue
-            local = inputs[leaf.meta[GATHERED][1]]
-            if local.name not in held:
+            key, local_name = leaf.meta[GATHERED]
+            given = leaf if KEPT in leaf.meta else inputs[local_name]
+            if given.name not in held:
                 with backward.inserting_before(anchor):
-                    shard = backward.placeholder(local.name)
-                shard.meta = dict(local.meta)
-                held[local.name] = shard
-                kept.insert(end, (local, shard))
+                    received = backward.placeholder(given.name)
+                received.meta = {k: v for k, v in given.meta.items() if k != GATHERED}
+                held[given.name] = received
+                kept.insert(end, (given, received))
                 kept_said.insert(end, said_of_tensor)
                 end += 1
+            if given is leaf:
+                copies[leaf] = held[given.name]
+                continue
             with backward.inserting_before(body):
                 whole = backward.placeholder(f"{leaf.name}_again")
             whole.meta = dict(leaf.meta)
-            whole.meta[GATHERED] = (leaf.meta[GATHERED][0], held[local.name].name)
+            whole.meta[GATHERED] = (key, held[local_name].name)
             copies[leaf] = whole
 
     # Right before the first use, in the order of these: at the top every parameter would be gathered there.

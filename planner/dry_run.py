@@ -37,6 +37,20 @@ class State:
         return self.parameters + self.states
 
 
+@dataclass(frozen=True)
+class Peak:
+    """Of one step: ``graph`` is what forward and backward add to ``base``, the bytes that are always there, and ``floor`` what
+    the optimiser adds to it after them."""
+
+    base: int
+    graph: int
+    floor: int
+
+    @property
+    def bytes(self) -> int:
+        return self.base + max(self.graph, self.floor)
+
+
 def peak_of_step(
     forward: fx.GraphModule,
     backward: fx.GraphModule,
@@ -44,14 +58,14 @@ def peak_of_step(
     engine: Engine,
     state: State,
     simulator: Callable[..., Any],
-) -> int:
-    """Bytes at the peak of forward, backward and optimiser together."""
+) -> Peak:
+    """The peak of forward, backward and optimiser together. Lowering may move views in the graphs."""
     values = [n.meta.get("val") for n in forward.graph.find_nodes(op="placeholder")]
     ledger = Ledger(watches=True)
     probe = Probe(ledger)
     with _dry(engine), compat.mode_of(values):
         programs = [
-            lower(_copy(gm), simulator, is_backward=is_backward, is_inference=False, probe=probe)
+            lower(gm, simulator, is_backward=is_backward, is_inference=False, probe=probe)
             for gm, is_backward in ((forward, False), (backward, True))
         ]
         inputs = [_fresh(v) for v in values]
@@ -73,7 +87,7 @@ def peak_of_step(
         end = ledger.total - there
         del kept, gradients
     graph = max(point.total for point in ledger.points) - there
-    return state.bytes + batch + max(graph, end + state.optimizer_temporaries)
+    return Peak(state.bytes + batch, graph, end + state.optimizer_temporaries)
 
 
 @contextlib.contextmanager
@@ -89,10 +103,6 @@ def _dry(engine: Engine) -> Iterator[None]:
     finally:
         for spec in engine.specs.values():
             spec.engine = engine
-
-
-def _copy(gm: fx.GraphModule) -> fx.GraphModule:
-    return fx.GraphModule(gm, copy.deepcopy(gm.graph))
 
 
 def _fresh(value: Any) -> Any:

@@ -17,6 +17,18 @@ lower convex hull of (bytes, seconds) over all choices, and :func:`hull` finds t
 neighbours cost the same (Eisner and Severance, 1976). Equal layers would change sides at one price; :attr:`Value.weight` sets
 them apart, so that a budget between the corners is used too.
 
+Most values of a real graph are decided without a cut, and :func:`contract` leaves them out, at any price by the first three
+rules, at one by the others:
+
+- a view costs nothing and is never saved: who reads it reads what it is made of;
+- what the backward reads is at hand whether it was saved or not, and so is what costs nothing to keep, such as an input of
+  the graph: (3) holds for them. Values part here into groups that have nothing to do with one another;
+- a value that one other reads, which is no larger, is never saved: saving the other one is at least as good. It is computed
+  together with it, as a chain of pointwise operators is;
+- where ``s + λ b <= t`` a value is not computed again: only (3) of its inputs hangs on it, and is relaxed;
+- where ``t <= s + λ b`` and all inputs are at hand, it is not saved; what the backward reads and is not saved makes its
+  inputs needed.
+
 :func:`exhaustive` tries all choices under a budget of bytes. It is the oracle of the tests, for up to some twenty values.
 
 Dropped: the cut that Inductor makes. It counts bytes only, so what is dear to compute again has to be banned beforehand by a
@@ -30,8 +42,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 
 import networkx as nx
 
@@ -85,17 +97,36 @@ class Choice:
 
 def solve(values: Sequence[Value], price: float) -> Choice:
     """The cheapest choice where a byte costs ``price`` seconds (equations 1 to 4)."""
+    return _solve(values, contract(_reachable(values)), price)
+
+
+def _solve(values: Sequence[Value], problem: Mapping[int, Value], price: float) -> Choice:
+    """``problem`` is the contraction of ``values`` at any price."""
+    left, before = problem, -1
+    saved: set[int] = set()
+    while len(left) != before:
+        previous, before = left, len(left)
+        left = contract(previous, price)
+        saved.update(i for i, value in previous.items() if i not in left and _is_saved(value, price))
+    together = nx.Graph()
+    together.add_nodes_from(left)
+    together.add_edges_from((i, u) for i, value in left.items() for u in value.inputs)
+    for group in nx.connected_components(together):
+        saved |= _cut({i: left[i] for i in group}, price)
+    return _completed(values, saved)
+
+
+def _cut(left: Mapping[int, Value], price: float) -> set[int]:
+    """Those of ``left`` that are saved."""
     graph = nx.DiGraph()
-    graph.add_node("source")
-    graph.add_node("sink")
-    reach = _reachable(values)
-    for i in reach:
-        value = values[i]
+    graph.add_nodes_from(["source", "sink"])
+    for i, value in left.items():
         y, x = 2 * i, 2 * i + 1
+        # Without a capacity an edge cannot be cut.
         if value.needed:
             graph.add_edge("source", y)
         if value.savable:
-            graph.add_edge(y, x, capacity=_whole(value.save_seconds + price * value.weight * value.bytes))
+            graph.add_edge(y, x, capacity=_whole(_save_cost(value, price)))
         else:
             graph.add_edge(y, x)
         if value.recomputable:
@@ -104,11 +135,75 @@ def solve(values: Sequence[Value], price: float) -> Choice:
             graph.add_edge(x, "sink")
         for u in value.inputs:
             graph.add_edge(x, 2 * u)
-    # Without a capacity an edge cannot be cut.
     _, (ones, _) = nx.minimum_cut(graph, "source", "sink", flow_func=nx.algorithms.flow.boykov_kolmogorov)
-    recomputed = frozenset(i for i in reach if 2 * i + 1 in ones)
-    saved = frozenset(i for i in reach if 2 * i in ones) - recomputed
-    return _tidy(values, saved, recomputed)
+    return {i for i in left if 2 * i in ones and 2 * i + 1 not in ones}
+
+
+def contract(values: Mapping[int, Value], price: float | None = None) -> dict[int, Value]:
+    """What is left to decide, at any price or at one, by index; the time of a value includes that of those computed with it.
+
+    ``values`` are in order. An optimum of what is left, with what :func:`_completed` adds, is one of all.
+    """
+    needed: set[int] = set()
+    for i, value in reversed(list(values.items())):
+        if value.needed or i in needed:
+            needed.add(i)
+            if not value.savable:
+                needed.update(value.inputs)
+    left: dict[int, Value] = {}
+    stands_for: dict[int, tuple[int, ...]] = {}  # what (3) asks for where a value is read; nothing of one at hand
+    for i, value in values.items():
+        inputs = tuple(dict.fromkeys(w for u in value.inputs for w in stands_for.get(u, ())))
+        value = replace(value, inputs=inputs if value.recomputable else (), needed=i in needed)
+        if price is not None and value.recomputable and value.savable:
+            cost = _save_cost(value, price)
+            if cost <= value.seconds:
+                value = replace(value, recomputable=False, inputs=())
+            elif not inputs:
+                value = replace(value, savable=False)
+        stands_for[i] = value.inputs if _is_view(value) else () if value.needed or _is_free(value) else (i,)
+        decided = not value.inputs and not (value.savable and value.recomputable)
+        if not (_is_view(value) or _is_free(value) or (value.needed and decided)):
+            left[i] = value
+    readers: dict[int, set[int]] = {i: set() for i in left}
+    for i, value in left.items():
+        for u in value.inputs:
+            readers[u].add(i)
+    for i in reversed(list(left)):  # the last first: a chain joins from its end
+        value = left[i]
+        if value.needed or len(readers[i]) != 1 or not value.recomputable:
+            continue
+        (r,) = readers[i]
+        reader = left[r]
+        smaller = (
+            reader.savable
+            and reader.weight * reader.bytes <= value.weight * value.bytes
+            and reader.save_seconds <= value.save_seconds
+        )
+        if value.savable and not smaller:
+            continue
+        joined = dict.fromkeys([*(u for u in reader.inputs if u != i), *value.inputs])
+        left[r] = replace(reader, seconds=reader.seconds + value.seconds, inputs=tuple(joined))
+        for u in value.inputs:
+            readers[u] = (readers[u] - {i}) | {r}
+        del left[i]
+    return left
+
+
+def _is_saved(value: Value, price: float) -> bool:
+    return value.savable and (not value.recomputable or _save_cost(value, price) <= value.seconds)
+
+
+def _save_cost(value: Value, price: float) -> float:
+    return value.save_seconds + price * value.weight * value.bytes
+
+
+def _is_view(value: Value) -> bool:
+    return not value.savable and value.seconds == 0.0
+
+
+def _is_free(value: Value) -> bool:
+    return value.savable and value.bytes == 0 and value.save_seconds == 0.0
 
 
 def _whole(seconds: float) -> int:
@@ -116,7 +211,7 @@ def _whole(seconds: float) -> int:
     return round(seconds * 1e12)
 
 
-def _reachable(values: Sequence[Value]) -> list[int]:
+def _reachable(values: Sequence[Value]) -> dict[int, Value]:
     """Values that the backward could need: those it reads, and what these could be computed from."""
     seen: set[int] = set()
     stack = [i for i, value in enumerate(values) if value.needed]
@@ -126,20 +221,25 @@ def _reachable(values: Sequence[Value]) -> list[int]:
             seen.add(i)
             if values[i].recomputable:
                 stack.extend(values[i].inputs)
-    return sorted(seen)
+    return {i: values[i] for i in sorted(seen)}
 
 
-def _tidy(values: Sequence[Value], saved: frozenset[int], recomputed: frozenset[int]) -> Choice:
-    """Only what is really needed: a cut may put a value of no bytes or no seconds on either side."""
-    needed: set[int] = set()
+def _completed(values: Sequence[Value], saved: Set[int]) -> Choice:
+    """All values of a choice, from those of ``saved`` among which there is one: what the backward needs, followed back to
+    what is saved or has to be."""
+    kept: set[int] = set()
+    again: set[int] = set()
     stack = [i for i, value in enumerate(values) if value.needed]
     while stack:
         i = stack.pop()
-        if i not in needed:
-            needed.add(i)
-            if i in recomputed:
-                stack.extend(values[i].inputs)
-    return Choice.of(values, saved & needed, recomputed & needed)
+        if i in kept or i in again:
+            continue
+        if i in saved or _is_free(values[i]) or not values[i].recomputable:
+            kept.add(i)
+        else:
+            again.add(i)
+            stack.extend(values[i].inputs)
+    return Choice.of(values, frozenset(kept), frozenset(again))
 
 
 def hull(values: Sequence[Value], most: int = 24) -> list[Choice]:
@@ -150,7 +250,8 @@ def hull(values: Sequence[Value], most: int = 24) -> list[Choice]:
     dearest = (
         1e6 * (sum(v.seconds for v in values) + 1.0) / max(min((v.bytes for v in values if v.bytes), default=1), 1)
     )
-    ends = [solve(values, 0.0), solve(values, dearest)]
+    problem = contract(_reachable(values))
+    ends = [_solve(values, problem, 0.0), _solve(values, problem, dearest)]
     found = {c.saved: c for c in ends}
     gaps = [(ends[0], ends[1])]
     while gaps and len(found) < most:
@@ -158,7 +259,8 @@ def hull(values: Sequence[Value], most: int = 24) -> list[Choice]:
         fast, small = gaps.pop()
         if fast.priced <= small.priced:
             continue
-        middle = solve(values, max(small.seconds - fast.seconds, 1e-15) / (fast.priced - small.priced))
+        price = max(small.seconds - fast.seconds, 1e-15) / (fast.priced - small.priced)
+        middle = _solve(values, problem, price)
         if middle.saved in found:
             continue
         found[middle.saved] = middle
@@ -175,7 +277,7 @@ def exhaustive(values: Sequence[Value], budget: int) -> Choice | None:
     for count in range(len(free) + 1):
         for kept in itertools.combinations(free, count):
             saved = fixed | frozenset(kept)
-            choice = _tidy(values, saved, frozenset(reach) - saved)
+            choice = _completed(values, saved)
             if choice.bytes <= budget and (best is None or (choice.seconds, choice.bytes) < (best.seconds, best.bytes)):
                 best = choice
     return best

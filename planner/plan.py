@@ -1,31 +1,52 @@
-"""The fastest step that fits: candidates from the solver, each measured by a dry run, the budget held by a closed loop.
+"""The fastest step that fits: choices from the solver, their peaks from a model, the budget held by dry runs.
 
-:func:`dspass.planner.mincut.hull` orders what could be saved from the fastest to the smallest. The peak of a candidate is not
-what it saves: computing again takes memory of its own, and the least saved is not the least peak. So a candidate is split,
-passed and lowered, and a step of it runs on fake tensors (:mod:`dspass.planner.dry_run`), first by a rough simulation of each
-segment. The one that is chosen runs once more with the code that Inductor would run; where that is larger, the difference is
-taken from the budget and the search goes on. Candidates and their order do not depend on the budget.
+:func:`dspass.planner.mincut.hull` orders what could be saved and kept from the fastest to the smallest. The peak of a choice
+is not what it saves: computing again takes memory of its own, and the least saved is not the least peak. So each choice has a
+peak by :class:`~dspass.planner.liveness.Liveness`, and the closed loop is (:meth:`Planner.plan`):
+
+1. the fastest choice and the one with the least peak are split, passed, lowered, and a step of them runs on fake tensors
+   (:mod:`dspass.planner.dry_run`). What the model missed there, it is taken to miss in between, in proportion to what is saved;
+2. of the choices whose corrected peak fits, or nearly (:data:`NEARLY`), the fastest is run in the same way, and is the plan if
+   that fits; else the next one is tried.
+
+Nothing in this depends on the budget but where it stops, so a larger budget never gives a slower plan.
+
+Dropped: to search by halving with a margin that grows with each miss. Its plan depended on the way to it: a larger budget
+could end at a slower plan.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Self
 
 import torch.fx as fx
 
 from dspass.passes.cost import Device
+from dspass.passes.nodes import GATHERED, KEPT
+from dspass.planner.dry_run import Peak
+from dspass.planner.liveness import Liveness
 from dspass.planner.mincut import Choice, hull
 from dspass.planner.values import values_of
 
 log = logging.getLogger(__name__)
 
 Split = tuple[fx.GraphModule, fx.GraphModule]
+Chooser = Callable[[fx.Graph, Sequence[fx.Node], frozenset[fx.Node]], list[fx.Node]]
+
+#: Share by which a corrected peak may exceed the budget and the choice is still run. Between the two that correct it, the model
+#: was off by less on GPT and Llama; more would only cost runs.
+NEARLY = 0.05
+
+#: Choices that are run when none fits by the model, before the budget is refused.
+_LAST_TRIES = 3
 
 
 class BudgetError(RuntimeError):
-    """No plan fits into the memory budget. ``smallest`` is the least peak of all candidates, in bytes."""
+    """No plan fits into the memory budget. ``smallest`` is the least peak of all choices, in bytes."""
 
     def __init__(self, message: str, smallest: int) -> None:
         super().__init__(message)
@@ -33,125 +54,201 @@ class BudgetError(RuntimeError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What was decided for one graph: names of saved values, what they and computing the others again cost, and the peak."""
+class Decision:
+    """What a choice says, by names of the joint graph's nodes: what is saved, what is computed again, and, of what is saved,
+    the whole parameters whose copies are kept from the forward to the backward."""
 
     saved: tuple[str, ...]
-    recomputed: tuple[str, ...]
-    saved_bytes: int
+    recomputed: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """A point of the frontier: peak and seconds of a step, and bytes from the forward to the backward. ``is_measured``: the
+    peak is a dry run's, not the corrected model's."""
+
+    peak: int
     seconds: float
+    saved_bytes: int
+    is_measured: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What was decided for one graph, and between what. ``seconds`` are the cost model's for the graph's forward and backward
+    with their collectives; ``frontier`` is ordered from the fastest to the smallest, and ``chosen`` its index."""
+
+    decision: Decision
+    saved_bytes: int
+    kept_bytes: int
+    seconds: float
+    again_seconds: float
     peak: int
     budget: int
+    frontier: tuple[Option, ...]
+    chosen: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, said: Mapping[str, Any]) -> Self:
+        """Raises ``KeyError`` or ``TypeError`` where ``said`` has another form."""
+        decision = Decision(**{k: tuple(v) for k, v in said["decision"].items()})
+        return cls(**{**said, "decision": decision, "frontier": tuple(Option(**o) for o in said["frontier"])})
 
     def __str__(self) -> str:
+        decision = self.decision
+        kept = f", {size_text(self.kept_bytes)} of gathered copies kept" if self.kept_bytes else ""
+        again = f", {len(decision.recomputed)} computed again in {self.again_seconds * 1e3:.3g} ms"
         return (
-            f"{size_text(self.saved_bytes)} saved in {len(self.saved)} values, {len(self.recomputed)} computed again "
-            f"(saving and computing again: {self.seconds * 1e3:.1f} ms by the cost model); peak {size_text(self.peak)} of "
-            f"{size_text(self.budget)}"
+            f"{size_text(self.saved_bytes - self.kept_bytes)} saved in {len(decision.saved)} values{again}{kept}; peak "
+            f"{size_text(self.peak)} of {size_text(self.budget)}"
         )
 
 
 @dataclass(kw_only=True)
 class Planner:
     """``split`` cuts the joint graph by a function that chooses what is saved, ``passes`` runs the pipeline on both halves,
-    ``rough`` and ``exact`` answer the peak of a step of them. Where there is no ``exact``, the rough peak is believed."""
+    ``run`` answers the peak of a step of them, which it may change, and ``seconds`` their time. ``gathers``: the backward
+    gathers anew what is not kept (ZeRO stage 3), and ``regather`` is the share of it that compute does not hide."""
 
     budget: int
     on: Device
     num_fwd_outputs: int
-    split: Callable[[Callable[..., list[fx.Node]]], Split]
+    gathers: bool
+    regather: float
+    split: Callable[[Chooser], Split]
     passes: Callable[[fx.GraphModule, fx.GraphModule], Split]
-    rough: Callable[[fx.GraphModule, fx.GraphModule], int]
-    exact: Callable[[fx.GraphModule, fx.GraphModule], int] | None
-    candidates: list[tuple[Choice, list[str]]] = field(default_factory=list)
-    _peaks: dict[int, int] = field(default_factory=dict)
-    _exact: dict[int, int] = field(default_factory=dict)
+    run: Callable[[fx.GraphModule, fx.GraphModule], Peak]
+    seconds: Callable[[fx.GraphModule, fx.GraphModule], float]
+    bucket_bytes: int | None = None
+    choices: list[Choice] = field(default_factory=list)
+    _nodes: list[str] = field(default_factory=list)
+    _whole: set[str] = field(default_factory=set)  # parameters whose copies may be kept
+    _kept_bytes: list[int] = field(default_factory=list)
+    _modelled: list[int] = field(default_factory=list)
+    _measured: dict[int, Peak] = field(default_factory=dict)
     _graphs: dict[int, Split] = field(default_factory=dict)
+    _base_seconds: float = 0.0
 
     def plan(self) -> tuple[Split, Plan]:
-        """The two graphs of the fastest candidate that fits; raises :class:`BudgetError` where none does."""
-        self._candidate(0)  # finds the others
-        best: int | None = None
-        tried: set[int] = set()
-        margin = 0
-        while True:
-            index = self._first(self.budget - margin, tried)
-            if index is None or (best is not None and index >= best):
-                break
-            tried.add(index)
-            exact = self._measured(index)
-            log.debug("candidate %d of %d: peak %d, budget %d", index, len(self.candidates), exact, self.budget)
-            if exact <= self.budget:
-                best = index
-            margin = exact - self._peak(index)  # the rough run was off by this much; the same is expected of the next
-        if best is None:
-            raise self._refusal()
-        choice, names = self.candidates[best]
-        made = Plan(
-            saved=tuple(names[i] for i in sorted(choice.saved)),
-            recomputed=tuple(names[i] for i in sorted(choice.recomputed)),
-            saved_bytes=choice.bytes,
-            seconds=choice.seconds,
-            peak=self._measured(best),
-            budget=self.budget,
+        """The two graphs of the fastest choice that fits, before the passes; raises :class:`BudgetError` where none does."""
+        self._graphs[0] = self.split(self._find)
+        graphs, peak = self._run(0)
+        if peak.bytes <= self.budget:
+            return graphs, self._made(0)
+        self._run(self._least)
+        for i in range(1, len(self.choices)):
+            if self._peak(i) <= self.budget * (1 + NEARLY):
+                graphs, peak = self._run(i)
+                log.debug("choice %d of %d: peak %d, budget %d", i, len(self.choices), peak.bytes, self.budget)
+                if peak.bytes <= self.budget:
+                    return graphs, self._made(i)
+        for i in sorted(range(len(self.choices)), key=self._peak)[:_LAST_TRIES]:
+            graphs, peak = self._run(i)
+            if peak.bytes <= self.budget:
+                return graphs, self._made(i)
+        raise self._refusal()
+
+    def decision(self, index: int) -> Decision:
+        choice = self.choices[index]
+        names = [self._nodes[i] for i in sorted(choice.saved)]
+        # A whole parameter is an input of the graph until gathers are placed: the partition is told that all are saved.
+        again = [self._nodes[i] for i in sorted(choice.recomputed)]
+        return Decision(
+            saved=(*names, *(n for n in again if n in self._whole)),
+            recomputed=tuple(n for n in again if n not in self._whole),
+            kept=tuple(n for n in names if n in self._whole),
         )
-        return self._candidate(best), made
 
-    def _first(self, budget: int, tried: set[int]) -> int | None:
-        """The first candidate, of those not ``tried``, whose rough peak fits; where none does, a few with the least one.
+    def _find(self, graph: fx.Graph, forward: Sequence[fx.Node], free: frozenset[fx.Node]) -> list[fx.Node]:
+        values, nodes = values_of(graph, forward, self.num_fwd_outputs, free, self.on, self.regather)
+        self.choices = hull(values)
+        self._nodes = [n.name for n in nodes]
+        self._whole = {n.name for n, v in zip(nodes, values, strict=True) if GATHERED in n.meta and v.bytes}
+        model = Liveness(
+            joint=graph,
+            forward=nodes,
+            num_fwd_outputs=self.num_fwd_outputs,
+            gathers=self.gathers,
+            bucket_bytes=self.bucket_bytes,
+        )
+        for choice in self.choices:
+            self._modelled.append(model.peak([nodes[i] for i in choice.saved]))
+            self._kept_bytes.append(sum(values[i].bytes for i in choice.saved if nodes[i].name in self._whole))
+        return chooser(self.decision(0))(graph, forward, free)
 
-        By halving, since peaks fall along the list; one by one where that finds none.
-        """
-        low, high = -1, len(self.candidates) - 1
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if self._peak(middle) <= budget else (middle, high)
-        found = next((i for i in range(high, len(self.candidates)) if i not in tried and self._peak(i) <= budget), None)
-        if found is not None:
-            return found
-        left = sorted((self._peak(i), i) for i in range(len(self.candidates)) if i not in tried)
-        if left and (left[0][0] <= budget or len(tried) < 4):
-            return left[0][1]
-        return None
+    def _run(self, index: int) -> tuple[Split, Peak]:
+        if index not in self._graphs:
+            self._graphs[index] = self.split(chooser(self.decision(index)))
+        graphs = self._graphs[index]
+        if index not in self._measured:
+            forward, backward = (fx.GraphModule(gm, copy.deepcopy(gm.graph)) for gm in graphs)
+            passed = self.passes(forward, backward)
+            if index == 0:
+                self._base_seconds = self.seconds(*passed) - self.choices[0].seconds
+            self._measured[index] = self.run(*passed)
+        return graphs, self._measured[index]
 
     def _peak(self, index: int) -> int:
-        if index not in self._peaks:
-            self._peaks[index] = self.rough(*self._passed(index))
-        return self._peaks[index]
+        """The measured peak, or the model's, corrected by what it missed where it was measured."""
+        if index in self._measured:
+            return self._measured[index].bytes
+        least = self._least if self._least in self._measured else 0
+        missed = [self._measured[i].graph - self._modelled[i] for i in (0, least)]
+        most, fewest = (self.choices[i].bytes for i in (0, least))
+        share = min((most - self.choices[index].bytes) / max(most - fewest, 1), 1.0)
+        graph = self._modelled[index] + round(missed[0] + (missed[1] - missed[0]) * share)
+        return replace(self._measured[0], graph=graph).bytes
 
-    def _measured(self, index: int) -> int:
-        if self.exact is None:
-            return self._peak(index)
-        if index not in self._exact:
-            self._exact[index] = self.exact(*self._passed(index))
-        return self._exact[index]
+    @property
+    def _least(self) -> int:
+        return min(range(len(self.choices)), key=self._modelled.__getitem__)
 
-    def _passed(self, index: int) -> Split:
-        if index not in self._graphs:
-            self._graphs[index] = self.passes(*self._candidate(index))
-        return self._graphs[index]
-
-    def _candidate(self, index: int) -> Split:
-        return self.split(lambda *args: self._choose(index, *args))
-
-    def _choose(
-        self, index: int, graph: fx.Graph, forward: Sequence[fx.Node], free: frozenset[fx.Node]
-    ) -> list[fx.Node]:
-        if not self.candidates:
-            values, nodes = values_of(graph, forward, self.num_fwd_outputs, free, self.on)
-            names = [n.name for n in nodes]
-            self.candidates = [(choice, names) for choice in hull(values)]
-        choice, names = self.candidates[index]
-        nodes_by_name = {n.name: n for n in forward}
-        return [nodes_by_name[names[i]] for i in sorted(choice.saved)]
+    def _made(self, index: int) -> Plan:
+        choice = self.choices[index]
+        return Plan(
+            decision=self.decision(index),
+            saved_bytes=choice.bytes,
+            kept_bytes=self._kept_bytes[index],
+            seconds=self._base_seconds + choice.seconds,
+            again_seconds=choice.seconds,
+            peak=self._measured[index].bytes,
+            budget=self.budget,
+            frontier=tuple(
+                Option(
+                    peak=self._peak(i),
+                    seconds=self._base_seconds + c.seconds,
+                    saved_bytes=c.bytes,
+                    is_measured=i in self._measured,
+                )
+                for i, c in enumerate(self.choices)
+            ),
+            chosen=index,
+        )
 
     def _refusal(self) -> BudgetError:
-        smallest = min(self._measured(i) for i in sorted(self._peaks, key=self._peaks.__getitem__)[:3])
+        smallest = min(peak.bytes for peak in self._measured.values())
         return BudgetError(
-            f"dspass.memory_budget of {size_text(self.budget)} is too small: the smallest plan of {len(self.candidates)} takes "
+            f"dspass.memory_budget of {size_text(self.budget)} is too small: the smallest plan of {len(self.choices)} takes "
             f"{size_text(smallest)} on each rank. Give that much, or use more ranks, a higher ZeRO stage or a smaller batch.",
             smallest,
         )
+
+
+def chooser(decision: Decision) -> Chooser:
+    """For the partition: what ``decision`` says of a joint graph's nodes."""
+    saved, kept = set(decision.saved), set(decision.kept)
+
+    def choose(graph: fx.Graph, forward: Sequence[fx.Node], free: frozenset[fx.Node]) -> list[fx.Node]:
+        for node in forward:
+            if node.name in kept:
+                node.meta[KEPT] = True
+        return [node for node in forward if node.name in saved]
+
+    return choose
 
 
 def size_text(count: float) -> str:

@@ -13,6 +13,8 @@ from torch.utils.checkpoint import CheckpointPolicy
 from dspass.passes.cost import Device, fuses, is_view, kernel_seconds
 from dspass.passes.nodes import GATHERED
 from dspass.planner.mincut import Value
+from dspass.runtime.params import ParamSpec, lookup
+from dspass.runtime.traffic import gather_cost
 
 #: How much dearer an early value is to save than a late one: equal layers then change sides one after another, the first first.
 #: What is computed again early in the forward is needed late in the backward, when other saved values are gone.
@@ -25,13 +27,17 @@ def values_of(
     num_fwd_outputs: int,
     free: frozenset[fx.Node],
     on: Device,
+    regather: float = 0.0,
 ) -> tuple[list[Value], list[fx.Node]]:
     """The values of ``forward``, the nodes in order that depend on no gradient, and these nodes.
 
     The forward's own outputs do not need all of them: not a dropout's mask, which has to be saved all the same.
 
-    ``free`` are placeholders that take no memory to keep, such as parameters. A person's own wishes stand in the nodes:
-    ``torch.utils.checkpoint`` and its policies mark what must be saved and what must be computed again.
+    ``free`` are placeholders that take no memory to keep, such as parameters. A whole parameter's copy is a value like any
+    other where the backward gathers it anew (ZeRO stage 3): kept it takes its bytes, dropped ``regather`` of the time of its
+    all-gather, the share that compute does not hide. With it everything between stages 2 and 3 can be chosen. A person's
+    own wishes stand in the nodes: ``torch.utils.checkpoint`` and its policies mark what must be saved and what must be
+    computed again.
     """
     inside = set(forward)
     number = {node: i for i, node in enumerate(forward)}
@@ -44,16 +50,17 @@ def values_of(
         again = wish in (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)
         # A tuple is never saved itself: what is taken from it decides.
         recomputable = again or _is_tuple(node) or (wish is not CheckpointPolicy.MUST_SAVE and can_recompute(node))
-        size = _bytes(node)
+        size = bytes_of(node)
+        gather = regather * _gather_seconds(node, on)
         found.append(
             Value(
-                bytes=0 if node in free or GATHERED in node.meta else size,
-                seconds=seconds_again(node, on),
+                bytes=0 if node in free and not gather else size,
+                seconds=gather or seconds_again(node, on),
                 save_seconds=0.0 if node.op == "placeholder" else size / on.memory,  # the backward reads it
                 inputs=tuple(number[a] for a in node.all_input_nodes if a in number),
                 needed=needed,
                 savable=not recomputable or not (again or is_view(node) or _is_tuple(node)),
-                recomputable=recomputable,
+                recomputable=recomputable or gather > 0,
                 weight=1 + EARLY * (1 - i / len(forward)),
             )
         )
@@ -89,7 +96,7 @@ def seconds_again(node: fx.Node, on: Device) -> float:
     if not fuses(node):
         return kernel_seconds(node, node.all_input_nodes, on)
     # A fused operator costs arithmetic; per element, a transcendental one about as much as moving it, others a fraction.
-    elements = max(_bytes(node), *(_bytes(a) for a in node.all_input_nodes), 0)
+    elements = max(bytes_of(node), *(bytes_of(a) for a in node.all_input_nodes), 0)
     return elements / on.memory * (1.0 if _name(node) in _TRANSCENDENTAL else 0.1)
 
 
@@ -122,5 +129,19 @@ def _leaves(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def _bytes(node: fx.Node) -> int:
+def _gather_seconds(node: fx.Node, on: Device) -> float:
+    """Of a whole parameter alone; its part of a bucket's latency is not counted."""
+    if GATHERED not in node.meta or not is_gathered(spec := lookup(node.meta[GATHERED][0])):
+        return 0.0
+    cost = gather_cost([spec], "backward")
+    return cost.bytes / on.link if cost is not None else 0.0
+
+
+def is_gathered(spec: ParamSpec) -> bool:
+    """Whether whole copies of a parameter are made from shards of several ranks."""
+    return spec.layout == "shard" and spec.shard_axis is not None and spec.shard_axis.size > 1
+
+
+def bytes_of(node: fx.Node) -> int:
+    """Of the tensors that a node answers, views counted whole."""
     return sum(v.numel() * v.element_size() for v in _leaves(node.meta.get("val")) if isinstance(v, torch.Tensor))

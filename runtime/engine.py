@@ -50,6 +50,8 @@ class Engine:
     stage: int
     accumulation_steps: int = 1
     name: str = field(default_factory=lambda: f"m{next(_numbers)}")
+    #: The model in words, the same in every run of it: plans that are saved are for one model.
+    model: str = ""
     specs: dict[str, ParamSpec] = field(default_factory=dict)
     traffic: TrafficCounter = field(default_factory=TrafficCounter)
     no_sync_depth: int = 0
