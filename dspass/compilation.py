@@ -17,7 +17,7 @@ from dspass.passes.base import Pass, PassContext, PassResult, run_passes
 from dspass.passes.partition import partition
 from dspass.passes.text import print_graph
 from dspass.planner.plan import Plan
-from dspass.planning import planned
+from dspass.planning import planned, scheduled
 from dspass.runtime import compat
 from dspass.runtime.engine import Engine
 from dspass.runtime.program import Program
@@ -49,6 +49,8 @@ def compile_graph(
     engine.compilations.append(done)
     chosen: Callable[..., Any] = compiler or engine.compiler or segment_compiler(config)
     engine.compiler, engine.config = chosen, config
+    if config.dspass.memory_budget is not None or config.dspass.plan is not None:
+        passes = scheduled(passes, engine)
     record = done.passes.append
     patches = inductor_settings(config)
     order = shared_order(int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

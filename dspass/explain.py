@@ -34,7 +34,20 @@ from dspass.engines import engine_of, new_engine
 from dspass.lowering.simulate import GraphSimulator, InductorSimulator
 from dspass.owners import unwrap
 from dspass.passes import cost
-from dspass.report import GraphRecord, Memory, MemoryPoint, PassRecord, Report, Traffic
+from dspass.planner.plan import Plan, Tensors
+from dspass.report import (
+    GraphRecord,
+    Memory,
+    MemoryPoint,
+    PassRecord,
+    PlanPoint,
+    PlanRecord,
+    PlanTensors,
+    Report,
+    Traffic,
+    format_bytes,
+    format_seconds,
+)
 from dspass.runtime import compat
 from dspass.runtime.axis import MODELLED
 from dspass.runtime.engine import Engine
@@ -399,7 +412,6 @@ def _report(
     config: Config | None,
 ) -> Report:
     passes, graphs = [], []
-    notes = [*notes, *(f"Plan of {c.name}: {c.plan}." for c in engine.compilations if c.plan is not None)]
     for compilation in engine.compilations:
         passes += [
             PassRecord(
@@ -432,11 +444,55 @@ def _report(
         memory=memory,
         traffic=sorted(traffic, key=lambda t: (t.direction, t.kind)),
         step_seconds=seconds,
+        plans=[_plan_record(c.name, c.plan, seconds) for c in engine.compilations if c.plan is not None],
         config=config.to_dict() if config is not None else {},
         ignored=ignored,
         notes=notes,
         versions={"torch": torch.__version__, "python": platform.python_version(), "dspass": _version()},
     )
+
+
+def _plan_record(graph: str, plan: Plan, step_seconds: float | None) -> PlanRecord:
+    """A plan's own seconds are of its graph's forward and backward; here they are the whole step's."""
+    rest = step_seconds - plan.seconds if step_seconds is not None else 0.0
+    kept = f"{format_bytes(plan.kept_bytes)} of gathered copies kept, " if plan.kept_bytes else ""
+    decision = plan.decision
+    return PlanRecord(
+        graph=graph,
+        summary=f"{format_bytes(plan.saved_bytes - plan.kept_bytes)} saved, {kept}{len(decision.recomputed)} values computed "
+        f"again in {format_seconds(plan.again_seconds)}; peak {format_bytes(plan.peak)}",
+        budget_bytes=plan.budget,
+        peak_bytes=plan.peak,
+        frontier=[
+            PlanPoint(peak_bytes=o.peak, seconds=o.seconds + rest, saved_bytes=o.saved_bytes, is_measured=o.is_measured)
+            for o in plan.frontier
+        ],
+        here=plan.chosen,
+        classes=[_plan_tensors(t, "") for t in plan.classes],
+        largest=[_plan_tensors(t, _reason(t)) for t in plan.largest],
+    )
+
+
+def _plan_tensors(tensors: Tensors, reason: str) -> PlanTensors:
+    return PlanTensors(
+        name=tensors.name,
+        count=tensors.count,
+        kept_bytes=tensors.kept,
+        dropped_bytes=tensors.dropped,
+        again_seconds=tensors.again_seconds or 0.0,
+        reason=reason,
+    )
+
+
+def _reason(one: Tensors) -> str:
+    """Why a value was kept, or not."""
+    if one.again_seconds is None:
+        return f"saved, {format_bytes(one.kept)}: it cannot be computed again"
+    gathered = one.name.startswith("gathered-parameter")
+    again = f"{'gathering' if gathered else 'computing'} it again takes {format_seconds(one.again_seconds)}"
+    if one.kept:
+        return f"{'kept' if gathered else 'saved'}, {format_bytes(one.kept)}: {again}"
+    return f"dropped, which frees {format_bytes(one.dropped)}: {again}"
 
 
 def _version() -> str:

@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -28,6 +29,7 @@ from dspass.passes.base import Pass, PassContext, run_passes
 from dspass.passes.bucket_gathers import BucketGathers
 from dspass.passes.nodes import GATHERED
 from dspass.passes.partition import partition
+from dspass.passes.prefetch_gathers import PrefetchGathers
 from dspass.passes.text import print_value
 from dspass.planner.dry_run import Peak, State, peak_of_step
 from dspass.planner.plan import BudgetError, Chooser, Plan, Planner, Split, chooser
@@ -61,7 +63,8 @@ def planned(
     patches: Mapping[str, Any],
 ) -> tuple[fx.GraphModule, fx.GraphModule, Plan]:
     """``joint`` split as a plan says, and the plan: one that is read from ``dspass.plan``, or one made for
-    ``dspass.memory_budget``. Raises :class:`BudgetError` or :class:`PlanError` on every rank alike."""
+    ``dspass.memory_budget``. ``passes`` are those that will run on the two graphs (:func:`scheduled`). Raises
+    :class:`BudgetError` or :class:`PlanError` on every rank alike."""
 
     def split(choose: Chooser) -> Split:
         fresh = fx.GraphModule(joint, copy.deepcopy(joint.graph))
@@ -89,10 +92,9 @@ def planned(
             return read
         budget = config.dspass.memory_budget
         assert budget is not None
-        on_cpu = (engine.target or "cpu") == "cpu"
-        on = _CPU if on_cpu else cost.device(engine.target or "h100")
+        on = _device(engine)
         state = state_of(engine)
-        simulator = InductorSimulator(patches=patches) if on_cpu else GraphSimulator()
+        simulator = InductorSimulator(patches=patches) if on is _CPU else GraphSimulator()
 
         def run(forward: fx.GraphModule, backward: fx.GraphModule) -> Peak:
             return peak_of_step(forward, backward, num_fwd_outputs, engine, state, simulator)
@@ -116,6 +118,20 @@ def planned(
     plan = _shared(made_for, make)
     forward, backward = graphs or split(chooser(plan.decision))
     return forward, backward, plan
+
+
+def scheduled(passes: Sequence[Pass], engine: Engine) -> tuple[Pass, ...]:
+    """``passes`` under a budget: gathers start as late as the device hides them, where it computes while it sends."""
+    on = _device(engine)
+    return tuple(
+        replace(p, hidden_by=on) if isinstance(p, PrefetchGathers) and p.distance and on.overlaps else p for p in passes
+    )
+
+
+def _device(engine: Engine) -> cost.Device:
+    """The device that is planned for: the table's figures, the same on all ranks."""
+    kind = engine.target or next((p.device.type for s in engine.specs.values() if (p := s.param()) is not None), "cpu")
+    return _CPU if kind == "cpu" else cost.device("h100" if kind == "cuda" else kind)
 
 
 def _exposed_share(joint: fx.Graph, on: cost.Device) -> float:

@@ -27,10 +27,11 @@ CATEGORIES = ("parameters", "gradients", "optimizer", "gathered", "saved", "temp
 PHASES = ("forward", "backward", "optimizer")
 
 FORMAT = "dspass.report"
-VERSION = 1
+VERSION = 2
 
 WIDTH = 100
 _PASS_ROWS, _TRAFFIC_ROWS, _NOTE_ROWS = 12, 5, 3
+_PLAN_CLASSES, _PLAN_TENSORS, _PLAN_POINTS = 6, 4, 8
 
 Kind = Literal["measured", "predicted"]
 Stage = Literal["joint", "forward", "backward"]
@@ -146,6 +147,53 @@ class Traffic:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlanPoint:
+    """A plan that could be chosen. ``is_measured``: its peak is that of its code on fake tensors, not of the model."""
+
+    peak_bytes: int
+    seconds: float
+    saved_bytes: int
+    is_measured: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanTensors:
+    """What became of the values of one kind, or of one value: bytes from the forward to the backward, and seconds to compute
+    again what is not kept."""
+
+    name: str
+    count: int
+    kept_bytes: int
+    dropped_bytes: int
+    again_seconds: float
+    reason: str = ""
+    """For a single value: why it was not decided otherwise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanRecord:
+    """The plan of one graph. ``frontier`` is ordered from the fastest to the smallest; ``here`` is the chosen one's index."""
+
+    graph: str
+    summary: str
+    budget_bytes: int
+    peak_bytes: int
+    frontier: list[PlanPoint] = field(default_factory=list)
+    here: int = 0
+    classes: list[PlanTensors] = field(default_factory=list)
+    largest: list[PlanTensors] = field(default_factory=list)
+
+    @property
+    def next_step(self) -> str:
+        """``+2.00 GiB buys 3.10 ms``: what more memory would give; where nothing is faster, that."""
+        if not self.here:
+            return "no more memory makes it faster"
+        at, faster = self.frontier[self.here], self.frontier[self.here - 1]
+        more = max(faster.peak_bytes - self.budget_bytes, 0)
+        return f"+{format_bytes(more)} buys {format_seconds(at.seconds - faster.seconds)}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """Everything ``dspass.explain`` knows of a model.
 
@@ -165,6 +213,8 @@ class Report:
     traffic: list[Traffic] = field(default_factory=list)
     """One rank's, in one optimiser step."""
     step_seconds: float | None = None
+    plans: list[PlanRecord] = field(default_factory=list)
+    """What a memory budget decided, one a graph."""
     config: dict[str, Any] = field(default_factory=dict)
     ignored: dict[str, str] = field(default_factory=dict)
     """Dotted keys of the configuration that do nothing here, each with the reason."""
@@ -437,6 +487,9 @@ def _lines(report: Report) -> Iterator[str]:
     yield ""
     yield from _traffic_lines(report)
     yield ""
+    for plan in report.plans:
+        yield from _plan_lines(plan)
+        yield ""
     step = report.step_seconds
     yield f"Step time: {report.missing if step is None else format_seconds(step)}"
     notes = [*report.notes, *(f"ignored {key}: {reason}" for key, reason in report.ignored.items())]
@@ -511,6 +564,48 @@ def _traffic_lines(report: Report) -> Iterator[str]:
         yield f"  and {len(report.traffic) - _TRAFFIC_ROWS} more in .traffic"
 
 
+def _plan_lines(plan: PlanRecord) -> Iterator[str]:
+    """The plan as text, at most some twenty lines."""
+    yield f"Plan of {plan.graph} for {format_bytes(plan.budget_bytes)}: {plan.summary}"
+    yield f"  {plan.next_step}"
+    rows = [("", "peak", "step", "saved")]
+    for i in _some(len(plan.frontier), _PLAN_POINTS, plan.here):
+        point = plan.frontier[i]
+        mark = "→" if i == plan.here else ""
+        about = "" if point.is_measured else "about "
+        rows.append(
+            (
+                mark,
+                about + format_bytes(point.peak_bytes),
+                format_seconds(point.seconds),
+                format_bytes(point.saved_bytes),
+            )
+        )
+    yield from _plan_table(rows)
+    rows = [("", "kept", "dropped", "again in")]
+    for one in plan.classes[:_PLAN_CLASSES]:
+        again = format_seconds(one.again_seconds) if one.dropped_bytes else "-"
+        rows.append((f"{one.name} ({one.count})", format_bytes(one.kept_bytes), format_bytes(one.dropped_bytes), again))
+    yield from _plan_table(rows)
+    for one in plan.largest[:_PLAN_TENSORS]:
+        yield f"  {one.name}: {one.reason}"
+
+
+def _some(count: int, most: int, always: int) -> list[int]:
+    """At most ``most`` of ``count`` indices, the ends and ``always`` among them."""
+    if count <= most:
+        return list(range(count))
+    return sorted({*(round(i * (count - 1) / (most - 2)) for i in range(most - 1)), always})
+
+
+def _plan_table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for first, *others in rows:
+        yield (
+            "  " + first.ljust(widths[0]) + "".join("  " + c.rjust(w) for c, w in zip(others, widths[1:], strict=True))
+        ).rstrip()
+
+
 def _table(rows: Sequence[tuple[str, ...]], align: str) -> Iterator[str]:
     widths = [max(len(row[i]) for row in rows) for i in range(len(align))] if rows else []
     for row in rows:
@@ -546,6 +641,7 @@ def _diff_lines(old: Report, new: Report) -> Iterator[str]:
     if old.step_seconds != new.step_seconds:
         figures = _figures(old.step_seconds, new.step_seconds, format_seconds, old.missing, new.missing)
         yield f"Step time: {figures}"
+    yield from _section("Plans", _changes(*({p.graph: p.summary for p in r.plans} for r in (old, new))))
     yield from _section("Configuration", _changes(flat_config(old.config), flat_config(new.config)))
     yield from _section("Ignored keys", _changes(old.ignored, new.ignored))
     gone, come = Counter(old.notes) - Counter(new.notes), Counter(new.notes) - Counter(old.notes)

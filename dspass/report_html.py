@@ -25,6 +25,7 @@ from dspass.report import (
     opcodes,
     split_lines,
 )
+from dspass.report_plan_html import plan_html
 
 MAX_POINTS = 2000
 """Points of the timeline that the page holds: more than a screen has columns."""
@@ -43,6 +44,7 @@ def render_page(report: Report) -> str:
         "passes_note": escape(_passes_note(report)),
         "passes": _pass_table(report.passes),
         "traffic": _traffic_table(report),
+        "plans": "\n".join(map(plan_html, report.plans)),
         "notes": _notes(report),
         "config": _config(report),
         "footer": escape("Written by dspass. " + ", ".join(f"{k} {v}" for k, v in report.versions.items())),

@@ -106,7 +106,7 @@ class Estimate:
 
 def estimate(graph: fx.Graph, on: Device) -> Estimate:
     """Run the graph's clock: compute in order, collectives one after another beside it."""
-    from_memory = _values_in_memory(graph)
+    from_memory = values_in_memory(graph)
     now = link_free = 0.0
     arrives: dict[fx.Node, tuple[float, tuple[str, str]]] = {}
     exposed: dict[tuple[str, str], float] = {}
@@ -142,6 +142,11 @@ def _collectives(start: fx.Node, on: Device) -> list[tuple[str, str, float]]:
     return [(c.kind, c.direction, on.latency + c.bytes / on.link) for c in costs]
 
 
+def collective_seconds(start: fx.Node, on: Device) -> float:
+    """Of all that a ``gather_start`` or ``reduce_start`` begins, alone on its link."""
+    return sum(seconds for _, _, seconds in _collectives(start, on))
+
+
 def kernel_seconds(node: fx.Node, reads: Sequence[fx.Node], on: Device) -> float:
     """One kernel: the larger of operations over rate and bytes over bandwidth."""
     value = node.meta.get("val")
@@ -161,7 +166,7 @@ def _operations(node: fx.Node) -> float:
     return float(counter(*args, **kwargs, out_val=node.meta.get("val")))
 
 
-def _values_in_memory(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+def values_in_memory(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
     """Each node that writes memory, and the nodes in memory that its kernel reads."""
     solid = materialised(graph)
     reads: dict[fx.Node, dict[fx.Node, None]] = {}

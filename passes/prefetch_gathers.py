@@ -1,4 +1,4 @@
-"""Start a gather early enough to hide it behind the compute before it."""
+"""Start a gather early enough to hide it behind the compute before it, and no earlier."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch.fx as fx
 
 from dspass.passes.base import Pass, PassContext
-from dspass.passes.nodes import calls, gather_start, specs_of, wait_of
+from dspass.passes.cost import Device, collective_seconds, kernel_seconds, values_in_memory
+from dspass.passes.nodes import REDUCE_GRAD, calls, gather_start, positions, specs_of, wait_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,8 +17,13 @@ class PrefetchGathers(Pass):
     """Move each ``gather_start`` to where the gather ``distance`` before it has just arrived.
 
     One bucket is then on its way while the one before it is used. ``max_live_elements`` is DeepSpeed's
-    ``stage3_max_live_parameters``: a gather is not started early when it and those it would overtake hold more. A
-    distance that hides the gather by the cost model and no more is the planner's to choose.
+    ``stage3_max_live_parameters``: a gather is not started early when it and those it would overtake hold more.
+
+    With ``hidden_by``, a device that computes while it sends, ``distance`` does not count: each gather starts at the latest
+    moment from which it, and all behind it on the same link, arrive in time by the cost model (as late as possible scheduling,
+    from the last gather to the first). No gather is exposed that would not be with the longest lookahead, and no smaller
+    distance would do. In a backward graph the link carries the gradients as well, so a gather is taken to last as much longer
+    as these are larger.
     """
 
     name: ClassVar[str] = "prefetch_gathers"
@@ -25,9 +31,14 @@ class PrefetchGathers(Pass):
 
     distance: int = 1
     max_live_elements: int | None = None
+    hidden_by: Device | None = None
 
     def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
         starts = sorted(calls(graph, gather_start))
+        if starts and self.hidden_by is not None and self.hidden_by.overlaps:
+            moved = _start_as_late_as_hides(graph, starts, self.hidden_by)
+            ctx.say(f"{moved} of {len(starts)} gathers start early, each as late as {self.hidden_by.name} hides it")
+            return graph
         if not starts or self.distance < 1:
             ctx.say("no gathers here" if not starts else "switched off by distance 0")
             return graph
@@ -56,3 +67,43 @@ class PrefetchGathers(Pass):
             + (f", {refused} not, to keep live parameters under the limit" if refused else "")
         )
         return graph
+
+
+def _start_as_late_as_hides(graph: fx.Graph, starts: list[fx.Node], on: Device) -> int:
+    clock: dict[fx.Node, float] = {}
+    now = 0.0
+    in_memory = values_in_memory(graph)
+    for node in graph.nodes:
+        clock[node] = now
+        if node in in_memory:
+            now += kernel_seconds(node, in_memory[node], on)
+    reduced = sum(_bytes(node.args[0]) for node in calls(graph, REDUCE_GRAD))
+    gathered = sum(spec.gathered_bytes for start in starts for spec in specs_of(start))
+    longer = 1 + reduced / max(gathered, 1)
+    deadline = float("inf")
+    latest: list[float] = []
+    for start in reversed(starts):
+        deadline = min(clock[wait_of(start)], deadline) - longer * collective_seconds(start, on)
+        latest.append(deadline)
+    order = positions(graph)
+    body = [node for node in graph.nodes if node.op != "placeholder"]
+    place, moved, previous = 0, 0, None
+    for start, moment in zip(starts, reversed(latest), strict=True):
+        while place + 1 < len(body) and clock[body[place + 1]] <= moment:
+            place += 1
+        target = body[place]
+        if order[target] < order[start]:
+            # Behind the gather before it, where both begin at the same moment: their order must not change.
+            if previous is not None and order[target] <= order[previous]:
+                previous.append(start)
+            else:
+                target.prepend(start)
+            moved += 1
+        order[start] = min(order[target], order[start])
+        previous = start
+    return moved
+
+
+def _bytes(value: fx.Node) -> int:
+    tensor = value.meta["val"]
+    return tensor.numel() * tensor.element_size()

@@ -19,18 +19,22 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self
 
+import torch
 import torch.fx as fx
 
 from dspass.passes.cost import Device
 from dspass.passes.nodes import GATHERED, KEPT
+from dspass.passes.text import print_value
 from dspass.planner.dry_run import Peak
 from dspass.planner.liveness import Liveness
-from dspass.planner.mincut import Choice, hull
+from dspass.planner.mincut import Choice, Value, hull
 from dspass.planner.values import values_of
+from dspass.runtime.params import lookup
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +45,10 @@ Chooser = Callable[[fx.Graph, Sequence[fx.Node], frozenset[fx.Node]], list[fx.No
 #: was off by less on GPT and Llama; more would only cost runs.
 NEARLY = 0.05
 
-#: Choices that are run when none fits by the model, before the budget is refused.
+#: Single values that a plan names.
+_LARGEST = 12
+
+#: So many choices with the least corrected peaks are run in any case, before a budget is refused.
 _LAST_TRIES = 3
 
 
@@ -75,6 +82,18 @@ class Option:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Tensors:
+    """The values of one operator, or one value: how many, bytes that are saved or kept and bytes that are not, and the seconds
+    that computing or gathering again takes (of a class, what is not kept; None of a value that has to be saved)."""
+
+    name: str
+    count: int
+    kept: int
+    dropped: int
+    again_seconds: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """What was decided for one graph, and between what. ``seconds`` are the cost model's for the graph's forward and backward
     with their collectives; ``frontier`` is ordered from the fastest to the smallest, and ``chosen`` its index."""
@@ -88,6 +107,8 @@ class Plan:
     budget: int
     frontier: tuple[Option, ...]
     chosen: int
+    classes: tuple[Tensors, ...]
+    largest: tuple[Tensors, ...]
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -96,7 +117,10 @@ class Plan:
     def from_json(cls, said: Mapping[str, Any]) -> Self:
         """Raises ``KeyError`` or ``TypeError`` where ``said`` has another form."""
         decision = Decision(**{k: tuple(v) for k, v in said["decision"].items()})
-        return cls(**{**said, "decision": decision, "frontier": tuple(Option(**o) for o in said["frontier"])})
+        records = {"frontier": Option, "classes": Tensors, "largest": Tensors}
+        return cls(
+            **{**said, "decision": decision, **{k: tuple(kind(**o) for o in said[k]) for k, kind in records.items()}}
+        )
 
     def __str__(self) -> str:
         decision = self.decision
@@ -125,7 +149,9 @@ class Planner:
     seconds: Callable[[fx.GraphModule, fx.GraphModule], float]
     bucket_bytes: int | None = None
     choices: list[Choice] = field(default_factory=list)
+    _values: list[Value] = field(default_factory=list)
     _nodes: list[str] = field(default_factory=list)
+    _labels: dict[str, str] = field(default_factory=dict)
     _whole: set[str] = field(default_factory=set)  # parameters whose copies may be kept
     _kept_bytes: list[int] = field(default_factory=list)
     _modelled: list[int] = field(default_factory=list)
@@ -140,14 +166,12 @@ class Planner:
         if peak.bytes <= self.budget:
             return graphs, self._made(0)
         self._run(self._least)
-        for i in range(1, len(self.choices)):
-            if self._peak(i) <= self.budget * (1 + NEARLY):
-                graphs, peak = self._run(i)
-                log.debug("choice %d of %d: peak %d, budget %d", i, len(self.choices), peak.bytes, self.budget)
-                if peak.bytes <= self.budget:
-                    return graphs, self._made(i)
-        for i in sorted(range(len(self.choices)), key=self._peak)[:_LAST_TRIES]:
+        everyone = range(len(self.choices))
+        smallest = sorted(everyone, key=self._peak)[:_LAST_TRIES]
+        likely = [i for i in everyone if i in smallest or self._peak(i) <= self.budget * (1 + NEARLY)]
+        for i in likely:
             graphs, peak = self._run(i)
+            log.debug("choice %d of %d: peak %d, budget %d", i, len(self.choices), peak.bytes, self.budget)
             if peak.bytes <= self.budget:
                 return graphs, self._made(i)
         raise self._refusal()
@@ -164,9 +188,11 @@ class Planner:
         )
 
     def _find(self, graph: fx.Graph, forward: Sequence[fx.Node], free: frozenset[fx.Node]) -> list[fx.Node]:
-        values, nodes = values_of(graph, forward, self.num_fwd_outputs, free, self.on, self.regather)
+        self._values, nodes = values_of(graph, forward, self.num_fwd_outputs, free, self.on, self.regather)
+        values = self._values
         self.choices = hull(values)
         self._nodes = [n.name for n in nodes]
+        self._labels = {n.name: _label(n) for n in nodes}
         self._whole = {n.name for n, v in zip(nodes, values, strict=True) if GATHERED in n.meta and v.bytes}
         model = Liveness(
             joint=graph,
@@ -209,6 +235,16 @@ class Planner:
 
     def _made(self, index: int) -> Plan:
         choice = self.choices[index]
+        frontier: list[Option] = []
+        chosen = 0
+        for i, c in enumerate(self.choices):
+            if i == index:
+                chosen = len(frontier)
+            elif frontier and self._peak(i) >= min(option.peak for option in frontier):
+                continue  # slower and no smaller
+            seconds = self._base_seconds + c.seconds
+            measured = i in self._measured
+            frontier.append(Option(peak=self._peak(i), seconds=seconds, saved_bytes=c.bytes, is_measured=measured))
         return Plan(
             decision=self.decision(index),
             saved_bytes=choice.bytes,
@@ -217,17 +253,46 @@ class Planner:
             again_seconds=choice.seconds,
             peak=self._measured[index].bytes,
             budget=self.budget,
-            frontier=tuple(
-                Option(
-                    peak=self._peak(i),
-                    seconds=self._base_seconds + c.seconds,
-                    saved_bytes=c.bytes,
-                    is_measured=i in self._measured,
-                )
-                for i, c in enumerate(self.choices)
-            ),
-            chosen=index,
+            frontier=tuple(frontier),
+            chosen=chosen,
+            classes=self._classes(choice),
+            largest=tuple(self._tensors(i, choice) for i in self._by_size(choice)[:_LARGEST]),
         )
+
+    def _by_size(self, choice: Choice) -> list[int]:
+        """What was decided of a choice's values, the largest first: not what costs nothing to keep or must be made anew."""
+        decided = [i for i in (*choice.saved, *choice.recomputed) if self._values[i].bytes and self._values[i].savable]
+        return sorted(decided, key=lambda i: (-self._values[i].bytes, i))
+
+    def _tensors(self, i: int, choice: Choice) -> Tensors:
+        value, node = self._values[i], self._nodes[i]
+        kept = i in choice.saved
+        # What is taken from a tuple costs what the tuple does.
+        seconds = value.seconds or max((self._values[u].seconds for u in value.inputs), default=0.0)
+        return Tensors(
+            name=self._labels[node],
+            count=1,
+            kept=value.bytes if kept else 0,
+            dropped=0 if kept else value.bytes,
+            again_seconds=seconds if value.recomputable else None,
+        )
+
+    def _classes(self, choice: Choice) -> tuple[Tensors, ...]:
+        found: dict[str, list[Tensors]] = {}
+        for i in self._by_size(choice):
+            one = self._tensors(i, choice)
+            found.setdefault(one.name.partition(" ")[0], []).append(one)
+        classes = [
+            Tensors(
+                name=name,
+                count=len(ones),
+                kept=sum(o.kept for o in ones),
+                dropped=sum(o.dropped for o in ones),
+                again_seconds=math.fsum(o.again_seconds or 0.0 for o in ones if o.dropped),
+            )
+            for name, ones in found.items()
+        ]
+        return tuple(sorted(classes, key=lambda c: -(c.kept + c.dropped)))
 
     def _refusal(self) -> BudgetError:
         smallest = min(peak.bytes for peak in self._measured.values())
@@ -236,6 +301,23 @@ class Planner:
             f"{size_text(smallest)} on each rank. Give that much, or use more ranks, a higher ZeRO stage or a smaller batch.",
             smallest,
         )
+
+
+def _label(node: fx.Node) -> str:
+    """The kind of a value, then the value: ``mm f32[512,1024] mm_3``, ``gathered-parameter f32[96,96] blocks.0.up.weight``."""
+    value = node.meta.get("val")
+    shape = print_value(value) if isinstance(value, torch.Tensor) else ""
+    if GATHERED in node.meta:
+        return f"gathered-parameter {shape} {lookup(node.meta[GATHERED][0]).name}"
+    packet = getattr(node.target, "overloadpacket", None)
+    kind = (
+        "input"
+        if node.op == "placeholder"
+        else getattr(packet, "__name__", None) or getattr(node.target, "__name__", "")
+    )
+    if kind == "getitem" and isinstance(node.args[0], fx.Node):
+        kind = _label(node.args[0]).partition(" ")[0]
+    return f"{kind} {shape} {node.name}"
 
 
 def chooser(decision: Decision) -> Chooser:
