@@ -16,10 +16,22 @@ from dspass.measure import measure
 from dspass.report import Report
 from dspass.runtime import compat
 from dspass.shard import shard
+from dspass.wishes import keep, recompute
 
 if "deepspeed" not in torch._dynamo.list_backends(exclude_tags=()):
     torch._dynamo.register_backend(deepspeed, name="deepspeed")
 
 compat.register_log("dspass", "dspass")  # TORCH_LOGS="+dspass", torch._logging.set_logs(modules={"dspass": level})
 
-__all__ = ["Config", "ConfigError", "Report", "deepspeed", "explain", "measure", "no_sync", "shard"]
+__all__ = [
+    "Config",
+    "ConfigError",
+    "Report",
+    "deepspeed",
+    "explain",
+    "keep",
+    "measure",
+    "no_sync",
+    "recompute",
+    "shard",
+]

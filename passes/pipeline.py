@@ -6,6 +6,7 @@ from dspass.passes.base import Pass
 from dspass.passes.bucket_gathers import BucketGathers
 from dspass.passes.bucket_reductions import BucketReductions
 from dspass.passes.expose_parameters import ExposeParameters
+from dspass.passes.honour_wishes import HonourWishes
 from dspass.passes.onednn_products import OnednnProducts
 from dspass.passes.prefetch_gathers import PrefetchGathers
 from dspass.passes.release_gathered import ReleaseGathered
@@ -13,7 +14,8 @@ from dspass.passes.zero_gather import ZeroGather
 from dspass.passes.zero_reduce import ZeroReduce
 
 DEFAULT: tuple[type[Pass], ...] = (
-    ExposeParameters,  # joint: whole parameters become inputs; then the partitioner splits the graph
+    ExposeParameters,  # joint: whole parameters become inputs
+    HonourWishes,  # and what a person marked is tagged; then the partitioner splits the graph
     ReleaseGathered,  # views of them are made where they are used, so that gathers come late and end early
     ZeroGather,  # gathers at first use
     BucketGathers,  # joined into buckets

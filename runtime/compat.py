@@ -203,7 +203,22 @@ def generate_segment(
     for name in ("assert_size_stride", "assert_alignment"):
         if name in names:
             names[name] = nothing
-    return compiled.current_callable  # type: ignore[attr-defined]
+    run = compiled.current_callable  # type: ignore[attr-defined]
+
+    def fake_results(args: list[Any]) -> Sequence[Any]:
+        return [_fake(value) for value in run(args)]
+
+    return fake_results
+
+
+def _fake(value: Any) -> Any:
+    """The state that an operator leaves behind for a random number to be drawn again is real also under a fake mode."""
+    from torch._guards import detect_fake_mode
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    mode = detect_fake_mode()
+    real = isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor)
+    return mode.from_tensor(value, static_shapes=True) if real and mode is not None else value
 
 
 def _empty_strided(size: Any, stride: Any, dtype: torch.dtype, device: Any = "cpu") -> torch.Tensor:

@@ -133,6 +133,9 @@ class Ledger:
 
 
 class _Watch(TorchDispatchMode):
+    #: Such as what runs an operator beside its random state, where a random number is computed again.
+    supports_higher_order_operators = True
+
     def __init__(self, ledger: Ledger) -> None:
         super().__init__()
         self.ledger = ledger

@@ -17,6 +17,7 @@ from dspass.passes.base import PassContext
 from dspass.passes.bucket_gathers import BucketGathers
 from dspass.passes.bucket_reductions import BucketReductions
 from dspass.passes.expose_parameters import ExposeParameters
+from dspass.passes.honour_wishes import HonourWishes
 from dspass.passes.nodes import (
     REDUCE_GRAD,
     calls,
@@ -36,6 +37,7 @@ from dspass.passes.release_gathered import ReleaseGathered
 from dspass.passes.zero_gather import ZeroGather
 from dspass.passes.zero_reduce import ZeroReduce
 from dspass.runtime.linear import LINEAR
+from dspass.runtime.wish import KEEP, RECOMPUTE, WISH
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +64,39 @@ class KeysExchanged(ExposeParameters):
                 if other is not node:
                     first, second = other.meta["dspass_gathered"], node.meta["dspass_gathered"]
                     other.meta["dspass_gathered"], node.meta["dspass_gathered"] = second, first
+        return graph
+
+
+@dataclass(frozen=True, kw_only=True)
+class WishesForgotten(HonourWishes):
+    """Marks are taken out, and that is all."""
+
+    def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
+        for mark in calls(graph, WISH):
+            graph.erase_node(mark)
+        return graph
+
+
+@dataclass(frozen=True, kw_only=True)
+class WishesExchanged(HonourWishes):
+    """What is to be kept is computed again, and the other way round."""
+
+    def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
+        for mark in calls(graph, WISH):
+            mark.args = (mark.args[0], RECOMPUTE if mark.args[1] == KEEP else KEEP)
+        return super().run(graph, ctx)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MarksLeft(HonourWishes):
+    """Values are tagged, and marks stay in the graph."""
+
+    def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
+        marks = [mark.args for mark in calls(graph, WISH)]
+        graph = super().run(graph, ctx)
+        for value, kind in marks:
+            with graph.inserting_after(value):
+                graph.call_function(WISH, (value, kind))
         return graph
 
 

@@ -44,7 +44,9 @@ from dspass.pipeline import build
 from dspass.runtime import compat
 from dspass.runtime.engine import Engine
 from dspass.runtime.params import ParamSpec, lookup
+from dspass.runtime.wish import WISH
 from dspass.shard import shard
+from dspass.wishes import keep, recompute
 
 
 class CheckError(AssertionError):
@@ -122,12 +124,28 @@ class Uneven(nn.Module):
         return (self.second(torch.tanh(self.first(x))) * self.scale).square().sum()
 
 
+class Wished(nn.Module):
+    """Each value is marked to be treated as the partitioner would not treat it by itself, two of them through views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(4, 6, bias=False)
+        self.down = nn.Linear(6, 4, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = recompute(self.up(x).view(-1)).view(3, 6)
+        x = x.square().exp()
+        keep(x.t())
+        return keep(self.down(x).sin()).cos().square().sum()
+
+
 TOYS: Mapping[str, type[nn.Module]] = {
     "mlp": Mlp,
     "tied": Tied,
     "early_views": EarlyViews,
     "made": MadeOfParameters,
     "uneven": Uneven,
+    "wished": Wished,
 }
 
 
@@ -429,10 +447,11 @@ def run_pipeline(toy: Toy, passes: Sequence[Pass] | None = None) -> Step:
 
 def check_step(toy: Toy, passes: Sequence[Pass] | None = None, ahead: int = 1) -> Step:
     """What the suite asks of any pipeline: it lints, each thing is sent as often as it should be, the
-    numbers are those of the plain model, nothing gathered lives longer than it must, and gathers overlap
-    compute."""
+    numbers are those of the plain model, wishes are honoured, nothing gathered lives longer than it must,
+    and gathers overlap compute."""
     step = run_pipeline(toy, passes)
     check_numbers(toy, step)
+    check_wishes(toy, step)
     for graph in (step.forward, step.backward):
         check_liveness(graph, ahead)
     check_overlap(step.forward)
@@ -467,6 +486,21 @@ def check_numbers(toy: Toy, step: Step) -> None:
                     rows_of(spec, toy.grads[spec.key], rank),
                     f"the gradient of {spec.name} on rank {rank}",
                 )
+
+
+def check_wishes(toy: Toy, step: Step) -> None:
+    """What is marked to be kept is handed to the backward, what is to be computed again is not; no mark is left."""
+    for graph in (step.joint, step.forward, step.backward):
+        if calls(graph, WISH):
+            raise CheckError("marks are left in the graph")
+    saved = {node.name for node in step.forward.find_nodes(op="output")[0].args[0][1:]}
+    for mark in calls(toy.joint, WISH):
+        value, kind = mark.args
+        assert isinstance(value, fx.Node)
+        while getattr(value.target, "is_view", False) is True:
+            value = value.args[0]  # type: ignore[assignment]
+        if (value.name in saved) != (kind == "keep"):
+            raise CheckError(f"{kind} of {value.name} is not honoured: saved are {sorted(saved)}")
 
 
 def _close(found: Any, wanted: torch.Tensor, what: str) -> None:

@@ -15,6 +15,9 @@ from tests.test_passes import toy_of
 MISTAKES: list[tuple[type[Pass], str, type[Exception], str]] = [
     (broken.OneUseForgotten, "tied", CheckError, r"the gradient of embed.weight on rank 0 differs"),
     (broken.KeysExchanged, "early_views", CheckError, r"differs|something else than its shards"),
+    (broken.WishesForgotten, "wished", CheckError, r"(keep|recompute) of \w+ is not honoured"),
+    (broken.WishesExchanged, "wished", CheckError, r"(keep|recompute) of \w+ is not honoured"),
+    (broken.MarksLeft, "wished", CheckError, r"marks are left in the graph"),
     (broken.ViewsKept, "early_views/64", CheckError, r"buckets are gathered that are not used soon"),
     (
         broken.ViewSaved,

@@ -24,6 +24,7 @@ from dspass.passes.base import Pass, PassContext, PassError, PassResult, Where, 
 from dspass.passes.bucket_gathers import BucketGathers
 from dspass.passes.bucket_reductions import BucketReductions
 from dspass.passes.expose_parameters import ExposeParameters
+from dspass.passes.honour_wishes import HonourWishes
 from dspass.passes.nodes import calls, gather_start, reduce_start, reduce_wait, wait_of
 from dspass.passes.onednn_products import OnednnProducts
 from dspass.passes.partition import save_shards
@@ -103,6 +104,7 @@ CASES: dict[type[Pass], Case] = {
     ExposeParameters: Case(
         golden=(("tied", "joint"),), declines=("mlp", "forward", "no sharded parameter is read here")
     ),
+    HonourWishes: Case(golden=(("wished", "joint"),), declines=("mlp", "joint", "no value is marked")),
     ReleaseGathered: Case(
         golden=(("early_views", "forward"),),
         declines=("tied", "forward", "each view of a parameter stands where it is used"),
@@ -160,7 +162,7 @@ def test_golden(cls: type[Pass], golden_update: bool) -> None:
 @PASSES
 def test_the_numbers_stay(cls: type[Pass]) -> None:
     seen = 0
-    for name in ("mlp", "tied", "early_views", "uneven"):
+    for name in ("mlp", "tied", "early_views", "uneven", "wished"):
         toy = toy_of(name)
         for where in sorted(cls.where):
             before, item = around(toy, cls, where)
@@ -552,7 +554,7 @@ def test_the_runner_names_the_pass_that_broke_a_graph(mistake: Callable[[fx.Grap
 
 def test_the_runner_records_what_each_pass_did() -> None:
     step = graphs.run_pipeline(toy_of("mlp"))
-    assert [r.name for r in step.results if r.where == "joint"] == ["expose_parameters"]
+    assert [r.name for r in step.results if r.where == "joint"] == [p.name for p in DEFAULT if "joint" in p.where]
     assert [r.name for r in step.results if r.where == "forward"] == [p.name for p in DEFAULT if "forward" in p.where]
     assert [r.name for r in step.results if r.where == "backward"] == [p.name for p in DEFAULT if "backward" in p.where]
     for result in step.results:
