@@ -12,6 +12,7 @@ from dspass.backend import deepspeed
 from dspass.config import Config, ConfigError
 from dspass.engines import no_sync
 from dspass.explain import explain
+from dspass.fit import Fit, fit
 from dspass.measure import measure
 from dspass.report import Report
 from dspass.runtime import compat
@@ -26,9 +27,11 @@ compat.register_log("dspass", "dspass")  # TORCH_LOGS="+dspass", torch._logging.
 __all__ = [
     "Config",
     "ConfigError",
+    "Fit",
     "Report",
     "deepspeed",
     "explain",
+    "fit",
     "keep",
     "measure",
     "no_sync",

@@ -51,6 +51,10 @@ def deepspeed(
     config = config.resolve_batch(dist.get_world_size() if dist.is_initialized() else 1)
     passes = build(config)
     params = [p for p in example_inputs if isinstance(p, nn.Parameter)]
+    for node, value in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True):
+        if isinstance(value, nn.Parameter):
+            compat.guard_identity(node)
+            break
     stage = config.zero.stage
     if stage and not dist.is_initialized():
         mesh_for(config, "cpu")  # raises: a stage without a process group
@@ -60,11 +64,14 @@ def deepspeed(
         refuse_wrapped(root)
     cast_inputs(gm, config)
     if stage and any(not isinstance(p, DTensor) for p in params):
+        compat.allow_compilations(2)  # this one, which runs once, and the sharded model's first
         return torch._dynamo.disable(_FirstCall(gm, params, root, config), reason="runs once, before sharding")
     if stage:
         engine = _engine_of(heap, params) or Engine(stage=stage, accumulation_steps=config.gradient_accumulation_steps)
         return compile_graph(gm, example_inputs, engine, config, passes)
     engine = new_engine(root, config)
+    if not engine.compilations:
+        compat.allow_compilations(1)
     specs = _plain_specs(engine, root, params, config)
     engine.deferred |= compat.in_resumed_frame() or _used_outside(heap, root, params)
     mark_plain(gm, example_inputs, specs)

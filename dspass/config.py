@@ -25,7 +25,9 @@ from typing import Any, Literal
 PAGE = "docs/config.md"
 ENVIRONMENT = "DSPASS_CONFIG"
 
-Kind = Literal["section", "flag", "integer", "count", "number", "text", "list", "object", "any", "bytes", "passes"]
+Kind = Literal[
+    "section", "flag", "integer", "count", "number", "text", "list", "object", "any", "bytes", "budget", "passes"
+]
 
 _KIND_TEXT: dict[Kind, str] = {
     "section": "a section in braces",
@@ -38,6 +40,7 @@ _KIND_TEXT: dict[Kind, str] = {
     "object": "a section in braces",
     "any": "a value",
     "bytes": 'a whole number of bytes or text such as "25MB" or "24MiB"',
+    "budget": 'a whole number of bytes, text such as "60GB" or "75%", or "auto"',
     "passes": "a list of passes",
 }
 
@@ -234,10 +237,11 @@ KEYS: tuple[Key, ...] = (
     _act("dspass.bucket_bytes", "bucket_bytes", "bytes", None, "bytes",
          "Upper limit of one bucket of any collective. KB, MB, GB are powers of 1000; KiB, MiB, GiB of 1024. "
          "Absent: as many whole blocks as an eighth of the model, one at least, of 12 to 512 MB.", low=1),
-    _act("dspass.memory_budget", "memory_budget", "bytes", None, "bytes",
-         "Most bytes of tensors that one rank holds at any time of a training step: what is saved for the backward and what is "
-         "computed again is planned for it, and a budget that cannot be met is refused with the smallest that can. Absent: "
-         "Inductor's own choice.", low=1),
+    _act("dspass.memory_budget", "memory_budget", "budget", None, "bytes",
+         "Most bytes of tensors that one rank holds at any time of a training step: what is saved for the backward, what is "
+         "computed again and which gathered copies are kept is planned for it, and a budget that cannot be met is refused with "
+         "the smallest that can. A share is of the device's memory (on a CPU the machine's, divided by its ranks), and "
+         "`\"auto\"` is 90 % of it. Absent: Inductor's own choice.", low=1, off=("auto",)),
     _act("dspass.plan", "plan", "text", None, "path",
          "A .json file of plans: where it holds one for this model, ranks and shapes it is used, where it is not there it is "
          "written, and one that was made for something else is refused with what differs.", local=True),
@@ -614,8 +618,8 @@ class DspassConfig:
     """The passes in order; None is the default list."""
     bucket_bytes: int | None = None
     """Bytes that one bucket of a collective aims at; None is the planner's choice."""
-    memory_budget: int | None = None
-    """Most bytes of tensors on one rank; None plans nothing."""
+    memory_budget: int | str | None = None
+    """Most bytes of tensors on one rank, a share of the device such as ``"75%"``, or ``"auto"``; None plans nothing."""
     plan: str | None = None
     """Where plans are read from and written to; None keeps none."""
     fallback_random: bool = False
@@ -1059,6 +1063,19 @@ def _bytes(key: Key, value: Any) -> int:
     return _numeric(replace(key, kind="count"), value)
 
 
+def _budget(key: Key, value: Any) -> int | str:
+    if not isinstance(value, str):
+        return _numeric(replace(key, kind="count"), value)
+    if value.strip() == "auto":
+        return "auto"
+    share = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", value)
+    if share is None:
+        return _bytes(key, value)
+    if not 0 < float(share[1]) <= 100:
+        raise _wrong(key, value, "A share is above 0 and at most 100 %.")
+    return f"{float(share[1]):g}%"
+
+
 _PASS_NAME = re.compile(r"[A-Za-z_][\w-]*|[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
@@ -1116,6 +1133,7 @@ _KINDS: dict[Kind, Callable[[Key, Any], Any]] = {
     "object": _simple(Mapping),
     "any": _simple(object),
     "bytes": _bytes,
+    "budget": _budget,
     "passes": _passes,
 }
 

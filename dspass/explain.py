@@ -33,8 +33,9 @@ from dspass.config import Config
 from dspass.engines import engine_of, new_engine
 from dspass.lowering.simulate import GraphSimulator, InductorSimulator
 from dspass.owners import unwrap
-from dspass.passes import cost
-from dspass.planner.plan import Plan, Tensors
+from dspass.passes import cost, devices
+from dspass.planner.plan import BudgetError, Plan, Tensors
+from dspass.planner.saved import PlanError
 from dspass.report import (
     GraphRecord,
     Memory,
@@ -85,12 +86,14 @@ def explain(
       the memory: ``model`` may be on the meta device. ``args`` and ``kwargs`` are one rank's batch.
     - ``explain("report.json")``: a saved report.
 
-    ``optimizer`` names whose states are counted (one of :data:`OPTIMIZERS`); ``train=False`` predicts the forward only.
+    ``memory_budget`` (bytes, ``"60GB"``, ``"75%"`` of the device or ``"auto"``) has the planner fit the step into it, and the
+    report show what that costs; raises :class:`~dspass.planner.plan.BudgetError` where nothing fits. ``optimizer`` names
+    whose states are counted (one of :data:`OPTIMIZERS`); ``train=False`` predicts the forward only.
     """
     if isinstance(model, (str, os.PathLike)):
         return Report.load(model)
     if device is not None:
-        cost.device(device)  # an unknown one is refused before any work
+        devices.device(device)  # an unknown one is refused before any work
     if not args and not kwargs:
         return _measured(model)
     if optimizer not in OPTIMIZERS:
@@ -182,7 +185,12 @@ def _predicted(
     began = time.perf_counter()
     notes = []
     on_cpu = device == "cpu"
-    with _rare_collections(), _fake_group(world, "gloo" if on_cpu else "modelled nccl"), compat.fake_mode() as mode:
+    with (
+        _rare_collections(),
+        compat.restored_limits(),
+        _fake_group(world, "gloo" if on_cpu else "modelled nccl"),
+        compat.fake_mode() as mode,
+    ):
         config = config.resolve_stage(dist.is_initialized()).resolve_batch(world)
         fake = _faked(model, mode)
         fake.train(train)
@@ -200,10 +208,11 @@ def _predicted(
         ledger = Ledger(watches=True)
         steps = _Steps(compiled, fake, engine, batch, named, optimizer, train, ledger)
         engine.probe.ledger = ledger
-        steps.run()  # the one-line way holds the whole model once; makes the optimiser's states
-        first_call = max(p.total for p in ledger.points)
-        if config.zero.stage:
-            steps.run()  # compiles
+        with _unwrapped():
+            steps.run()  # the one-line way holds the whole model once; makes the optimiser's states
+            first_call = max(p.total for p in ledger.points)
+            if config.zero.stage:
+                steps.run()  # compiles
         ledger.points.clear()
         steps.run()
         exposed, seconds = _seconds(engine, fake, device, optimizer, train)
@@ -223,7 +232,7 @@ def _predicted(
         memory = Memory(timeline=timeline, time_unit="events", first_call_peak_bytes=first_call)
         notes.append(
             f"Predicted in {time.perf_counter() - began:.1f} s from fake tensors. The time is a roofline's, "
-            + ("with this CPU's measured rates." if on_cpu else f"{cost.ACHIEVED:.0%} of datasheet rates.")
+            + ("with this CPU's measured rates." if on_cpu else f"{devices.ACHIEVED:.0%} of datasheet rates.")
         )
         return _report("predicted", engine, model, memory, traffic, seconds, world, device, notes, config)
 
@@ -233,7 +242,7 @@ def _seconds(
 ) -> tuple[dict[tuple[str, str], float], float]:
     """Exposed seconds by kind and direction, and the whole step's."""
     with compat.without_fake_mode():
-        on = cost.device(device)
+        on = devices.device(device)
     exposed: dict[tuple[str, str], float] = {}
     total = 0.0
     for compilation in engine.compilations:
@@ -324,6 +333,18 @@ def _loss(result: Any) -> torch.Tensor:
             )
         loss = leaves[0]
     return loss if loss.dim() == 0 else loss.float().sum()
+
+
+@contextlib.contextmanager
+def _unwrapped() -> Iterator[None]:
+    """A refusal as it was raised: Dynamo wraps what its backend raises."""
+    try:
+        yield
+    except RuntimeError as error:
+        inner = getattr(error, "inner_exception", None)
+        if isinstance(inner, (BudgetError, PlanError)):
+            raise inner from None
+        raise
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from dspass.config import Config
 from dspass.lowering.simulate import GraphSimulator, InductorSimulator
-from dspass.passes import cost
+from dspass.passes import cost, devices
 from dspass.passes.base import Pass, PassContext, run_passes
 from dspass.passes.bucket_gathers import BucketGathers
 from dspass.passes.nodes import GATHERED
@@ -44,7 +44,7 @@ from dspass.runtime.traffic import gather_cost, reduce_cost
 WAIT = timedelta(minutes=10)
 
 #: Rough rates of a CPU core for planning: ratios count, and measured ones would make plans differ from run to run.
-_CPU = cost.Device(name="cpu", rates={torch.float32: 8e10}, memory=8e9, link=1e9, latency=2e-4, overlaps=False)
+_CPU = devices.Device(name="cpu", rates={torch.float32: 8e10}, memory=8e9, link=1e9, latency=2e-4, overlaps=False)
 
 
 #: All ranks plan the same graphs in the same order.
@@ -83,14 +83,15 @@ def planned(
             0,
         )
     made_for = _made_for(joint.graph, engine, passes)
+    wanted = config.dspass.memory_budget
+    budget = budget_bytes(wanted, engine) if wanted is not None else None
     graphs: Split | None = None
 
     def make() -> Plan:
         nonlocal graphs
         file = PlanFile(config.dspass.plan) if config.dspass.plan is not None else None
-        if file is not None and (read := file.find(made_for, config.dspass.memory_budget)) is not None:
+        if file is not None and (read := file.find(made_for, budget)) is not None:
             return read
-        budget = config.dspass.memory_budget
         assert budget is not None
         on = _device(engine)
         state = state_of(engine)
@@ -128,20 +129,29 @@ def scheduled(passes: Sequence[Pass], engine: Engine) -> tuple[Pass, ...]:
     )
 
 
-def _device(engine: Engine) -> cost.Device:
+def _device(engine: Engine) -> devices.Device:
     """The device that is planned for: the table's figures, the same on all ranks."""
-    kind = engine.target or next((p.device.type for s in engine.specs.values() if (p := s.param()) is not None), "cpu")
-    return _CPU if kind == "cpu" else cost.device("h100" if kind == "cuda" else kind)
+    kind = _kind(engine)
+    return _CPU if kind == "cpu" else devices.device(kind)
 
 
-def _exposed_share(joint: fx.Graph, on: cost.Device) -> float:
+def _kind(engine: Engine) -> str:
+    return engine.target or next((p.device.type for s in engine.specs.values() if (p := s.param()) is not None), "cpu")
+
+
+def budget_bytes(budget: int | str, engine: Engine) -> int:
+    """``dspass.memory_budget`` in bytes: a share (``"75%"``) is of the device, ``"auto"`` leaves a tenth of it."""
+    return budget if isinstance(budget, int) else devices.share_of(budget, devices.capacity(_kind(engine)))
+
+
+def _exposed_share(joint: fx.Graph, on: devices.Device) -> float:
     """The share of the backward's collectives that its compute, two thirds of the step's, does not hide."""
     if not on.overlaps:
         return 1.0
     specs = [lookup(n.meta[GATHERED][0]) for n in joint.find_nodes(op="placeholder") if GATHERED in n.meta]
     gathers = [gather_cost([spec], "backward") for spec in specs if is_gathered(spec)]
     costs = [*(c for c in gathers if c is not None), *(c for s in specs if s.trains for c in reduce_cost([s]))]
-    sent = sum(c.bytes for c in costs) / on.link
+    sent = sum(c.bytes / on.link_of(c.group_size) for c in costs)
     return max(0.0, 1.0 - cost.estimate(joint, on).compute * 2 / 3 / sent) if sent else 0.0
 
 

@@ -44,12 +44,14 @@ def recompute(value: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
 def recompute(value: Any, /, *args: Any, **kwargs: Any) -> Any:
     """``recompute(tensor)``: ``tensor`` itself, which is not saved for the backward but computed again.
 
-    That is its last operator; what it is made of is saved or computed again as it pays. A view stands for the value under it.
-    In code that is not compiled this does nothing, as autograd alone knows what it saves.
+    That is its last operator; what it is made of is saved or computed again as it pays, and under a memory budget what is
+    made of it may be saved. A view stands for the value under it. In code that is not compiled this does nothing, as autograd
+    alone knows what it saves.
 
     ``recompute(function, *args, **kwargs)``: what ``function(*args, **kwargs)`` answers, and all that is computed inside of
-    it is computed again in the backward, random numbers the same; of what it answers only what follows decides. This is
-    ``torch.utils.checkpoint.checkpoint(..., use_reentrant=False)``, so that it also saves memory in code that is not compiled.
+    it is computed again in the backward, random numbers the same; the answer too, unless another such call takes it as it is.
+    This is ``torch.utils.checkpoint.checkpoint(..., use_reentrant=False)``, which takes some keywords for itself, such as
+    ``context_fn`` for a policy; it saves memory in code that is not compiled as well.
 
     Raises ``TypeError`` for anything else, and ``ValueError``, when the model is compiled, for a value that is to be kept too.
     A value that cannot be computed again, an input of the graph, is left as it is, with a warning.

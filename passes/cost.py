@@ -4,13 +4,11 @@ A segment's time is the larger of its operations over the rate and its bytes ove
 Roofline, 2009), summed over what Inductor would make one kernel of: a value that takes memory, with everything that is fused
 into it. A collective takes ``latency + bytes / link`` (Hockney, 1994), and runs beside compute where the device can.
 
-Rates of GPUs are datasheet figures times :data:`ACHIEVED`; those of the CPU are measured here, in a tenth of a second.
+Rates are those of :mod:`dspass.passes.devices`.
 """
 
 from __future__ import annotations
 
-import functools
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,77 +17,10 @@ import torch
 import torch.fx as fx
 from torch.utils.flop_counter import flop_registry
 
+from dspass.passes.devices import Device
 from dspass.passes.nodes import gather_start, gather_wait, reduce_start, reduce_wait, specs_of
 from dspass.runtime.params import ParamSpec
 from dspass.runtime.traffic import gather_cost, reduce_cost
-
-#: Share of a datasheet rate that large kernels reach. An assumption, to be replaced by calibration on the device.
-ACHIEVED = 0.6
-
-
-@dataclass(frozen=True, kw_only=True)
-class Device:
-    """Rates of one device: operations a second by dtype, bytes a second of memory and links, seconds of latency."""
-
-    name: str
-    rates: dict[torch.dtype, float]
-    memory: float
-    link: float
-    latency: float
-    overlaps: bool
-
-    def rate(self, dtype: torch.dtype) -> float:
-        return self.rates.get(dtype, self.rates[torch.float32])
-
-
-def _gpu(name: str, half: float, single: float, memory: float, link: float) -> Device:
-    rates = {torch.float16: half * ACHIEVED, torch.bfloat16: half * ACHIEVED, torch.float32: single * ACHIEVED}
-    return Device(name=name, rates=rates, memory=memory * ACHIEVED, link=link * ACHIEVED, latency=20e-6, overlaps=True)
-
-
-#: Links are those between nodes, one 400 Gb/s (200 for the A100) adapter a GPU: a ring is as fast as its slowest hop.
-GPUS = {
-    d.name: d
-    for d in (
-        _gpu("a100", 312e12, 19.5e12, 2.0e12, 25e9),
-        _gpu("h100", 989e12, 67e12, 3.35e12, 50e9),
-        _gpu("h200", 989e12, 67e12, 4.8e12, 50e9),
-        _gpu("b200", 2250e12, 75e12, 8.0e12, 50e9),
-        _gpu("mi300x", 1307e12, 163e12, 5.3e12, 50e9),
-    )
-}
-
-
-def device(name: str) -> Device:
-    """The device called ``name``; raises ``ValueError`` with the known ones."""
-    if name == "cpu":
-        return _this_cpu()
-    if name.lower() in GPUS:
-        return GPUS[name.lower()]
-    raise ValueError(f"device={name!r} has no figures here; use 'cpu' or one of {sorted(GPUS)}.")
-
-
-@functools.cache
-def _this_cpu() -> Device:
-    """This machine's CPU as it is: a matrix product and a copy. gloo's links run on the same cores, so nothing overlaps."""
-    a = torch.ones(512, 512)
-    product = _best(lambda: a @ a)
-    big = torch.ones(8_000_000)
-    out = torch.empty_like(big)
-    moved = _best(lambda: out.copy_(big))
-    rate = 2 * 512**3 / product
-    return Device(
-        name="cpu", rates={torch.float32: rate}, memory=2 * 32e6 / moved, link=1e9, latency=200e-6, overlaps=False
-    )
-
-
-def _best(work: Any) -> float:
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return min(times)
 
 
 @dataclass
@@ -139,7 +70,7 @@ def _collectives(start: fx.Node, on: Device) -> list[tuple[str, str, float]]:
     else:
         cost = gather_cost(specs, "forward")
         costs = [cost] if cost is not None else []
-    return [(c.kind, c.direction, on.latency + c.bytes / on.link) for c in costs]
+    return [(c.kind, c.direction, on.latency + c.bytes / on.link_of(c.group_size)) for c in costs]
 
 
 def collective_seconds(start: fx.Node, on: Device) -> float:

@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch.fx as fx
 
 from dspass.passes.base import Pass, PassContext
-from dspass.passes.cost import Device, collective_seconds, kernel_seconds, values_in_memory
+from dspass.passes.cost import collective_seconds, kernel_seconds, values_in_memory
+from dspass.passes.devices import Device
 from dspass.passes.nodes import REDUCE_GRAD, calls, gather_start, positions, specs_of, wait_of
 
 

@@ -27,7 +27,7 @@ from typing import Any, Self
 import torch
 import torch.fx as fx
 
-from dspass.passes.cost import Device
+from dspass.passes.devices import Device
 from dspass.passes.nodes import GATHERED, KEPT
 from dspass.passes.text import print_value
 from dspass.planner.dry_run import Peak

@@ -10,7 +10,8 @@ import torch
 import torch.fx as fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from dspass.passes.cost import Device, fuses, is_view, kernel_seconds
+from dspass.passes.cost import fuses, is_view, kernel_seconds
+from dspass.passes.devices import Device
 from dspass.passes.nodes import GATHERED
 from dspass.planner.mincut import Value
 from dspass.runtime.params import ParamSpec, lookup
@@ -134,7 +135,7 @@ def _gather_seconds(node: fx.Node, on: Device) -> float:
     if GATHERED not in node.meta or not is_gathered(spec := lookup(node.meta[GATHERED][0])):
         return 0.0
     cost = gather_cost([spec], "backward")
-    return cost.bytes / on.link if cost is not None else 0.0
+    return cost.bytes / on.link_of(cost.group_size) if cost is not None else 0.0
 
 
 def is_gathered(spec: ParamSpec) -> bool:

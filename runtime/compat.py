@@ -247,6 +247,35 @@ def placeholder_source(node: fx.Node) -> str | None:
     return name if isinstance(name, str) else name()  # a method until torch 2.11
 
 
+def guard_identity(node: fx.Node) -> None:
+    """Have Dynamo use the graph being compiled only for the very object that graph input ``node`` stands for.
+
+    Dynamo's guards on modules and parameters ask for types and shapes, so a second model of one class would be given the
+    graph, and with it the engine, of the first.
+    """
+    from torch._dynamo.guards import GuardBuilder, install_guard
+
+    argument = node.meta.get("grapharg")
+    if argument is not None:
+        install_guard(argument.source.make_guard(GuardBuilder.ID_MATCH))
+
+
+def allow_compilations(more: int) -> None:
+    """Let Dynamo compile one function so many times more: it counts those of all models of a class together, and runs what
+    exceeds its limit uncompiled, which here would be unsharded."""
+    from torch._dynamo import config
+
+    config.recompile_limit += more
+    config.accumulated_recompile_limit += more
+
+
+def restored_limits() -> contextlib.AbstractContextManager[Any]:
+    """What :func:`allow_compilations` does inside ends with it; no prediction is refused for those before it."""
+    from torch._dynamo import config
+
+    return config.patch(recompile_limit=10_000, accumulated_recompile_limit=10_000)
+
+
 @contextlib.contextmanager
 def fake_mode() -> Iterator[Any]:
     """Tensors made inside have shapes and storages of the right size, and no bytes."""

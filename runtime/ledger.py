@@ -80,6 +80,7 @@ class Ledger:
                 self._totals[category] += size
                 self._live[number] = (size, category)
 
+    @torch.compiler.disable  # storages die anywhere, also while Dynamo compiles whatever Python calls
     def _free(self, number: int) -> None:
         size, category = self._live.pop(number, (0, "temporary"))
         self._totals[category] -= size

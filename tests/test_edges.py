@@ -16,8 +16,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 import dspass
+from dspass.engines import engine_of
 from tests.models import Mlp, points
 from tests.ranks import free_port, run
 from tests.training import close, train, without_inductor, zero
@@ -194,6 +196,7 @@ def test_a_malformed_file_is_refused_with_its_line(tmp_path: Path) -> None:
 SCRIPT = """
 import sys, torch, torch.distributed as dist, dspass
 sys.path.insert(0, sys.argv[1])
+from dspass.engines import engine_of
 from tests.models import Mlp, points
 dist.init_process_group("gloo")
 model = Mlp()
@@ -248,3 +251,35 @@ def test_max_live_parameters_is_a_limit() -> None:
         report = dspass.explain(model, tokens, tokens, config=config, world_size=2)
         held[limit] = max(point.bytes["gathered"] for point in report.memory.timeline)
     assert held[60_000] <= 60_000 * 4 < held[None]
+
+
+@without_inductor
+def _several_of_one_class(stage: int, count: int) -> list[list[float]]:
+    """Each model's parameters, whole, after two steps; each rank makes models of its own random numbers."""
+    torch.manual_seed(dist.get_rank())
+    torch._dynamo.reset()
+    found, models = [], []
+    for _ in range(count):
+        model = Mlp()
+        models.append(model)  # all live on
+        compiled = torch.compile(model, backend="deepspeed", options=zero(stage))
+        optimizer = torch.optim.SGD(compiled.parameters(), lr=0.1)
+        for step in range(2):
+            compiled(*points(torch.Generator().manual_seed(step), 0, 0)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        engine = engine_of(model)
+        assert engine is not None
+        assert len(engine.compilations) == 1
+        whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
+        found.append([round(p.double().sum().item(), 9) for p in whole])
+    return found
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_several_models_of_one_class_are_each_sharded(stage: int) -> None:
+    """Dynamo would give a second one the first one's graph, and run those beyond its limit of 8 compilations uncompiled:
+    ranks would train apart, and nobody would say so."""
+    first, second = run(2, _several_of_one_class, stage, 6)
+    assert first == second
+    assert len({tuple(values) for values in first}) == 6

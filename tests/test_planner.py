@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 import dspass
 from dspass.config import Config
 from dspass.passes.bucket_gathers import BucketGathers
-from dspass.passes.cost import Device, estimate
+from dspass.passes.cost import estimate
+from dspass.passes.devices import Device
 from dspass.passes.nodes import calls, gather_start, positions, wait_of
 from dspass.passes.prefetch_gathers import PrefetchGathers
 from dspass.pipeline import build

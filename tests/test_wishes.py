@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import operator
+import re
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.fx as fx
 import torch.nn.functional as F
 from torch import nn
 
 from dspass import keep, recompute
 from dspass.engines import engine_of
-from dspass.passes.nodes import calls
+from dspass.passes.base import PassContext
+from dspass.passes.honour_wishes import HonourWishes
+from dspass.passes.nodes import GATHERED, calls
 from dspass.runtime.wish import WISH
 from tests.ranks import run
 from tests.training import without_inductor, zero
@@ -123,6 +131,87 @@ def test_all_that_a_function_computes_is_computed_again(budget: str | None) -> N
     assert saved(but)[aten.tanh.default] == 1
 
 
+def several(wish: Wish) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Of an operator that answers several values."""
+
+    def body(x: torch.Tensor) -> torch.Tensor:
+        x = wish(x.sort(dim=-1).values)
+        return x * x
+
+    return body
+
+
+def pieces(wish: Wish) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Of a piece of a value."""
+
+    def body(x: torch.Tensor) -> torch.Tensor:
+        a, b, c = x.tanh().split(4, -1)
+        return torch.cat([wish(a) * b, b * c, c * a], -1)
+
+    return body
+
+
+def noise(wish: Wish) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Of a random number: it is drawn again from the same state."""
+
+    def body(x: torch.Tensor) -> torch.Tensor:
+        drawn = wish(torch.rand_like(x))
+        return (x * drawn).sin() * drawn
+
+    return body
+
+
+def attention(wish: Wish) -> Callable[[torch.Tensor], torch.Tensor]:
+    def body(x: torch.Tensor) -> torch.Tensor:
+        x = x.view(1, 2, 6, 6)
+        return wish(F.scaled_dot_product_attention(x, x, x)).reshape(6, 12)
+
+    return body
+
+
+def written(wish: Wish) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What is written into the answer of a mark is written into the value."""
+
+    def body(x: torch.Tensor) -> torch.Tensor:
+        x = x.sin()
+        wish(x).add_(1)
+        return x * x
+
+    return body
+
+
+@BUDGETS
+@pytest.mark.parametrize(
+    ("body", "kept", "again"),
+    [
+        (several, lambda found: found["getitem"] > 0, lambda found: found["getitem"] == 0),
+        (pieces, lambda found: found["aten.tanh.default"] == 1, lambda found: not found["aten.tanh.default"]),
+        (noise, lambda found: any("rand" in name for name in found), lambda found: not any("rand" in n for n in found)),
+        (attention, lambda found: found["getitem"] == 2, lambda found: found["getitem"] == 1),  # the random state
+        (written, lambda found: True, lambda found: not found["aten.sin.default"]),
+    ],
+)
+def test_kinds_of_values(body: Any, kept: Any, again: Any, budget: str | None) -> None:
+    for wish, holds in ((keep, kept), (recompute, again)):
+        model, found = step(body(wish), options(budget))
+        names = Counter({"getitem" if t is operator.getitem else str(t): n for t, n in saved(model).items()})
+        assert holds(names), names
+        assert equal(found, step(body(nothing), options(budget))[1])
+
+
+@pytest.mark.parametrize("own_random", [True, False])
+def test_compiled_numbers_are_the_same_to_the_bit(own_random: bool) -> None:
+    """By Inductor's kernels, and with its random numbers or torch's."""
+
+    def body(wish: Any, inside: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda x: inside(lambda h: F.dropout(wish(h.tanh()), 0.5).exp(), noise(wish)(x))
+
+    config = options(fallback_random=not own_random)
+    _, wanted = step(body(nothing, lambda function, x: function(x)), config, inductor=True)
+    for wish in (keep, recompute):
+        assert equal(step(body(wish, recompute), config, inductor=True)[1], wanted)
+
+
 def test_wishes_hold_on_several_ranks_at_stage_3() -> None:
     first, second = run(2, _ranks, "wished"), run(2, _ranks, "nothing")
     assert first == second
@@ -163,6 +252,30 @@ def test_without_a_backward_or_a_compiler_marks_do_nothing() -> None:
     assert torch.equal(gradient, value.cos())
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_other_backends_pass_marks_by(backend: str) -> None:
+    torch._dynamo.reset()
+    model, x = Net(lambda x: recompute(keep(x.tanh())).square()), torch.randn(6, 8)
+    for call in (model, torch.compile(model, backend=backend)):
+        call(x).backward()
+    gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    model(x).backward()
+    for both, p in zip(gradients, model.parameters(), strict=True):
+        torch.testing.assert_close(both, 2 * p.grad)
+
+
+def test_without_the_pass_marks_do_nothing() -> None:
+    config = options(passes=["...", "-honour_wishes"])
+    _, wanted = step(square(nothing), config, inductor=True)
+    for wish in (keep, recompute):
+        assert equal(step(square(wish), config, inductor=True)[1], wanted)
+
+
+def test_the_operator() -> None:
+    torch.library.opcheck(WISH, (torch.randn(3, requires_grad=True), "keep"))
+
+
 def test_contradictions_and_mistakes_are_refused() -> None:
     with pytest.raises(Exception, match=r"cannot be both kept and computed again: dspass\.keep at .*test_wishes\.py"):
         step(lambda x: recompute(keep(x.tanh())).square(), options())
@@ -177,3 +290,38 @@ def test_what_cannot_be_computed_again_is_said() -> None:
     compiled = torch.compile(lambda x: model(recompute(x) * 2), backend="deepspeed", options=options())
     with pytest.warns(UserWarning, match=r"dspass\.recompute .*has no effect: it is an input of the compiled graph"):
         compiled(torch.randn(6, 8)).backward()
+
+
+def test_a_kept_parameter_is_no_wish() -> None:
+    for value, why in (("weight", "is a parameter"), ("made", "is made of parameters only")):
+        with pytest.warns(UserWarning, match=rf"dspass\.keep .*test_wishes\.py:\d+ has no effect: it {why}"):
+            mark_kept(value)
+
+
+def mark_kept(value: str) -> None:
+    graph = fx.Graph()
+    weight, tangent = graph.placeholder("weight"), graph.placeholder("tangents_1")
+    weight.meta[GATHERED] = ("m/w", "local")
+    made = graph.call_function(aten.mm.default, (weight, weight))
+    for node in (weight, tangent, made):
+        node.meta["val"] = torch.empty(4, 4)
+    mark = graph.call_function(WISH, ({"weight": weight, "made": made}[value], "keep"))
+    mark.meta["stack_trace"] = f'  File "{__file__}", line 7, in forward\n  File "wishes.py", line 36, in keep\n'
+    graph.output((made, tangent))
+    context = PassContext(where="joint")
+    HonourWishes().run(graph, context)
+    assert context.said == ["0 values kept, 0 computed again, 1 marks without effect"]
+    assert not calls(graph, WISH)
+    assert "recompute" not in made.meta
+
+
+def test_the_recipe_prints_what_it_says() -> None:
+    page = (
+        (Path(__file__).parent.parent / "docs" / "recipes.md").read_text().partition("## Keep or recompute by hand")[2]
+    )
+    (code,) = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    (text,) = re.findall(r"^```text\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    torch._dynamo.reset()
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        without_inductor(exec)(compile(code, "recipe.py", "exec"), {"__name__": "recipe"})
+    assert printed.getvalue() == text

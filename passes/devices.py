@@ -1,0 +1,213 @@
+"""What devices can do: a table of datasheet figures, and the device that is here.
+
+:class:`Device` holds rates that the cost model divides by, so they are datasheet figures times :data:`ACHIEVED`. Every rank of
+a run must find the same ones, since the place of a collective may follow from them: the table's, never some of its own.
+
+Dropped: reading peak rates from the driver. NVML tells memory, clocks and links, but not what the tensor cores do; a table of
+ten rows that a person can check against a datasheet says it better.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+#: Share of a datasheet rate that large kernels and long messages reach. An assumption, until the device is calibrated.
+ACHIEVED = 0.6
+
+_GB = 10**9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """Rates of one device: operations a second by dtype, bytes a second of ``memory``, of the ``link`` between nodes and of
+    the ``node_link`` to the other ``node_devices`` of its node, seconds of ``latency`` of a collective; ``memory_bytes`` in all
+    and ``host_memory_bytes`` of its node's main memory, reached at ``host_link`` bytes a second (0: not known)."""
+
+    name: str
+    rates: Mapping[torch.dtype, float]
+    memory: float
+    link: float
+    latency: float
+    overlaps: bool
+    memory_bytes: int = 0
+    node_link: float = 0.0
+    node_devices: int = 1
+    host_link: float = 0.0
+    host_memory_bytes: int = 0
+    source: str = ""
+
+    def rate(self, dtype: torch.dtype) -> float:
+        return self.rates.get(dtype, self.rates[torch.float32])
+
+    def link_of(self, ranks: int) -> float:
+        """Bytes a second of one of ``ranks`` in a group: a ring that leaves the node is as fast as its slowest hop."""
+        return self.node_link if 1 < ranks <= self.node_devices and self.node_link else self.link
+
+
+def _gpu(
+    name: str,
+    *,
+    half: float,
+    single: float,
+    memory: float,
+    gigabytes: int,
+    node_link: float,
+    adapter: float,
+    host_link: float,
+    host_gigabytes: int,
+    source: str,
+) -> Device:
+    return Device(
+        name=name,
+        rates={torch.float16: half * ACHIEVED, torch.bfloat16: half * ACHIEVED, torch.float32: single * ACHIEVED},
+        memory=memory * ACHIEVED,
+        link=adapter * ACHIEVED,
+        latency=20e-6,
+        overlaps=True,
+        memory_bytes=gigabytes * _GB,
+        node_link=node_link * ACHIEVED,
+        node_devices=8,
+        host_link=host_link * ACHIEVED,
+        host_memory_bytes=host_gigabytes * _GB,
+        source=source,
+    )
+
+
+#: Dense rates without sparsity, links in one direction. Between nodes each device has one network adapter: 200 Gb/s for the
+#: A100 and MI250X generation, 400 Gb/s for the others. Main memory is an eighth of a common node's.
+DEVICES = {
+    d.name: d
+    for d in (
+        _gpu("a100", half=312e12, single=19.5e12, memory=2.039e12, gigabytes=80, node_link=300e9, adapter=25e9,
+             host_link=32e9, host_gigabytes=256, source="NVIDIA A100 80GB SXM datasheet; DGX A100: 2 TB, HDR InfiniBand"),
+        _gpu("h100", half=989e12, single=67e12, memory=3.35e12, gigabytes=80, node_link=450e9, adapter=50e9,
+             host_link=64e9, host_gigabytes=256, source="NVIDIA H100 SXM datasheet; DGX H100: 2 TB, NDR InfiniBand"),
+        _gpu("h200", half=989e12, single=67e12, memory=4.8e12, gigabytes=141, node_link=450e9, adapter=50e9,
+             host_link=64e9, host_gigabytes=256, source="NVIDIA H200 SXM datasheet; DGX H200: 2 TB, NDR InfiniBand"),
+        _gpu("b200", half=2250e12, single=75e12, memory=8.0e12, gigabytes=180, node_link=900e9, adapter=50e9,
+             host_link=64e9, host_gigabytes=256, source="NVIDIA DGX B200 datasheet: 8 devices, 1.44 TB, 64 TB/s"),
+        _gpu("mi250x", half=191.5e12, single=47.9e12, memory=1.638e12, gigabytes=64, node_link=50e9, adapter=25e9,
+             host_link=36e9, host_gigabytes=64, source="AMD Instinct MI250X datasheet, one of two dies, as ROCm shows it"),
+        _gpu("mi300x", half=1307e12, single=163.4e12, memory=5.3e12, gigabytes=192, node_link=448e9, adapter=50e9,
+             host_link=64e9, host_gigabytes=256, source="AMD Instinct MI300X datasheet and platform data sheet"),
+    )
+}  # fmt: skip
+
+#: Share of a device's memory for ``"auto"``: the rest is left to the driver, communication buffers and fragmentation.
+AUTO = 0.9
+
+
+def device(name: str) -> Device:
+    """The device called ``name``: ``"cpu"``, a row of the table, or ``"cuda"`` for the one that is here. Raises ``ValueError``
+    with the known ones."""
+    if name == "cpu":
+        return _this_cpu()
+    if name == "cuda":
+        return _row_of(_product())
+    if name.lower() in DEVICES:
+        return DEVICES[name.lower()]
+    raise ValueError(
+        f"device={name!r} has no figures here; use 'cpu', 'cuda' for the one here, or one of {sorted(DEVICES)}."
+    )
+
+
+def capacity(name: str, local_ranks: int | None = None) -> int:
+    """Bytes that one rank can use on a device: those of its row, the real device's, or its share of this machine's memory.
+
+    ``local_ranks`` are the processes that share a CPU (default: ``$LOCAL_WORLD_SIZE``).
+    """
+    if name == "cuda":
+        return int(_nvml()["memory"])
+    if name != "cpu":
+        return device(name).memory_bytes
+    ranks = local_ranks or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return machine_memory() // ranks
+
+
+def share_of(budget: str, memory: int) -> int:
+    """Bytes of ``"75%"`` or ``"auto"`` of so much memory."""
+    return int(memory * (AUTO if budget == "auto" else float(budget.rstrip("%")) / 100))
+
+
+def machine_memory(root: Path = Path("/")) -> int:
+    """Bytes of main memory: the machine's, or what its control group allows where that is less."""
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for limit in ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            text = (root / limit).read_text().strip()
+        except OSError:
+            continue
+        if text.isdecimal():  # "max" where there is none
+            found.append(int(text))
+    return min(found)
+
+
+def _product() -> str:
+    return str(_nvml()["name"])
+
+
+def _row_of(product: str) -> Device:
+    """The table's row of a product such as ``NVIDIA H100 80GB HBM3``."""
+    words = product.lower().replace("-", " ").split()
+    found = next((row for name, row in DEVICES.items() if name in words), None)
+    if found is None:
+        raise ValueError(
+            f"{product!r} has no figures here: only {sorted(DEVICES)} have. Add a row to dspass/passes/devices.py, or give the "
+            "nearest one's name as device=."
+        )
+    return found
+
+
+def _nvml() -> dict[str, Any]:
+    """Product name and bytes of memory of this process's device; by torch where there is no NVIDIA driver (ROCm)."""
+    if not torch.cuda.is_available():
+        raise ValueError("device='cuda': torch sees none here. Give the name of the one that you mean, such as 'h100'.")
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    if torch.version.hip is not None:
+        return {"name": properties.name, "memory": properties.total_memory}
+    import pynvml
+
+    pynvml.nvmlInit()
+    try:
+        # By its identity: NVML numbers all devices, torch those in CUDA_VISIBLE_DEVICES.
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{properties.uuid}")
+        return {"name": pynvml.nvmlDeviceGetName(handle), "memory": pynvml.nvmlDeviceGetMemoryInfo(handle).total}
+    finally:
+        pynvml.nvmlShutdown()
+
+
+@functools.cache
+def _this_cpu() -> Device:
+    """This machine's CPU as it is: a matrix product and a copy. gloo's links run on the same cores, so nothing overlaps."""
+    a = torch.ones(512, 512)
+    product = _best(lambda: a @ a)
+    big = torch.ones(8_000_000)
+    out = torch.empty_like(big)
+    moved = _best(lambda: out.copy_(big))
+    return Device(
+        name="cpu",
+        rates={torch.float32: 2 * 512**3 / product},
+        memory=2 * 32e6 / moved,
+        link=1e9,
+        latency=200e-6,
+        overlaps=False,
+        memory_bytes=machine_memory(),
+        source="measured here: a product of 512 x 512, a copy of 32 MB",
+    )
+
+
+def _best(work: Callable[[], object]) -> float:
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return min(times)

@@ -1,0 +1,127 @@
+"""The table of devices, the device that is here, and what fits on how many of them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import dspass
+from dspass.passes import devices
+from dspass.passes.devices import DEVICES, capacity, device, machine_memory, share_of
+from dspass.planner.plan import BudgetError
+from tests.test_explain import MODELS
+
+
+@pytest.mark.parametrize("row", DEVICES.values(), ids=lambda row: row.name)
+def test_rows_are_plausible_and_say_their_source(row: devices.Device) -> None:
+    assert 1e13 < row.rates[torch.float32] < row.rates[torch.bfloat16] < 1e16
+    assert row.rate(torch.float64) == row.rates[torch.float32]
+    assert row.memory_bytes / row.memory < 1, "all memory is read in less than a second"
+    assert row.link < row.node_link < row.memory
+    assert row.host_link < row.memory
+    assert row.memory_bytes <= row.host_memory_bytes
+    assert row.overlaps
+    assert row.source
+    assert device(row.name.upper()) is row
+
+
+def test_the_issue_s_devices_have_rows() -> None:
+    assert DEVICES.keys() >= {"a100", "h100", "h200", "b200", "mi250x", "mi300x"}
+
+
+def test_a_group_inside_of_a_node_uses_its_links() -> None:
+    h100 = device("h100")
+    assert [h100.link_of(n) for n in (2, 8)] == [h100.node_link] * 2
+    assert [h100.link_of(n) for n in (9, 64)] == [h100.link] * 2
+    assert device("cpu").link_of(2) == device("cpu").link
+
+
+def test_an_unknown_device_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"device='tpu' has no figures here; use 'cpu', 'cuda' .*'h100'"):
+        device("tpu")
+
+
+class _Nvml:
+    """The part of pynvml that is used, with one device."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.open = name, 0
+
+    def nvmlInit(self) -> None:
+        self.open += 1
+
+    def nvmlShutdown(self) -> None:
+        self.open -= 1
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:
+        assert uuid == "GPU-1234"
+        return uuid
+
+    def nvmlDeviceGetName(self, handle: str) -> str:
+        return self.name
+
+    def nvmlDeviceGetMemoryInfo(self, handle: str) -> Any:
+        return SimpleNamespace(total=79 * 10**9)
+
+
+def _pretend(monkeypatch: pytest.MonkeyPatch, name: str) -> _Nvml:
+    """A device that is not here: this is what torch and NVML would say of one."""
+    nvml = _Nvml(name)
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid="1234", name=name))
+    return nvml
+
+
+def test_the_real_device_is_read_from_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    nvml = _pretend(monkeypatch, "NVIDIA H100 80GB HBM3")
+    assert device("cuda") is DEVICES["h100"]
+    assert capacity("cuda") == 79 * 10**9
+    assert nvml.open == 0
+    _pretend(monkeypatch, "NVIDIA GeForce 256")
+    with pytest.raises(ValueError, match=r"'NVIDIA GeForce 256' has no figures here: .*Add a row"):
+        device("cuda")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device here")
+def test_without_a_device_that_is_said() -> None:
+    with pytest.raises(ValueError, match="torch sees none here"):
+        device("cuda")
+
+
+def test_a_rank_s_share_of_the_machine(tmp_path: Path) -> None:
+    whole = machine_memory()
+    assert capacity("cpu", 1) == whole
+    assert capacity("cpu", 4) == whole // 4
+    for path, text, wanted in (
+        ("sys/fs/cgroup/memory.max", "1000000\n", 10**6),
+        ("sys/fs/cgroup/memory.max", "max\n", machine_memory(tmp_path / "nothing")),
+        ("sys/fs/cgroup/memory/memory.limit_in_bytes", "2000000\n", 2 * 10**6),
+    ):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+        assert machine_memory(tmp_path) == wanted
+    assert share_of("75%", 1000) == 750
+    assert share_of("auto", 1000) == 900
+
+
+def test_the_fewest_ranks_that_fit() -> None:
+    """On one the states alone are too many, on two what is saved and computed is, by the planner's smallest plan."""
+    model, args, kwargs = MODELS["gpt"]()
+    states = sum(4 * p.numel() * p.element_size() for p in model.parameters())
+    found = dspass.fit(model, *args, kwargs=kwargs, device="h100", memory_budget=int(0.98 * states))
+    assert found.world_size == 4
+    assert found.refused[1] == states
+    assert 0.98 * states < found.refused[2] < 1.5 * states
+    assert found.report.memory.peak_bytes <= 0.98 * states
+    assert found.config["zero_optimization"] == {"stage": 3}
+    assert str(found).startswith("fits on 4 x h100")
+    with pytest.raises(BudgetError, match=r"does not fit into 1 MB on up to 4 ranks of h100") as refused:
+        dspass.fit(model, *args, kwargs=kwargs, device="h100", memory_budget="1MB", most=4)
+    assert refused.value.smallest == states // 4
