@@ -1,11 +1,11 @@
-"""``python -m benchmarks zero``: figures beside those of peers, measured in turns in one call."""
+"""``python -m benchmarks zero`` and ``memory``: figures beside those of peers, measured in turns in one call."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from benchmarks import zero
+from benchmarks import memory, zero
 from benchmarks.subjects import SUBJECTS
 from examples.gpt import PRESETS
 
@@ -32,7 +32,15 @@ def main() -> int:
     one.add_argument("--memory-gib", type=_positive, default=24, help="memory that all subjects may take together")
     one.add_argument("--out", default="benchmarks/results", help="where the table and the figures are written")
     one.set_defaults(run=zero.run)
+    summary = (memory.__doc__ or "").splitlines()[0]
+    two = commands.add_parser(
+        "memory", help=summary, description=memory.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    memory.add_arguments(two)
+    two.set_defaults(run=memory.run)
     options = parser.parse_args()
+    if options.command == "memory":
+        return options.run(options)
     most = PRESETS[options.preset].context
     if options.context > most:
         parser.error(f"--context {options.context}: the model of preset {options.preset} takes {most} at most")

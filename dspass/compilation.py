@@ -34,6 +34,8 @@ class Compilation:
     programs: dict[str, Program] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     plan: Plan | None = None
+    frame: int = -1
+    """Which of the model's functions was captured: others than one stand behind graph breaks."""
 
 
 def compile_graph(
@@ -45,7 +47,7 @@ def compile_graph(
     compiler: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """Compile ``gm``, in which sharded parameters are read through ``dspass::unshard``; inference and training alike."""
-    done = Compilation(name=f"graph {len(engine.compilations)}")
+    done = Compilation(name=f"graph {len(engine.compilations)}", frame=compat.compiled_frame())
     engine.compilations.append(done)
     chosen: Callable[..., Any] = compiler or engine.compiler or segment_compiler(config)
     engine.compiler, engine.config = chosen, config
@@ -76,7 +78,16 @@ def compile_graph(
         free = static_lifetime_input_indices or ()
         if config.dspass.memory_budget is not None or config.dspass.plan is not None:
             forward, backward, done.plan = planned(
-                joint, joint_inputs, num_fwd_outputs, free, engine, config, passes, done.name, patches
+                joint,
+                joint_inputs,
+                num_fwd_outputs,
+                free,
+                engine,
+                config,
+                passes,
+                done.name,
+                patches,
+                _held(engine, done),
             )
         else:
             forward, backward = partition(
@@ -107,6 +118,12 @@ def compile_graph(
         keep_inference_input_mutations=True,
     )
     return backend(gm, list(inputs))
+
+
+def _held(engine: Engine, done: Compilation) -> int:
+    """Bytes that the model's earlier graphs hold for their backwards while this one runs."""
+    frames = {c.frame: c.plan.between for c in engine.compilations if c.plan is not None and c.frame != done.frame}
+    return sum(frames.values())
 
 
 def segment_compiler(config: Config) -> SegmentCompiler:

@@ -48,6 +48,7 @@ def _described(root: nn.Module) -> str:
 def adopt(root: nn.Module, engine: Engine) -> None:
     """Let ``engine`` be that of ``root``."""
     _engines[root] = engine
+    engine.root = weakref.ref(root)
     engine.no_sync_depth = _no_sync.get(root, 0)
 
 

@@ -34,7 +34,7 @@ from dspass.passes.text import print_value
 from dspass.planner.dry_run import Peak, State, peak_of_step
 from dspass.planner.plan import BudgetError, Chooser, Plan, Planner, Split, chooser
 from dspass.planner.saved import MadeFor, PlanError, PlanFile
-from dspass.planner.values import is_gathered
+from dspass.planner.values import bytes_of, is_gathered
 from dspass.runtime import compat
 from dspass.runtime.engine import Engine
 from dspass.runtime.params import lookup
@@ -61,9 +61,11 @@ def planned(
     passes: Sequence[Pass],
     name: str,
     patches: Mapping[str, Any],
+    held: int = 0,
 ) -> tuple[fx.GraphModule, fx.GraphModule, Plan]:
     """``joint`` split as a plan says, and the plan: one that is read from ``dspass.plan``, or one made for
-    ``dspass.memory_budget``. ``passes`` are those that will run on the two graphs (:func:`scheduled`). Raises
+    ``dspass.memory_budget``. ``passes`` are those that will run on the two graphs (:func:`scheduled`), and
+    ``held`` bytes of the model's other graphs while this one runs. Raises
     :class:`BudgetError` or :class:`PlanError` on every rank alike."""
 
     def split(choose: Chooser) -> Split:
@@ -95,6 +97,8 @@ def planned(
         assert budget is not None
         on = _device(engine)
         state = state_of(engine)
+        here, gradients = _of_this_graph(joint.graph, num_fwd_outputs, free)
+        state = replace(state, elsewhere=held + max(state.trained - gradients, 0), here=here)
         simulator = InductorSimulator(patches=patches) if on is _CPU else GraphSimulator()
 
         def run(forward: fx.GraphModule, backward: fx.GraphModule) -> Peak:
@@ -142,6 +146,16 @@ def _kind(engine: Engine) -> str:
 def budget_bytes(budget: int | str, engine: Engine) -> int:
     """``dspass.memory_budget`` in bytes: a share (``"75%"``) is of the device, ``"auto"`` leaves a tenth of it."""
     return budget if isinstance(budget, int) else devices.share_of(budget, devices.capacity(_kind(engine)))
+
+
+def _of_this_graph(joint: fx.Graph, num_fwd_outputs: int, free: Sequence[int]) -> tuple[int, int]:
+    """Bytes of its parameters and buffers as this rank holds them, and of the gradients that it leaves of them."""
+    placeholders = joint.find_nodes(op="placeholder")
+    shards = {n.meta[GATHERED][1] for n in placeholders if GATHERED in n.meta}
+    mine = sorted({*free, *(i for i, n in enumerate(placeholders) if n.name in shards)})
+    gradients = joint.find_nodes(op="output")[0].args[0][num_fwd_outputs:]
+    left = [gradients[i] for i in mine if i < len(gradients) and isinstance(gradients[i], fx.Node)]
+    return sum(bytes_of(placeholders[i]) for i in mine), sum(map(bytes_of, left))
 
 
 def _exposed_share(joint: fx.Graph, on: devices.Device) -> float:
@@ -211,10 +225,15 @@ def _shared(made_for: MadeFor, make: Callable[[], Plan]) -> Plan:
 
 
 def state_of(engine: Engine) -> State:
-    """Shards, and the states of the optimiser that holds them: as they are, or as AdamW makes them where none exist yet."""
-    params = [p for spec in engine.specs.values() if (p := spec.param()) is not None]
+    """Shards, buffers, and the states of the optimiser that holds them: as they are, or as AdamW makes them if none exist."""
+    known = [p for spec in engine.specs.values() if (p := spec.param()) is not None]
+    root = engine.root() if engine.root is not None else None
+    params = list({id(p): p for p in [*known, *(root.parameters() if root is not None else ())]}.values())
     sizes = {id(p): _local_bytes(p) for p in params}
+    buffers = sum(map(_local_bytes, root.buffers())) if root is not None else 0
+    whole = sum(sizes.values()) + buffers
     trained = [p for p in params if p.requires_grad]
+    total = sum(sizes[id(p)] for p in trained)
     states, temporaries = engine.supposed_optimizer or (2, 2)
     if engine.supposed_optimizer is None:
         for found in gc.get_objects():
@@ -227,11 +246,9 @@ def state_of(engine: Engine) -> State:
                 if isinstance(t, torch.Tensor)
             ]
             if made:
-                return State(
-                    sum(sizes.values()), sum(map(_local_bytes, made)), _temporaries(trained, sizes, temporaries)
-                )
-    total = sum(sizes[id(p)] for p in trained)
-    return State(sum(sizes.values()), states * total, _temporaries(trained, sizes, temporaries))
+                held = _temporaries(trained, sizes, temporaries)
+                return State(whole, sum(map(_local_bytes, made)), held, trained=total)
+    return State(whole, states * total, _temporaries(trained, sizes, temporaries), trained=total)
 
 
 def _temporaries(trained: Sequence[torch.Tensor], sizes: dict[int, int], count: int) -> int:

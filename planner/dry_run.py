@@ -26,25 +26,34 @@ from dspass.runtime.program import Probe
 
 @dataclass(frozen=True)
 class State:
-    """Bytes that are there in every moment of the step, and those that the optimiser adds to them and to the gradients."""
+    """Bytes that are there in every moment of the step, and those that the optimiser adds to them and to the gradients.
+
+    ``elsewhere`` are those of the model's other graphs, behind and before a graph break, while this one runs: what earlier
+    ones hold for their backwards, and gradients of later ones. ``here`` are the parameters and buffers of this one.
+    ``trained`` are the bytes of all gradients.
+    """
 
     parameters: int
     states: int
     optimizer_temporaries: int = 0
+    elsewhere: int = 0
+    here: int = 0
+    trained: int = 0
 
     @property
     def bytes(self) -> int:
-        return self.parameters + self.states
+        return self.parameters + self.states + self.elsewhere
 
 
 @dataclass(frozen=True)
 class Peak:
-    """Of one step: ``graph`` is what forward and backward add to ``base``, the bytes that are always there, and ``floor`` what
-    the optimiser adds to it after them."""
+    """Of one step: ``graph`` is what forward and backward add to ``base``, the bytes that are always there, ``floor`` what the
+    optimiser adds to it after them, and ``between`` what is held from the forward to the backward."""
 
     base: int
     graph: int
     floor: int
+    between: int = 0
 
     @property
     def bytes(self) -> int:
@@ -71,8 +80,9 @@ def peak_of_step(
         inputs = [_fresh(v) for v in values]
         ledger.note(inputs, "parameters")
         there = ledger.total  # shards and the batch
-        batch = max(there - state.parameters, 0)
+        batch = max(there - state.here, 0)
         outputs = programs[0](list(inputs))
+        between = ledger.total - there
         saved = outputs[num_fwd_outputs:]
         asked = forward.graph.find_nodes(op="output")[0].args[0][num_fwd_outputs:]
         places = {node.name: value for node, value in zip(received_by(backward.graph, asked), saved, strict=True)}
@@ -87,7 +97,7 @@ def peak_of_step(
         end = ledger.total - there
         del kept, gradients
     graph = max(point.total for point in ledger.points) - there
-    return Peak(state.bytes + batch, graph, end + state.optimizer_temporaries)
+    return Peak(state.bytes + batch, graph, end + state.optimizer_temporaries, between)
 
 
 @contextlib.contextmanager

@@ -95,8 +95,9 @@ class Tensors:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What was decided for one graph, and between what. ``seconds`` are the cost model's for the graph's forward and backward
-    with their collectives; ``frontier`` is ordered from the fastest to the smallest, and ``chosen`` its index."""
+    """What was decided for one graph, and between what. ``between`` are the bytes held from its forward to its backward;
+    ``seconds`` are the cost model's for both with their collectives; ``frontier`` is ordered from the fastest to the smallest,
+    and ``chosen`` its index."""
 
     decision: Decision
     saved_bytes: int
@@ -104,6 +105,7 @@ class Plan:
     seconds: float
     again_seconds: float
     peak: int
+    between: int
     budget: int
     frontier: tuple[Option, ...]
     chosen: int
@@ -252,6 +254,7 @@ class Planner:
             seconds=self._base_seconds + choice.seconds,
             again_seconds=choice.seconds,
             peak=self._measured[index].bytes,
+            between=self._measured[index].between,
             budget=self.budget,
             frontier=tuple(frontier),
             chosen=chosen,

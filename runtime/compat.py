@@ -260,6 +260,14 @@ def guard_identity(node: fx.Node) -> None:
         install_guard(argument.source.make_guard(GuardBuilder.ID_MATCH))
 
 
+def compiled_frame() -> int:
+    """The number of the frame that Dynamo is compiling: the same for recompilations of one, another behind a graph break."""
+    from torch._guards import CompileContext
+
+    compile_id = CompileContext.current_compile_id()
+    return -1 if compile_id is None or compile_id.frame_id is None else compile_id.frame_id
+
+
 def allow_compilations(more: int) -> None:
     """Let Dynamo compile one function so many times more: it counts those of all models of a class together, and runs what
     exceeds its limit uncompiled, which here would be unsharded."""

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import itertools
 import time
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -50,6 +51,8 @@ class Engine:
     stage: int
     accumulation_steps: int = 1
     name: str = field(default_factory=lambda: f"m{next(_numbers)}")
+    #: The model: parameters that nothing has to be done for on one rank have no specs, and memory all the same.
+    root: weakref.ref[torch.nn.Module] | None = None
     #: The model in words, the same in every run of it: plans that are saved are for one model.
     model: str = ""
     specs: dict[str, ParamSpec] = field(default_factory=dict)

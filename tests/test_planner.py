@@ -343,6 +343,75 @@ def test_a_plan_is_saved_used_again_and_refused_for_something_else(
     assert "cannot be read" in _why(path)
 
 
+def test_one_process_counts_the_optimiser_s_states_too() -> None:
+    """Without a process group nothing is sharded, and parameters have no specs; the budget is of all bytes all the same."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.GELU(), torch.nn.Linear(256, 8))
+    options = {"zero_optimization": {"stage": 0}, "dspass": {"memory_budget": "1GB"}}
+    compiled = torch.compile(model, backend="deepspeed", options=options)
+    optimizer = torch.optim.AdamW(compiled.parameters())
+    x = torch.randn(16, 64)
+
+    def step() -> None:
+        compiled(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    with dspass.measure(model):
+        step()
+    report = dspass.explain(model)
+    assert report.memory.by_category["optimizer"] > 0
+    assert report.plans[0].peak_bytes == pytest.approx(report.memory.peak_bytes, rel=0.03)
+
+
+class Broken(torch.nn.Module):
+    """Two graphs: the first one's saved values live while the second runs, the second's gradients while the first's do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = (
+            torch.nn.Sequential(*(layer for _ in range(4) for layer in (torch.nn.Linear(64, 64), torch.nn.GELU())))
+            for _ in range(2)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.one(x)
+        torch._dynamo.graph_break()
+        return self.two(x).square().mean()
+
+
+def test_two_graphs_share_a_budget() -> None:
+    def measured(budget: int | None) -> tuple[int, list[float]]:
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = Broken()
+        own = {} if budget is None else {"memory_budget": budget}
+        compiled = torch.compile(model, backend="deepspeed", options={"zero_optimization": {"stage": 0}, "dspass": own})
+        optimizer = torch.optim.AdamW(compiled.parameters())
+        x, losses = torch.randn(512, 64), []
+
+        def step() -> None:
+            loss = compiled(x)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+
+        for _ in range(2):
+            step()
+        with dspass.measure(model):
+            step()
+        return dspass.explain(model).memory.peak_bytes, losses
+
+    free, wanted = measured(None)
+    for share in (1.1, 0.95):
+        peak, losses = measured(round(share * free))
+        assert peak <= share * free * 1.01
+        assert losses == wanted
+
+
 def _refused(stage: int) -> str:
     model = Mlp()
     compiled = torch.compile(model, backend="deepspeed", options=_options(stage, 1000))
