@@ -17,7 +17,7 @@ import random
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from html import escape
 from pathlib import Path
@@ -220,6 +220,7 @@ def measure_model(model: str, options: argparse.Namespace) -> list[Point]:
     """All points of one model, alive at the same time, a step of each in turn."""
     started: dict[int, Process] = {}
     points: list[Point] = []
+    failed: list[Point] = []
 
     def start(point: Point) -> Point:
         process = Process(model, options.preset, point.system, point.setting, point.budget)
@@ -233,6 +234,8 @@ def measure_model(model: str, options: argparse.Namespace) -> list[Point]:
             process.close()
             if error.smallest is not None:
                 point.predicted = error.smallest
+            if point.budget != 1:  # which is to be refused
+                failed.append(point)
             return point
         started[len(points)] = process
         points.append(point)
@@ -267,7 +270,7 @@ def measure_model(model: str, options: argparse.Namespace) -> list[Point]:
     for i, process in tqdm(started.items(), desc=f"{model}: peaks", unit="point", ncols=90):
         points[i].peak = process.ask("peak")
         process.close()
-    return points
+    return points + failed
 
 
 # -- comparisons ----------------------------------------------------------------------------------------------------
@@ -284,6 +287,7 @@ class Comparison:
 
 def compare(points: Sequence[Point], grace: float = 0.01) -> list[Comparison]:
     """None where dspass has no point at so little memory, or as fast. ``grace``: peaks that differ by less are equal."""
+    points = [p for p in points if p.error is None]
     ours = [p for p in points if p.system == "dspass" and p.setting != "unplanned"]
     found = []
     for peer in (p for p in points if p.system != "dspass"):
@@ -297,6 +301,8 @@ def compare(points: Sequence[Point], grace: float = 0.01) -> list[Comparison]:
 
 def table(model: str, points: Sequence[Point]) -> str:
     """Markdown of one model."""
+    failed = [p for p in points if p.error is not None]
+    points = [p for p in points if p.error is None]
     unplanned = next(p for p in points if p.setting == "unplanned")
     lines = [
         f"## {model}",
@@ -318,6 +324,7 @@ def table(model: str, points: Sequence[Point]) -> str:
             "equal" if worst == 0 else f"{worst:.1e}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", *(f"- failed: {p.name}: {' '.join((p.error or '').split())[-200:]}" for p in failed)]
     planned = [p for p in points if p.budget is not None]
     held = [p for p in planned if p.peak <= (p.budget or 0) * 1.01]
     near = [p for p in planned if p.predicted and abs(p.peak / p.predicted - 1) <= 0.03]
@@ -368,6 +375,7 @@ _COLOURS = {"dspass": "#2457b0", "inductor": "#e39338", "checkpoint": "#cc4b5a"}
 
 def plot(title: str, points: Sequence[Point]) -> str:
     """SVG: step time over peak, a mark a point; down and to the left is better."""
+    points = [p for p in points if p.error is None]
     width, height, left, bottom, top = 720, 420, 80, 60, 40
     peaks, steps = [p.peak / 1e6 for p in points], [p.step * 1e3 for p in points]
     x0, x1 = 0.9 * min(peaks), 1.05 * max(peaks)
@@ -424,31 +432,29 @@ def run(options: argparse.Namespace) -> int:
     begin = time.time()
     folder = Path(options.out)
     folder.mkdir(parents=True, exist_ok=True)
-    found: dict[str, list[Point]] = {}
-    for model in options.models.split(","):
-        found[model] = measure_model(model, options)
     words = " ".join(
         f"--{k} {getattr(options, k)}" for k in ("preset", "models", "budgets", "ratios", "solvers", "rounds")
     )
-    head = [
-        f"# Step time against peak memory, preset {options.preset}",
-        "",
-        f"`python -m benchmarks memory {words}`",
-        "",
-        f"{time.strftime('%Y-%m-%d')}, one rank on one core of {_cpu()}, torch "
-        f"{torch.__version__}, Python {platform.python_version()}; AdamW(fused=True), fp32, one thread; {options.rounds} "
-        f"rounds of one step, in an order drawn anew for each; {(time.time() - begin) / 60:.1f} minutes in all. Not compared: "
-        "2 ranks, FSDP2.",
-    ]
     stem = f"memory-{options.preset}-cpu"
-    parts = []
-    for model, points in found.items():
+    parts: list[str] = []
+    data: dict[str, Any] = {}
+    for model in options.models.split(","):
+        points = measure_model(model, options)
         (folder / f"{stem}-{model}.svg").write_text(plot(f"{model}, preset {options.preset}", points))
         parts.append(table(model, points) + f"\n\n![{model}]({stem}-{model}.svg)")
-    text = "\n".join(head) + "\n\n" + "\n\n".join(parts) + "\n"
-    print("\n" + text)
-    (folder / f"{stem}.md").write_text(text)
-    data: dict[str, Callable[..., Any] | Any] = {m: [asdict(p) for p in points] for m, points in found.items()}
-    (folder / f"{stem}.json").write_text(json.dumps(data, indent=1) + "\n")
+        print("\n" + parts[-1] + "\n")
+        data[model] = [asdict(p) for p in points]
+        head = [
+            f"# Step time against peak memory, preset {options.preset}",
+            "",
+            f"`python -m benchmarks memory {words}`",
+            "",
+            f"{time.strftime('%Y-%m-%d')}, one rank on one core of {_cpu()}, torch {torch.__version__}, Python "
+            f"{platform.python_version()}; AdamW(fused=True), fp32, one thread; {options.rounds} rounds of one step, in an "
+            f"order drawn anew for each; {(time.time() - begin) / 60:.1f} minutes in all. Not compared: 2 ranks, FSDP2.",
+        ]
+        # After each model: a run that is cut short keeps what it has.
+        (folder / f"{stem}.md").write_text("\n".join(head) + "\n\n" + "\n\n".join(parts) + "\n")
+        (folder / f"{stem}.json").write_text(json.dumps(data, indent=1) + "\n")
     print(f"written: {folder / stem}.md, .json and a plot of each model")
     return 0

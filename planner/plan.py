@@ -53,7 +53,7 @@ _LAST_TRIES = 3
 
 
 class BudgetError(RuntimeError):
-    """No plan fits into the memory budget. ``smallest`` is the least peak of all choices, in bytes."""
+    """No plan fits into the memory budget. ``smallest`` is one that works, in bytes: the least peak, rounded up."""
 
     def __init__(self, message: str, smallest: int) -> None:
         super().__init__(message)
@@ -252,7 +252,7 @@ class Planner:
             saved_bytes=choice.bytes,
             kept_bytes=self._kept_bytes[index],
             seconds=self._base_seconds + choice.seconds,
-            again_seconds=choice.seconds,
+            again_seconds=math.fsum(self._values[i].seconds for i in choice.recomputed),
             peak=self._measured[index].bytes,
             between=self._measured[index].between,
             budget=self.budget,
@@ -298,7 +298,7 @@ class Planner:
         return tuple(sorted(classes, key=lambda c: -(c.kept + c.dropped)))
 
     def _refusal(self) -> BudgetError:
-        smallest = min(peak.bytes for peak in self._measured.values())
+        smallest = _rounded_up(min(peak.bytes for peak in self._measured.values()))
         return BudgetError(
             f"dspass.memory_budget of {size_text(self.budget)} is too small: the smallest plan of {len(self.choices)} takes "
             f"{size_text(smallest)} on each rank. Give that much, or use more ranks, a higher ZeRO stage or a smaller batch.",
@@ -334,6 +334,12 @@ def chooser(decision: Decision) -> Chooser:
         return [node for node in forward if node.name in saved]
 
     return choose
+
+
+def _rounded_up(count: int) -> int:
+    """To four digits, as :func:`size_text` says it: a person who gives what an error says must not be refused again."""
+    unit = 10 ** max(len(str(count)) - 4, 0)
+    return -(-count // unit) * unit
 
 
 def size_text(count: float) -> str:

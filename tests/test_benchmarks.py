@@ -39,6 +39,8 @@ def test_the_table_says_what_was_missed() -> None:
     assert "1 peers' points take less memory than all of ours" in text
     assert "- missed: at equal time the median peak is at most 0.9 of a peer's: 1.00 of 3" in text
     assert "| checkpoint | none | 1.200 |" in text
+    measured.append(Point("dspass", "1 MB", budget=10**6, error="refused: too small"))
+    assert "- failed: dspass 1 MB: refused: too small" in table("gpt", measured)
     measured[2].peak = 70_000_000
     measured[2].losses[1] = 0.4
     text = table("gpt", measured)

@@ -146,6 +146,7 @@ def test_a_larger_budget_never_plans_a_slower_step_or_exceeds_itself(peaks: list
         except BudgetError as error:
             assert fastest == float("inf"), "a larger budget was refused"
             assert error.smallest > budget  # noqa: PT017
+            _planner(error.smallest).told([m for m, _ in peaks], [r for _, r in peaks]).plan()
             continue
         assert plan.peak <= budget
         assert plan.seconds <= fastest
@@ -410,6 +411,12 @@ def test_two_graphs_share_a_budget() -> None:
         peak, losses = measured(round(share * free))
         assert peak <= share * free * 1.01
         assert losses == wanted
+
+
+def test_what_an_error_says_is_enough() -> None:
+    with pytest.raises(BudgetError, match=r"takes 82\.86 MB on each rank") as refused:
+        _planner(1).told([1], [82_854_308]).plan()
+    assert refused.value.smallest == 82_860_000
 
 
 def _refused(stage: int) -> str:
