@@ -71,20 +71,29 @@ class PrefetchGathers(Pass):
 
 
 def _start_as_late_as_hides(graph: fx.Graph, starts: list[fx.Node], on: Device) -> int:
+    reduced = sum(_bytes(node.args[0]) for node in calls(graph, REDUCE_GRAD))
+    gathered = sum(spec.gathered_bytes for start in starts for spec in specs_of(start))
+    lasts = {start: (1 + reduced / max(gathered, 1)) * collective_seconds(start, on) for start in starts}
+    # The moment at which each node runs if all gathers start at once, waits included: where the link is what takes long, no
+    # gather can begin before the one before it has arrived, and to start it earlier would only hold memory.
+    arrives, link_free = {}, 0.0
+    for start in starts:
+        link_free += lasts[start]
+        arrives[wait_of(start)] = link_free
     clock: dict[fx.Node, float] = {}
+    needed: dict[fx.Node, float] = {}
     now = 0.0
     in_memory = values_in_memory(graph)
     for node in graph.nodes:
         clock[node] = now
+        if node in arrives:
+            needed[node] = now = max(now, arrives[node])
         if node in in_memory:
             now += kernel_seconds(node, in_memory[node], on)
-    reduced = sum(_bytes(node.args[0]) for node in calls(graph, REDUCE_GRAD))
-    gathered = sum(spec.gathered_bytes for start in starts for spec in specs_of(start))
-    longer = 1 + reduced / max(gathered, 1)
     deadline = float("inf")
     latest: list[float] = []
     for start in reversed(starts):
-        deadline = min(clock[wait_of(start)], deadline) - longer * collective_seconds(start, on)
+        deadline = min(needed[wait_of(start)], deadline) - lasts[start]
         latest.append(deadline)
     order = positions(graph)
     body = [node for node in graph.nodes if node.op != "placeholder"]

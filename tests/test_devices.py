@@ -30,7 +30,7 @@ def test_rows_are_plausible_and_say_their_source(row: devices.Device) -> None:
     assert device(row.name.upper()) is row
 
 
-def test_the_issue_s_devices_have_rows() -> None:
+def test_the_devices_that_people_rent_have_rows() -> None:
     assert DEVICES.keys() >= {"a100", "h100", "h200", "b200", "mi250x", "mi300x"}
 
 

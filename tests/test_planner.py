@@ -287,6 +287,19 @@ def test_gathers_start_as_late_as_hides_them(link: float, latency: float, memory
     assert held["near"] <= held["far"]
 
 
+def test_a_slow_link_is_no_reason_to_gather_all_at_once() -> None:
+    """Where sending takes longer than computing, each gather waits for the one before it, and no more are held than two."""
+    on = Device(name="x", rates={torch.float32: 1e15}, memory=1e15, link=1e3, latency=0, overlaps=True)
+    held = []
+    for prefetch in (PrefetchGathers(distance=100), PrefetchGathers(distance=1), PrefetchGathers(hidden_by=on)):
+        passes = [BucketGathers(bucket_bytes=1) if isinstance(p, BucketGathers) else p for p in build(Config())]
+        step = run_pipeline(toy_of("uneven"), [prefetch if isinstance(p, PrefetchGathers) else p for p in passes])
+        held.append((_held(step.forward), estimate(step.forward, on).seconds))
+    far, one, near = held
+    assert near[0] <= one[0] < far[0]
+    assert near[1] <= far[1] * (1 + 1e-9)
+
+
 def _held(graph: fx.Graph) -> int:
     """The sum over the graph's nodes of gathers that were started and are still read."""
     order = positions(graph)
