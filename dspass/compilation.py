@@ -14,6 +14,7 @@ import torch.fx as fx
 from dspass.config import Config
 from dspass.lowering.segments import SegmentCompiler, lower, shared_order
 from dspass.passes.base import Pass, PassContext, PassResult, run_passes
+from dspass.passes.offload_saved import OffloadSaved, mark_all
 from dspass.passes.partition import partition
 from dspass.passes.text import print_graph
 from dspass.planner.plan import Plan
@@ -93,6 +94,9 @@ def compile_graph(
             forward, backward = partition(
                 joint, joint_inputs, num_fwd_outputs, free, recompute_pointwise=engine.stage == 3
             )
+            offload = next((p for p in passes if isinstance(p, OffloadSaved)), None)
+            if offload is not None and offload.enabled:
+                mark_all(forward.graph, backward.graph, num_fwd_outputs, offload)
         return prepare(forward, "forward"), prepare(backward, "backward")
 
     def lowered(where: str, is_backward: bool, is_inference: bool) -> Callable[..., Any]:

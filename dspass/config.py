@@ -452,10 +452,13 @@ KEYS: tuple[Key, ...] = (
           "compiling with collectives in the graph is what this backend does"),
     _deny("compile.passes", "list", None, "passes by DeepSpeed's names",
           "Remove it; dspass.passes adds, drops and reorders passes.", asks="present"),
-    _deny("compile.offload_activation", "flag", False, "activations kept on the host", _FIT),
+    _act("compile.offload_activation", "offload_activation", "flag", None, "",
+         "Whether saved activations may wait for the backward on the host. With a memory budget those that the planner picks: "
+         "true also where the device's memory is the host's, absent where it is not. Without one true offloads all of 1 MB or "
+         "more."),
     _deny("compile.offload_opt_states", "flag", False, "optimiser states kept on the host", _FIT),
     _deny("compile.offload_parameters", "flag", False, "parameters kept on the host", _FIT),
-    _skip("compile.offload_activation_pin_memory", "flag", True, _NO_OFFLOAD),
+    _skip("compile.offload_activation_pin_memory", "flag", True, "beside a GPU host memory is always pinned"),
     _skip("compile.debug_log", "flag", False, 'TORCH_LOGS="+dspass" prints the graphs'),
     _skip("compile.free_activation", "flag", False,
           "the compiled graph frees every value after its last use"),
@@ -651,6 +654,8 @@ class Config:
     """Calls of forward and backward in one optimiser step."""
     gradient_clipping: float = 0.0
     """Largest 2-norm of all gradients together; 0 does not clip."""
+    offload_activation: bool | None = None
+    """Whether saved activations may wait on the host; None: where the device has memory of its own."""
     train_micro_batch_size_per_gpu: int | None = None
     """Samples of one rank in one call."""
     train_batch_size: int | None = None

@@ -20,7 +20,7 @@ import platform
 import sys
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -477,11 +477,14 @@ def _plan_record(graph: str, plan: Plan, step_seconds: float | None) -> PlanReco
     """A plan's own seconds are of its graph's forward and backward; here they are the whole step's."""
     rest = step_seconds - plan.seconds if step_seconds is not None else 0.0
     kept = f"{format_bytes(plan.kept_bytes)} of gathered copies kept, " if plan.kept_bytes else ""
+    held = (
+        f"{format_bytes(plan.held_bytes)} by {_names(by for _, by in plan.decision.held)}, " if plan.held_bytes else ""
+    )
     decision = plan.decision
     return PlanRecord(
         graph=graph,
-        summary=f"{format_bytes(plan.saved_bytes - plan.kept_bytes)} saved, {kept}{len(decision.recomputed)} values computed "
-        f"again in {format_seconds(plan.again_seconds)}; peak {format_bytes(plan.peak)}",
+        summary=f"{format_bytes(plan.saved_bytes - plan.kept_bytes)} saved, {held}{kept}{len(decision.recomputed)} values "
+        f"computed again in {format_seconds(plan.again_seconds)}; peak {format_bytes(plan.peak)}",
         budget_bytes=plan.budget,
         peak_bytes=plan.peak,
         frontier=[
@@ -494,12 +497,18 @@ def _plan_record(graph: str, plan: Plan, step_seconds: float | None) -> PlanReco
     )
 
 
+def _names(found: Iterable[str]) -> str:
+    return " and ".join(sorted(set(found)))
+
+
 def _plan_tensors(tensors: Tensors, reason: str) -> PlanTensors:
     return PlanTensors(
         name=tensors.name,
         count=tensors.count,
         kept_bytes=tensors.kept,
         dropped_bytes=tensors.dropped,
+        held_bytes=tensors.held,
+        held_by=tensors.held_by,
         again_seconds=tensors.again_seconds or 0.0,
         reason=reason,
     )
@@ -507,6 +516,13 @@ def _plan_tensors(tensors: Tensors, reason: str) -> PlanTensors:
 
 def _reason(one: Tensors) -> str:
     """Why a value was kept, or not."""
+    if one.held:
+        again = (
+            "it cannot be computed again"
+            if one.again_seconds is None
+            else (f"computing it again takes {format_seconds(one.again_seconds)}")
+        )
+        return f"held by {one.held_by}, {format_bytes(one.held)}: {again}"
     if one.again_seconds is None:
         return f"saved, {format_bytes(one.kept)}: it cannot be computed again"
     gathered = one.name.startswith("gathered-parameter")

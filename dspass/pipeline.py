@@ -11,6 +11,7 @@ from dspass.config import Config, ConfigError, PassEntry
 from dspass.passes.base import Pass, check_order
 from dspass.passes.bucket_gathers import BucketGathers
 from dspass.passes.bucket_reductions import BucketReductions
+from dspass.passes.offload_saved import OffloadSaved
 from dspass.passes.pipeline import DEFAULT
 from dspass.passes.prefetch_gathers import PrefetchGathers
 
@@ -58,6 +59,8 @@ def _options(cls: type[Pass], config: Config) -> dict[str, Any]:
         options["max_live_elements"] = zero.stage3_max_live_parameters
         if zero.overlap_comm is False:
             options["distance"] = 0
+    if cls is OffloadSaved:
+        options["enabled"] = config.offload_activation
     if cls in (BucketGathers, BucketReductions) and config.dspass.bucket_bytes is not None:
         options["bucket_bytes"] = config.dspass.bucket_bytes
     return options

@@ -69,7 +69,7 @@ def planned(
     :class:`BudgetError` or :class:`PlanError` on every rank alike."""
 
     def split(choose: Chooser) -> Split:
-        fresh = fx.GraphModule(joint, copy.deepcopy(joint.graph))
+        fresh = compat.graph_module(joint, copy.deepcopy(joint.graph))
         return partition(fresh, inputs, num_fwd_outputs, free, choose=choose)
 
     def pipeline(forward: fx.GraphModule, backward: fx.GraphModule) -> Split:
@@ -115,6 +115,7 @@ def planned(
             run=run,
             seconds=lambda *graphs: sum(cost.estimate(gm.graph, on).seconds for gm in graphs),
             bucket_bytes=next((p.bucket_bytes for p in passes if isinstance(p, BucketGathers)), None),
+            levers=tuple(passes),
         ).plan()
         if file is not None and engine.target is None:  # not a prediction
             file.add(made_for, plan)

@@ -158,14 +158,16 @@ class PlanPoint:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanTensors:
-    """What became of the values of one kind, or of one value: bytes from the forward to the backward, and seconds to compute
-    again what is not kept."""
+    """What became of the values of one kind, or of one value: bytes from the forward to the backward, bytes of those that a
+    pass holds in its way, such as on the host, and seconds to compute again what is not kept."""
 
     name: str
     count: int
     kept_bytes: int
     dropped_bytes: int
     again_seconds: float
+    held_bytes: int = 0
+    held_by: str = ""
     reason: str = ""
     """For a single value: why it was not decided otherwise."""
 
@@ -582,11 +584,13 @@ def _plan_lines(plan: PlanRecord) -> Iterator[str]:
             )
         )
     yield from _plan_table(rows)
-    rows = [("", "kept", "dropped", "again in")]
+    classes: list[tuple[str, ...]] = [("", "kept", "held otherwise", "dropped", "again in")]
     for one in plan.classes[:_PLAN_CLASSES]:
         again = format_seconds(one.again_seconds) if one.dropped_bytes else "-"
-        rows.append((f"{one.name} ({one.count})", format_bytes(one.kept_bytes), format_bytes(one.dropped_bytes), again))
-    yield from _plan_table(rows)
+        held = f"{format_bytes(one.held_bytes)} {one.held_by}" if one.held_bytes else "-"
+        name = f"{one.name} ({one.count})"
+        classes.append((name, format_bytes(one.kept_bytes), held, format_bytes(one.dropped_bytes), again))
+    yield from _plan_table(classes)
     for one in plan.largest[:_PLAN_TENSORS]:
         yield f"  {one.name}: {one.reason}"
 

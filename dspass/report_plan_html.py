@@ -19,12 +19,13 @@ def plan_html(plan: PlanRecord) -> str:
         (
             f"{c.name} ({c.count})",
             format_bytes(c.kept_bytes),
+            f"{format_bytes(c.held_bytes)} {escape(c.held_by)}" if c.held_bytes else "-",
             format_bytes(c.dropped_bytes),
             format_seconds(c.again_seconds),
         )
         for c in plan.classes
     ]
-    largest = [(c.name, format_bytes(c.kept_bytes + c.dropped_bytes), c.reason) for c in plan.largest]
+    largest = [(c.name, format_bytes(c.kept_bytes + c.held_bytes + c.dropped_bytes), c.reason) for c in plan.largest]
     return f"""
   <section class="card" aria-label="Plan of {name}">
     <div class="card-head">
@@ -33,7 +34,7 @@ def plan_html(plan: PlanRecord) -> str:
     </div>
     <p>{escape(plan.summary)}</p>
     {_plot(plan)}
-    {_table(("Values", "Kept", "Dropped", "Again in"), classes, 1)}
+    {_table(("Values", "Kept", "Held otherwise", "Dropped", "Again in"), classes, 1)}
     {_table(("Largest", "Size", "Why"), largest, 1, last=1)}
   </section>
 """

@@ -24,6 +24,8 @@ import torch.fx as fx
 from dspass.passes.text import print_value
 from dspass.runtime import compat
 from dspass.runtime.collectives import RUNTIME_FUNCTIONS, gather_start, gather_wait, reduce_start, reduce_wait
+from dspass.runtime.host import offload_start, offload_wait, reload_start, reload_wait
+from dspass.runtime.ledger import HOST
 from dspass.runtime.program import Instruction, Probe, Program
 
 Compiled = Callable[[list[Any]], Sequence[Any]]
@@ -150,8 +152,12 @@ def memory_categories(graph: fx.Graph, is_backward: bool) -> dict[str, str]:
             found[node.name] = "gradients"
         elif node.target is reduce_wait:
             found[node.name] = "gradients"
-        elif node.target is operator.getitem and found.get(node.args[0].name) == "gathered":
-            found[node.name] = "gathered"  # also a copy that is kept for the backward graph
+        elif node.target in (offload_start, offload_wait):
+            found[node.name] = HOST
+        elif node.target in (reload_start, reload_wait):
+            found[node.name] = "saved"
+        elif node.target is operator.getitem and found.get(node.args[0].name) in ("gathered", "saved", HOST):
+            found[node.name] = found[node.args[0].name]  # also a copy that is kept for the backward graph
         elif node.op == "output":
             kind = "gradients" if is_backward else "saved"
             found |= {n.name: kind for n in node.all_input_nodes if n.op != "placeholder" and n.name not in found}
@@ -217,7 +223,7 @@ def build_segment(
                 copies[source] = graph.node_copy(source)
         copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(tuple(copies[n] for n in results))
-    return fx.GraphModule(gm, graph)
+    return compat.graph_module(gm, graph)
 
 
 def segment_key(graph: fx.Graph) -> str:
@@ -290,7 +296,15 @@ def _runtime_instruction(node: fx.Node) -> Instruction:
     def run(args: list[Any]) -> tuple[Any]:
         return (target(args if takes_list else args[0], *rest),)
 
-    return Instruction(label=node.name, run=run, inputs=names, outputs=(node.name,), boxed=False, is_runtime=True)
+    return Instruction(
+        label=node.name,
+        run=run,
+        inputs=names,
+        outputs=(node.name,),
+        boxed=False,
+        is_runtime=True,
+        makes_host_memory=target is offload_start,
+    )
 
 
 def _host_instruction(node: fx.Node) -> Instruction:

@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Literal
 
 import torch.fx as fx
 
+from dspass.passes.devices import Device
 from dspass.passes.text import print_graph
 from dspass.runtime import compat
 
@@ -50,6 +51,16 @@ class PassContext:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Holding:
+    """What it takes to hold a value from the forward to the backward in a pass's way: ``bytes`` on the device and ``seconds``
+    beyond those of reading it, and ``link_seconds`` of copying to and from the host, which compute may hide."""
+
+    bytes: int
+    seconds: float = 0.0
+    link_seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Pass(ABC):
     """Graph to graph.
 
@@ -67,6 +78,12 @@ class Pass(ABC):
     @abstractmethod
     def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
         """Rewrite ``graph`` in place or answer another one."""
+
+    def hold(self, node: fx.Node, on: Device) -> Holding | None:
+        """A lever of the planner: what this pass takes to hold the value of ``node``, which is saved for the backward; None
+        where it has no way of its own to hold it. Where the planner chooses that way, the node that is saved carries this
+        pass's name under :data:`dspass.passes.nodes.HELD`, in the forward graph and in the backward graph."""
+        return None
 
     def options(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self)}

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import flop_registry
 
 from dspass.passes.devices import Device
 from dspass.passes.nodes import gather_start, gather_wait, reduce_start, reduce_wait, specs_of
+from dspass.runtime.host import offload_start, offload_wait, reload_start, reload_wait
 from dspass.runtime.params import ParamSpec
 from dspass.runtime.traffic import gather_cost, reduce_cost
 
@@ -38,7 +39,7 @@ class Estimate:
 def estimate(graph: fx.Graph, on: Device) -> Estimate:
     """Run the graph's clock: compute in order, collectives one after another beside it."""
     from_memory = values_in_memory(graph)
-    now = link_free = 0.0
+    now = link_free = host_free = 0.0
     arrives: dict[fx.Node, tuple[float, tuple[str, str]]] = {}
     exposed: dict[tuple[str, str], float] = {}
     compute = 0.0
@@ -51,7 +52,12 @@ def estimate(graph: fx.Graph, on: Device) -> Estimate:
                 if not on.overlaps:
                     exposed[kind, direction] = exposed.get((kind, direction), 0.0) + seconds
                     now = link_free
-        elif node.target in (gather_wait, reduce_wait):
+        elif node.target in (offload_start, reload_start):
+            kind = "offload" if node.target is offload_start else "reload"
+            begin = max(now, host_free)
+            host_free = begin + sum(map(_bytes, node.meta["val"])) / (on.host_link or on.memory / 2)
+            arrives[node] = (host_free, (kind, "forward" if kind == "offload" else "backward"))
+        elif node.target in (gather_wait, reduce_wait, offload_wait, reload_wait):
             moment, key = arrives.get(node.args[0], (now, ("", "")))
             if moment > now:
                 exposed[key] = exposed.get(key, 0.0) + moment - now

@@ -21,6 +21,9 @@ GATHERED = "dspass_gathered"
 #: On such a placeholder of the joint graph: the planner has the forward hand the whole copy to the backward.
 KEPT = "dspass_kept"
 
+#: On a value that is saved for the backward, in both graphs: the name of the pass that holds it in its own way.
+HELD = "dspass_held"
+
 
 def calls(graph: fx.Graph, target: Any) -> list[fx.Node]:
     return graph.find_nodes(op="call_function", target=target)
@@ -95,6 +98,7 @@ def merge_pairs(graph: fx.Graph, starts: Sequence[fx.Node], begin: Any, end: Any
 
 __all__ = [
     "GATHERED",
+    "HELD",
     "KEPT",
     "REDUCE_GRAD",
     "UNSHARD",

@@ -9,7 +9,7 @@ import torch
 import torch.fx as fx
 
 from dspass.passes.base import Pass, PassContext
-from dspass.passes.nodes import calls
+from dspass.passes.nodes import HELD, calls
 from dspass.runtime import linear
 
 _PERMUTE = torch.ops.aten.permute.default
@@ -65,7 +65,7 @@ def _replace(graph: fx.Graph, node: fx.Node) -> None:
             weight = graph.call_function(_PERMUTE, (right, [1, 0]))
             weight.meta["val"] = right.meta["val"].t()
         new = graph.call_function(linear.LINEAR, (left, weight, bias[0] if bias else None))
-    new.meta = {"val": node.meta["val"]}
+    new.meta = {key: node.meta[key] for key in ("val", HELD) if key in node.meta}
     node.replace_all_uses_with(new)
     graph.erase_node(node)
     if not right.users and right.op != "placeholder":

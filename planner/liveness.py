@@ -17,7 +17,7 @@ takes milliseconds, and a frontier of 24 choices would cost more than compiling.
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch.fx as fx
@@ -73,9 +73,11 @@ class Liveness:
             if GATHERED in node.meta and is_gathered(spec := lookup(node.meta[GATHERED][0]))
         }
 
-    def peak(self, saved: Collection[fx.Node]) -> int:
-        """Bytes at the peak of forward and backward, beyond shards, states and the batch, when ``saved`` are kept."""
+    def peak(self, saved: Collection[fx.Node], shrunk: Mapping[fx.Node, int] | None = None) -> int:
+        """Bytes at the peak of forward and backward, beyond shards, states and the batch, when ``saved`` are kept, those that
+        are ``shrunk`` as so many bytes between their last reader in the forward and their first in the backward."""
         kept = {self._number[n] for n in saved}
+        held = {self._number[n]: size for n, size in (shrunk or {}).items()}
         first = self._needed(self._outputs, kept)
         second = self._backward(kept)
         events: list[tuple[int, int, int]] = []  # from, to, bytes
@@ -85,7 +87,13 @@ class Liveness:
         for i in kept:  # until the backward has read it
             if self._sizes[i] and i in reads_first.made:
                 last = reads_second.last.get(i, len(first))
-                events.append((reads_first.made[i], last, self._sizes[i]))
+                if i not in held:
+                    events.append((reads_first.made[i], last, self._sizes[i]))
+                    continue
+                away, back = reads_first.last.get(i, reads_first.made[i]), reads_second.first.get(i, last)
+                events += [(reads_first.made[i], away, self._sizes[i]), (back, last, self._sizes[i])]
+                if held[i] and back - away > 1:
+                    events.append((away + 1, back - 1, held[i]))
         self._parameters(reads_first, reads_second, kept, len(first), events)
         self._reductions(second, len(first), end, events)
         return _highest(events)

@@ -9,6 +9,10 @@ to read it from memory in the backward, ``b(v)`` the bytes that saving it takes,
     (3)             y(u) >= x(v)        for each input u of v
     (4)             y(v) >= x(v)
 
+A value can be saved in several ways (:class:`Way`): as it is, or as a pass holds it, on the host or in fewer bits. They differ
+in ``s`` and ``b`` only, so at one price each value has a cheapest way, and ``s(v) + λ b(v)`` is that one's: a minimum over
+straight lines in ``λ``, and the problem stays a cut.
+
 The second sum is a penalty on pairs with ``y = 1, x = 0``, and (3) and (4) forbid pairs, so the problem is a minimum cut
 between a source (1) and a sink (0), solved exactly (Kolmogorov and Zabih, What energy functions can be minimized via graph
 cuts, 2004): an edge ``y(v) -> x(v)`` of ``s(v) + λ b(v)``, one ``x(v) -> sink`` of ``t(v)``, and edges ``x(v) -> y(u)`` and
@@ -49,9 +53,17 @@ import networkx as nx
 
 
 @dataclass(frozen=True, kw_only=True)
+class Way:
+    """Another way to save a value than as it is: what it takes and costs then."""
+
+    bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Value:
-    """One value of the forward: ``bytes`` and ``save_seconds`` to save it, ``seconds`` to compute it from its ``inputs``
-    (indices of values before it).
+    """One value of the forward: ``bytes`` and ``save_seconds`` to save it as it is, or one of ``ways``; ``seconds`` to compute
+    it from its ``inputs`` (indices of values before it).
 
     ``needed``: the backward reads it. What is not ``savable`` has to be made again when it is needed, such as a view; what is
     not ``recomputable`` has to be saved, such as an input of the graph or a random number. ``weight`` scales its price.
@@ -65,33 +77,61 @@ class Value:
     savable: bool = True
     recomputable: bool = True
     weight: float = 1.0
+    ways: tuple[Way, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.savable and not self.recomputable:
             raise ValueError("a value that can neither be saved nor computed again")
+
+    @property
+    def as_it_is(self) -> Way:
+        return Way(bytes=self.bytes, seconds=self.save_seconds)
+
+    def cheapest(self, price: float) -> int | None:
+        """Of its ways, the one that costs least where a byte costs ``price`` seconds; None as it is, also where that costs the
+        same."""
+        best, least = None, self.as_it_is.seconds + price * self.weight * self.bytes
+        for k, way in enumerate(self.ways):
+            cost = way.seconds + price * self.weight * way.bytes
+            if cost < least:
+                best, least = k, cost
+        return best
+
+    def saved_by(self, way: int | None) -> Way:
+        return self.as_it_is if way is None else self.ways[way]
 
 
 @dataclass(frozen=True)
 class Choice:
     """Indices of the values that are saved and of those that are computed again, and what that costs in all.
 
-    ``priced`` are the bytes by their values' weights.
+    ``ways`` are pairs of a saved value and its way, where that is not as it is; ``priced`` the bytes by their values' weights.
     """
 
     saved: frozenset[int]
     recomputed: frozenset[int]
+    ways: frozenset[tuple[int, int]]
     bytes: int
     priced: float
     seconds: float
 
     @classmethod
-    def of(cls, values: Sequence[Value], saved: frozenset[int], recomputed: frozenset[int]) -> Choice:
+    def of(
+        cls,
+        values: Sequence[Value],
+        saved: frozenset[int],
+        recomputed: frozenset[int],
+        ways: frozenset[tuple[int, int]] = frozenset(),
+    ) -> Choice:
+        by = dict(ways)
+        found = {i: values[i].saved_by(by.get(i)) for i in saved}
         return cls(
             saved,
             recomputed,
-            sum(values[i].bytes for i in saved),
-            math.fsum(values[i].weight * values[i].bytes for i in saved),
-            math.fsum([*(values[i].seconds for i in recomputed), *(values[i].save_seconds for i in saved)]),
+            ways,
+            sum(way.bytes for way in found.values()),
+            math.fsum(values[i].weight * way.bytes for i, way in found.items()),
+            math.fsum([*(values[i].seconds for i in recomputed), *(way.seconds for way in found.values())]),
         )
 
 
@@ -113,7 +153,7 @@ def _solve(values: Sequence[Value], problem: Mapping[int, Value], price: float) 
     together.add_edges_from((i, u) for i, value in left.items() for u in value.inputs)
     for group in nx.connected_components(together):
         saved |= _cut({i: left[i] for i in group}, price)
-    return _completed(values, saved)
+    return _completed(values, saved, price)
 
 
 def _cut(left: Mapping[int, Value], price: float) -> set[int]:
@@ -175,12 +215,7 @@ def contract(values: Mapping[int, Value], price: float | None = None) -> dict[in
             continue
         (r,) = readers[i]
         reader = left[r]
-        smaller = (
-            reader.savable
-            and reader.weight * reader.bytes <= value.weight * value.bytes
-            and reader.save_seconds <= value.save_seconds
-        )
-        if value.savable and not smaller:
+        if value.savable and not (reader.savable and _never_dearer(reader, value)):
             continue
         joined = dict.fromkeys([*(u for u in reader.inputs if u != i), *value.inputs])
         left[r] = replace(reader, seconds=reader.seconds + value.seconds, inputs=tuple(joined))
@@ -195,7 +230,23 @@ def _is_saved(value: Value, price: float) -> bool:
 
 
 def _save_cost(value: Value, price: float) -> float:
-    return value.save_seconds + price * value.weight * value.bytes
+    way = value.saved_by(value.cheapest(price))
+    return way.seconds + price * value.weight * way.bytes
+
+
+def _never_dearer(one: Value, other: Value) -> bool:
+    """Whether ``one`` is saved for no more than ``other`` at any price."""
+    return all(
+        any(
+            mine.seconds <= its.seconds and one.weight * mine.bytes <= other.weight * its.bytes
+            for mine in _all_ways(one)
+        )
+        for its in _all_ways(other)
+    )
+
+
+def _all_ways(value: Value) -> tuple[Way, ...]:
+    return (value.as_it_is, *value.ways)
 
 
 def _is_view(value: Value) -> bool:
@@ -224,9 +275,9 @@ def _reachable(values: Sequence[Value]) -> dict[int, Value]:
     return {i: values[i] for i in sorted(seen)}
 
 
-def _completed(values: Sequence[Value], saved: Set[int]) -> Choice:
+def _completed(values: Sequence[Value], saved: Set[int], price: float) -> Choice:
     """All values of a choice, from those of ``saved`` among which there is one: what the backward needs, followed back to
-    what is saved or has to be."""
+    what is saved or has to be, each in the way that is cheapest at ``price``."""
     kept: set[int] = set()
     again: set[int] = set()
     stack = [i for i, value in enumerate(values) if value.needed]
@@ -239,7 +290,8 @@ def _completed(values: Sequence[Value], saved: Set[int]) -> Choice:
         else:
             again.add(i)
             stack.extend(values[i].inputs)
-    return Choice.of(values, frozenset(kept), frozenset(again))
+    ways = ((i, values[i].cheapest(price)) for i in kept)
+    return Choice.of(values, frozenset(kept), frozenset(again), frozenset((i, k) for i, k in ways if k is not None))
 
 
 def hull(values: Sequence[Value], most: int = 24) -> list[Choice]:
@@ -247,12 +299,9 @@ def hull(values: Sequence[Value], most: int = 24) -> list[Choice]:
 
     The first saves what is worth saving even if bytes cost nothing; the last saves as little as can be.
     """
-    dearest = (
-        1e6 * (sum(v.seconds for v in values) + 1.0) / max(min((v.bytes for v in values if v.bytes), default=1), 1)
-    )
     problem = contract(_reachable(values))
-    ends = [_solve(values, problem, 0.0), _solve(values, problem, dearest)]
-    found = {c.saved: c for c in ends}
+    ends = [_solve(values, problem, 0.0), _solve(values, problem, _dearest(values))]
+    found = {(c.saved, c.ways): c for c in ends}
     gaps = [(ends[0], ends[1])]
     while gaps and len(found) < most:
         gaps.sort(key=lambda gap: gap[0].bytes - gap[1].bytes)
@@ -261,11 +310,23 @@ def hull(values: Sequence[Value], most: int = 24) -> list[Choice]:
             continue
         price = max(small.seconds - fast.seconds, 1e-15) / (fast.priced - small.priced)
         middle = _solve(values, problem, price)
-        if middle.saved in found:
+        if (middle.saved, middle.ways) in found:
             continue
-        found[middle.saved] = middle
+        found[middle.saved, middle.ways] = middle
         gaps += [(fast, middle), (middle, small)]
     return sorted(found.values(), key=lambda c: (-c.bytes, c.seconds))
+
+
+def smallest(values: Sequence[Value]) -> Choice:
+    """The choice that saves as little as can be."""
+    return solve(values, _dearest(values))
+
+
+def _dearest(values: Sequence[Value]) -> float:
+    """A price at which no time is worth a byte."""
+    seconds = sum(v.seconds + v.save_seconds + sum(way.seconds for way in v.ways) for v in values)
+    sizes = [size for v in values for size in (v.bytes, *(way.bytes for way in v.ways)) if size]
+    return 1e6 * (seconds + 1.0) / max(min(sizes, default=1), 1)
 
 
 def exhaustive(values: Sequence[Value], budget: int) -> Choice | None:
@@ -276,8 +337,13 @@ def exhaustive(values: Sequence[Value], budget: int) -> Choice | None:
     best: Choice | None = None
     for count in range(len(free) + 1):
         for kept in itertools.combinations(free, count):
-            saved = fixed | frozenset(kept)
-            choice = _completed(values, saved)
-            if choice.bytes <= budget and (best is None or (choice.seconds, choice.bytes) < (best.seconds, best.bytes)):
-                best = choice
+            plain = _completed(values, fixed | frozenset(kept), 0.0)
+            order = sorted(plain.saved)
+            for ways in itertools.product(*((None, *range(len(values[i].ways))) for i in order)):
+                said = frozenset((i, k) for i, k in zip(order, ways, strict=True) if k is not None)
+                choice = Choice.of(values, plain.saved, plain.recomputed, said)
+                if choice.bytes <= budget and (
+                    best is None or (choice.seconds, choice.bytes) < (best.seconds, best.bytes)
+                ):
+                    best = choice
     return best

@@ -11,6 +11,13 @@ peak by :class:`~dspass.planner.liveness.Liveness`, and the closed loop is (:met
 
 Nothing in this depends on the budget but where it stops, so a larger budget never gives a slower plan.
 
+Passes declare levers of their own (:meth:`dspass.passes.base.Pass.hold`): other ways to hold a saved value, such as on the
+host. Copies to and from the host cost nothing while compute hides them and their whole time beyond that, which is no sum over
+values. But it is convex in the time ``T`` of all copies, so its optimum is one where a second of them costs some share of a
+second: that of a hidden one, that of an exposed one, and one in between where ``T`` is just what compute hides, found by
+bisection. The solver is asked at these three (:meth:`Planner._shares`), and its answers are weighed by what is exposed of all
+their copies together (:meth:`Planner._seconds_of`).
+
 Dropped: to search by halving with a margin that grows with each miss. Its plan depended on the way to it: a larger budget
 could end at a slower plan.
 """
@@ -27,13 +34,16 @@ from typing import Any, Self
 import torch
 import torch.fx as fx
 
+from dspass.passes.base import Pass
+from dspass.passes.cost import estimate
 from dspass.passes.devices import Device
-from dspass.passes.nodes import GATHERED, KEPT
+from dspass.passes.nodes import GATHERED, HELD, KEPT
 from dspass.passes.text import print_value
 from dspass.planner.dry_run import Peak
 from dspass.planner.liveness import Liveness
-from dspass.planner.mincut import Choice, Value, hull
-from dspass.planner.values import values_of
+from dspass.planner.mincut import Choice, Value, hull, smallest
+from dspass.planner.values import Held, in_ways, values_of
+from dspass.runtime import compat
 from dspass.runtime.params import lookup
 
 log = logging.getLogger(__name__)
@@ -44,6 +54,12 @@ Chooser = Callable[[fx.Graph, Sequence[fx.Node], frozenset[fx.Node]], list[fx.No
 #: Share by which a corrected peak may exceed the budget and the choice is still run. Between the two that correct it, the model
 #: was off by less on GPT and Llama; more would only cost runs.
 NEARLY = 0.05
+
+#: The share of its time that a hidden copy to or from the host is taken to cost: the link may be busy otherwise.
+_HIDDEN = 0.05
+
+#: How many choices the solver is asked for.
+_CHOICES = 24
 
 #: Single values that a plan names.
 _LARGEST = 12
@@ -63,11 +79,18 @@ class BudgetError(RuntimeError):
 @dataclass(frozen=True, kw_only=True)
 class Decision:
     """What a choice says, by names of the joint graph's nodes: what is saved, what is computed again, and, of what is saved,
-    the whole parameters whose copies are kept from the forward to the backward."""
+    the whole parameters whose copies are kept from the forward to the backward, and pairs of a value and the pass that holds
+    it in its way."""
 
     saved: tuple[str, ...]
     recomputed: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
+    held: tuple[tuple[str, str], ...] = ()
+
+    @classmethod
+    def from_json(cls, said: Mapping[str, Any]) -> Self:
+        held = tuple((name, by) for name, by in said["held"])
+        return cls(**{**{k: tuple(v) for k, v in said.items()}, "held": held})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,25 +106,29 @@ class Option:
 
 @dataclass(frozen=True, kw_only=True)
 class Tensors:
-    """The values of one operator, or one value: how many, bytes that are saved or kept and bytes that are not, and the seconds
-    that computing or gathering again takes (of a class, what is not kept; None of a value that has to be saved)."""
+    """The values of one operator, or one value: how many, bytes that are saved or kept, bytes that are not, and bytes of those
+    that a pass holds in its way, such as on the host; the seconds that computing or gathering again takes (of a class, what is
+    not kept; None of a value that has to be saved)."""
 
     name: str
     count: int
     kept: int
     dropped: int
     again_seconds: float | None
+    held: int = 0
+    held_by: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What was decided for one graph, and between what. ``between`` are the bytes held from its forward to its backward;
-    ``seconds`` are the cost model's for both with their collectives; ``frontier`` is ordered from the fastest to the smallest,
-    and ``chosen`` its index."""
+    """What was decided for one graph, and between what. ``held_bytes`` are those of values that passes hold in their ways, and
+    ``between`` the bytes on the device from its forward to its backward; ``seconds`` are the cost model's for both with their
+    collectives; ``frontier`` is ordered from the fastest to the smallest, and ``chosen`` its index."""
 
     decision: Decision
     saved_bytes: int
     kept_bytes: int
+    held_bytes: int
     seconds: float
     again_seconds: float
     peak: int
@@ -118,7 +145,7 @@ class Plan:
     @classmethod
     def from_json(cls, said: Mapping[str, Any]) -> Self:
         """Raises ``KeyError`` or ``TypeError`` where ``said`` has another form."""
-        decision = Decision(**{k: tuple(v) for k, v in said["decision"].items()})
+        decision = Decision.from_json(said["decision"])
         records = {"frontier": Option, "classes": Tensors, "largest": Tensors}
         return cls(
             **{**said, "decision": decision, **{k: tuple(kind(**o) for o in said[k]) for k, kind in records.items()}}
@@ -128,8 +155,10 @@ class Plan:
         decision = self.decision
         kept = f", {size_text(self.kept_bytes)} of gathered copies kept" if self.kept_bytes else ""
         again = f", {len(decision.recomputed)} computed again in {self.again_seconds * 1e3:.3g} ms"
+        by = sorted({name for _, name in decision.held})
+        held = f", {size_text(self.held_bytes)} in {len(decision.held)} values by {' and '.join(by)}" if by else ""
         return (
-            f"{size_text(self.saved_bytes - self.kept_bytes)} saved in {len(decision.saved)} values{again}{kept}; peak "
+            f"{size_text(self.saved_bytes - self.kept_bytes)} saved in {len(decision.saved)} values{held}{again}{kept}; peak "
             f"{size_text(self.peak)} of {size_text(self.budget)}"
         )
 
@@ -138,7 +167,8 @@ class Plan:
 class Planner:
     """``split`` cuts the joint graph by a function that chooses what is saved, ``passes`` runs the pipeline on both halves,
     ``run`` answers the peak of a step of them, which it may change, and ``seconds`` their time. ``gathers``: the backward
-    gathers anew what is not kept (ZeRO stage 3), and ``regather`` is the share of it that compute does not hide."""
+    gathers anew what is not kept (ZeRO stage 3), and ``regather`` is the share of it that compute does not hide. ``levers`` are
+    passes that may hold saved values in ways of their own."""
 
     budget: int
     on: Device
@@ -150,9 +180,11 @@ class Planner:
     run: Callable[[fx.GraphModule, fx.GraphModule], Peak]
     seconds: Callable[[fx.GraphModule, fx.GraphModule], float]
     bucket_bytes: int | None = None
+    levers: tuple[Pass, ...] = ()
     choices: list[Choice] = field(default_factory=list)
     _values: list[Value] = field(default_factory=list)
     _nodes: list[str] = field(default_factory=list)
+    _others: list[tuple[Held, ...]] = field(default_factory=list)
     _labels: dict[str, str] = field(default_factory=dict)
     _whole: set[str] = field(default_factory=set)  # parameters whose copies may be kept
     _kept_bytes: list[int] = field(default_factory=list)
@@ -160,6 +192,7 @@ class Planner:
     _measured: dict[int, Peak] = field(default_factory=dict)
     _graphs: dict[int, Split] = field(default_factory=dict)
     _base_seconds: float = 0.0
+    _compute: float = 0.0
 
     def plan(self) -> tuple[Split, Plan]:
         """The two graphs of the fastest choice that fits, before the passes; raises :class:`BudgetError` where none does."""
@@ -187,12 +220,17 @@ class Planner:
             saved=(*names, *(n for n in again if n in self._whole)),
             recomputed=tuple(n for n in again if n not in self._whole),
             kept=tuple(n for n in names if n in self._whole),
+            held=tuple((self._nodes[i], self._others[i][k].by) for i, k in sorted(choice.ways)),
         )
 
     def _find(self, graph: fx.Graph, forward: Sequence[fx.Node], free: frozenset[fx.Node]) -> list[fx.Node]:
-        self._values, nodes = values_of(graph, forward, self.num_fwd_outputs, free, self.on, self.regather)
-        values = self._values
-        self.choices = hull(values)
+        plain, nodes, self._others = values_of(
+            graph, forward, self.num_fwd_outputs, free, self.on, self.regather, self.levers
+        )
+        self._values = values = in_ways(plain, self._others, 0.0)
+        if any(self._others):
+            self._compute = estimate(graph, self.on).compute
+        self.choices = self._choices(plain)
         self._nodes = [n.name for n in nodes]
         self._labels = {n.name: _label(n) for n in nodes}
         self._whole = {n.name for n, v in zip(nodes, values, strict=True) if GATHERED in n.meta and v.bytes}
@@ -204,19 +242,70 @@ class Planner:
             bucket_bytes=self.bucket_bytes,
         )
         for choice in self.choices:
-            self._modelled.append(model.peak([nodes[i] for i in choice.saved]))
+            shrunk = {nodes[i]: values[i].saved_by(k).bytes for i, k in choice.ways}
+            self._modelled.append(model.peak([nodes[i] for i in choice.saved], shrunk))
             self._kept_bytes.append(sum(values[i].bytes for i in choice.saved if nodes[i].name in self._whole))
         return chooser(self.decision(0))(graph, forward, free)
+
+    def _choices(self, plain: Sequence[Value]) -> list[Choice]:
+        """What could be chosen, the fastest first."""
+        shares = self._shares(plain) if any(self._others) else [0.0]
+        found: dict[Any, Choice] = {}
+        for share in shares:
+            for c in hull(in_ways(plain, self._others, share), _CHOICES if len(shares) == 1 else _CHOICES // 2):
+                choice = Choice.of(self._values, c.saved, c.recomputed, c.ways)
+                if self._fits_host(choice):
+                    found[choice.saved, choice.ways] = choice
+        return sorted(found.values(), key=lambda c: (self._seconds_of(c), -c.bytes))
+
+    def _shares(self, plain: Sequence[Value]) -> list[float]:
+        """What a second of host copies costs where none is hidden, where as many are as can be, and where all are."""
+        hides = 2 * min(self._hides) if self.on.overlaps else 0.0
+        low, high = _HIDDEN, 1.0
+
+        def copies(share: float) -> float:
+            return self._copies(smallest(in_ways(plain, self._others, share)))
+
+        if not hides or copies(high) > hides:
+            return [high]
+        if copies(low) <= hides:
+            return [low]
+        while high > 1.01 * low:
+            middle = math.sqrt(low * high)
+            low, high = (middle, high) if copies(middle) > hides else (low, middle)
+            if copies(high) > 0.9 * hides:
+                break
+        return [1.0, high, _HIDDEN]
+
+    @property
+    def _hides(self) -> tuple[float, float]:
+        """Seconds of copies out that the forward hides, a third of the compute, and of copies back that the rest does."""
+        return self._compute / 3, self._compute * 2 / 3
+
+    def _copies(self, choice: Choice) -> float:
+        """Seconds of a choice's copies to and from the host."""
+        return math.fsum(self._others[i][k].holding.link_seconds for i, k in choice.ways)
+
+    def _fits_host(self, choice: Choice) -> bool:
+        away = sum(self._values[i].bytes - self._values[i].saved_by(k).bytes for i, k in choice.ways)
+        return not self.on.host_memory_bytes or away <= self.on.host_memory_bytes
+
+    def _seconds_of(self, choice: Choice) -> float:
+        """What ``choice`` adds to the step, with what is exposed of its copies."""
+        copies = self._copies(choice)
+        if not self.on.overlaps:
+            return choice.seconds + copies
+        return choice.seconds + sum(max(0.0, copies / 2 - hidden) for hidden in self._hides)
 
     def _run(self, index: int) -> tuple[Split, Peak]:
         if index not in self._graphs:
             self._graphs[index] = self.split(chooser(self.decision(index)))
         graphs = self._graphs[index]
         if index not in self._measured:
-            forward, backward = (fx.GraphModule(gm, copy.deepcopy(gm.graph)) for gm in graphs)
+            forward, backward = (compat.graph_module(gm, copy.deepcopy(gm.graph)) for gm in graphs)
             passed = self.passes(forward, backward)
             if index == 0:
-                self._base_seconds = self.seconds(*passed) - self.choices[0].seconds
+                self._base_seconds = self.seconds(*passed) - self._seconds_of(self.choices[0])
             self._measured[index] = self.run(*passed)
         return graphs, self._measured[index]
 
@@ -244,14 +333,15 @@ class Planner:
                 chosen = len(frontier)
             elif frontier and self._peak(i) >= min(option.peak for option in frontier):
                 continue  # slower and no smaller
-            seconds = self._base_seconds + c.seconds
+            seconds = self._base_seconds + self._seconds_of(c)
             measured = i in self._measured
             frontier.append(Option(peak=self._peak(i), seconds=seconds, saved_bytes=c.bytes, is_measured=measured))
         return Plan(
             decision=self.decision(index),
             saved_bytes=choice.bytes,
             kept_bytes=self._kept_bytes[index],
-            seconds=self._base_seconds + choice.seconds,
+            held_bytes=sum(self._values[i].bytes for i, _ in choice.ways),
+            seconds=self._base_seconds + self._seconds_of(choice),
             again_seconds=math.fsum(self._values[i].seconds for i in choice.recomputed),
             peak=self._measured[index].bytes,
             between=self._measured[index].between,
@@ -259,7 +349,7 @@ class Planner:
             frontier=tuple(frontier),
             chosen=chosen,
             classes=self._classes(choice),
-            largest=tuple(self._tensors(i, choice) for i in self._by_size(choice)[:_LARGEST]),
+            largest=tuple(self._tensors(i, choice, dict(choice.ways)) for i in self._by_size(choice)[:_LARGEST]),
         )
 
     def _by_size(self, choice: Choice) -> list[int]:
@@ -267,23 +357,27 @@ class Planner:
         decided = [i for i in (*choice.saved, *choice.recomputed) if self._values[i].bytes and self._values[i].savable]
         return sorted(decided, key=lambda i: (-self._values[i].bytes, i))
 
-    def _tensors(self, i: int, choice: Choice) -> Tensors:
+    def _tensors(self, i: int, choice: Choice, ways: Mapping[int, int]) -> Tensors:
         value, node = self._values[i], self._nodes[i]
-        kept = i in choice.saved
+        way = ways.get(i)
+        kept = i in choice.saved and way is None
         # What is taken from a tuple costs what the tuple does.
         seconds = value.seconds or max((self._values[u].seconds for u in value.inputs), default=0.0)
         return Tensors(
             name=self._labels[node],
             count=1,
             kept=value.bytes if kept else 0,
-            dropped=0 if kept else value.bytes,
+            dropped=0 if i in choice.saved else value.bytes,
             again_seconds=seconds if value.recomputable else None,
+            held=0 if way is None else value.bytes,
+            held_by="" if way is None else self._others[i][way].by,
         )
 
     def _classes(self, choice: Choice) -> tuple[Tensors, ...]:
         found: dict[str, list[Tensors]] = {}
+        ways = dict(choice.ways)
         for i in self._by_size(choice):
-            one = self._tensors(i, choice)
+            one = self._tensors(i, choice, ways)
             found.setdefault(one.name.partition(" ")[0], []).append(one)
         classes = [
             Tensors(
@@ -292,10 +386,12 @@ class Planner:
                 kept=sum(o.kept for o in ones),
                 dropped=sum(o.dropped for o in ones),
                 again_seconds=math.fsum(o.again_seconds or 0.0 for o in ones if o.dropped),
+                held=sum(o.held for o in ones),
+                held_by=", ".join(sorted({o.held_by for o in ones} - {""})),
             )
             for name, ones in found.items()
         ]
-        return tuple(sorted(classes, key=lambda c: -(c.kept + c.dropped)))
+        return tuple(sorted(classes, key=lambda c: -(c.kept + c.dropped + c.held)))
 
     def _refusal(self) -> BudgetError:
         smallest = _rounded_up(min(peak.bytes for peak in self._measured.values()))
@@ -325,12 +421,14 @@ def _label(node: fx.Node) -> str:
 
 def chooser(decision: Decision) -> Chooser:
     """For the partition: what ``decision`` says of a joint graph's nodes."""
-    saved, kept = set(decision.saved), set(decision.kept)
+    saved, kept, held = set(decision.saved), set(decision.kept), dict(decision.held)
 
     def choose(graph: fx.Graph, forward: Sequence[fx.Node], free: frozenset[fx.Node]) -> list[fx.Node]:
         for node in forward:
             if node.name in kept:
                 node.meta[KEPT] = True
+            if node.name in held:
+                node.meta[HELD] = held[node.name]
         return [node for node in forward if node.name in saved]
 
     return choose

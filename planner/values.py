@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.fx as fx
 from torch.utils.checkpoint import CheckpointPolicy
 
+from dspass.passes.base import Holding, Pass
 from dspass.passes.cost import fuses, is_view, kernel_seconds
 from dspass.passes.devices import Device
 from dspass.passes.nodes import GATHERED
-from dspass.planner.mincut import Value
+from dspass.planner.mincut import Value, Way
 from dspass.runtime.params import ParamSpec, lookup
 from dspass.runtime.traffic import gather_cost
 
 #: How much dearer an early value is to save than a late one: equal layers then change sides one after another, the first first.
 #: What is computed again early in the forward is needed late in the backward, when other saved values are gone.
 EARLY = 0.02
+
+
+@dataclass(frozen=True)
+class Held:
+    """A way in which the pass ``by`` holds a value."""
+
+    by: str
+    holding: Holding
 
 
 def values_of(
@@ -29,8 +39,10 @@ def values_of(
     free: frozenset[fx.Node],
     on: Device,
     regather: float = 0.0,
-) -> tuple[list[Value], list[fx.Node]]:
-    """The values of ``forward``, the nodes in order that depend on no gradient, and these nodes.
+    levers: Sequence[Pass] = (),
+) -> tuple[list[Value], list[fx.Node], list[tuple[Held, ...]]]:
+    """The values of ``forward``, the nodes in order that depend on no gradient, these nodes, and the ways in which ``levers``
+    hold each (:func:`in_ways`).
 
     The forward's own outputs do not need all of them: not a dropout's mask, which has to be saved all the same.
 
@@ -44,7 +56,8 @@ def values_of(
     number = {node: i for i, node in enumerate(forward)}
     output = joint.find_nodes(op="output")[0]
     gradients = {a for a in output.args[0][num_fwd_outputs:] if isinstance(a, fx.Node)}
-    found = []
+    results = {a for a in output.args[0][:num_fwd_outputs] if isinstance(a, fx.Node)}
+    found, others = [], []
     for i, node in enumerate(forward):
         needed = node in gradients or any(u.op != "output" and u not in inside for u in node.users)
         wish = node.meta.get("recompute")
@@ -65,7 +78,37 @@ def values_of(
                 weight=1 + EARLY * (1 - i / len(forward)),
             )
         )
-    return found, list(forward)
+        # What the caller holds stays where it is, and so does what a person wants to be kept.
+        movable = found[-1].savable and found[-1].bytes and node.op == "call_function" and node not in results
+        holdings = (
+            [] if not movable or wish is CheckpointPolicy.MUST_SAVE else [(p.name, p.hold(node, on)) for p in levers]
+        )
+        others.append(tuple(Held(name, holding) for name, holding in holdings if holding is not None))
+    return found, list(forward), others
+
+
+def in_ways(values: Sequence[Value], others: Sequence[tuple[Held, ...]], share: float) -> list[Value]:
+    """``values`` with the ways of ``others``, when ``share`` of the time of copies to and from the host is not hidden.
+
+    Of equal layers the first is copied first: its values wait longest (:data:`EARLY`).
+    """
+    return [
+        replace(
+            value,
+            ways=tuple(
+                Way(
+                    bytes=held.holding.bytes,
+                    seconds=value.save_seconds
+                    + held.holding.seconds
+                    + share * (1 + EARLY * i / len(values)) * held.holding.link_seconds,
+                )
+                for held in theirs
+            ),
+        )
+        if theirs
+        else value
+        for i, (value, theirs) in enumerate(zip(values, others, strict=True))
+    ]
 
 
 def can_recompute(node: fx.Node) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from dspass.runtime.engine import Gather, Reduction
+from dspass.runtime.host import offload_start, offload_wait, reload_start, reload_wait
 from dspass.runtime.params import lookup
 
 
@@ -80,4 +81,6 @@ def reduce_wait(reduction: Reduction) -> list[torch.Tensor]:
     return reduction.wait()
 
 
-RUNTIME_FUNCTIONS = frozenset({gather_start, gather_wait, reduce_start, reduce_wait})
+RUNTIME_FUNCTIONS = frozenset(
+    {gather_start, gather_wait, reduce_start, reduce_wait, offload_start, offload_wait, reload_start, reload_wait}
+)

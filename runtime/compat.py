@@ -98,6 +98,13 @@ def joint_graph_passes(gm: fx.GraphModule, patches: Mapping[str, Any]) -> fx.Gra
         return _recursive_joint_graph_passes(gm) or gm
 
 
+def graph_module(root: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
+    """A graph module whose Python code is made when it is first called: of most of ours only the graph is read."""
+    from torch.fx._lazy_graph_module import _LazyGraphModule
+
+    return _LazyGraphModule(root, graph)
+
+
 def min_cut_partition(
     joint: fx.GraphModule,
     inputs: Any,
@@ -116,6 +123,7 @@ def min_cut_partition(
     """
     from torch._functorch import config, partitioners
     from torch._functorch.partitioners import min_cut_rematerialization_partition
+    from torch.fx._lazy_graph_module import _use_lazy_graph_module
 
     def chosen(graph: fx.Graph, info: Any, *_: Any, **__: Any) -> list[fx.Node]:
         assert choose is not None
@@ -128,7 +136,7 @@ def min_cut_partition(
         "treat_parameters_as_free_to_save": True,
         "ban_recompute_materialized_backward": not recompute_pointwise,
     }
-    with config.patch(settings), ours:
+    with config.patch(settings), ours, _use_lazy_graph_module(True):
         return min_cut_rematerialization_partition(
             joint,
             inputs,

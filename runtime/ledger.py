@@ -1,5 +1,7 @@
 """Which bytes are alive, by category, while programs run: the same bookkeeping for real steps and for fake ones.
 
+Memory of the host is counted apart: what a category of :data:`HOST` names is no part of the device's.
+
 A storage enters when an instruction ends with it or, where the ledger ``watches``, when any operator inside of an
 instruction makes it, and leaves when the last tensor on it dies. Fake tensors have storages of the right size and none
 of the bytes, so a step under a fake mode yields the timeline of a real one, by the same code.
@@ -22,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from dspass.runtime import compat
 
+HOST = "host"
 CATEGORIES = ("parameters", "gradients", "optimizer", "gathered", "saved", "temporary", "staging")
 Phase = Literal["forward", "backward", "optimizer"]
 
@@ -52,6 +55,7 @@ class Ledger:
     _numbers: weakref.WeakKeyDictionary[torch.UntypedStorage, int] = field(default_factory=weakref.WeakKeyDictionary)
     _totals: dict[str, int] = field(default_factory=lambda: dict.fromkeys(CATEGORIES, 0))
     _next: Iterator[int] = field(default_factory=itertools.count)
+    host_bytes: int = 0
     _default: str = "temporary"
     _watch: _Watch | None = None
 
@@ -62,7 +66,11 @@ class Ledger:
         for tensor in _tensors(values):
             storage = tensor.untyped_storage()
             number = self._numbers.get(storage)
-            if number is None:
+            if number is None and category == HOST:
+                self._numbers[storage] = next(self._next)
+                self.host_bytes += storage.nbytes()
+                weakref.finalize(storage, self._free_host, storage.nbytes()).atexit = False
+            elif number is None:
                 number = next(self._next)
                 self._numbers[storage] = number
                 self._live[number] = (storage.nbytes(), category or self._default)
@@ -86,6 +94,10 @@ class Ledger:
         self._totals[category] -= size
         self._point()
 
+    @torch.compiler.disable
+    def _free_host(self, size: int) -> None:
+        self.host_bytes -= size
+
     def _point(self) -> None:
         phase: Phase = "backward" if self.phase == "forward" and compat.backward_run() != -1 else self.phase
         self.points.append(Point(time.time_ns() / 1e9, self.label, phase, tuple(self._totals[c] for c in CATEGORIES)))
@@ -104,11 +116,11 @@ class Ledger:
         self.label, self.phase = label, phase
         self._point()
 
-    def before(self, label: str, is_runtime: bool) -> None:
-        """A program is about to run an instruction."""
+    def before(self, label: str, is_runtime: bool, makes_host_memory: bool = False) -> None:
+        """A program is about to run an instruction; what ``makes_host_memory`` is entered by its results alone."""
         self.label = label
         self._default = "staging" if is_runtime else "temporary"
-        if self.watches:
+        if self.watches and not makes_host_memory:
             self._watch = _Watch(self)
             self._watch.__enter__()
 

@@ -22,6 +22,7 @@ class Instruction:
     outputs: tuple[str, ...]
     boxed: bool
     is_runtime: bool = False
+    makes_host_memory: bool = False
 
 
 @dataclass(eq=False)
@@ -118,7 +119,7 @@ class Program:
                 taken = [registers[r] for r in reads]
                 ledger = self.probe.ledger
                 if ledger is not None:
-                    ledger.before(instruction.label, instruction.is_runtime)
+                    ledger.before(instruction.label, instruction.is_runtime, instruction.makes_host_memory)
                 if instruction.boxed:  # it lets go of its inputs itself, some before it ends
                     for register in frees:
                         registers[register] = None

@@ -20,7 +20,7 @@ from dspass.passes.nodes import calls, gather_start, positions, wait_of
 from dspass.passes.prefetch_gathers import PrefetchGathers
 from dspass.pipeline import build
 from dspass.planner.dry_run import Peak
-from dspass.planner.mincut import Choice, Value, contract, exhaustive, hull, solve
+from dspass.planner.mincut import Choice, Value, Way, contract, exhaustive, hull, solve
 from dspass.planner.plan import BudgetError, Planner
 from dspass.planner.saved import PlanError
 from dspass.planner.values import can_recompute
@@ -35,9 +35,10 @@ from tests.training import close, train, zero
 
 
 @st.composite
-def problems(draw: st.DrawFn) -> list[Value]:
-    """Random graphs of up to ten values: inputs, views that cannot be saved, random numbers that cannot be made again."""
-    count = draw(st.integers(1, 10))
+def problems(draw: st.DrawFn, most: int = 10, ways: int = 0) -> list[Value]:
+    """Random graphs of up to ``most`` values: inputs, views that cannot be saved, random numbers that cannot be made again;
+    some in up to ``ways`` other ways than as they are."""
+    count = draw(st.integers(1, most))
     values = []
     for i in range(count):
         inputs = tuple(sorted(draw(st.sets(st.integers(0, i - 1), max_size=3)))) if i else ()
@@ -51,6 +52,10 @@ def problems(draw: st.DrawFn) -> list[Value]:
                 needed=i == count - 1 or draw(st.booleans()),
                 savable=savable,
                 recomputable=bool(inputs) and (not savable or draw(st.integers(0, 5)) > 0),
+                ways=tuple(
+                    Way(bytes=draw(st.integers(0, 9)), seconds=float(draw(st.integers(0, 9))))
+                    for _ in range(draw(st.integers(0, ways)) if savable else 0)
+                ),
             )
         )
     return values
@@ -65,12 +70,25 @@ def holds(values: list[Value], choice: Choice) -> bool:
         and all(u in at_hand for i in choice.recomputed for u in values[i].inputs)
         and all(values[i].savable for i in choice.saved)
         and all(values[i].recomputable for i in choice.recomputed)
+        and {i for i, _ in choice.ways} <= choice.saved
+        and len({i for i, _ in choice.ways}) == len(choice.ways)
     )
 
 
 @given(problems())
 @settings(max_examples=150, deadline=None)
 def test_every_corner_is_the_fastest_of_its_size(values: list[Value]) -> None:
+    for choice in hull(values):
+        assert holds(values, choice)
+        best = exhaustive(values, choice.bytes)
+        assert best is not None
+        assert best.seconds == pytest.approx(choice.seconds, abs=1e-9)
+
+
+@given(problems(most=6, ways=2))
+@settings(max_examples=150, deadline=None)
+def test_every_corner_is_the_fastest_of_its_size_in_several_ways(values: list[Value]) -> None:
+    """Values may also be held elsewhere, or in fewer bytes; the solver's corners stay exact."""
     for choice in hull(values):
         assert holds(values, choice)
         best = exhaustive(values, choice.bytes)
@@ -111,7 +129,9 @@ class _Told(Planner):
 
     def told(self, modelled: list[int], real: list[int]) -> _Told:
         sizes = range(len(real) - 1, -1, -1)
-        self.choices = [Choice(frozenset(), frozenset(), size, size, 1.0 + i) for i, size in enumerate(sizes)]
+        self.choices = [
+            Choice(frozenset(), frozenset(), frozenset(), size, size, 1.0 + i) for i, size in enumerate(sizes)
+        ]
         self._modelled, self._real, self._kept_bytes = modelled, real, [0] * len(real)
         return self
 

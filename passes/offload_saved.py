@@ -1,0 +1,196 @@
+"""Values that are saved for the backward wait for it on the host (Rhu et al., vDNN, 2016), those that the planner chose."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.fx as fx
+
+from dspass.passes.base import Holding, Pass, PassContext
+from dspass.passes.cost import fuses, is_view
+from dspass.passes.devices import Device
+from dspass.passes.nodes import GATHERED, HELD, positions
+from dspass.passes.partition import received_by
+from dspass.runtime.host import empty_on_host, extent, offload_start, offload_wait, reload_start, reload_wait
+
+
+@dataclass(frozen=True, kw_only=True)
+class OffloadSaved(Pass):
+    """A saved value that is marked becomes a tensor on the host.
+
+    The forward copies it out behind its last reader there (``offload_start``, ``offload_wait``), the backward copies it back
+    before its first (``reload_start``, ``reload_wait``). Values go together until they are ``bucket_bytes``, and their nodes
+    stand right behind an operator that Inductor does not fuse: the graph is cut where it is cut in any case. On a device that
+    computes while it copies, one bucket is on its way at a time: it is waited for where the next one starts, and a reload
+    starts when the one before it has arrived.
+
+    ``enabled`` is DeepSpeed's ``compile.offload_activation``; None: where the device has memory of its own and a link to the
+    host. Values of less than ``min_bytes`` stay: a copy of them costs more to begin than to make.
+
+    Dropped: ``torch.autograd.graph.save_on_cpu`` and its hooks. They see tensors one by one while the graph runs; which ones
+    are worth a copy, and when, needs the graph. Dropped: to let Inductor place the copies as operators of its own. It orders
+    them as it fuses, and where memory is free again would be its secret.
+    """
+
+    name: ClassVar[str] = "offload_saved"
+
+    enabled: bool | None = None
+    bucket_bytes: int = 256_000_000
+    min_bytes: int = 1_000_000
+
+    def hold(self, node: fx.Node, on: Device) -> Holding | None:
+        value = node.meta.get("val")
+        link = on.host_link or (on.memory / 2 if self.enabled else 0.0)
+        if self.enabled is False or not link or not _is_dense(node) or _bytes(value) < self.min_bytes:
+            return None
+        return Holding(bytes=0, seconds=0.0, link_seconds=2 * _bytes(value) / link)
+
+    def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
+        overlaps = (ctx.target or _device_type(graph)) != "cpu"
+        if ctx.where == "forward":
+            count, buckets = self._offload(graph, overlaps)
+        else:
+            count, buckets = self._reload(graph, overlaps)
+        ctx.say(f"{count} values in {buckets} copies" if count else "every saved value stays on the device")
+        return graph
+
+    def _offload(self, graph: fx.Graph, overlaps: bool) -> tuple[int, int]:
+        output = graph.find_nodes(op="output")[0]
+        marked = [n for n in dict.fromkeys(_flat(output.args[0])) if n.meta.get(HELD) == self.name and _is_dense(n)]
+        order = positions(graph)
+        ready: dict[int, list[fx.Node]] = {}  # by the place of the last reader
+        for node in marked:
+            ready.setdefault(_last_read(node, order), []).append(node)
+        buckets: list[tuple[fx.Node, list[fx.Node]]] = []
+        waiting: list[fx.Node] = []
+        for node in list(graph.nodes):
+            if node is output:
+                break
+            waiting += ready.get(order[node], [])
+            if _is_boundary(node) and sum(_bytes(n.meta["val"]) for n in waiting) >= self.bucket_bytes:
+                buckets.append((node.next, waiting))
+                waiting = []
+        if waiting:
+            buckets.append((output, waiting))
+        waits: list[fx.Node] = []
+        for at, values in buckets:
+            with graph.inserting_before(at):
+                start = graph.call_function(offload_start, (values,))
+            if overlaps and waits:
+                for moved in (waits[-1], *sorted(waits[-1].users)):
+                    start.prepend(moved)
+            hosts = [empty_on_host(value.meta["val"]) for value in values]
+            wait = _arrive(graph, output if overlaps else at, start, offload_wait, hosts, values, _only(output))
+            waits.append(wait)
+        return len(marked), len(buckets)
+
+    def _reload(self, graph: fx.Graph, overlaps: bool) -> tuple[int, int]:
+        order = positions(graph)
+        nodes = list(graph.nodes)
+        body = next(n for n in nodes if n.op != "placeholder")
+        marked = [n for n in nodes if n.op == "placeholder" and n.meta.get(HELD) == self.name and n.users]
+        marked.sort(key=lambda n: min(order[u] for u in n.users))
+        buckets: list[list[fx.Node]] = []
+        for node in marked:
+            if not buckets or sum(_bytes(n.meta["val"]) for n in buckets[-1]) >= self.bucket_bytes:
+                buckets.append([])
+            buckets[-1].append(node)
+        free = body  # from here on the next reload may start
+        for bucket in buckets:
+            place = min(order[u] for n in bucket for u in n.users)
+            while nodes[place - 1].op != "placeholder" and not _is_boundary(nodes[place - 1]):
+                place -= 1
+            at = nodes[place]
+            values = [n.meta["val"] for n in bucket]
+            with graph.inserting_before(free if overlaps else at):
+                start = graph.call_function(reload_start, (bucket, str(values[0].device)))
+            wait = _arrive(graph, at, start, reload_wait, values, bucket, _all_but(start))
+            free = max(wait, *wait.users).next
+            for node, value in zip(bucket, values, strict=True):
+                node.meta = {**node.meta, "val": empty_on_host(value)}
+        return len(marked), len(buckets)
+
+
+def mark_all(forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int, item: OffloadSaved) -> None:
+    """Without a planner: all that can be offloaded is."""
+    outputs = forward.find_nodes(op="output")[0].args[0]
+    own, saved = set(_flat(outputs[:num_fwd_outputs])), outputs[num_fwd_outputs:]
+    for node, placeholder in zip(saved, received_by(backward, saved), strict=True):
+        if (
+            isinstance(node, fx.Node)
+            and node not in own
+            and _is_dense(node)
+            and _bytes(node.meta["val"]) >= item.min_bytes
+        ):
+            node.meta = {**node.meta, HELD: item.name}
+            placeholder.meta = {**placeholder.meta, HELD: item.name}
+
+
+def _arrive(
+    graph: fx.Graph,
+    at: fx.Node,
+    start: fx.Node,
+    end: Callable[..., Any],
+    values: list[torch.Tensor],
+    replaced: Sequence[fx.Node],
+    where: Callable[[fx.Node], bool],
+) -> fx.Node:
+    """The wait of ``start`` before ``at``, and its items, which users of ``replaced`` read from there on."""
+    with graph.inserting_before(at):
+        wait = graph.call_function(end, (start,))
+        start.meta["val"] = wait.meta["val"] = values
+        for i, (node, value) in enumerate(zip(replaced, values, strict=True)):
+            item = graph.call_function(operator.getitem, (wait, i))
+            item.meta["val"] = value
+            node.replace_all_uses_with(item, delete_user_cb=where)
+    return wait
+
+
+def _only(node: fx.Node) -> Callable[[fx.Node], bool]:
+    return lambda user: user is node
+
+
+def _all_but(node: fx.Node) -> Callable[[fx.Node], bool]:
+    return lambda user: user is not node
+
+
+def _flat(outputs: Any) -> list[fx.Node]:
+    return [n for n in outputs if isinstance(n, fx.Node)]
+
+
+def _is_boundary(node: fx.Node) -> bool:
+    """Whether Inductor's kernels end here, or a segment does."""
+    return node.op == "call_function" and not fuses(node) and not is_view(node) and node.target is not operator.getitem
+
+
+def _last_read(node: fx.Node, order: dict[fx.Node, int]) -> int:
+    """Where the last reader of a value, or of a view of it, stands; the graph's output does not count."""
+    last, readers = order[node], [node]
+    while readers:
+        for user in readers.pop().users:
+            if user.op != "output":
+                last = max(last, order[user])
+                if is_view(user):
+                    readers.append(user)
+    return last
+
+
+def _is_dense(node: fx.Node) -> bool:
+    """Whether a value is a tensor of its own whose elements lie without gaps, which a copy keeps as they are."""
+    value = node.meta.get("val")
+    if node.op != "call_function" or GATHERED in node.meta or not isinstance(value, torch.Tensor) or is_view(node):
+        return False
+    return all(isinstance(size, int) for size in value.shape) and extent(value) == _bytes(value)
+
+
+def _bytes(value: torch.Tensor) -> int:
+    return value.numel() * value.element_size()
+
+
+def _device_type(graph: fx.Graph) -> str:
+    values = (n.meta.get("val") for n in graph.nodes)
+    return next((v.device.type for v in values if isinstance(v, torch.Tensor)), "cpu")
