@@ -111,7 +111,7 @@ class OffloadSaved(Pass):
             wait = _arrive(graph, at, start, reload_wait, values, bucket, _all_but(start))
             free = max(wait, *wait.users).next
             for node, value in zip(bucket, values, strict=True):
-                node.meta = {**node.meta, "val": empty_on_host(value)}
+                node.meta = {**{k: v for k, v in node.meta.items() if k != HELD}, "val": empty_on_host(value)}
         return len(marked), len(buckets)
 
 

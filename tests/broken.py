@@ -31,11 +31,13 @@ from dspass.passes.nodes import (
     reduce_wait,
     wait_of,
 )
+from dspass.passes.offload_saved import OffloadSaved
 from dspass.passes.onednn_products import OnednnProducts
 from dspass.passes.prefetch_gathers import PrefetchGathers
 from dspass.passes.release_gathered import ReleaseGathered
 from dspass.passes.zero_gather import ZeroGather
 from dspass.passes.zero_reduce import ZeroReduce
+from dspass.runtime.host import offload_wait
 from dspass.runtime.linear import LINEAR
 from dspass.runtime.wish import KEEP, RECOMPUTE, WISH
 
@@ -343,6 +345,23 @@ class GradientsExchanged(BucketReductions):
         by_shape: dict[tuple[int, ...], fx.Node] = {}
         for item in calls(graph, operator.getitem):
             if item.args[0].target is reduce_wait:
+                other = by_shape.setdefault(tuple(item.meta["val"].shape), item)
+                if other is not item:
+                    place = graph.find_nodes(op="output")[0]
+                    place.args = ([other if a is item else item if a is other else a for a in place.args[0]],)
+                    return graph
+        return graph
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostValuesExchanged(OffloadSaved):
+    """Two values of one shape wait in each other's place."""
+
+    def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
+        graph = super().run(graph, ctx)
+        by_shape: dict[tuple[int, ...], fx.Node] = {}
+        for item in calls(graph, operator.getitem):
+            if item.args[0].target is offload_wait:
                 other = by_shape.setdefault(tuple(item.meta["val"].shape), item)
                 if other is not item:
                     place = graph.find_nodes(op="output")[0]

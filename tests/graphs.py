@@ -39,6 +39,7 @@ from dspass.passes.nodes import (
     reduce_wait,
     wait_of,
 )
+from dspass.passes.offload_saved import OffloadSaved, mark_all
 from dspass.passes.partition import partition
 from dspass.pipeline import build
 from dspass.runtime import compat
@@ -140,6 +141,7 @@ class Wished(nn.Module):
 
 
 TOYS: Mapping[str, type[nn.Module]] = {
+    "offloaded": Mlp,
     "mlp": Mlp,
     "tied": Tied,
     "early_views": EarlyViews,
@@ -207,6 +209,13 @@ def options(stage: int = 3, threshold: int = 4, **dspass: Any) -> dict[str, Any]
     }
 
 
+#: All that the forward saves is marked, to wait on the host.
+OFFLOADED = {
+    **options(passes=["...", {"name": "offload_saved", "min_bytes": 0}]),
+    "compile": {"offload_activation": True},
+}
+
+
 def capture(name: str, world: int = 2, config: Mapping[str, Any] | None = None) -> Toy:
     """Trace a toy on rank 0 of ``world`` ranks, and run the plain model once a rank as the reference."""
     torch.manual_seed(0)
@@ -214,7 +223,7 @@ def capture(name: str, world: int = 2, config: Mapping[str, Any] | None = None) 
     batches = [_batch(name) for _ in range(world)]
     losses, grads = _reference(model, batches)
     whole = {n: p.detach().clone() for n, p in model.named_parameters()}
-    settings = Config.load(config or options())
+    settings = Config.load(config or (OFFLOADED if name == "offloaded" else options()))
     kept: dict[str, fx.Graph] = {}
     torch._dynamo.reset()
     with fake_world(world):
@@ -437,6 +446,9 @@ def run_pipeline(toy: Toy, passes: Sequence[Pass] | None = None) -> Step:
     joint = apply(fx.GraphModule(nn.Module(), copy_graph(toy.joint)), "joint")
     kept = copy_graph(joint.graph)
     forward, backward = partition(joint, [n.meta["val"] for n in joint.graph.find_nodes(op="placeholder")], 1)
+    for item in passes:
+        if isinstance(item, OffloadSaved) and item.enabled:
+            mark_all(forward.graph, backward.graph, 1, item)
     return Step(
         joint=kept,
         forward=apply(forward, "forward").graph,

@@ -26,6 +26,7 @@ from dspass.passes.bucket_reductions import BucketReductions
 from dspass.passes.expose_parameters import ExposeParameters
 from dspass.passes.honour_wishes import HonourWishes
 from dspass.passes.nodes import calls, gather_start, reduce_start, reduce_wait, wait_of
+from dspass.passes.offload_saved import OffloadSaved
 from dspass.passes.onednn_products import OnednnProducts
 from dspass.passes.partition import save_shards
 from dspass.passes.pipeline import DEFAULT
@@ -47,8 +48,12 @@ _captured = functools.cache(capture)
 
 def toy_of(name: str, world: int = 2, bucket_bytes: int = 256) -> Toy:
     """Captured once. Buckets hold about two of the toys' weights unless said otherwise: there are several."""
-    passes = ["...", {"name": "onednn_products", "min_operations": 0}]
-    return replace(_captured(name, world), config=Config.load(options(bucket_bytes=bucket_bytes, passes=passes)))
+    offload = {"name": "offload_saved", "min_bytes": 0, "bucket_bytes": 100}
+    passes = ["...", offload, {"name": "onednn_products", "min_operations": 0}]
+    said = options(bucket_bytes=bucket_bytes, passes=passes)
+    if name == "offloaded":
+        said["compile"] = {"offload_activation": True}
+    return replace(_captured(name, world), config=Config.load(said))
 
 
 def around(toy: Toy, cls: type[Pass], where: Where) -> tuple[fx.Graph, Pass]:
@@ -121,6 +126,10 @@ CASES: dict[type[Pass], Case] = {
     ),
     ZeroReduce: Case(golden=(("tied", "backward"),), declines=("mlp", "forward", "no gradient of a parameter here")),
     BucketReductions: Case(golden=(("mlp", "backward"),), declines=("mlp", "forward", "no reductions here")),
+    OffloadSaved: Case(
+        golden=(("offloaded", "forward"), ("offloaded", "backward")),
+        declines=("mlp", "forward", "every saved value stays on the device"),
+    ),
     OnednnProducts: Case(
         golden=(("mlp", "forward"), ("mlp", "backward")),
         declines=("mlp", "forward", "0 of 4 products by oneDNN"),
@@ -162,7 +171,7 @@ def test_golden(cls: type[Pass], golden_update: bool) -> None:
 @PASSES
 def test_the_numbers_stay(cls: type[Pass]) -> None:
     seen = 0
-    for name in ("mlp", "tied", "early_views", "uneven", "wished"):
+    for name in ("mlp", "tied", "early_views", "uneven", "wished", "offloaded"):
         toy = toy_of(name)
         for where in sorted(cls.where):
             before, item = around(toy, cls, where)
