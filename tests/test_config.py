@@ -463,6 +463,7 @@ VALID: dict[str, st.SearchStrategy] = {
     "object": st.dictionaries(st.sampled_from(["x", "y"]), st.integers(), max_size=2),
     "any": st.integers(2, 5),
     "bytes": st.integers(1, 10**10) | st.sampled_from(["25MB", "1.5KiB"]),
+    "budget": st.integers(1, 10**10) | st.sampled_from(["60GB", "75%", "auto"]),
     "passes": st.just(["...", "-a", {"name": "b", "x": [1]}]),
 }
 LEAVES = [key for key in KEYS if key.kind != "section"]
@@ -480,7 +481,7 @@ def options(draw: st.DrawFn) -> tuple[dict, list[Key]]:
         elif key.name == "enabled" and not key.field:
             value = False
         else:
-            value = draw(VALID[key.kind])
+            value = "b.json" if key.path == "dspass.plan" else draw(VALID[key.kind])
         merge(tree, nest(key.path, value))
     return tree, keys
 
