@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -50,6 +51,7 @@ def _train(name: str, stage: int, budget: int | None, offload: bool | None) -> t
     return report.memory.peak_bytes, losses, report
 
 
+@functools.cache
 def _smallest(name: str, stage: int) -> int:
     """The least budget that works with everything on the device."""
     with pytest.raises(Exception) as refused:
