@@ -555,7 +555,10 @@ KEYS: tuple[Key, ...] = (
 
 _BY_PATH = {key.path: key for key in KEYS}
 _BY_SPELLING = _BY_PATH | {f"{key.section}.{key.also}".lstrip("."): key for key in KEYS if key.also}
-_INTO = {(key.section, key.field): key for key in KEYS if key.field}
+#: The sections that have a class of their own, and the field of :class:`Config` that holds it.
+_NESTED = {"zero_optimization": "zero", "dspass": "dspass"}
+#: The key of each field, by the section of its class: "" for :class:`Config`, which also holds other sections' fields.
+_INTO = {(key.section if key.section in _NESTED else "", key.field): key for key in KEYS if key.field}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -812,9 +815,6 @@ class Config:
         ]
 
 
-_NESTED = {"zero_optimization": "zero", "dspass": "dspass"}
-
-
 def _flat(tree: Mapping[str, Any], section: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in tree.items():
         path = f"{section}.{name}" if section else name
@@ -831,7 +831,7 @@ def _said(flat: Mapping[str, Any], path: str) -> str:
 def _check_fields(instance: object, section: str) -> None:
     """Check every field of a dataclass that has a key, and bring its value into its one form."""
     for item in fields(instance):  # type: ignore[arg-type]
-        key = _INTO.get((section, item.name)) or (_INTO.get((item.name, item.name)) if not section else None)
+        key = _INTO.get((section, item.name))
         if key is not None:
             object.__setattr__(instance, item.name, _checked(key, getattr(instance, item.name)))
 

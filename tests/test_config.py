@@ -327,6 +327,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
             "true or false",
         ),
         ({"bf16": {"enabled": "true"}}, "bf16.enabled", "Write true without quotes."),
+        ({"compile": {"offload_activation": "false"}}, "compile.offload_activation", "Write false without quotes."),
         ({"bf16": True}, "bf16", "is not a section"),
         ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "fp16.enabled", "both enabled"),
         ({"gradient_clipping": -1}, "gradient_clipping", "at least 0"),

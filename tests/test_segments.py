@@ -160,7 +160,7 @@ class Registers:
             for name, number in zip(instruction.outputs, writes, strict=True)
         }
 
-    def before(self, label: str, is_runtime: bool) -> None:
+    def before(self, label: str, is_runtime: bool, makes_host_memory: bool) -> None:
         self.now += 1
         for storage, names in self.names.values():
             if not storage.expired():
