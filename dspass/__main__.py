@@ -1,4 +1,5 @@
-"""``python -m dspass``: what is here. ``python -m dspass explain``: predict a model named on the command line."""
+"""``python -m dspass``: what is here. ``python -m dspass explain``: predict a model named on the command line.
+``python -m dspass calibrate``: measure this device."""
 
 from __future__ import annotations
 
@@ -46,14 +47,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     explain.add_argument("--optimizer", default="adamw", help="whose states are counted (default adamw)")
     explain.add_argument("--forward-only", action="store_true", help="predict inference")
     explain.add_argument("--save", nargs="*", default=[], metavar="FILE", help="also write report.html or report.json")
+    calibrate = commands.add_parser(
+        "calibrate",
+        help="measure the device that is here, for the planner",
+        description="Measure products, attention, generated kernels, links and copies on the device that is here, and store "
+        "the figures where the planner and explain find them ($DSPASS_DEVICES, else dspass/devices in the user's cache). "
+        "On a CPU with as many threads as OMP_NUM_THREADS says; start it with torchrun to measure a group's links.",
+    )
+    calibrate.add_argument(
+        "--ranks", type=int, help="processes for all-gathers on a CPU (default 2; 1 leaves them out)"
+    )
     options = parser.parse_args(argv)
     if options.command is None:
         return _environment()
     try:
-        return _explain(options)
+        return _explain(options) if options.command == "explain" else _calibrate(options)
     except (ValueError, RuntimeError, ImportError, AttributeError) as error:
-        print(f"dspass explain: {error}", file=sys.stderr)
+        print(f"dspass {options.command}: {error}", file=sys.stderr)
         return 2
+
+
+def _calibrate(options: argparse.Namespace) -> int:
+    from dspass.calibrate import main as measured
+
+    measured(options.ranks)
+    return 0
 
 
 def _environment() -> int:

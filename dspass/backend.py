@@ -55,6 +55,8 @@ def deepspeed(
         if isinstance(value, nn.Parameter):
             compat.guard_identity(node)
             break
+    if config.dspass.memory_budget is not None or config.dspass.plan is not None:
+        compat.keep_shapes_static()
     stage = config.zero.stage
     if stage and not dist.is_initialized():
         mesh_for(config, "cpu")  # raises: a stage without a process group

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +19,8 @@ from dspass.passes.offload_saved import OffloadSaved, mark_all
 from dspass.passes.partition import partition
 from dspass.passes.text import print_graph
 from dspass.planner.plan import Plan
-from dspass.planning import planned, scheduled
+from dspass.planner.saved import MadeFor
+from dspass.planning import planned, refine, scheduled
 from dspass.runtime import compat
 from dspass.runtime.engine import Engine
 from dspass.runtime.program import Program
@@ -35,8 +37,17 @@ class Compilation:
     programs: dict[str, Program] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     plan: Plan | None = None
+    made_for: MadeFor | None = None
     frame: int = -1
     """Which of the model's functions was captured: others than one stand behind graph breaks."""
+
+    @property
+    def measured_seconds(self) -> float | None:
+        """Of a forward and a backward, the medians of the last; None until there are enough."""
+        if not {"forward", "backward"} <= self.programs.keys():
+            return None
+        both = [self.programs[where].clock.seconds for where in ("forward", "backward")]
+        return sum(s for s in both if s is not None) if None not in both else None
 
 
 def compile_graph(
@@ -78,17 +89,12 @@ def compile_graph(
         joint = prepare(joint, "joint")
         free = static_lifetime_input_indices or ()
         if config.dspass.memory_budget is not None or config.dspass.plan is not None:
-            forward, backward, done.plan = planned(
-                joint,
-                joint_inputs,
-                num_fwd_outputs,
-                free,
-                engine,
-                config,
-                passes,
-                done.name,
-                patches,
-                _held(engine, done),
+            earlier = [
+                (c.made_for, c.plan) for c in engine.compilations if c.made_for is not None and c.plan is not None
+            ]
+            held = _held(engine, done)
+            forward, backward, done.plan, done.made_for = planned(
+                joint, joint_inputs, num_fwd_outputs, free, engine, config, passes, done.name, patches, held, earlier
             )
         else:
             forward, backward = partition(
@@ -108,6 +114,8 @@ def compile_graph(
                 graph, chosen, is_backward=is_backward, is_inference=is_inference, probe=engine.probe, order=order
             )
             done.programs[where] = program
+            if is_backward:
+                program.clock.then = functools.partial(_refine, done)
             done.seconds[where] = time.perf_counter() - start
             return program.boxed()
 
@@ -122,6 +130,12 @@ def compile_graph(
         keep_inference_input_mutations=True,
     )
     return backend(gm, list(inputs))
+
+
+def _refine(done: Compilation) -> None:
+    """Hold the prediction for a planned graph against what its steps took."""
+    if done.plan is not None and done.made_for is not None and done.measured_seconds is not None:
+        refine(done.made_for, done.plan, done.measured_seconds)
 
 
 def _held(engine: Engine, done: Compilation) -> int:

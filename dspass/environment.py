@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 import torch
 import torch.distributed as dist
 
+from dspass.passes import calibration
 from dspass.runtime import compat
 
 
@@ -24,7 +25,8 @@ def describe() -> list[tuple[str, list[tuple[str, str]]]]:
             ("mpi", dist.is_mpi_available),
         )
     ]
-    devices = [("cpu", f"{torch.get_num_threads()} threads, {platform.machine()}")]
+    _, calibrated = calibration.find("cpu", calibration.cpu_name())
+    devices = [("cpu", f"{torch.get_num_threads()} threads, {platform.machine()}; {calibrated}")]
     if torch.accelerator.is_available():
         kind = torch.accelerator.current_accelerator()
         devices += [

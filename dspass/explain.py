@@ -231,10 +231,16 @@ def _predicted(
         timeline = _timeline(_ordered(ledger.points))
         memory = Memory(timeline=timeline, time_unit="events", first_call_peak_bytes=first_call)
         notes.append(
-            f"Predicted in {time.perf_counter() - began:.1f} s from fake tensors. The time is a roofline's, "
-            + ("with this CPU's measured rates." if on_cpu else f"{devices.ACHIEVED:.0%} of datasheet rates.")
+            f"Predicted in {time.perf_counter() - began:.1f} s from fake tensors. The time is a roofline's, with rates "
+            f"{_rates(device)}."
         )
         return _report("predicted", engine, model, memory, traffic, seconds, world, device, notes, config)
+
+
+def _rates(device: str) -> str:
+    with compat.without_fake_mode():
+        source = devices.device(device).source
+    return source if source.startswith("measured") else f"of {devices.ACHIEVED:.0%} of {source}"
 
 
 def _seconds(

@@ -24,9 +24,10 @@ from torch.distributed.tensor import DTensor
 
 from dspass.config import Config
 from dspass.lowering.simulate import GraphSimulator, InductorSimulator
-from dspass.passes import cost, devices
+from dspass.passes import calibration, cost, devices
 from dspass.passes.base import Pass, PassContext, run_passes
 from dspass.passes.bucket_gathers import BucketGathers
+from dspass.passes.kernels import size_of
 from dspass.passes.nodes import GATHERED
 from dspass.passes.partition import partition
 from dspass.passes.prefetch_gathers import PrefetchGathers
@@ -34,7 +35,7 @@ from dspass.passes.text import print_value
 from dspass.planner.dry_run import Peak, State, peak_of_step
 from dspass.planner.plan import BudgetError, Chooser, Plan, Planner, Split, chooser
 from dspass.planner.saved import MadeFor, PlanError, PlanFile
-from dspass.planner.values import bytes_of, is_gathered
+from dspass.planner.values import is_gathered
 from dspass.runtime import compat
 from dspass.runtime.engine import Engine
 from dspass.runtime.params import lookup
@@ -42,10 +43,6 @@ from dspass.runtime.traffic import gather_cost, reduce_cost
 
 #: How long the other ranks wait for rank 0's plan.
 WAIT = timedelta(minutes=10)
-
-#: Rough rates of a CPU core for planning: ratios count, and measured ones would make plans differ from run to run.
-_CPU = devices.Device(name="cpu", rates={torch.float32: 8e10}, memory=8e9, link=1e9, latency=2e-4, overlaps=False)
-
 
 #: All ranks plan the same graphs in the same order.
 _plans = itertools.count()
@@ -62,11 +59,12 @@ def planned(
     name: str,
     patches: Mapping[str, Any],
     held: int = 0,
-) -> tuple[fx.GraphModule, fx.GraphModule, Plan]:
-    """``joint`` split as a plan says, and the plan: one that is read from ``dspass.plan``, or one made for
-    ``dspass.memory_budget``. ``passes`` are those that will run on the two graphs (:func:`scheduled`), and
-    ``held`` bytes of the model's other graphs while this one runs. Raises
-    :class:`BudgetError` or :class:`PlanError` on every rank alike."""
+    earlier: Sequence[tuple[MadeFor, Plan]] = (),
+) -> tuple[fx.GraphModule, fx.GraphModule, Plan, MadeFor]:
+    """``joint`` split as a plan says, the plan, and what it is for: one that is read from ``dspass.plan``, or one made for
+    ``dspass.memory_budget``. ``passes`` are those that will run on the two graphs (:func:`scheduled`), and ``held`` bytes of
+    the model's other graphs while this one runs. Of ``earlier`` plans that of the same graph for inputs of other shapes is
+    tried first. Raises :class:`BudgetError` or :class:`PlanError` on every rank alike."""
 
     def split(choose: Chooser) -> Split:
         fresh = compat.graph_module(joint, copy.deepcopy(joint.graph))
@@ -80,8 +78,8 @@ def planned(
 
     if any(_unknown(n.meta.get("val")) for n in joint.graph.nodes):
         raise BudgetError(
-            "dspass.memory_budget needs sizes that are known when the model is compiled, and here they are dynamic. Compile "
-            "with torch.compile(..., dynamic=False), or pad batches to one size.",
+            "dspass.memory_budget needs sizes that are known when the model is compiled, and here they are dynamic. Do not "
+            "compile with dynamic=True, mark no size as dynamic, or pad batches to one size.",
             0,
         )
     made_for = _made_for(joint.graph, engine, passes)
@@ -95,11 +93,11 @@ def planned(
         if file is not None and (read := file.find(made_for, budget)) is not None:
             return read
         assert budget is not None
-        on = _device(engine)
+        on = devices.planned_for(_kind(engine))
         state = state_of(engine)
         here, gradients = _of_this_graph(joint.graph, num_fwd_outputs, free)
         state = replace(state, elsewhere=held + max(state.trained - gradients, 0), here=here)
-        simulator = InductorSimulator(patches=patches) if on is _CPU else GraphSimulator()
+        simulator = InductorSimulator(patches=patches) if _kind(engine) == "cpu" else GraphSimulator()
 
         def run(forward: fx.GraphModule, backward: fx.GraphModule) -> Peak:
             return peak_of_step(forward, backward, num_fwd_outputs, engine, state, simulator)
@@ -116,6 +114,8 @@ def planned(
             seconds=lambda *graphs: sum(cost.estimate(gm.graph, on).seconds for gm in graphs),
             bucket_bytes=next((p.bucket_bytes for p in passes if isinstance(p, BucketGathers)), None),
             levers=tuple(passes),
+            scale=on.steps.get(_model_key(made_for), 1.0),
+            prior=next((p.decision for m, p in reversed(earlier) if _serves(m, p, made_for, budget)), None),
         ).plan()
         if file is not None and engine.target is None:  # not a prediction
             file.add(made_for, plan)
@@ -123,21 +123,27 @@ def planned(
 
     plan = _shared(made_for, make)
     forward, backward = graphs or split(chooser(plan.decision))
-    return forward, backward, plan
+    return forward, backward, plan, made_for
+
+
+def refine(made_for: MadeFor, plan: Plan, measured_seconds: float) -> None:
+    """Keep with the calibration of this device what a plan's steps took over what was predicted: later predictions for the
+    model are multiplied by it. Without a calibration, and on other ranks than the one that plans, nothing is kept."""
+    if made_for.device in ("cpu", "cuda") and (not dist.is_initialized() or dist.get_rank() == 0):
+        ratio = measured_seconds * plan.scale / plan.seconds
+        calibration.note_step(made_for.device, devices.product_of(made_for.device), _model_key(made_for), ratio)
+
+
+def _model_key(made_for: MadeFor) -> str:
+    return f"{made_for.model} {made_for.graph}, {made_for.ranks} ranks"
 
 
 def scheduled(passes: Sequence[Pass], engine: Engine) -> tuple[Pass, ...]:
     """``passes`` under a budget: gathers start as late as the device hides them, where it computes while it sends."""
-    on = _device(engine)
+    on = devices.tabled(_kind(engine))  # the same on all ranks, whatever was measured where
     return tuple(
         replace(p, hidden_by=on) if isinstance(p, PrefetchGathers) and p.distance and on.overlaps else p for p in passes
     )
-
-
-def _device(engine: Engine) -> devices.Device:
-    """The device that is planned for: the table's figures, the same on all ranks."""
-    kind = _kind(engine)
-    return _CPU if kind == "cpu" else devices.device(kind)
 
 
 def _kind(engine: Engine) -> str:
@@ -156,7 +162,7 @@ def _of_this_graph(joint: fx.Graph, num_fwd_outputs: int, free: Sequence[int]) -
     mine = sorted({*free, *(i for i, n in enumerate(placeholders) if n.name in shards)})
     gradients = joint.find_nodes(op="output")[0].args[0][num_fwd_outputs:]
     left = [gradients[i] for i in mine if i < len(gradients) and isinstance(gradients[i], fx.Node)]
-    return sum(bytes_of(placeholders[i]) for i in mine), sum(map(bytes_of, left))
+    return sum(size_of(placeholders[i]) for i in mine), sum(map(size_of, left))
 
 
 def _exposed_share(joint: fx.Graph, on: devices.Device) -> float:
@@ -183,6 +189,11 @@ def _made_for(joint: fx.Graph, engine: Engine, passes: Sequence[Pass]) -> MadeFo
         passes=tuple(map(str, passes)),
         torch=torch.__version__.split("+")[0],
     )
+
+
+def _serves(made_for: MadeFor, plan: Plan, wanted: MadeFor, budget: int) -> bool:
+    """Whether a plan is of the same graph and budget, if for inputs of other shapes."""
+    return plan.budget == budget and not made_for.differences(wanted, but=("inputs",))
 
 
 def _is_tensor(node: fx.Node) -> bool:

@@ -21,7 +21,7 @@ import torch.fx as fx
 from torch.utils._pytree import tree_map_only
 
 from dspass.lowering.segments import Compiled, _has_constants, _has_symbols, segment_key
-from dspass.passes.cost import is_view, materialised
+from dspass.passes.kernels import is_view, materialised
 from dspass.runtime import compat
 
 

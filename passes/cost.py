@@ -9,19 +9,49 @@ Rates are those of :mod:`dspass.passes.devices`.
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 import torch.fx as fx
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from dspass.passes.devices import Device
+from dspass.passes.kernels import (
+    REDUCTIONS,
+    Kernel,
+    direction_of,
+    elements_of,
+    fuses,
+    is_view,
+    kernels,
+    leaves,
+    size_of,
+)
 from dspass.passes.nodes import gather_start, gather_wait, reduce_start, reduce_wait, specs_of
+from dspass.passes.onednn_products import fits
 from dspass.runtime.host import offload_start, offload_wait, reload_start, reload_wait
+from dspass.runtime.linear import LINEAR
 from dspass.runtime.params import ParamSpec
 from dspass.runtime.traffic import gather_cost, reduce_cost
+
+#: Functions that cost about as much as moving what they work on, where they were not measured.
+_TRANSCENDENTAL = {
+    "erf",
+    "exp",
+    "exp2",
+    "expm1",
+    "log",
+    "log1p",
+    "tanh",
+    "sigmoid",
+    "sin",
+    "cos",
+    "pow",
+    "gelu",
+    "silu",
+}
 
 
 @dataclass
@@ -38,7 +68,7 @@ class Estimate:
 
 def estimate(graph: fx.Graph, on: Device) -> Estimate:
     """Run the graph's clock: compute in order, collectives one after another beside it."""
-    from_memory = values_in_memory(graph)
+    compute_at = compute_seconds(graph, on)
     now = link_free = host_free = 0.0
     arrives: dict[fx.Node, tuple[float, tuple[str, str]]] = {}
     exposed: dict[tuple[str, str], float] = {}
@@ -55,17 +85,16 @@ def estimate(graph: fx.Graph, on: Device) -> Estimate:
         elif node.target in (offload_start, reload_start):
             kind = "offload" if node.target is offload_start else "reload"
             begin = max(now, host_free)
-            host_free = begin + sum(map(_bytes, node.meta["val"])) / (on.host_link or on.memory / 2)
+            host_free = begin + sum(v.nbytes for v in node.meta["val"]) / (on.host_link or on.memory / 2)
             arrives[node] = (host_free, (kind, "forward" if kind == "offload" else "backward"))
         elif node.target in (gather_wait, reduce_wait, offload_wait, reload_wait):
             moment, key = arrives.get(node.args[0], (now, ("", "")))
             if moment > now:
                 exposed[key] = exposed.get(key, 0.0) + moment - now
                 now = moment
-        elif node in from_memory:
-            seconds = kernel_seconds(node, from_memory[node], on)
-            compute += seconds
-            now += seconds
+        elif node in compute_at:
+            compute += compute_at[node]
+            now += compute_at[node]
     return Estimate(compute, exposed)
 
 
@@ -84,99 +113,63 @@ def collective_seconds(start: fx.Node, on: Device) -> float:
     return sum(seconds for _, _, seconds in _collectives(start, on))
 
 
-def kernel_seconds(node: fx.Node, reads: Sequence[fx.Node], on: Device) -> float:
-    """One kernel: the larger of operations over rate and bytes over bandwidth."""
-    value = node.meta.get("val")
-    first = next((v for v in _leaves(value)), None)
-    if first is None:
+def compute_seconds(graph: fx.Graph, on: Device) -> dict[fx.Node, float]:
+    """How long the kernels of ``graph`` take, each by the last node that it writes."""
+    return {kernel.writes[-1]: kernel_seconds(kernel, on) for kernel in kernels(graph)}
+
+
+def kernel_seconds(kernel: Kernel, on: Device) -> float:
+    """One kernel: the larger of operations over rate and bytes over bandwidth, and what its functions take beyond that."""
+    moved = sum(kernel.reads.values()) + sum(map(size_of, kernel.writes))
+    if not kernel.is_generated:
+        return max(operation_seconds(kernel.writes[0], on), on.moving(moved))
+    return on.moving(moved) + sum(function_seconds(n, on) for n in kernel.computes)
+
+
+def seconds_again(node: fx.Node, on: Device) -> float:
+    """Seconds to compute a value from its inputs: a kernel of its own, or its part of a fused one, where inputs are at hand."""
+    if node.op != "call_function" or is_view(node) or node.target is operator.getitem:
         return 0.0
-    moved = sum(_bytes(v) for v in _leaves(value)) + sum(_bytes(v) for n in reads for v in _leaves(n.meta.get("val")))
-    return max(_operations(node) / on.rate(first.dtype), moved / on.memory)
+    if not fuses(node):
+        return kernel_seconds(Kernel(False, [node], {a: size_of(a) for a in node.all_input_nodes}, {}), on)
+    # A fused operator costs arithmetic; per element, a transcendental one about as much as moving it, others a fraction.
+    size = max(size_of(node), *(size_of(a) for a in node.all_input_nodes), 0)
+    return function_seconds(node, on) or size / on.memory * (1.0 if _name(node) in _TRANSCENDENTAL else 0.1)
 
 
-def _operations(node: fx.Node) -> float:
-    packet = getattr(node.target, "overloadpacket", None)
-    counter = flop_registry.get(packet)
-    if counter is None:
+def function_seconds(node: fx.Node, on: Device) -> float:
+    """What a fused operator takes beyond moving its operands, where that was measured: a transcendental function by element of
+    what it answers, a reduction by element of what it reads."""
+    seconds = on.functions.get(function_of(node), 0.0)
+    return seconds * (elements_of(node.args[0]) if node.target in REDUCTIONS else elements_of(node)) if seconds else 0.0
+
+
+def function_of(node: fx.Node) -> str:
+    """``exp``, ``sum rows``."""
+    return f"{_name(node)} {direction_of(node)}" if node.target in REDUCTIONS else _name(node)
+
+
+def operation_seconds(node: fx.Node, on: Device) -> float:
+    """The arithmetic of a product or an attention; an attention's rate depends on the size of one of its heads."""
+    value = next(iter(leaves(node.meta.get("val"))), None)
+    name = _name(node)
+    if value is None:
         return 0.0
     args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta.get("val"))
-    return float(counter(*args, **kwargs, out_val=node.meta.get("val")))
+    if name.startswith("_scaled_dot_product"):
+        backward = "backward" in name
+        shapes = [t.shape for t in args[: 4 if backward else 3]]
+        operations, heads = (
+            (sdpa_backward_flop_count if backward else sdpa_flop_count)(*shapes),
+            math.prod(shapes[0][:2]),
+        )
+        return heads * on.computing("attention backward" if backward else "attention", value.dtype, operations / heads)
+    counter = flop_registry.get(getattr(node.target, "overloadpacket", None))
+    if counter is None:
+        return 0.0
+    kind = "linear" if node.target is LINEAR or (on.name == "cpu" and fits(node)) else "product"
+    return on.computing(kind, value.dtype, float(counter(*args, **kwargs, out_val=node.meta.get("val"))))
 
 
-def values_in_memory(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
-    """Each node that writes memory, and the nodes in memory that its kernel reads."""
-    solid = materialised(graph)
-    reads: dict[fx.Node, dict[fx.Node, None]] = {}
-    for node in graph.nodes:
-        found: dict[fx.Node, None] = {}
-        for source in node.all_input_nodes:
-            if source in solid or source.op == "placeholder":
-                found[source] = None
-            else:
-                found.update(reads.get(source, {}))
-        reads[node] = found
-    return {node: list(reads[node]) for node in graph.nodes if node in solid}
-
-
-_FUSIBLE = {
-    torch.ops.aten.sum.dim_IntList,
-    torch.ops.aten.mean.dim,
-    torch.ops.aten.amax.default,
-    torch.ops.aten.sum.default,
-    torch.ops.aten.var_mean.correction,
-    torch.ops.aten.mean.default,
-    torch.ops.prims.convert_element_type.default,
-    torch.ops.aten.embedding.default,
-    torch.ops.aten.cat.default,
-    torch.ops.aten.where.self,
-}
-
-
-def fuses(node: fx.Node) -> bool:
-    """Whether Inductor makes this part of a generated kernel."""
-    return torch.Tag.pointwise in getattr(node.target, "tags", ()) or node.target in _FUSIBLE
-
-
-def is_view(node: fx.Node) -> bool:
-    return getattr(node.target, "is_view", False) is True
-
-
-def materialised(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes whose value takes memory: results of the graph, and what an operator that does not fuse reads or writes."""
-    output = graph.find_nodes(op="output")[0]
-    found: set[fx.Node] = set()
-    for node in graph.nodes:
-        if node.op != "call_function" or is_view(node) or not _leaves(node.meta.get("val")):
-            continue
-        if not isinstance(node.meta["val"], torch.Tensor):
-            if not fuses(node) and getattr(node.target, "namespace", None) is not None:
-                found.add(node)
-            continue
-        if _picks_item(node):
-            continue
-        readers, seen = list(node.users), set()
-        solid = not fuses(node)
-        while readers and not solid:
-            user = readers.pop()
-            if user in seen:
-                continue
-            seen.add(user)
-            if is_view(user):
-                readers.extend(user.users)
-            elif user is output or not fuses(user):
-                solid = True
-        if solid:
-            found.add(node)
-    return found
-
-
-def _picks_item(node: fx.Node) -> bool:
-    return getattr(node.target, "__name__", "") == "getitem"
-
-
-def _leaves(value: Any) -> list[torch.Tensor]:
-    return [v for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, torch.Tensor)]
-
-
-def _bytes(value: torch.Tensor) -> int:
-    return value.numel() * value.element_size()
+def _name(node: fx.Node) -> str:
+    return getattr(getattr(node.target, "overloadpacket", None), "__name__", "")

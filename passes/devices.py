@@ -1,7 +1,11 @@
-"""What devices can do: a table of datasheet figures, and the device that is here.
+"""What devices can do: a table of datasheet figures, and the device that is here, as it was measured.
 
-:class:`Device` holds rates that the cost model divides by, so they are datasheet figures times :data:`ACHIEVED`. Every rank of
-a run must find the same ones, since the place of a collective may follow from them: the table's, never some of its own.
+:class:`Device` holds rates that the cost model divides by: datasheet figures times :data:`ACHIEVED`, or, for the device that is
+here, what ``python -m dspass calibrate`` stored of it (:mod:`dspass.passes.calibration`).
+
+Every rank of a run must find the same figures where the place of a collective follows from them, and calibrations may differ
+between machines. So what passes use is the table's (:func:`tabled`); a plan is made from measured ones, by rank 0 for all.
+Dropped: rank 0's calibration for the passes too, through the store. A saved plan would then be of one calibration only.
 
 Dropped: reading peak rates from the driver. NVML tells memory, clocks and links, but not what the tensor cores do; a table of
 ten rows that a person can check against a datasheet says it better.
@@ -13,11 +17,14 @@ import functools
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from dspass.passes import calibration
+from dspass.passes.calibration import Calibration, Curve
 
 #: Share of a datasheet rate that large kernels and long messages reach. An assumption, until the device is calibrated.
 ACHIEVED = 0.6
@@ -29,7 +36,10 @@ _GB = 10**9
 class Device:
     """Rates of one device: operations a second by dtype, bytes a second of ``memory``, of the ``link`` between nodes and of
     the ``node_link`` to the other ``node_devices`` of its node, seconds of ``latency`` of a collective; ``memory_bytes`` in all
-    and ``host_memory_bytes`` of its node's main memory, reached at ``host_link`` bytes a second (0: not known)."""
+    and ``host_memory_bytes`` of its node's main memory, reached at ``host_link`` bytes a second (0: not known).
+
+    Where it was calibrated: ``curves`` of seconds by kind and precision, seconds an element of ``functions`` and reductions
+    beyond moving it, and by model the ratio of measured to predicted ``steps``."""
 
     name: str
     rates: Mapping[torch.dtype, float]
@@ -43,9 +53,23 @@ class Device:
     host_link: float = 0.0
     host_memory_bytes: int = 0
     source: str = ""
+    curves: Mapping[str, Curve] = field(default_factory=dict)
+    functions: Mapping[str, float] = field(default_factory=dict)
+    steps: Mapping[str, float] = field(default_factory=dict)
 
     def rate(self, dtype: torch.dtype) -> float:
         return self.rates.get(dtype, self.rates[torch.float32])
+
+    def computing(self, kind: str, dtype: torch.dtype, operations: float) -> float:
+        """Seconds of a ``"product"``, a ``"linear"`` one of :mod:`dspass.runtime.linear`, an ``"attention"`` or an ``"attention
+        backward"`` of so many operations."""
+        curve = self.curves.get(f"{kind} {text_of(dtype)}")
+        return operations / self.rate(dtype) if curve is None else curve.seconds(operations)
+
+    def moving(self, count: float) -> float:
+        """Seconds of a generated kernel that reads and writes so many bytes."""
+        curve = self.curves.get("generated")
+        return count / self.memory if curve is None else curve.seconds(count)
 
     def link_of(self, ranks: int) -> float:
         """Bytes a second of one of ``ranks`` in a group: a ring that leaves the node is as fast as its slowest hop."""
@@ -101,15 +125,71 @@ DEVICES = {
     )
 }  # fmt: skip
 
+#: Rough figures of a CPU core, where nothing was calibrated and ranks have to agree: ratios count.
+CPU = Device(
+    name="cpu",
+    rates={torch.float32: 8e10},
+    memory=8e9,
+    link=1e9,
+    latency=2e-4,
+    overlaps=False,
+    source="rough figures of a CPU core",
+)
+
+#: Precisions whose products are measured.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 #: Share of a device's memory for ``"auto"``: the rest is left to the driver, communication buffers and fragmentation.
 AUTO = 0.9
 
 
 def device(name: str) -> Device:
-    """The device called ``name``: ``"cpu"``, a row of the table, or ``"cuda"`` for the one that is here. Raises ``ValueError``
-    with the known ones."""
+    """The device called ``name``: ``"cpu"``, a row of the table, or ``"cuda"`` for the one that is here. Those that are here as
+    they were calibrated. Raises ``ValueError`` with the known ones."""
+    if name not in ("cpu", "cuda"):
+        return tabled(name)
+    found, reason = calibration.find(name, product_of(name))
+    if found is None:
+        row = _this_cpu() if name == "cpu" else _row_of(_product())
+        return replace(row, source=f"{row.source}; {reason}")
+    return calibrated(found, reason)
+
+
+def planned_for(name: str) -> Device:
+    """The device that a plan is made for: as it was calibrated, else the table's figures. What :func:`device` measures of a CPU
+    on the way is too noisy for that: a plan would be another one in each run."""
+    if name in ("cpu", "cuda"):
+        found, reason = calibration.find(name, product_of(name))
+        if found is not None:
+            return calibrated(found, reason)
+    return tabled(name)
+
+
+def calibrated(found: Calibration, source: str) -> Device:
+    """As it was measured; what a calibration does not hold is the table's."""
+    row = CPU if found.kind == "cpu" else _row_of(found.product)
+    products = {dtype: found.curves.get(f"product {text_of(dtype)}") for dtype in DTYPES}
+    return replace(
+        row,
+        rates={dtype: curve.rate for dtype, curve in products.items() if curve is not None},
+        memory=found.curves["generated"].rate,
+        memory_bytes=row.memory_bytes or machine_memory(),
+        latency=found.latency or row.latency,
+        link=found.link if found.link and found.kind == "cpu" else row.link,
+        node_link=found.link or row.node_link,
+        node_devices=row.node_devices if found.kind != "cpu" else max(found.ranks, 1),
+        host_link=found.host_link,
+        source=source,
+        curves=found.curves,
+        functions=found.functions,
+        steps=found.steps,
+    )
+
+
+def tabled(name: str) -> Device:
+    """The table's figures, equal on all ranks whatever was measured where. Raises ``ValueError`` with the known names."""
     if name == "cpu":
-        return _this_cpu()
+        return CPU
     if name == "cuda":
         return _row_of(_product())
     if name.lower() in DEVICES:
@@ -148,6 +228,16 @@ def machine_memory(root: Path = Path("/")) -> int:
         if text.isdecimal():  # "max" where there is none
             found.append(int(text))
     return min(found)
+
+
+def text_of(dtype: torch.dtype) -> str:
+    """``float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def product_of(kind: str) -> str:
+    """What is here, ``"cpu"`` or ``"cuda"``, by its maker's name."""
+    return calibration.cpu_name() if kind == "cpu" else _product()
 
 
 def _product() -> str:

@@ -13,7 +13,7 @@ import torch.fx as fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from dspass.passes.base import Pass, PassContext, Where
-from dspass.passes.cost import is_view
+from dspass.passes.kernels import is_view
 from dspass.passes.nodes import GATHERED, calls
 from dspass.runtime.wish import KEEP, WISH
 

@@ -11,8 +11,8 @@ import torch
 import torch.fx as fx
 
 from dspass.passes.base import Holding, Pass, PassContext
-from dspass.passes.cost import fuses, is_view
 from dspass.passes.devices import Device
+from dspass.passes.kernels import fuses, is_view
 from dspass.passes.nodes import GATHERED, HELD, positions
 from dspass.passes.partition import received_by
 from dspass.runtime.host import empty_on_host, extent, offload_start, offload_wait, reload_start, reload_wait

@@ -36,21 +36,25 @@ class OnednnProducts(Pass):
             ctx.say("no CPU on which oneDNN is known to be faster")
             return graph
         products = [*calls(graph, torch.ops.aten.mm.default), *calls(graph, torch.ops.aten.addmm.default)]
-        taken = [node for node in products if self._fits(node)]
+        taken = [node for node in products if fits(node, self.min_operations)]
         for node in taken:
             _replace(graph, node)
         ctx.say(f"{len(taken)} of {len(products)} products by oneDNN")
         return graph
 
-    def _fits(self, node: fx.Node) -> bool:
-        *bias, left, right = (a.meta["val"] for a in node.args)
-        if any(v.dtype is not torch.float32 or v.device.type != "cpu" for v in (*bias, left, right)):
-            return False
-        (rows, inner), columns = left.shape, right.shape[1]
-        if not all(isinstance(size, int) for size in (rows, inner, columns)) or node.kwargs:
-            return False
-        plain = tuple(left.stride()) == (inner, 1) and all(tuple(b.shape) == (columns,) for b in bias)
-        return plain and 2 * rows * inner * columns >= self.min_operations
+
+def fits(node: fx.Node, min_operations: int = OnednnProducts.min_operations) -> bool:
+    """Whether it is a product that oneDNN is given, where that pays."""
+    if node.target not in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+        return False
+    *bias, left, right = (a.meta["val"] for a in node.args)
+    if any(v.dtype is not torch.float32 or v.device.type != "cpu" for v in (*bias, left, right)):
+        return False
+    (rows, inner), columns = left.shape, right.shape[1]
+    if not all(isinstance(size, int) for size in (rows, inner, columns)) or node.kwargs:
+        return False
+    plain = tuple(left.stride()) == (inner, 1) and all(tuple(b.shape) == (columns,) for b in bias)
+    return plain and 2 * rows * inner * columns >= min_operations
 
 
 def _replace(graph: fx.Graph, node: fx.Node) -> None:

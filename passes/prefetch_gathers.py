@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch.fx as fx
 
 from dspass.passes.base import Pass, PassContext
-from dspass.passes.cost import collective_seconds, kernel_seconds, values_in_memory
+from dspass.passes.cost import collective_seconds, compute_seconds
 from dspass.passes.devices import Device
 from dspass.passes.nodes import REDUCE_GRAD, calls, gather_start, positions, specs_of, wait_of
 
@@ -83,13 +83,12 @@ def _start_as_late_as_hides(graph: fx.Graph, starts: list[fx.Node], on: Device) 
     clock: dict[fx.Node, float] = {}
     needed: dict[fx.Node, float] = {}
     now = 0.0
-    in_memory = values_in_memory(graph)
+    lasting = compute_seconds(graph, on)
     for node in graph.nodes:
         clock[node] = now
         if node in arrives:
             needed[node] = now = max(now, arrives[node])
-        if node in in_memory:
-            now += kernel_seconds(node, in_memory[node], on)
+        now += lasting.get(node, 0.0)
     deadline = float("inf")
     latest: list[float] = []
     for start in reversed(starts):

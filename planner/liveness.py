@@ -2,7 +2,7 @@
 
 The step is a list of moments: the forward's nodes, then the backward's with what is computed again right before its first
 reader. A value takes its bytes from the moment that makes it to the last that reads it, one that is fused into its readers
-takes none (:func:`dspass.passes.cost.materialised` says which), and what is fused reads its inputs when its readers run::
+takes none (:func:`dspass.passes.kernels.materialised` says which), and what is fused reads its inputs when its readers run::
 
     peak = max over moments m of  Σ bytes(v)  over values v with  made(v) <= m <= read(v)
 
@@ -23,9 +23,9 @@ from dataclasses import dataclass, field
 import torch.fx as fx
 
 from dspass.passes.buckets import Item, pack
-from dspass.passes.cost import fuses, is_view
+from dspass.passes.kernels import fuses, is_view, size_of
 from dspass.passes.nodes import GATHERED, REDUCE_GRAD
-from dspass.planner.values import bytes_of, is_gathered
+from dspass.planner.values import is_gathered
 from dspass.runtime.params import ParamSpec, lookup
 
 
@@ -57,7 +57,7 @@ class Liveness:
             alias = node.op == "call_function" and (is_view(node) or node.target is operator.getitem)
             self._alias.append(alias)
             self._fuses.append(fuses(node))
-            self._sizes.append(0 if alias or node.op != "call_function" else bytes_of(node))
+            self._sizes.append(0 if alias or node.op != "call_function" else size_of(node))
             self._inputs.append(tuple(self._number[a] for a in node.all_input_nodes))
         output = self.joint.find_nodes(op="output")[0]
         results = [self._number[n] if isinstance(n, fx.Node) else None for n in output.args[0]]

@@ -123,7 +123,8 @@ class Tensors:
 class Plan:
     """What was decided for one graph, and between what. ``held_bytes`` are those of values that passes hold in their ways, and
     ``between`` the bytes on the device from its forward to its backward; ``seconds`` are the cost model's for both with their
-    collectives; ``frontier`` is ordered from the fastest to the smallest, and ``chosen`` its index."""
+    collectives, times ``scale``, which measured steps gave; ``frontier`` is ordered from the fastest to the smallest, and
+    ``chosen`` its index."""
 
     decision: Decision
     saved_bytes: int
@@ -138,6 +139,7 @@ class Plan:
     chosen: int
     classes: tuple[Tensors, ...]
     largest: tuple[Tensors, ...]
+    scale: float = 1.0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -168,7 +170,9 @@ class Planner:
     """``split`` cuts the joint graph by a function that chooses what is saved, ``passes`` runs the pipeline on both halves,
     ``run`` answers the peak of a step of them, which it may change, and ``seconds`` their time. ``gathers``: the backward
     gathers anew what is not kept (ZeRO stage 3), and ``regather`` is the share of it that compute does not hide. ``levers`` are
-    passes that may hold saved values in ways of their own."""
+    passes that may hold saved values in ways of their own. ``scale``: what measured steps of the model took, over what the cost
+    model said; it makes predictions better and changes no choice. ``prior`` is what was decided for the same graph with inputs
+    of other shapes: it is taken where the fastest choice does not fit and it does."""
 
     budget: int
     on: Device
@@ -181,6 +185,8 @@ class Planner:
     seconds: Callable[[fx.GraphModule, fx.GraphModule], float]
     bucket_bytes: int | None = None
     levers: tuple[Pass, ...] = ()
+    scale: float = 1.0
+    prior: Decision | None = None
     choices: list[Choice] = field(default_factory=list)
     _values: list[Value] = field(default_factory=list)
     _nodes: list[str] = field(default_factory=list)
@@ -200,6 +206,11 @@ class Planner:
         graphs, peak = self._run(0)
         if peak.bytes <= self.budget:
             return graphs, self._made(0)
+        if (prior := self._prior()) is not None:
+            index = self.choices.index(prior)
+            graphs, peak = self._run(index)
+            if peak.bytes <= self.budget:
+                return graphs, self._made(index)
         self._run(self._least)
         everyone = range(len(self.choices))
         smallest = sorted(everyone, key=self._peak)[:_LAST_TRIES]
@@ -230,10 +241,10 @@ class Planner:
         self._values = values = in_ways(plain, self._others, 0.0)
         if any(self._others):
             self._compute = estimate(graph, self.on).compute
-        self.choices = self._choices(plain)
         self._nodes = [n.name for n in nodes]
         self._labels = {n.name: _label(n) for n in nodes}
         self._whole = {n.name for n, v in zip(nodes, values, strict=True) if GATHERED in n.meta and v.bytes}
+        self.choices = self._choices(plain)
         model = Liveness(
             joint=graph,
             forward=nodes,
@@ -256,7 +267,31 @@ class Planner:
                 choice = Choice.of(self._values, c.saved, c.recomputed, c.ways)
                 if self._fits_host(choice):
                     found[choice.saved, choice.ways] = choice
+        if (prior := self._prior()) is not None:
+            found[prior.saved, prior.ways] = prior
         return sorted(found.values(), key=lambda c: (self._seconds_of(c), -c.bytes))
+
+    def _prior(self) -> Choice | None:
+        """What :attr:`prior` chose; None where it speaks of other values."""
+        if self.prior is None:
+            return None
+        number = {name: i for i, name in enumerate(self._nodes)}
+        saved, again, kept = self.prior.saved, self.prior.recomputed, self.prior.kept
+        if not {*saved, *again} <= number.keys():
+            return None
+        dropped = {name for name in saved if name in self._whole and name not in kept}
+        ways = set()
+        for name, by in self.prior.held:
+            way = next((k for k, other in enumerate(self._others[number[name]]) if other.by == by), None)
+            if way is None:
+                return None
+            ways.add((number[name], way))
+        return Choice.of(
+            self._values,
+            frozenset(number[n] for n in saved if n not in dropped),
+            frozenset(number[n] for n in (*again, *dropped)),
+            frozenset(ways),
+        )
 
     def _shares(self, plain: Sequence[Value]) -> list[float]:
         """What a second of host copies costs where none is hidden, where as many are as can be, and where all are."""
@@ -297,6 +332,9 @@ class Planner:
             return choice.seconds + copies
         return choice.seconds + sum(max(0.0, copies / 2 - hidden) for hidden in self._hides)
 
+    def _step_seconds(self, choice: Choice) -> float:
+        return self.scale * (self._base_seconds + self._seconds_of(choice))
+
     def _run(self, index: int) -> tuple[Split, Peak]:
         if index not in self._graphs:
             self._graphs[index] = self.split(chooser(self.decision(index)))
@@ -333,7 +371,7 @@ class Planner:
                 chosen = len(frontier)
             elif frontier and self._peak(i) >= min(option.peak for option in frontier):
                 continue  # slower and no smaller
-            seconds = self._base_seconds + self._seconds_of(c)
+            seconds = self._step_seconds(c)
             measured = i in self._measured
             frontier.append(Option(peak=self._peak(i), seconds=seconds, saved_bytes=c.bytes, is_measured=measured))
         return Plan(
@@ -341,7 +379,8 @@ class Planner:
             saved_bytes=choice.bytes,
             kept_bytes=self._kept_bytes[index],
             held_bytes=sum(self._values[i].bytes for i, _ in choice.ways),
-            seconds=self._base_seconds + self._seconds_of(choice),
+            seconds=self._step_seconds(choice),
+            scale=self.scale,
             again_seconds=math.fsum(self._values[i].seconds for i in choice.recomputed),
             peak=self._measured[index].bytes,
             between=self._measured[index].between,

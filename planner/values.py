@@ -12,8 +12,9 @@ import torch.fx as fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from dspass.passes.base import Holding, Pass
-from dspass.passes.cost import fuses, is_view, kernel_seconds
+from dspass.passes.cost import seconds_again
 from dspass.passes.devices import Device
+from dspass.passes.kernels import is_view, size_of
 from dspass.passes.nodes import GATHERED
 from dspass.planner.mincut import Value, Way
 from dspass.runtime.params import ParamSpec, lookup
@@ -64,7 +65,7 @@ def values_of(
         again = wish in (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)
         # A tuple is never saved itself: what is taken from it decides.
         recomputable = again or _is_tuple(node) or (wish is not CheckpointPolicy.MUST_SAVE and can_recompute(node))
-        size = bytes_of(node)
+        size = size_of(node)
         gather = regather * _gather_seconds(node, on)
         found.append(
             Value(
@@ -133,38 +134,6 @@ def _dropout(node: fx.Node) -> Any:
     return None
 
 
-def seconds_again(node: fx.Node, on: Device) -> float:
-    """Seconds to compute a value from its inputs: a kernel of its own, or its part of a fused one, where inputs are at hand."""
-    if node.op != "call_function" or is_view(node) or node.target is operator.getitem:
-        return 0.0
-    if not fuses(node):
-        return kernel_seconds(node, node.all_input_nodes, on)
-    # A fused operator costs arithmetic; per element, a transcendental one about as much as moving it, others a fraction.
-    elements = max(bytes_of(node), *(bytes_of(a) for a in node.all_input_nodes), 0)
-    return elements / on.memory * (1.0 if _name(node) in _TRANSCENDENTAL else 0.1)
-
-
-_TRANSCENDENTAL = {
-    "erf",
-    "exp",
-    "exp2",
-    "expm1",
-    "log",
-    "log1p",
-    "tanh",
-    "sigmoid",
-    "sin",
-    "cos",
-    "pow",
-    "gelu",
-    "silu",
-}
-
-
-def _name(node: fx.Node) -> str:
-    return getattr(getattr(node.target, "overloadpacket", None), "__name__", "")
-
-
 def _is_tuple(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), (list, tuple))
 
@@ -184,8 +153,3 @@ def _gather_seconds(node: fx.Node, on: Device) -> float:
 def is_gathered(spec: ParamSpec) -> bool:
     """Whether whole copies of a parameter are made from shards of several ranks."""
     return spec.layout == "shard" and spec.shard_axis is not None and spec.shard_axis.size > 1
-
-
-def bytes_of(node: fx.Node) -> int:
-    """Of the tensors that a node answers, views counted whole."""
-    return sum(v.numel() * v.element_size() for v in _leaves(node.meta.get("val")) if isinstance(v, torch.Tensor))

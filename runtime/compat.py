@@ -285,6 +285,13 @@ def allow_compilations(more: int) -> None:
     config.accumulated_recompile_limit += more
 
 
+def keep_shapes_static() -> None:
+    """Have Dynamo compile for each shape by itself: by default it makes a size symbolic that was another one before."""
+    from torch._dynamo import config
+
+    config.automatic_dynamic_shapes = False
+
+
 def restored_limits() -> contextlib.AbstractContextManager[Any]:
     """What :func:`allow_compilations` does inside ends with it; no prediction is refused for those before it."""
     from torch._dynamo import config

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from dspass.runtime.clock import Clock
 from dspass.runtime.ledger import Ledger
 
 
@@ -50,6 +51,7 @@ class Program:
     categories: Mapping[str, str]
     is_backward: bool
     probe: Probe
+    clock: Clock = field(default_factory=Clock)
 
     @classmethod
     def build(
@@ -105,6 +107,9 @@ class Program:
             # Autograd makes zeros for the gradients of outputs that the loss does not use, such as a model's logits.
             self.probe.ledger.mark("gradients of outputs", "forward")
             self.probe.ledger.note(arguments)
+        is_watched = self.probe.ledger is not None  # a step takes longer then
+        if not is_watched:
+            self.clock.start(on_gpu=any(getattr(a, "is_cuda", False) for a in arguments))
         registers: list[Any] = [None] * self.size
         for register, value in zip(self.inputs, arguments, strict=True):
             registers[register] = value
@@ -133,4 +138,6 @@ class Program:
                 result = None
                 for register in frees:
                     registers[register] = None
+        if not is_watched:
+            self.clock.stop()
         return tuple(o if is_literal else registers[o] for is_literal, o in self.outputs)

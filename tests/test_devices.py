@@ -12,7 +12,7 @@ import torch
 
 import dspass
 from dspass.passes import devices
-from dspass.passes.devices import DEVICES, capacity, device, machine_memory, share_of
+from dspass.passes.devices import DEVICES, capacity, device, machine_memory, share_of, tabled
 from dspass.planner.plan import BudgetError
 from tests.test_explain import MODELS
 
@@ -81,7 +81,8 @@ def _pretend(monkeypatch: pytest.MonkeyPatch, name: str) -> _Nvml:
 
 def test_the_real_device_is_read_from_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     nvml = _pretend(monkeypatch, "NVIDIA H100 80GB HBM3")
-    assert device("cuda") is DEVICES["h100"]
+    assert tabled("cuda") is DEVICES["h100"]
+    assert device("cuda").rates == DEVICES["h100"].rates
     assert capacity("cuda") == 79 * 10**9
     assert nvml.open == 0
     _pretend(monkeypatch, "NVIDIA GeForce 256")

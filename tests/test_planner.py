@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -13,9 +14,10 @@ from hypothesis import strategies as st
 
 import dspass
 from dspass.config import Config
+from dspass.engines import engine_of
 from dspass.passes.bucket_gathers import BucketGathers
 from dspass.passes.cost import estimate
-from dspass.passes.devices import Device
+from dspass.passes.devices import CPU, Device
 from dspass.passes.nodes import calls, gather_start, positions, wait_of
 from dspass.passes.prefetch_gathers import PrefetchGathers
 from dspass.pipeline import build
@@ -24,7 +26,6 @@ from dspass.planner.mincut import Choice, Value, Way, contract, exhaustive, hull
 from dspass.planner.plan import BudgetError, Planner
 from dspass.planner.saved import PlanError
 from dspass.planner.values import can_recompute
-from dspass.planning import _CPU
 from tests.graphs import run_pipeline
 from tests.models import MODELS as DIFFICULT
 from tests.models import Mlp, points
@@ -144,7 +145,7 @@ def _planner(budget: int) -> _Told:
     nothing: Any = lambda *_: None  # noqa: E731
     return _Told(
         budget=budget,
-        on=_CPU,
+        on=CPU,
         num_fwd_outputs=1,
         gathers=True,
         regather=1.0,
@@ -375,6 +376,51 @@ def test_a_plan_is_saved_used_again_and_refused_for_something_else(
     assert _trained(path, rows=8) is not None
     path.write_text("{}")
     assert "cannot be read" in _why(path)
+
+
+def test_another_batch_keeps_what_was_decided_where_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A smaller last batch is not planned from the start; a larger one is, where the decision would not fit."""
+    tried: list[int] = []
+    run_one = Planner._run
+
+    def counted(self: Planner, index: int) -> Any:
+        tried.append(index)
+        return run_one(self, index)
+
+    monkeypatch.setattr(Planner, "_run", counted)
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*(layer for _ in range(6) for layer in (torch.nn.Linear(64, 64), torch.nn.GELU())))
+
+    def losses(budget: int | None, rows: Sequence[int]) -> list[float]:
+        torch._dynamo.reset()
+        own = {} if budget is None else {"memory_budget": budget}
+        compiled = torch.compile(model, backend="deepspeed", options={"zero_optimization": {"stage": 0}, "dspass": own})
+        found = []
+        for count in rows:
+            torch.manual_seed(count)
+            loss = compiled(torch.randn(count, 64)).square().mean()
+            loss.backward()
+            found.append(loss.item())
+            model.zero_grad()
+            tried.append(-1)
+        return found
+
+    with pytest.raises(Exception, match="too small") as refused:
+        losses(1000, [512])
+    smallest = refused.value.inner_exception.smallest
+    wanted = losses(None, [512, 480, 512, 1024])
+    tried.clear()
+    budget = round(1.15 * smallest)
+    assert losses(budget, [512, 480, 512]) == wanted[:3]
+    planned = tried.index(-1)
+    assert planned > 2, "the ends, and what lies between"
+    assert tried[planned + 1 :] == [0, tried[planned + 2], -1, -1], "the fastest, and what was decided before"
+    one, two = (c.plan for c in engine_of(model).compilations if c.plan is not None)
+    assert one.decision == two.decision
+    assert two.peak < one.peak <= budget
+    with pytest.raises(Exception, match="too small"):
+        losses(budget, [512, 1024])
 
 
 def test_one_process_counts_the_optimiser_s_states_too() -> None:

@@ -1,0 +1,173 @@
+"""What ``python -m dspass calibrate`` measured of a device, in a file: read only where it was made for what is here.
+
+A file holds seconds, not peaks: a :class:`Curve` over operations or bytes, since small products and kernels do not reach the
+rates of large ones, and what fits into a cache moves faster than what does not. On a CPU it is of one number of threads.
+
+Dropped: a rate and its half-performance length (Hockney and Jesshope, 1981) in place of a curve. Two numbers describe a launch
+and a peak, but not the two or three levels of a CPU's caches.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from bisect import bisect_right
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+_VERSION = 1
+
+#: What a measured step may say of a prediction: beyond, something else than the device is at work, such as loading of data.
+RATIO = (0.5, 2.0)
+
+
+class CalibrationError(ValueError):
+    """A calibration's file that cannot be read."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Seconds by amount of work, both ascending; in between on a straight line. Less work than was measured takes as long as
+    the least, more goes on at the rate of the most. More work never takes less time."""
+
+    amounts: tuple[float, ...]
+    times: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        rising = all(a < b for a, b in zip(self.amounts, self.amounts[1:], strict=False))
+        longer = all(a <= b for a, b in zip(self.times, self.times[1:], strict=False))
+        positive = all(0 < v < math.inf for v in (*self.amounts, *self.times))
+        if not self.amounts or len(self.amounts) != len(self.times) or not (rising and longer and positive):
+            raise ValueError(f"not a curve: amounts {self.amounts}, times {self.times}")
+
+    @classmethod
+    def through(cls, points: Mapping[float, float]) -> Self:
+        """Through measured points, noise and all: none is below an earlier one."""
+        amounts = sorted(points)
+        times, longest = [], 0.0
+        for amount in amounts:
+            longest = max(longest, points[amount])
+            times.append(longest)
+        return cls(tuple(map(float, amounts)), tuple(times))
+
+    def seconds(self, amount: float) -> float:
+        if amount <= 0:
+            return 0.0
+        i = bisect_right(self.amounts, amount)
+        if i == 0:
+            return self.times[0]
+        if i == len(self.amounts):
+            return self.times[-1] * amount / self.amounts[-1]
+        a, b, s, t = self.amounts[i - 1], self.amounts[i], self.times[i - 1], self.times[i]
+        return s + (t - s) * (amount - a) / (b - a)
+
+    @property
+    def rate(self) -> float:
+        """Of the most work."""
+        return self.amounts[-1] / self.times[-1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """``curves`` by kind and precision (``"product float32"``) over operations, those of attentions over the operations of one
+    head, and ``"generated"`` over bytes moved; ``functions``: seconds an element of a function or reduction beyond moving it;
+    ``host_link``: bytes a second between a device and main memory; ``latency`` and ``link`` of collectives over ``ranks``
+    (0: not measured). ``steps``: measured over predicted time of a step, by model."""
+
+    kind: str
+    product: str
+    threads: int
+    torch: str
+    made: str
+    curves: Mapping[str, Curve]
+    functions: Mapping[str, float]
+    host_link: float
+    latency: float = 0.0
+    link: float = 0.0
+    ranks: int = 0
+    steps: Mapping[str, float] = field(default_factory=dict)
+
+    def why_not(self, product: str, threads: int) -> str | None:
+        """Why this does not serve the device that is here; None where it does."""
+        if self.product != product:
+            return f"it was made on {self.product}, and this is {product}"
+        if self.kind == "cpu" and self.threads != threads:
+            return f"it was made with {self.threads} threads, and there are {threads}"
+        return None
+
+    def save(self, folder: Path) -> Path:
+        """Write the file of this kind of device; it is replaced at once."""
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / _file(self.kind, self.product, self.threads)
+        half = path.with_suffix(f".{os.getpid()}")
+        half.write_text(json.dumps({"version": _VERSION, **asdict(self)}, indent=1) + "\n")
+        half.replace(path)
+        return path
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Raises :class:`CalibrationError` for a file of another form, ``FileNotFoundError`` for none."""
+        try:
+            said: dict[str, Any] = json.loads(path.read_text())
+            if said.pop("version") != _VERSION:
+                raise ValueError(f"not version {_VERSION}")
+            curves = {k: Curve(tuple(c["amounts"]), tuple(c["times"])) for k, c in said.pop("curves").items()}
+            found = cls(**said, curves=curves)
+            scalars = (found.host_link, found.latency, found.link, *found.functions.values(), *found.steps.values())
+            if "generated" not in curves or "product float32" not in curves:
+                raise ValueError("curves are missing")
+            if not all(0 <= s < math.inf for s in scalars):
+                raise ValueError("a figure is negative or not a number")
+            return found
+        except FileNotFoundError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CalibrationError(
+                f"{path} is no calibration of a device: {error!r}. Delete it, or make it anew: python -m dspass calibrate."
+            ) from error
+
+
+def folder() -> Path:
+    """Where calibrations are kept: ``$DSPASS_DEVICES``, else ``dspass/devices`` in the user's cache."""
+    if "DSPASS_DEVICES" in os.environ:
+        return Path(os.environ["DSPASS_DEVICES"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dspass" / "devices"
+
+
+def find(kind: str, product: str) -> tuple[Calibration | None, str]:
+    """The stored calibration of the device that is here, and where it is from; otherwise why there is none."""
+    path = folder() / _file(kind, product, torch.get_num_threads())
+    try:
+        found = Calibration.load(path)
+    except FileNotFoundError:
+        return None, "not calibrated: python -m dspass calibrate"
+    reason = found.why_not(product, torch.get_num_threads())
+    if reason is None:
+        return found, f"measured by python -m dspass calibrate on {found.made}, {path}"
+    return None, f"{path} is not used: {reason}; python -m dspass calibrate makes it anew"
+
+
+def note_step(kind: str, product: str, model: str, ratio: float) -> None:
+    """Keep a model's measured over predicted time of a step with its device's calibration, where there is one."""
+    found, _ = find(kind, product)
+    if found is not None:
+        low, high = RATIO
+        replace(found, steps={**found.steps, model: min(max(ratio, low), high)}).save(folder())
+
+
+def cpu_name() -> str:
+    """The processor as the operating system names it."""
+    table = Path("/proc/cpuinfo")
+    lines = table.read_text().splitlines() if table.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else os.uname().machine
+
+
+def _file(kind: str, product: str, threads: int) -> str:
+    """``cpu-1-threads.json``, or a GPU's name: machines may share a home."""
+    return f"cpu-{threads}-threads.json" if kind == "cpu" else f"{'-'.join(product.lower().split())}.json"

@@ -1,0 +1,221 @@
+"""What Inductor will make one kernel of, seen in the graph before it is lowered.
+
+An operator that does not fuse (a product, an attention) is a kernel of its own. All others become generated code: what is
+fused into its readers takes no memory, and values that are computed over the same elements from the same tensors are written
+by one kernel, which reads each of these tensors once. :func:`kernels` puts a value into the last generated kernel that
+
+- comes no earlier than those that its inputs come from, so that no two kernels wait for each other,
+- shares a tensor with it, or writes one that it reads,
+- loops over as many elements, and reduces in the same direction, if both reduce: rows and columns are different loops,
+- lies in the same segment: collectives and copies stand between kernels (:mod:`dspass.lowering.segments`).
+
+Dropped: to lower the graph and ask Inductor's scheduler. That is exact, and takes minutes for a large model, where a planner
+asks for many graphs and ``explain`` has no device to lower for.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from dspass.runtime.collectives import RUNTIME_FUNCTIONS
+
+_aten = torch.ops.aten
+
+#: Reductions that fuse.
+REDUCTIONS = {
+    _aten.sum.dim_IntList,
+    _aten.mean.dim,
+    _aten.amax.default,
+    _aten.sum.default,
+    _aten.var_mean.correction,
+    _aten.mean.default,
+}
+
+_FUSIBLE = REDUCTIONS | {
+    torch.ops.prims.convert_element_type.default,
+    _aten.embedding.default,
+    _aten.cat.default,
+    _aten.where.self,
+    _aten.full.default,
+    _aten.scalar_tensor.default,
+    torch.ops.prims.iota.default,
+    _aten.gather.default,
+    _aten.index.Tensor,
+    _aten.slice_scatter.default,
+    _aten.select_scatter.default,
+    _aten.constant_pad_nd.default,
+}
+
+#: Those that read only a part of their first input, as large as what they answer.
+_PICKS = {_aten.embedding.default, _aten.gather.default, _aten.index.Tensor}
+
+
+@dataclass
+class Kernel:
+    """``writes`` are the nodes whose values it puts into memory, the last of which says when it has run; ``reads`` bytes of
+    each node in memory that it reads, and ``computes`` the nodes that are part of it. ``elements`` is how often its inner loop
+    runs and ``direction`` that of its reductions; an operator that does not fuse ``is_generated`` not."""
+
+    is_generated: bool
+    writes: list[fx.Node]
+    reads: dict[fx.Node, int]
+    computes: dict[fx.Node, None]
+    elements: int = 0
+    direction: str = ""
+
+
+@dataclass
+class _Part:
+    """What is fused into a node: its reads of memory, and the operators from there."""
+
+    reads: dict[fx.Node, int] = field(default_factory=dict)
+    computes: dict[fx.Node, None] = field(default_factory=dict)
+
+
+def kernels(graph: fx.Graph) -> list[Kernel]:
+    """The kernels of ``graph`` in the order in which they can run."""
+    solid = materialised(graph)
+    in_memory = solid | {n for n in graph.nodes if n.op == "placeholder" or _is_item_in_memory(n)}
+    parts: dict[fx.Node, _Part] = {}
+    found: list[Kernel] = []
+    made: dict[fx.Node, int] = {}  # the kernel that writes a node
+    segment = 0  # the first kernel of this one
+    for node in graph.nodes:
+        if node.target in RUNTIME_FUNCTIONS:
+            segment = len(found)
+        part = parts[node] = _part(node, in_memory, parts)
+        if _is_item_in_memory(node) and node.args[0] in made:
+            made[node] = made[node.args[0]]
+        if node not in solid:
+            continue
+        if not fuses(node):
+            made[node] = len(found)
+            found.append(Kernel(False, [node], part.reads, {node: None}))
+            continue
+        elements, direction = _loop(node, part)
+        earliest = segment
+        for source in part.reads:
+            if source in made:
+                earliest = max(earliest, made[source] + (not found[made[source]].is_generated))
+        place = next(
+            (i for i in range(len(found) - 1, earliest - 1, -1) if _joins(found[i], part, elements, direction)), None
+        )
+        if place is None:
+            place = len(found)
+            found.append(Kernel(True, [], {}, {}, elements, direction))
+        kernel = found[place]
+        kernel.writes.append(node)
+        kernel.computes.update(part.computes)
+        kernel.direction = kernel.direction or direction
+        for source, size in part.reads.items():
+            if made.get(source) != place:
+                kernel.reads[source] = max(size, kernel.reads.get(source, 0))
+        made[node] = place
+    return found
+
+
+def _part(node: fx.Node, in_memory: set[fx.Node], parts: dict[fx.Node, _Part]) -> _Part:
+    """What ``node`` reads from memory, and computes on the way, if it is written where it stands."""
+    part = _Part()
+    for i, source in enumerate(node.all_input_nodes):
+        picks = is_view(node) or (i == 0 and node.target in _PICKS)
+        for read, size in ({source: size_of(source)} if source in in_memory else parts[source].reads).items():
+            part.reads[read] = max(min(size, size_of(node)) if picks else size, part.reads.get(read, 0))
+        if source not in in_memory:
+            part.computes |= parts[source].computes
+    if node.op == "call_function" and not is_view(node):
+        part.computes[node] = None
+    return part
+
+
+def _loop(node: fx.Node, part: _Part) -> tuple[int, str]:
+    """How many elements a generated kernel for ``node`` loops over, and the direction in which it reduces."""
+    elements, direction = elements_of(node), ""
+    for inner in part.computes:
+        if inner.target in REDUCTIONS:
+            elements = max(elements, elements_of(inner.args[0]))
+            direction = direction_of(inner)
+    return elements, direction_of(node) if node.target in REDUCTIONS else direction
+
+
+def direction_of(node: fx.Node) -> str:
+    """Whether a reduction is over ``rows``, the last dimensions, or over ``columns``."""
+    dims = node.args[1] if len(node.args) > 1 else None
+    if not dims:
+        return "rows"
+    rank = node.args[0].meta["val"].dim()
+    trailing = {rank - 1 - i for i in range(len(dims))}
+    return "rows" if {d % rank for d in dims} == trailing else "columns"
+
+
+def _joins(kernel: Kernel, part: _Part, elements: int, direction: str) -> bool:
+    if not kernel.is_generated or kernel.elements != elements:
+        return False
+    if kernel.direction and direction and kernel.direction != direction:
+        return False
+    return any(source in kernel.reads for source in part.reads) or any(w in part.reads for w in kernel.writes)
+
+
+def fuses(node: fx.Node) -> bool:
+    """Whether Inductor makes this part of a generated kernel."""
+    return torch.Tag.pointwise in getattr(node.target, "tags", ()) or node.target in _FUSIBLE
+
+
+def is_view(node: fx.Node) -> bool:
+    return getattr(node.target, "is_view", False) is True
+
+
+def materialised(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes whose value takes memory: results of the graph, and what an operator that does not fuse reads or writes."""
+    output = graph.find_nodes(op="output")[0]
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op != "call_function" or is_view(node) or not leaves(node.meta.get("val")):
+            continue
+        if not isinstance(node.meta["val"], torch.Tensor):
+            if not fuses(node) and getattr(node.target, "namespace", None) is not None:
+                found.add(node)
+            continue
+        if _picks_item(node):
+            continue
+        readers, seen = list(node.users), set()
+        solid = not fuses(node)
+        while readers and not solid:
+            user = readers.pop()
+            if user in seen:
+                continue
+            seen.add(user)
+            if is_view(user):
+                readers.extend(user.users)
+            elif user is output or not fuses(user):
+                solid = True
+        if solid:
+            found.add(node)
+    return found
+
+
+def _picks_item(node: fx.Node) -> bool:
+    return node.target is operator.getitem
+
+
+def _is_item_in_memory(node: fx.Node) -> bool:
+    """One of the tensors that a kernel of its own, or a collective, answers."""
+    return _picks_item(node) and not fuses(node.args[0])
+
+
+def leaves(value: Any) -> list[torch.Tensor]:
+    return [v for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, torch.Tensor)]
+
+
+def size_of(node: fx.Node) -> int:
+    """Bytes of the tensors that a node answers."""
+    return sum(v.numel() * v.element_size() for v in leaves(node.meta.get("val")))
+
+
+def elements_of(node: fx.Node) -> int:
+    return max((v.numel() for v in leaves(node.meta.get("val"))), default=0)
