@@ -20,7 +20,7 @@ from dspass.passes.partition import partition
 from dspass.passes.text import print_graph
 from dspass.planner.plan import Plan
 from dspass.planner.saved import MadeFor
-from dspass.planning import planned, refine, scheduled
+from dspass.planning import in_buckets, planned, refine, scheduled
 from dspass.runtime import compat
 from dspass.runtime.engine import Engine
 from dspass.runtime.program import Program
@@ -85,6 +85,7 @@ def compile_graph(
         static_lifetime_input_indices: Sequence[int] | None = None,
         **_: Any,
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        nonlocal passes
         joint = compat.joint_graph_passes(joint, patches)
         joint = prepare(joint, "joint")
         free = static_lifetime_input_indices or ()
@@ -96,6 +97,7 @@ def compile_graph(
             forward, backward, done.plan, done.made_for = planned(
                 joint, joint_inputs, num_fwd_outputs, free, engine, config, passes, done.name, patches, held, earlier
             )
+            passes = in_buckets(passes, done.plan.decision.bucket_bytes)
         else:
             forward, backward = partition(
                 joint, joint_inputs, num_fwd_outputs, free, recompute_pointwise=engine.stage == 3

@@ -97,6 +97,8 @@ class Key:
     """A section that takes any names beside those known."""
     local: bool = False
     """May differ from rank to rank."""
+    choices: tuple[str, ...] = ()
+    """The texts that it may be."""
 
     @property
     def section(self) -> str:
@@ -135,7 +137,8 @@ _OWN_OPTIMIZER = "the optimiser is built by the training script"
 _OWN_SCALER = "scaling the loss is left to the training script's GradScaler"
 _OWN_LOOP = "the training loop belongs to the script; what it prints or logs is decided there"
 _REPORT = "the report of dspass.explain(model) shows it"
-_NO_OFFLOAD = "only concerns offloading, which this version does not do"
+_OWN_BUFFERS = "buffers of offloaded tensors are the runtime's own, pinned beside a GPU"
+_NO_DISK = "only concerns offloading to a disk, which this version does not do"
 _NO_PIPELINE = "only concerns pipeline stages, which this version does not build"
 _NO_TENSOR = "only concerns tensor parallelism, which this version does not do"
 _NO_CHECKPOINTING = "tunes deepspeed.checkpointing; torch.utils.checkpoint in the model is honoured"
@@ -153,7 +156,7 @@ _OFFLOAD_PARAM: tuple[tuple[str, Kind, object], ...] = (
 _OFFLOAD_OPTIMIZER: tuple[tuple[str, Kind, object], ...] = (
     ("nvme_path", "text", None), ("pin_memory", "flag", True), ("buffer_count", "count", 4),
     ("pipeline_read", "flag", False), ("pipeline_write", "flag", False), ("fast_init", "flag", False),
-    ("ratio", "number", 1.0), ("super_offload", "flag", False), ("convert_grad_on_cpu", "flag", True),
+    ("super_offload", "flag", False), ("convert_grad_on_cpu", "flag", True),
     ("cpuadam_cores_perc", "number", 0.8),
 )  # fmt: skip
 _PIPELINE: tuple[tuple[str, Kind, object], ...] = (
@@ -228,6 +231,21 @@ KEYS: tuple[Key, ...] = (
     _act("zero_optimization.mics_shard_size", "mics_shard_size", "integer", None, "ranks",
          "Hybrid sharding: shard inside groups of this many ranks, replicate across the groups. Absent or "
          "-1: shard over all ranks.", low=1, stages=(1, 2, 3)),
+    _act("zero_optimization.sub_group_size", "sub_group_size", "count", None, "elements",
+         "Most elements that the optimiser steps at a time where its states wait on the host. Absent: an eighth of them, "
+         "with 64 MB of states at most.", low=1),
+    _section("zero_optimization.offload_optimizer"),
+    _act("zero_optimization.offload_optimizer.device", "offload_optimizer", "text", None, "",
+         '`"cpu"`: the optimiser\'s states wait on the host between steps, and come to the device part by part while it steps; '
+         "under a memory budget only as many as it asks for. `\"none\"`: never. Absent: under a budget, on a device that has "
+         "memory of its own.", choices=("none", "cpu")),
+    _act("zero_optimization.offload_optimizer.ratio", "offload_optimizer_ratio", "number", 1.0, "share",
+         "Most of the parameters, by bytes, whose states may wait on the host.", low=0, high=1),
+    _section("zero_optimization.offload_param"),
+    _act("zero_optimization.offload_param.device", "offload_param", "text", None, "",
+         '`"cpu"`: shards wait on the host, with their gradients and optimiser states, are copied to the device where they are '
+         "gathered, and are stepped on the host. Stage 3, ranks on CPUs: it has not run on a GPU and is refused there.",
+         choices=("none", "cpu")),
     # --- ours
     _section("dspass"),
     _act("dspass.passes", "passes", "passes", None, "",
@@ -328,7 +346,7 @@ KEYS: tuple[Key, ...] = (
           "clip_grad_norm_ computes the norm when it is called"),
     _skip("zero_optimization.load_from_fp32_weights", "flag", True, _NO_ENGINE_SAVE),
     _skip("zero_optimization.elastic_checkpoint", "flag", False, _NO_ENGINE_SAVE),
-    _skip("zero_optimization.round_robin_gradients", "flag", False, _NO_OFFLOAD),
+    _skip("zero_optimization.round_robin_gradients", "flag", False, _OWN_BUFFERS),
     _skip("zero_optimization.parameter_alignment", "flag", False,
           "every shard is a tensor of its own; there is no flat buffer to align"),
     _skip("zero_optimization.stage3_max_reuse_distance", "count", 1_000_000_000,
@@ -349,8 +367,6 @@ KEYS: tuple[Key, ...] = (
     _skip("zero_optimization.stage3_partition_stream_chunk_size", "count", 0,
           "dspass.shard fills each shard by itself and never holds the whole model",
           also="partition_stream_chunk_size"),
-    _skip("zero_optimization.sub_group_size", "count", 1_000_000_000,
-          _OWN_OPTIMIZER + ", and steps whole shards"),
     _skip("zero_optimization.memory_efficient_linear", "flag", True,
           "the compiler decides what backward keeps"),
     _skip("zero_optimization.override_module_apply", "flag", True,
@@ -360,29 +376,22 @@ KEYS: tuple[Key, ...] = (
           'the order of uses is read from the graph, not from a trace; TORCH_LOGS="recompiles" shows '
           "recompiles"),
     _skip("zero_optimization.enable_sanity_checks", "flag", False, "every pass's graph is checked always"),
-    _skip("zero_optimization.save_muon_momentum_buffer_in_memory", "flag", False, _NO_OFFLOAD),
+    _skip("zero_optimization.save_muon_momentum_buffer_in_memory", "flag", False, _OWN_BUFFERS),
     _skip("zero_optimization.legacy_stage1", "flag", False, "there is one implementation of stage 1"),
     _skip("zero_optimization.leaf_module", "object", None, _NO_HOOKS),
     _skip("zero_optimization.mics_hierarchical_params_gather", "flag", False,
           "a parameter is gathered inside its own group only, which takes one hop"),
     _deny("zero_optimization.ignore_unused_parameters", "flag", True, "stopping when a parameter is unused",
           "Set it to true; a parameter outside the graph gets no gradient."),
-    _section("zero_optimization.offload_param"),
-    _deny("zero_optimization.offload_param.device", "text", "none", "parameters kept on the host or on disk",
-          'Set it to "none"; stage 3 with more ranks needs less memory a rank.', off=(None, "none")),
-    *(_skip(f"zero_optimization.offload_param.{name}", kind, default, _NO_OFFLOAD)
+    *(_skip(f"zero_optimization.offload_param.{name}", kind, default, _OWN_BUFFERS)
       for name, kind, default in _OFFLOAD_PARAM),
-    _section("zero_optimization.offload_optimizer"),
-    _deny("zero_optimization.offload_optimizer.device", "text", "none",
-          "optimiser states kept on the host or on disk",
-          'Set it to "none"; stages 1 to 3 with more ranks need less memory a rank.', off=(None, "none")),
-    *(_skip(f"zero_optimization.offload_optimizer.{name}", kind, default, _NO_OFFLOAD)
+    *(_skip(f"zero_optimization.offload_optimizer.{name}", kind, default, _OWN_BUFFERS)
       for name, kind, default in _OFFLOAD_OPTIMIZER),
-    _deny("zero_optimization.cpu_offload", "flag", None, "optimiser states kept on the host", _FIT,
-          off=(None, False)),
-    _deny("zero_optimization.cpu_offload_param", "flag", None, "parameters kept on the host", _FIT,
-          off=(None, False)),
-    _skip("zero_optimization.cpu_offload_use_pin_memory", "flag", None, _NO_OFFLOAD),
+    _deny("zero_optimization.cpu_offload", "flag", None, "offloading by a key that DeepSpeed gave up",
+          'Write "offload_optimizer": {{"device": "cpu"}}.', off=(None, False)),
+    _deny("zero_optimization.cpu_offload_param", "flag", None, "offloading by a key that DeepSpeed gave up",
+          'Write "offload_param": {{"device": "cpu"}}.', off=(None, False)),
+    _skip("zero_optimization.cpu_offload_use_pin_memory", "flag", None, _OWN_BUFFERS),
     _deny("zero_optimization.zenflow", "object", None, "ZenFlow's offloaded optimiser steps", "Remove it.",
           off=(None,)),
     _deny("zero_optimization.zero_hpz_partition_size", "integer", 1,
@@ -456,8 +465,10 @@ KEYS: tuple[Key, ...] = (
          "Whether saved activations may wait for the backward on the host. With a memory budget those that the planner picks: "
          "true also where the device's memory is the host's, absent where it is not. Without one true offloads all of 1 MB or "
          "more."),
-    _deny("compile.offload_opt_states", "flag", False, "optimiser states kept on the host", _FIT),
-    _deny("compile.offload_parameters", "flag", False, "parameters kept on the host", _FIT),
+    _deny("compile.offload_opt_states", "flag", False, "DeepCompile's own pass of that name",
+          'Write "zero_optimization": {{"offload_optimizer": {{"device": "cpu"}}}}.'),
+    _deny("compile.offload_parameters", "flag", False, "DeepCompile's own pass of that name",
+          'Write "zero_optimization": {{"offload_param": {{"device": "cpu"}}}}.'),
     _skip("compile.offload_activation_pin_memory", "flag", True, "beside a GPU host memory is always pinned"),
     _skip("compile.debug_log", "flag", False, 'TORCH_LOGS="+dspass" prints the graphs'),
     _skip("compile.free_activation", "flag", False,
@@ -517,7 +528,7 @@ KEYS: tuple[Key, ...] = (
     *_inner("nebula", "count", persistent_time_interval=100, num_of_version_in_retention=2),
     _section("datastates", refused="saving through DataStates",
              instead="Remove it and save with torch.distributed.checkpoint.", asks="present", open=True),
-    _section("aio", ignored=_NO_OFFLOAD),
+    _section("aio", ignored=_NO_DISK),
     *_inner("aio", "count", block_size=1_048_576, queue_depth=8, thread_count=1, intra_op_parallelism=1),
     *_inner("aio", "flag", single_submit=False, overlap_events=True, use_gds=False),
     # --- logging
@@ -611,6 +622,8 @@ class ZeroConfig:
     """Most gathered elements held at one time."""
     mics_shard_size: int | None = None
     """Shard inside groups of this many ranks, replicate across them; None shards over all ranks."""
+    sub_group_size: int | None = None
+    """Most elements that the optimiser steps at a time where its states wait on the host."""
 
     def __post_init__(self) -> None:
         _check_fields(self, "zero_optimization")
@@ -659,6 +672,12 @@ class Config:
     """Largest 2-norm of all gradients together; 0 does not clip."""
     offload_activation: bool | None = None
     """Whether saved activations may wait on the host; None: where the device has memory of its own."""
+    offload_optimizer: str | None = None
+    """``"cpu"``: optimiser states may wait on the host; ``"none"``: never; None: where the device has memory of its own."""
+    offload_optimizer_ratio: float = 1.0
+    """Most of the parameters, by bytes, whose states may wait on the host."""
+    offload_param: str | None = None
+    """``"cpu"``: shards wait on the host, with their gradients and states."""
     train_micro_batch_size_per_gpu: int | None = None
     """Samples of one rank in one call."""
     train_batch_size: int | None = None
@@ -672,6 +691,12 @@ class Config:
 
     def __post_init__(self) -> None:
         _check_fields(self, "")
+        if self.offload_param == "cpu" and self.zero.stage not in (None, 3):
+            raise ConfigError(
+                "zero_optimization.offload_param.device",
+                f'"cpu" needs stage 3, where a parameter is gathered for each use, and the stage is {self.zero.stage}.',
+                "Set zero_optimization.stage to 3, or offload the optimiser's states only.",
+            )
         if self.bf16 and self.fp16:
             raise ConfigError("fp16.enabled", "fp16 and bf16 are both enabled.", "Set one of them to false.")
 
@@ -1049,6 +1074,9 @@ def _simple(*types: type) -> Callable[[Key, Any], Any]:
 def _text(key: Key, value: Any) -> str:
     if not isinstance(value, str):
         raise _wrong(key, value)
+    if key.choices and value not in key.choices:
+        raise ConfigError(key.path, f"{_shown(value)} is not one of {', '.join(map(json.dumps, key.choices))}.",
+                          "Nothing is offloaded to a disk." if value == "nvme" else "")  # fmt: skip
     if key.field == "plan" and not value.endswith(".json"):
         raise ConfigError(key.path, f"{_shown(value)} does not end in .json.", "Name a .json file.")
     if key.field == "report" and not value.endswith((".html", ".json")):

@@ -26,7 +26,6 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from dspass.compilation import inductor_settings
 from dspass.config import Config
@@ -52,7 +51,8 @@ from dspass.report import (
 from dspass.runtime import compat
 from dspass.runtime.axis import MODELLED
 from dspass.runtime.engine import Engine
-from dspass.runtime.ledger import CATEGORIES, Ledger, Point
+from dspass.runtime.host_states import local_of, parts_of
+from dspass.runtime.ledger import CATEGORIES, HOST, Ledger, Point
 
 #: States of one parameter, and temporaries of its size that one step of it holds at once (torch.optim, not fused).
 OPTIMIZERS: dict[str, tuple[int, int]] = {
@@ -260,13 +260,14 @@ def _seconds(
                     exposed[kind, where] = exposed.get((kind, where), 0.0) + seconds * engine.accumulation_steps
     if train:
         states, _ = OPTIMIZERS[optimizer]
-        shards = sum(
-            (p._local_tensor if isinstance(p, DTensor) else p).numel() * p.element_size()
-            for p in model.parameters()
-            if p.requires_grad
-        )
-        total += shards * (3 + 2 * states) / on.memory  # reads p, g and states; writes p and states
+        trained = [p for p in model.parameters() if p.requires_grad]
+        total += cost.optimizer_seconds(sum(_bytes(p) for p in trained), states, on)
+        total += cost.states_seconds(states * sum(_bytes(p) for p in trained if p in engine.host_states), on)
     return exposed, total
+
+
+def _bytes(param: torch.Tensor) -> int:
+    return local_of(param).numel() * param.element_size()
 
 
 class _Steps:
@@ -290,7 +291,9 @@ class _Steps:
 
     def run(self) -> None:
         self.ledger.phase = "forward"
-        self.ledger.note([p.data for p in self.model.parameters()], "parameters")
+        hosted = {id(spec.param()) for spec in self.engine.specs.values() if spec.on_host}
+        for param in self.model.parameters():
+            self.ledger.note(param.data, HOST if id(param) in hosted else "parameters")
         self.ledger.note(list(self.model.buffers()), "parameters")
         for _ in range(self.engine.accumulation_steps if self.train else 1):
             if not self.train:
@@ -310,15 +313,24 @@ class _Steps:
         self.engine.before_step()
         self.ledger.phase, self.ledger.label = "optimizer", "optimizer.step"
         trained = [p for p in self.model.parameters() if p.grad is not None]
-        self.ledger.note([p.grad for p in trained], "gradients")
-        locals_ = [p._local_tensor if isinstance(p, DTensor) else p.data for p in trained]
+        away = self.engine.host_states
+        hosted = {id(spec.param()) for spec in self.engine.specs.values() if spec.on_host}
+        for param in trained:
+            self.ledger.note(param.grad, HOST if id(param) in hosted else "gradients")
         if not self.kept:
-            self.kept = [torch.zeros_like(local) for local in locals_ for _ in range(self.states)]
-            self.ledger.note(self.kept, "optimizer")
-        for local in locals_:
-            held = [torch.empty_like(local) for _ in range(self.temporaries)]
+            for param in trained:
+                kept = [torch.zeros_like(local_of(param)) for _ in range(self.states)]
+                self.ledger.note(kept, HOST if param in away or id(param) in hosted else "optimizer")
+                self.kept += kept
+        for param in trained:
+            held = [torch.empty_like(local_of(param)) for _ in range(self.temporaries)]
             self.ledger.note(held)
             del held
+        coming = [p for p in trained if p in away and id(p) not in hosted]
+        for indices in parts_of([local_of(p) for p in coming], away.part_elements, self.states):
+            part = [torch.empty_like(local_of(coming[i])) for i in indices for _ in range(self.states)]
+            self.ledger.note(part, "optimizer")
+            del part
         self.engine.after_step()
         for param in trained:
             param.grad = None
@@ -481,16 +493,18 @@ def _report(
 
 def _plan_record(graph: str, plan: Plan, step_seconds: float | None) -> PlanRecord:
     """A plan's own seconds are of its graph's forward and backward; here they are the whole step's."""
-    rest = step_seconds - plan.seconds if step_seconds is not None else 0.0
+    rest = step_seconds - plan.seconds - plan.states_seconds if step_seconds is not None else 0.0
     kept = f"{format_bytes(plan.kept_bytes)} of gathered copies kept, " if plan.kept_bytes else ""
     held = (
         f"{format_bytes(plan.held_bytes)} by {_names(by for _, by in plan.decision.held)}, " if plan.held_bytes else ""
     )
     decision = plan.decision
+    states = f", {format_bytes(plan.states_bytes)} of optimiser states on the host" if plan.states_bytes else ""
+    buckets = f", buckets of {format_bytes(decision.bucket_bytes)}" if decision.bucket_bytes else ""
     return PlanRecord(
         graph=graph,
         summary=f"{format_bytes(plan.saved_bytes - plan.kept_bytes)} saved, {held}{kept}{len(decision.recomputed)} values "
-        f"computed again in {format_seconds(plan.again_seconds)}; peak {format_bytes(plan.peak)}",
+        f"computed again in {format_seconds(plan.again_seconds)}{states}{buckets}; peak {format_bytes(plan.peak)}",
         budget_bytes=plan.budget,
         peak_bytes=plan.peak,
         frontier=[

@@ -16,11 +16,14 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from dspass.engines import engine_of
 from dspass.owners import Heap, unwrap
 from dspass.runtime.engine import Engine
-from dspass.runtime.ledger import CATEGORIES, Ledger, Phase, Point
+from dspass.runtime.host import is_on_host
+from dspass.runtime.host_states import local_of
+from dspass.runtime.ledger import CATEGORIES, HOST, Ledger, Phase, Point
 
 
 @dataclass(kw_only=True)
@@ -36,13 +39,19 @@ class Measurement:
 
 def persistent(engine: Engine | None, model: nn.Module, ledger: Ledger) -> None:
     """Enter what is alive between steps: parameters, buffers, gradients and optimisers' states."""
+
+    def note(values: Any, category: str) -> None:
+        for tensor in tree_leaves(values):
+            if isinstance(tensor, torch.Tensor):
+                ledger.note(tensor, HOST if is_on_host(local_of(tensor)) else category)
+
     params = list(model.parameters())
-    ledger.note([p.data for p in params], "parameters")
-    ledger.note(list(model.buffers()), "parameters")
-    ledger.note([p.grad for p in params if p.grad is not None], "gradients")
+    note([p.data for p in params], "parameters")
+    note(list(model.buffers()), "parameters")
+    note([p.grad for p in params if p.grad is not None], "gradients")
     known = {id(p) for p in params}
     for optimizer in Heap.scan().optimizers:
-        ledger.note([state for p, state in optimizer.state.items() if id(p) in known], "optimizer")
+        note([state for p, state in optimizer.state.items() if id(p) in known], "optimizer")
     if engine is not None:
         ledger.note(engine.resident_copies(), "gathered")
         ledger.note(engine.waiting_gradients(), "gradients")

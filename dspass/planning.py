@@ -20,25 +20,28 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.fx as fx
-from torch.distributed.tensor import DTensor
 
 from dspass.config import Config
+from dspass.hosting import host, shares
 from dspass.lowering.simulate import GraphSimulator, InductorSimulator
 from dspass.passes import calibration, cost, devices
 from dspass.passes.base import Pass, PassContext, run_passes
 from dspass.passes.bucket_gathers import BucketGathers
+from dspass.passes.bucket_reductions import BucketReductions
+from dspass.passes.buckets import Item, own_bytes, pack
 from dspass.passes.kernels import size_of
 from dspass.passes.nodes import GATHERED
 from dspass.passes.partition import partition
 from dspass.passes.prefetch_gathers import PrefetchGathers
 from dspass.passes.text import print_value
 from dspass.planner.dry_run import Peak, State, peak_of_step
-from dspass.planner.plan import BudgetError, Chooser, Plan, Planner, Split, chooser
+from dspass.planner.plan import BudgetError, Chooser, Plan, Planner, Setting, Split, chooser
 from dspass.planner.saved import MadeFor, PlanError, PlanFile
 from dspass.planner.values import is_gathered
 from dspass.runtime import compat
 from dspass.runtime.engine import Engine
-from dspass.runtime.params import lookup
+from dspass.runtime.host_states import local_of, parts_of
+from dspass.runtime.params import ParamSpec, lookup
 from dspass.runtime.traffic import gather_cost, reduce_cost
 
 #: How long the other ranks wait for rank 0's plan.
@@ -70,10 +73,11 @@ def planned(
         fresh = compat.graph_module(joint, copy.deepcopy(joint.graph))
         return partition(fresh, inputs, num_fwd_outputs, free, choose=choose)
 
-    def pipeline(forward: fx.GraphModule, backward: fx.GraphModule) -> Split:
+    def pipeline(forward: fx.GraphModule, backward: fx.GraphModule, bucket_bytes: int | None) -> Split:
+        chosen = in_buckets(passes, bucket_bytes)
         return (
-            run_passes(forward, passes, PassContext(graph=name, where="forward", target=engine.target)),
-            run_passes(backward, passes, PassContext(graph=name, where="backward", target=engine.target)),
+            run_passes(forward, chosen, PassContext(graph=name, where="forward", target=engine.target)),
+            run_passes(backward, chosen, PassContext(graph=name, where="backward", target=engine.target)),
         )
 
     if any(_unknown(n.meta.get("val")) for n in joint.graph.nodes):
@@ -82,7 +86,7 @@ def planned(
             "compile with dynamic=True, mark no size as dynamic, or pad batches to one size.",
             0,
         )
-    made_for = _made_for(joint.graph, engine, passes)
+    made_for = _made_for(joint.graph, engine, config, passes)
     wanted = config.dspass.memory_budget
     budget = budget_bytes(wanted, engine) if wanted is not None else None
     graphs: Split | None = None
@@ -94,7 +98,7 @@ def planned(
             return read
         assert budget is not None
         on = devices.planned_for(_kind(engine))
-        state = state_of(engine)
+        state, states = state_of(engine), states_bytes(engine)
         here, gradients = _of_this_graph(joint.graph, num_fwd_outputs, free)
         state = replace(state, elsewhere=held + max(state.trained - gradients, 0), here=here)
         simulator = InductorSimulator(patches=patches) if _kind(engine) == "cpu" else GraphSimulator()
@@ -102,17 +106,18 @@ def planned(
         def run(forward: fx.GraphModule, backward: fx.GraphModule) -> Peak:
             return peak_of_step(forward, backward, num_fwd_outputs, engine, state, simulator)
 
+        exposed = _exposed_share(joint.graph, on)
         graphs, plan = Planner(
             budget=budget,
             on=on,
             num_fwd_outputs=num_fwd_outputs,
             gathers=engine.stage == 3,
-            regather=_exposed_share(joint.graph, on) if engine.stage == 3 else 0.0,
+            regather=exposed if engine.stage == 3 else 0.0,
             split=split,
             passes=pipeline,
             run=run,
             seconds=lambda *graphs: sum(cost.estimate(gm.graph, on).seconds for gm in graphs),
-            bucket_bytes=next((p.bucket_bytes for p in passes if isinstance(p, BucketGathers)), None),
+            settings=settings_of(joint.graph, engine, config, passes, states, on, exposed),
             levers=tuple(passes),
             scale=on.steps.get(_model_key(made_for), 1.0),
             prior=next((p.decision for m, p in reversed(earlier) if _serves(m, p, made_for, budget)), None),
@@ -122,8 +127,96 @@ def planned(
         return plan
 
     plan = _shared(made_for, make)
+    host(engine, plan.decision.states_on_host)
     forward, backward = graphs or split(chooser(plan.decision))
     return forward, backward, plan, made_for
+
+
+def in_buckets(passes: Sequence[Pass], bucket_bytes: int | None) -> tuple[Pass, ...]:
+    """``passes`` with buckets of so many bytes, where a plan says how many."""
+    if bucket_bytes is None:
+        return tuple(passes)
+    buckets = (BucketGathers, BucketReductions)
+    return tuple(replace(p, bucket_bytes=bucket_bytes) if isinstance(p, buckets) else p for p in passes)
+
+
+def settings_of(
+    joint: fx.Graph,
+    engine: Engine,
+    config: Config,
+    passes: Sequence[Pass],
+    states: Mapping[str, int],
+    on: devices.Device,
+    exposed: float,
+) -> tuple[Setting, ...]:
+    """Sizes of buckets times shares of the ``states`` (bytes by parameter) that may wait on the host.
+
+    Smaller buckets than the passes' own hold less, and take more latencies: all of them where nothing overlaps, else the
+    ``exposed`` share. A size that a person wrote is not changed.
+    """
+    sizes: list[tuple[int | None, float]] = [(None, 0.0)]
+    items = [_item(lookup(n.meta[GATHERED][0])) for n in joint.find_nodes(op="placeholder") if GATHERED in n.meta]
+    items = [item for item in items if item.kind is not None]
+    written = any(p.bucket_bytes is not None for p in passes if isinstance(p, (BucketGathers, BucketReductions)))
+    if items and not written:
+        own, calls = own_bytes(items), _TRIPS[engine.stage]
+        first = len(pack(items))
+        for divisor in _SMALLER:
+            count = len(pack(items, own // divisor))
+            more = calls * (count - first) * on.latency
+            if count > first and own // divisor >= _LEAST_BUCKET:
+                sizes.append((own // divisor, more if not on.overlaps else more * max(exposed, _HIDDEN_LATENCY)))
+    away: list[tuple[str, ...]] = [()]
+    allowed = config.offload_optimizer == "cpu" or (config.offload_optimizer is None and on.has_own_memory)
+    if allowed and states:
+        params = engine.params()
+        away += shares({n: params[n] for n in states}, config.offload_optimizer_ratio, _SHARES)
+    found = []
+    for names in away:
+        total = sum(states[n] for n in names)
+        if on.host_memory_bytes and total > on.host_memory_bytes:
+            continue
+        part = part_bytes(engine, names, on)
+        seconds = cost.states_seconds(total, on)
+        for size, more in sizes:
+            found.append(
+                Setting(
+                    bucket_bytes=size,
+                    seconds=more,
+                    states=names,
+                    states_bytes=total,
+                    part_bytes=part,
+                    copy_seconds=seconds,
+                )
+            )
+    return tuple(found)
+
+
+#: How often in a step each parameter's bucket travels, by stage.
+_TRIPS = {0: 1, 1: 2, 2: 2, 3: 3}
+
+#: Buckets that are tried are so many times smaller than the passes' own, and no smaller than that.
+_SMALLER, _LEAST_BUCKET = (2, 4), 500_000
+
+#: The share of a collective's latency that is taken to count where compute hides it.
+_HIDDEN_LATENCY = 0.05
+
+#: In how many steps the states go to the host.
+_SHARES = 8
+
+
+def _item(spec: ParamSpec) -> Item:
+    grouped = spec.shard_axis is not None and spec.shard_axis.size > 1
+    return Item((spec.name,), (spec.gathered_bytes,), spec.numel, spec.shard_axis if grouped else None)
+
+
+def part_bytes(engine: Engine, names: Sequence[str], on: devices.Device) -> int:
+    """Bytes of the largest part of the named parameters' states that is on the device while the optimiser steps, and of those
+    before and after it, which leave and come at the same time where the device can."""
+    params, bytes_of = engine.params(), states_bytes(engine, hosted=True)
+    parts = parts_of([local_of(params[n]) for n in names], engine.host_states.part_elements)
+    largest = max((sum(bytes_of[names[i]] for i in part) for part in parts), default=0)
+    return largest * (min(len(parts), 3) if on.overlaps else 1)
 
 
 def refine(made_for: MadeFor, plan: Plan, measured_seconds: float) -> None:
@@ -161,8 +254,10 @@ def _of_this_graph(joint: fx.Graph, num_fwd_outputs: int, free: Sequence[int]) -
     shards = {n.meta[GATHERED][1] for n in placeholders if GATHERED in n.meta}
     mine = sorted({*free, *(i for i, n in enumerate(placeholders) if n.name in shards)})
     gradients = joint.find_nodes(op="output")[0].args[0][num_fwd_outputs:]
-    left = [gradients[i] for i in mine if i < len(gradients) and isinstance(gradients[i], fx.Node)]
-    return sum(size_of(placeholders[i]) for i in mine), sum(map(size_of, left))
+    away = {n.meta[GATHERED][1] for n in placeholders if GATHERED in n.meta and lookup(n.meta[GATHERED][0]).on_host}
+    here = [i for i in mine if placeholders[i].name not in away]
+    left = [gradients[i] for i in here if i < len(gradients) and isinstance(gradients[i], fx.Node)]
+    return sum(size_of(placeholders[i]) for i in here), sum(map(size_of, left))
 
 
 def _exposed_share(joint: fx.Graph, on: devices.Device) -> float:
@@ -176,7 +271,7 @@ def _exposed_share(joint: fx.Graph, on: devices.Device) -> float:
     return max(0.0, 1.0 - cost.estimate(joint, on).compute * 2 / 3 / sent) if sent else 0.0
 
 
-def _made_for(joint: fx.Graph, engine: Engine, passes: Sequence[Pass]) -> MadeFor:
+def _made_for(joint: fx.Graph, engine: Engine, config: Config, passes: Sequence[Pass]) -> MadeFor:
     placeholders = joint.find_nodes(op="placeholder")
     nodes = " ".join(f"{n.name}={n.target}" for n in joint.nodes if n.op != "placeholder")
     return MadeFor(
@@ -187,6 +282,7 @@ def _made_for(joint: fx.Graph, engine: Engine, passes: Sequence[Pass]) -> MadeFo
         stage=engine.stage,
         device=engine.target or next((n.meta["val"].device.type for n in placeholders if _is_tensor(n)), "cpu"),
         passes=tuple(map(str, passes)),
+        offload=f"optimizer {config.offload_optimizer} {config.offload_optimizer_ratio:g}, param {config.offload_param}",
         torch=torch.__version__.split("+")[0],
     )
 
@@ -237,30 +333,47 @@ def _shared(made_for: MadeFor, make: Callable[[], Plan]) -> Plan:
 
 
 def state_of(engine: Engine) -> State:
-    """Shards, buffers, and the states of the optimiser that holds them: as they are, or as AdamW makes them if none exist."""
-    known = [p for spec in engine.specs.values() if (p := spec.param()) is not None]
+    """Shards, buffers, and the states of the optimiser that holds them: as they are, or as AdamW makes them if none exist.
+    What waits on the host is not counted, but for the part of it that the optimiser steps."""
     root = engine.root() if engine.root is not None else None
-    params = list({id(p): p for p in [*known, *(root.parameters() if root is not None else ())]}.values())
+    hosted = {id(spec.param()) for spec in engine.specs.values() if spec.on_host}
+    params = [p for p in engine.params().values() if id(p) not in hosted]
     sizes = {id(p): _local_bytes(p) for p in params}
     buffers = sum(map(_local_bytes, root.buffers())) if root is not None else 0
-    whole = sum(sizes.values()) + buffers
     trained = [p for p in params if p.requires_grad]
-    total = sum(sizes[id(p)] for p in trained)
-    states, temporaries = engine.supposed_optimizer or (2, 2)
+    _, temporaries = engine.supposed_optimizer or (2, 2)
+    away = [name for name, p in engine.params().items() if p in engine.host_states and id(p) not in hosted]
+    held = _temporaries(trained, sizes, temporaries)
+    if away:
+        held += part_bytes(engine, away, devices.tabled(_kind(engine)))
+    states = states_bytes(engine)
+    return State(
+        sum(sizes.values()) + buffers, sum(states.values()), held, trained=sum(sizes[id(p)] for p in trained)
+    )
+
+
+def states_bytes(engine: Engine, hosted: bool = False) -> dict[str, int]:
+    """Bytes of the optimiser's states on the device by parameter, those on the host only if ``hosted``: as they are, or as
+    AdamW makes them, or as a prediction supposes."""
+    on_host = {id(spec.param()) for spec in engine.specs.values() if spec.on_host}
+    trained = {
+        name: p
+        for name, p in engine.params().items()
+        if p.requires_grad and id(p) not in on_host and (hosted or p not in engine.host_states)
+    }
     if engine.supposed_optimizer is None:
         for found in gc.get_objects():
             if not issubclass(type(found), torch.optim.Optimizer):
                 continue
-            made = [
-                t
-                for p in trained
-                for t in getattr(found, "state", {}).get(p, {}).values()
-                if isinstance(t, torch.Tensor)
-            ]
-            if made:
-                held = _temporaries(trained, sizes, temporaries)
-                return State(whole, sum(map(_local_bytes, made)), held, trained=total)
-    return State(whole, states * total, _temporaries(trained, sizes, temporaries), trained=total)
+            state = getattr(found, "state", {})
+            made = {
+                name: sum(_local_bytes(t) for t in state.get(p, {}).values() if isinstance(t, torch.Tensor))
+                for name, p in trained.items()
+            }
+            if any(made.values()):
+                return made
+    states, _ = engine.supposed_optimizer or (2, 2)
+    return {name: states * _local_bytes(p) for name, p in trained.items()}
 
 
 def _temporaries(trained: Sequence[torch.Tensor], sizes: dict[int, int], count: int) -> int:
@@ -271,7 +384,7 @@ def _temporaries(trained: Sequence[torch.Tensor], sizes: dict[int, int], count: 
 
 
 def _local_bytes(tensor: torch.Tensor) -> int:
-    local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    local = local_of(tensor)
     return local.numel() * local.element_size()
 
 

@@ -27,6 +27,7 @@ from dspass.owners import Heap, exchange, refuse_stale, unwrap
 from dspass.runtime import compat
 from dspass.runtime.axis import Axis
 from dspass.runtime.engine import Engine
+from dspass.runtime.host import empty_on_host
 from dspass.runtime.params import Layout, ParamSpec
 from dspass.sharded import KEYS, attach
 
@@ -167,6 +168,12 @@ def place(
     device: torch.device | str | None = None,
 ) -> dict[int, ParamSpec]:
     """Replace ``params`` (name to parameter) by DTensors wherever they are held. Answers id of the old to its spec."""
+    if config.offload_param == "cpu" and (engine.target or mesh.device_type) != "cpu":
+        raise ConfigError(
+            "zero_optimization.offload_param.device",
+            f"parameters on the host of a {engine.target or mesh.device_type} device are not built yet.",
+            "Offload the optimiser's states (offload_optimizer), or use more ranks.",
+        )
     refuse_stale(heap, params.values())
     shard_axis, replicate_axis = axes_of(mesh)
     replaced: dict[int, tuple[nn.Parameter, nn.Parameter, Any]] = {}
@@ -178,7 +185,8 @@ def place(
         placements = [Shard(0)] if layout == "shard" else [Replicate()]
         if replicate_axis is not None:
             placements = [Replicate(), *placements]
-        new = _distribute(name, param, mesh, shard_axis, placements, layout, fill, device)
+        on_host = config.offload_param == "cpu" and layout == "shard"
+        new = _distribute(name, param, mesh, shard_axis, placements, layout, fill, device, on_host)
         key = f"{engine.name}/{name}"
         spec = ParamSpec(
             key=key,
@@ -192,6 +200,7 @@ def place(
             replicate_axis=replicate_axis,
             trains=param.requires_grad,
             engine=engine,
+            on_host=on_host,
             param=weakref.ref(new),
         )
         engine.add(spec)
@@ -234,6 +243,7 @@ def _distribute(
     layout: Layout,
     fill: Fill | None,
     device: torch.device | str | None,
+    on_host: bool = False,
 ) -> nn.Parameter:
     if fill is None:
         value = distribute_tensor(param.data, mesh, placements)
@@ -245,6 +255,9 @@ def _distribute(
         value = DTensor.from_local(
             local, mesh, placements, run_check=False, shape=param.shape, stride=_contiguous(param.shape)
         )
+    if on_host:
+        local = empty_on_host(value._local_tensor).copy_(value._local_tensor)
+        value = DTensor.from_local(local, mesh, placements, run_check=False, shape=value.shape, stride=value.stride())
     new = nn.Parameter(value, requires_grad=param.requires_grad)
     for attribute, content in param.__dict__.items():
         setattr(new, attribute, content)

@@ -43,16 +43,9 @@ def pack(items: Sequence[Item], bucket_bytes: int | None = None, max_elements: i
     A written ``bucket_bytes`` and ``max_elements`` are upper limits; a larger item travels alone. Without ``bucket_bytes``
     the choice is ours.
     """
-    blocks: Counter[tuple[str, int]] = Counter()
-    for item in items:
-        for name, size in zip(item.names, item.sizes, strict=True):
-            block = block_of(name)
-            if block is not None:
-                blocks[block] += size
-    largest = {stack: max(size for (s, _), size in blocks.items() if s == stack) for stack, _ in blocks}
+    largest = _largest_blocks(items)
     if bucket_bytes is None:
-        share = max(sum(item.bytes for item in items) // SHARE, *largest.values(), FEWEST_BYTES, 0)
-        bucket_bytes = min(share, MOST_BYTES)
+        bucket_bytes = own_bytes(items)
 
     def group_of(name: str) -> tuple[str, int] | None:
         """Which blocks this parameter's travel with: as many as fit."""
@@ -82,6 +75,23 @@ def pack(items: Sequence[Item], bucket_bytes: int | None = None, max_elements: i
         buckets[-1].append(i)
         current = theirs[-1] if theirs else current
     return buckets
+
+
+def own_bytes(items: Sequence[Item]) -> int:
+    """The bytes of a bucket of ``items`` where nobody wrote any."""
+    share = max(sum(item.bytes for item in items) // SHARE, *_largest_blocks(items).values(), FEWEST_BYTES, 0)
+    return min(share, MOST_BYTES)
+
+
+def _largest_blocks(items: Sequence[Item]) -> dict[str, int]:
+    """Bytes of the largest block of each stack."""
+    blocks: Counter[tuple[str, int]] = Counter()
+    for item in items:
+        for name, size in zip(item.names, item.sizes, strict=True):
+            block = block_of(name)
+            if block is not None:
+                blocks[block] += size
+    return {stack: max(size for (s, _), size in blocks.items() if s == stack) for stack, _ in blocks}
 
 
 def block_of(name: str) -> tuple[str, int] | None:

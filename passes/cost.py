@@ -113,6 +113,16 @@ def collective_seconds(start: fx.Node, on: Device) -> float:
     return sum(seconds for _, _, seconds in _collectives(start, on))
 
 
+def optimizer_seconds(count: int, states: int, on: Device) -> float:
+    """Of stepping parameters of so many bytes: they, their gradients and as many states are read, all but gradients written."""
+    return count * (3 + 2 * states) / on.memory
+
+
+def states_seconds(count: int, on: Device) -> float:
+    """Of copying so many bytes of states to the device and back, on one stream."""
+    return 2 * count / (on.host_link or on.memory / 2)
+
+
 def compute_seconds(graph: fx.Graph, on: Device) -> dict[fx.Node, float]:
     """How long the kernels of ``graph`` take, each by the last node that it writes."""
     return {kernel.writes[-1]: kernel_seconds(kernel, on) for kernel in kernels(graph)}

@@ -57,6 +57,11 @@ class Device:
     functions: Mapping[str, float] = field(default_factory=dict)
     steps: Mapping[str, float] = field(default_factory=dict)
 
+    @property
+    def has_own_memory(self) -> bool:
+        """Whether what waits on the host is out of this device's memory."""
+        return self.name != "cpu"
+
     def rate(self, dtype: torch.dtype) -> float:
         return self.rates.get(dtype, self.rates[torch.float32])
 

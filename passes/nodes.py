@@ -21,6 +21,9 @@ GATHERED = "dspass_gathered"
 #: On such a placeholder of the joint graph: the planner has the forward hand the whole copy to the backward.
 KEPT = "dspass_kept"
 
+#: On a placeholder of a parameter's shard: it lies on the host.
+ON_HOST = "dspass_on_host"
+
 #: On a value that is saved for the backward, in both graphs: the name of the pass that holds it in its own way.
 HELD = "dspass_held"
 
@@ -100,6 +103,7 @@ __all__ = [
     "GATHERED",
     "HELD",
     "KEPT",
+    "ON_HOST",
     "REDUCE_GRAD",
     "UNSHARD",
     "calls",

@@ -44,8 +44,9 @@ class OffloadSaved(Pass):
 
     def hold(self, node: fx.Node, on: Device) -> Holding | None:
         value = node.meta.get("val")
-        link = on.host_link or (on.memory / 2 if self.enabled else 0.0)
-        if self.enabled is False or not link or not _is_dense(node) or _bytes(value) < self.min_bytes:
+        link = on.host_link or on.memory / 2
+        enabled = on.has_own_memory if self.enabled is None else self.enabled
+        if not enabled or not _is_dense(node) or _bytes(value) < self.min_bytes:
             return None
         return Holding(bytes=0, seconds=0.0, link_seconds=2 * _bytes(value) / link)
 

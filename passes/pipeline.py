@@ -7,6 +7,7 @@ from dspass.passes.bucket_gathers import BucketGathers
 from dspass.passes.bucket_reductions import BucketReductions
 from dspass.passes.expose_parameters import ExposeParameters
 from dspass.passes.honour_wishes import HonourWishes
+from dspass.passes.offload_parameters import OffloadParameters
 from dspass.passes.offload_saved import OffloadSaved
 from dspass.passes.onednn_products import OnednnProducts
 from dspass.passes.prefetch_gathers import PrefetchGathers
@@ -23,6 +24,7 @@ DEFAULT: tuple[type[Pass], ...] = (
     PrefetchGathers,  # and started early
     ZeroReduce,  # gradients averaged as they are complete
     BucketReductions,  # joined into buckets
+    OffloadParameters,  # shards come from the host and gradients go there, where a person says so
     OffloadSaved,  # saved values wait on the host, where the planner says so
     OnednnProducts,  # the faster library on a CPU
 )

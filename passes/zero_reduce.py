@@ -35,7 +35,7 @@ class ZeroReduce(Pass):
             item = grad
             # Right behind the gradient: the marker itself stands at the end, where autograd collected them.
             with graph.inserting_before(marker if grad.op == "placeholder" else grad.next):
-                if reduction_steps([spec]):
+                if reduction_steps([spec]) or spec.on_host:
                     _, _, (item,) = insert_pair(graph, reduce_start, reduce_wait, [grad], [key], [value])
                 elif grad.meta["val"].dtype != spec.dtype:
                     item = graph.call_function(torch.ops.prims.convert_element_type.default, (grad, spec.dtype))

@@ -17,10 +17,11 @@ import torch
 import torch.fx as fx
 
 from dspass.lowering.segments import lower
+from dspass.passes.nodes import ON_HOST
 from dspass.passes.partition import received_by
 from dspass.runtime import compat
 from dspass.runtime.engine import Engine
-from dspass.runtime.ledger import Ledger
+from dspass.runtime.ledger import HOST, Ledger
 from dspass.runtime.program import Probe
 
 
@@ -78,7 +79,9 @@ def peak_of_step(
             for gm, is_backward in ((forward, False), (backward, True))
         ]
         inputs = [_fresh(v) for v in values]
-        ledger.note(inputs, "parameters")
+        hosted = [ON_HOST in n.meta for n in forward.graph.find_nodes(op="placeholder")]
+        for value, is_hosted in zip(inputs, hosted, strict=True):
+            ledger.note(value, HOST if is_hosted else "parameters")
         there = ledger.total  # shards and the batch
         batch = max(there - state.here, 0)
         outputs = programs[0](list(inputs))

@@ -33,15 +33,13 @@ from dspass.runtime.params import ParamSpec, lookup
 class Liveness:
     """The step of one joint graph. ``forward`` are its nodes that no gradient is needed for, in order.
 
-    ``bucket_bytes`` and ``max_elements`` are those of the gathers and ``distance`` how many buckets ahead they start;
-    ``gathers`` says whether the backward gathers anew (ZeRO stage 3).
+    ``distance`` says how many buckets ahead gathers start, and ``gathers`` whether the backward gathers anew (ZeRO stage 3).
     """
 
     joint: fx.Graph
     forward: Sequence[fx.Node]
     num_fwd_outputs: int
     gathers: bool
-    bucket_bytes: int | None = None
     distance: int = 1
     _nodes: list[fx.Node] = field(default_factory=list)
     _sizes: list[int] = field(default_factory=list)
@@ -73,9 +71,15 @@ class Liveness:
             if GATHERED in node.meta and is_gathered(spec := lookup(node.meta[GATHERED][0]))
         }
 
-    def peak(self, saved: Collection[fx.Node], shrunk: Mapping[fx.Node, int] | None = None) -> int:
+    def peak(
+        self,
+        saved: Collection[fx.Node],
+        shrunk: Mapping[fx.Node, int] | None = None,
+        bucket_bytes: int | None = None,
+    ) -> int:
         """Bytes at the peak of forward and backward, beyond shards, states and the batch, when ``saved`` are kept, those that
-        are ``shrunk`` as so many bytes between their last reader in the forward and their first in the backward."""
+        are ``shrunk`` as so many bytes between their last reader in the forward and their first in the backward, and
+        collectives go in buckets of ``bucket_bytes``."""
         kept = {self._number[n] for n in saved}
         held = {self._number[n]: size for n, size in (shrunk or {}).items()}
         first = self._needed(self._outputs, kept)
@@ -94,8 +98,8 @@ class Liveness:
                 events += [(reads_first.made[i], away, self._sizes[i]), (back, last, self._sizes[i])]
                 if held[i] and back - away > 1:
                     events.append((away + 1, back - 1, held[i]))
-        self._parameters(reads_first, reads_second, kept, len(first), events)
-        self._reductions(second, len(first), end, events)
+        self._parameters(reads_first, reads_second, kept, len(first), bucket_bytes, events)
+        self._reductions(second, len(first), end, bucket_bytes, events)
         return _highest(events)
 
     def _needed(self, outputs: Sequence[int], kept: set[int]) -> list[int]:
@@ -173,7 +177,13 @@ class Liveness:
         return _Reads(made, first, last)
 
     def _parameters(
-        self, forward: _Reads, backward: _Reads, kept: set[int], middle: int, events: list[tuple[int, int, int]]
+        self,
+        forward: _Reads,
+        backward: _Reads,
+        kept: set[int],
+        middle: int,
+        bucket_bytes: int | None,
+        events: list[tuple[int, int, int]],
     ) -> None:
         """Gathered copies, by buckets, in each half; one that is kept is not gathered again."""
         again = [i for i in self._whole if i not in kept]
@@ -182,18 +192,27 @@ class Liveness:
             if not used:
                 continue
             specs = [self._whole[i] for i in used]
-            buckets = pack([_item(spec) for spec in specs], self.bucket_bytes)
+            buckets = pack([_item(spec) for spec in specs], bucket_bytes)
             begins = [reads.first[used[bucket[0]]] for bucket in buckets]
             for b, bucket in enumerate(buckets):
                 start = begins[b - self.distance] if b >= self.distance else min(begins)
+                staged = sum(specs[j].gathered_bytes // max(_ranks(specs[j]), 1) for j in bucket if specs[j].on_host)
+                events.append((start, begins[b], staged))
                 for j in bucket:
                     i = used[j]
                     stays = reads is forward and (not self.gathers or i in kept)
                     until = max(backward.last.get(i, middle), reads.last[i]) if stays else reads.last[i]
                     events.append((start, until, specs[j].gathered_bytes))
 
-    def _reductions(self, sequence: Sequence[int], start: int, end: int, events: list[tuple[int, int, int]]) -> None:
-        """Whole gradients wait for their bucket and for the one after it; their shards stay."""
+    def _reductions(
+        self,
+        sequence: Sequence[int],
+        start: int,
+        end: int,
+        bucket_bytes: int | None,
+        events: list[tuple[int, int, int]],
+    ) -> None:
+        """Whole gradients wait for their bucket and for the one after it; their shards stay, or go to the host."""
         found: list[tuple[int, ParamSpec]] = []
         position = {i: start + p for p, i in enumerate(sequence)}
         for i in sequence:
@@ -202,15 +221,15 @@ class Liveness:
         found.sort(key=lambda pair: pair[0])
         if not found:
             return
-        buckets = pack([_item(spec) for _, spec in found], self.bucket_bytes)
+        buckets = pack([_item(spec) for _, spec in found], bucket_bytes)
         full = [max(found[j][0] for j in bucket) for bucket in buckets]
         for b, bucket in enumerate(buckets):
             arrives = full[b + 1] if b + 1 < len(full) else end
             for j in bucket:
                 ready, spec = found[j]
-                if spec.shard_axis is not None and spec.shard_axis.size > 1:
+                if _ranks(spec) > 1 or spec.on_host:
                     events.append((ready, arrives, spec.reduced_bytes))
-                    events.append((full[b], end, spec.reduced_bytes // spec.shard_axis.size))
+                    events.append((full[b], arrives if spec.on_host else end, spec.reduced_bytes // _ranks(spec)))
                 else:
                     events.append((ready, end, spec.reduced_bytes))
 
@@ -222,6 +241,10 @@ class _Reads:
     made: dict[int, int]
     first: dict[int, int]
     last: dict[int, int]
+
+
+def _ranks(spec: ParamSpec) -> int:
+    return spec.shard_axis.size if spec.shard_axis is not None else 1
 
 
 def _item(spec: ParamSpec) -> Item:

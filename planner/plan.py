@@ -9,6 +9,10 @@ peak by :class:`~dspass.planner.liveness.Liveness`, and the closed loop is (:met
 2. of the choices whose corrected peak fits, or nearly (:data:`NEARLY`), the fastest is run in the same way, and is the plan if
    that fits; else the next one is tried.
 
+Beside the values there are settings of the whole step (:class:`Setting`): how large buckets of collectives are, and whose
+optimiser states wait on the host. What a setting costs adds to what a choice costs, and what it saves is known for the states
+and modelled for buckets, so candidates are all pairs of a choice and a setting, in the order of their time.
+
 Nothing in this depends on the budget but where it stops, so a larger budget never gives a slower plan.
 
 Passes declare levers of their own (:meth:`dspass.passes.base.Pass.hold`): other ways to hold a saved value, such as on the
@@ -17,6 +21,9 @@ values. But it is convex in the time ``T`` of all copies, so its optimum is one 
 second: that of a hidden one, that of an exposed one, and one in between where ``T`` is just what compute hides, found by
 bisection. The solver is asked at these three (:meth:`Planner._shares`), and its answers are weighed by what is exposed of all
 their copies together (:meth:`Planner._seconds_of`).
+
+Dropped: states on the host as values of the cut. They are there at every moment, so bytes of them are worth the same whatever
+is saved, and a pair of a corner of the hull and a share of the states is the optimum of both up to the steps of that share.
 
 Dropped: to search by halving with a margin that grows with each miss. Its plan depended on the way to it: a larger budget
 could end at a slower plan.
@@ -61,6 +68,9 @@ _HIDDEN = 0.05
 #: How many choices the solver is asked for.
 _CHOICES = 24
 
+#: A point of the frontier has a peak that is smaller by this share than those before it.
+_WORTH_SHOWING = 0.005
+
 #: Single values that a plan names.
 _LARGEST = 12
 
@@ -77,20 +87,40 @@ class BudgetError(RuntimeError):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What is chosen for the whole step: ``bucket_bytes`` of collectives (None: the passes' own choice), which lasts
+    ``seconds`` longer than the first setting's; and the parameters whose ``states`` wait on the host, of ``states_bytes``, of
+    which ``part_bytes`` come back at a time while the optimiser steps, in ``copy_seconds`` of a step."""
+
+    bucket_bytes: int | None = None
+    seconds: float = 0.0
+    states: tuple[str, ...] = ()
+    states_bytes: int = 0
+    part_bytes: int = 0
+    copy_seconds: float = 0.0
+
+    def bytes(self, peak: Peak) -> int:
+        """A rank's peak, where ``peak`` is that of a step with all states on the device."""
+        return peak.base - self.states_bytes + max(peak.graph, peak.floor + self.part_bytes)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Decision:
-    """What a choice says, by names of the joint graph's nodes: what is saved, what is computed again, and, of what is saved,
+    """What a candidate says, by names of the joint graph's nodes: what is saved, what is computed again, and, of what is saved,
     the whole parameters whose copies are kept from the forward to the backward, and pairs of a value and the pass that holds
-    it in its way."""
+    it in its way; bytes of a bucket, and the parameters whose optimiser states wait on the host."""
 
     saved: tuple[str, ...]
     recomputed: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
     held: tuple[tuple[str, str], ...] = ()
+    bucket_bytes: int | None = None
+    states_on_host: tuple[str, ...] = ()
 
     @classmethod
     def from_json(cls, said: Mapping[str, Any]) -> Self:
-        held = tuple((name, by) for name, by in said["held"])
-        return cls(**{**{k: tuple(v) for k, v in said.items()}, "held": held})
+        lists = {k: tuple(v) for k, v in said.items() if isinstance(v, list)}
+        return cls(**{**said, **lists, "held": tuple((name, by) for name, by in said["held"])})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,8 +153,9 @@ class Tensors:
 class Plan:
     """What was decided for one graph, and between what. ``held_bytes`` are those of values that passes hold in their ways, and
     ``between`` the bytes on the device from its forward to its backward; ``seconds`` are the cost model's for both with their
-    collectives, times ``scale``, which measured steps gave; ``frontier`` is ordered from the fastest to the smallest, and
-    ``chosen`` its index."""
+    collectives, times ``scale``, which measured steps gave; ``states_bytes`` of optimiser states wait on the host, and take
+    ``states_seconds`` of a step to come and go; ``frontier`` is ordered from the fastest to the smallest, its seconds hold all
+    of this but the optimiser's own, and ``chosen`` is its index."""
 
     decision: Decision
     saved_bytes: int
@@ -140,6 +171,8 @@ class Plan:
     classes: tuple[Tensors, ...]
     largest: tuple[Tensors, ...]
     scale: float = 1.0
+    states_bytes: int = 0
+    states_seconds: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -159,20 +192,28 @@ class Plan:
         again = f", {len(decision.recomputed)} computed again in {self.again_seconds * 1e3:.3g} ms"
         by = sorted({name for _, name in decision.held})
         held = f", {size_text(self.held_bytes)} in {len(decision.held)} values by {' and '.join(by)}" if by else ""
+        states = (
+            f", {size_text(self.states_bytes)} of optimiser states on the host in {self.states_seconds * 1e3:.3g} ms a step"
+            if self.states_bytes
+            else ""
+        )
+        buckets = f", buckets of {size_text(decision.bucket_bytes)}" if decision.bucket_bytes else ""
         return (
-            f"{size_text(self.saved_bytes - self.kept_bytes)} saved in {len(decision.saved)} values{held}{again}{kept}; peak "
-            f"{size_text(self.peak)} of {size_text(self.budget)}"
+            f"{size_text(self.saved_bytes - self.kept_bytes)} saved in {len(decision.saved)} values{held}{again}{kept}{states}"
+            f"{buckets}; peak {size_text(self.peak)} of {size_text(self.budget)}"
         )
 
 
 @dataclass(kw_only=True)
 class Planner:
-    """``split`` cuts the joint graph by a function that chooses what is saved, ``passes`` runs the pipeline on both halves,
-    ``run`` answers the peak of a step of them, which it may change, and ``seconds`` their time. ``gathers``: the backward
-    gathers anew what is not kept (ZeRO stage 3), and ``regather`` is the share of it that compute does not hide. ``levers`` are
-    passes that may hold saved values in ways of their own. ``scale``: what measured steps of the model took, over what the cost
-    model said; it makes predictions better and changes no choice. ``prior`` is what was decided for the same graph with inputs
-    of other shapes: it is taken where the fastest choice does not fit and it does."""
+    """``split`` cuts the joint graph by a function that chooses what is saved, ``passes`` runs the pipeline on both halves with
+    buckets of so many bytes, ``run`` answers the peak of a step of them, which it may change, and ``seconds`` their time.
+
+    ``gathers``: the backward gathers anew what is not kept (ZeRO stage 3), and ``regather`` is the share of it that compute
+    does not hide. The first of ``settings`` costs nothing. ``levers`` are passes that hold saved values in ways of their own.
+    ``scale``: what measured steps of the model took, over what the cost model said; it makes predictions better. ``prior`` is
+    what was decided for the same graph with inputs of other shapes: it is taken where the fastest candidate does not fit and
+    it does."""
 
     budget: int
     on: Device
@@ -180,10 +221,10 @@ class Planner:
     gathers: bool
     regather: float
     split: Callable[[Chooser], Split]
-    passes: Callable[[fx.GraphModule, fx.GraphModule], Split]
+    passes: Callable[[fx.GraphModule, fx.GraphModule, int | None], Split]
     run: Callable[[fx.GraphModule, fx.GraphModule], Peak]
     seconds: Callable[[fx.GraphModule, fx.GraphModule], float]
-    bucket_bytes: int | None = None
+    settings: tuple[Setting, ...] = (Setting(),)
     levers: tuple[Pass, ...] = ()
     scale: float = 1.0
     prior: Decision | None = None
@@ -194,36 +235,45 @@ class Planner:
     _labels: dict[str, str] = field(default_factory=dict)
     _whole: set[str] = field(default_factory=set)  # parameters whose copies may be kept
     _kept_bytes: list[int] = field(default_factory=list)
-    _modelled: list[int] = field(default_factory=list)
-    _measured: dict[int, Peak] = field(default_factory=dict)
+    _candidates: list[tuple[int, int]] = field(default_factory=list)  # a choice and a setting, the fastest first
+    _model: Liveness | None = None
+    _forward: list[fx.Node] = field(default_factory=list)
+    _modelled: dict[tuple[int, int | None], int] = field(default_factory=dict)  # by choice and bytes of a bucket
+    _measured: dict[tuple[int, int | None], Peak] = field(default_factory=dict)
     _graphs: dict[int, Split] = field(default_factory=dict)
     _base_seconds: float = 0.0
     _compute: float = 0.0
 
     def plan(self) -> tuple[Split, Plan]:
-        """The two graphs of the fastest choice that fits, before the passes; raises :class:`BudgetError` where none does."""
+        """The two graphs of the fastest candidate that fits, before the passes; raises :class:`BudgetError` where none does."""
         self._graphs[0] = self.split(self._find)
-        graphs, peak = self._run(0)
-        if peak.bytes <= self.budget:
-            return graphs, self._made(0)
+        first = self._candidates[0]
+        if self._fits(first):
+            return self._made(first)
         if (prior := self._prior()) is not None:
-            index = self.choices.index(prior)
-            graphs, peak = self._run(index)
-            if peak.bytes <= self.budget:
-                return graphs, self._made(index)
-        self._run(self._least)
-        everyone = range(len(self.choices))
-        smallest = sorted(everyone, key=self._peak)[:_LAST_TRIES]
-        likely = [i for i in everyone if i in smallest or self._peak(i) <= self.budget * (1 + NEARLY)]
-        for i in likely:
-            graphs, peak = self._run(i)
-            log.debug("choice %d of %d: peak %d, budget %d", i, len(self.choices), peak.bytes, self.budget)
-            if peak.bytes <= self.budget:
-                return graphs, self._made(i)
+            choice = self.choices.index(prior)
+            assert self.prior is not None
+            for k, setting in enumerate(self.settings):
+                if setting.bucket_bytes == self.prior.bucket_bytes and self._fits((choice, k)):
+                    return self._made((choice, k))
+        self._run(*self._least)
+        smallest = set(sorted(self._candidates, key=self._peak)[:_LAST_TRIES])
+        for candidate in self._candidates:
+            # A setting that is not the first has others beside it: no need to try what will hardly fit.
+            near = 1 + NEARLY if candidate[1] == 0 else 1
+            if (candidate in smallest or self._peak(candidate) <= self.budget * near) and self._fits(candidate):
+                return self._made(candidate)
         raise self._refusal()
 
-    def decision(self, index: int) -> Decision:
-        choice = self.choices[index]
+    def _fits(self, candidate: tuple[int, int]) -> bool:
+        choice, k = candidate
+        _, peak = self._run(choice, self.settings[k].bucket_bytes)
+        size = self.settings[k].bytes(peak)
+        log.debug("choice %d, setting %d: peak %d, budget %d", choice, k, size, self.budget)
+        return size <= self.budget
+
+    def decision(self, candidate: tuple[int, int]) -> Decision:
+        choice, setting = self.choices[candidate[0]], self.settings[candidate[1]]
         names = [self._nodes[i] for i in sorted(choice.saved)]
         # A whole parameter is an input of the graph until gathers are placed: the partition is told that all are saved.
         again = [self._nodes[i] for i in sorted(choice.recomputed)]
@@ -232,6 +282,8 @@ class Planner:
             recomputed=tuple(n for n in again if n not in self._whole),
             kept=tuple(n for n in names if n in self._whole),
             held=tuple((self._nodes[i], self._others[i][k].by) for i, k in sorted(choice.ways)),
+            bucket_bytes=setting.bucket_bytes,
+            states_on_host=setting.states,
         )
 
     def _find(self, graph: fx.Graph, forward: Sequence[fx.Node], free: frozenset[fx.Node]) -> list[fx.Node]:
@@ -245,18 +297,15 @@ class Planner:
         self._labels = {n.name: _label(n) for n in nodes}
         self._whole = {n.name for n, v in zip(nodes, values, strict=True) if GATHERED in n.meta and v.bytes}
         self.choices = self._choices(plain)
-        model = Liveness(
-            joint=graph,
-            forward=nodes,
-            num_fwd_outputs=self.num_fwd_outputs,
-            gathers=self.gathers,
-            bucket_bytes=self.bucket_bytes,
+        self._model = Liveness(
+            joint=graph, forward=nodes, num_fwd_outputs=self.num_fwd_outputs, gathers=self.gathers
         )
+        self._forward = nodes
         for choice in self.choices:
-            shrunk = {nodes[i]: values[i].saved_by(k).bytes for i, k in choice.ways}
-            self._modelled.append(model.peak([nodes[i] for i in choice.saved], shrunk))
             self._kept_bytes.append(sum(values[i].bytes for i in choice.saved if nodes[i].name in self._whole))
-        return chooser(self.decision(0))(graph, forward, free)
+        pairs = [(i, k) for i in range(len(self.choices)) for k in range(len(self.settings))]
+        self._candidates = sorted(pairs, key=lambda c: (self._added(c), *c))
+        return chooser(self.decision((0, 0)))(graph, forward, free)
 
     def _choices(self, plain: Sequence[Value]) -> list[Choice]:
         """What could be chosen, the fastest first."""
@@ -332,62 +381,88 @@ class Planner:
             return choice.seconds + copies
         return choice.seconds + sum(max(0.0, copies / 2 - hidden) for hidden in self._hides)
 
-    def _step_seconds(self, choice: Choice) -> float:
-        return self.scale * (self._base_seconds + self._seconds_of(choice))
+    def _added(self, candidate: tuple[int, int]) -> float:
+        """Seconds of a step that a candidate takes beyond what every one does."""
+        setting = self.settings[candidate[1]]
+        graphs = self._seconds_of(self.choices[candidate[0]]) + setting.seconds
+        return self.scale * graphs + setting.copy_seconds
 
-    def _run(self, index: int) -> tuple[Split, Peak]:
-        if index not in self._graphs:
-            self._graphs[index] = self.split(chooser(self.decision(index)))
-        graphs = self._graphs[index]
-        if index not in self._measured:
+    def _step_seconds(self, candidate: tuple[int, int]) -> float:
+        return self.scale * self._base_seconds + self._added(candidate)
+
+    def _run(self, choice: int, bucket_bytes: int | None) -> tuple[Split, Peak]:
+        if choice not in self._graphs:
+            self._graphs[choice] = self.split(chooser(self.decision((choice, 0))))
+        graphs = self._graphs[choice]
+        if (choice, bucket_bytes) not in self._measured:
             forward, backward = (compat.graph_module(gm, copy.deepcopy(gm.graph)) for gm in graphs)
-            passed = self.passes(forward, backward)
-            if index == 0:
-                self._base_seconds = self.seconds(*passed) - self._seconds_of(self.choices[0])
-            self._measured[index] = self.run(*passed)
-        return graphs, self._measured[index]
+            passed = self.passes(forward, backward, bucket_bytes)
+            if not self._measured:
+                self._base_seconds = self.seconds(*passed) - self._seconds_of(self.choices[choice])
+            self._measured[choice, bucket_bytes] = self.run(*passed)
+        return graphs, self._measured[choice, bucket_bytes]
 
-    def _peak(self, index: int) -> int:
+    def _peak(self, candidate: tuple[int, int]) -> int:
         """The measured peak, or the model's, corrected by what it missed where it was measured."""
-        if index in self._measured:
-            return self._measured[index].bytes
-        least = self._least if self._least in self._measured else 0
-        missed = [self._measured[i].graph - self._modelled[i] for i in (0, least)]
-        most, fewest = (self.choices[i].bytes for i in (0, least))
-        share = min((most - self.choices[index].bytes) / max(most - fewest, 1), 1.0)
-        graph = self._modelled[index] + round(missed[0] + (missed[1] - missed[0]) * share)
-        return replace(self._measured[0], graph=graph).bytes
+        choice, setting = candidate[0], self.settings[candidate[1]]
+        if (choice, setting.bucket_bytes) in self._measured:
+            return setting.bytes(self._measured[choice, setting.bucket_bytes])
+        first = (0, self.settings[0].bucket_bytes)
+        least = self._least if self._least in self._measured else first
+        missed = [self._measured[at].graph - self._modelled_peak(*at) for at in (first, least)]
+        most, fewest = (self.choices[at[0]].bytes for at in (first, least))
+        share = min((most - self.choices[choice].bytes) / max(most - fewest, 1), 1.0)
+        modelled = self._modelled_peak(choice, setting.bucket_bytes)
+        graph = modelled + round(missed[0] + (missed[1] - missed[0]) * share)
+        return setting.bytes(replace(self._measured[first], graph=graph))
+
+    def _modelled_peak(self, choice: int, bucket_bytes: int | None) -> int:
+        if (choice, bucket_bytes) not in self._modelled:
+            assert self._model is not None
+            nodes, one = self._forward, self.choices[choice]
+            shrunk = {nodes[i]: self._values[i].saved_by(k).bytes for i, k in one.ways}
+            peak = self._model.peak([nodes[i] for i in one.saved], shrunk, bucket_bytes)
+            self._modelled[choice, bucket_bytes] = peak
+        return self._modelled[choice, bucket_bytes]
 
     @property
-    def _least(self) -> int:
-        return min(range(len(self.choices)), key=self._modelled.__getitem__)
+    def _least(self) -> tuple[int, int | None]:
+        """The choice with the least modelled peak, in buckets of the first setting."""
+        first = self.settings[0].bucket_bytes
+        return min(((i, first) for i in range(len(self.choices))), key=lambda at: self._modelled_peak(*at))
 
-    def _made(self, index: int) -> Plan:
-        choice = self.choices[index]
+    def _made(self, candidate: tuple[int, int]) -> tuple[Split, Plan]:
+        choice, setting = self.choices[candidate[0]], self.settings[candidate[1]]
+        graphs, peak = self._run(candidate[0], setting.bucket_bytes)
         frontier: list[Option] = []
         chosen = 0
-        for i, c in enumerate(self.choices):
-            if i == index:
+        for c in self._candidates:
+            size = self._peak(c)
+            if c == candidate:
                 chosen = len(frontier)
-            elif frontier and self._peak(i) >= min(option.peak for option in frontier):
+            elif frontier and size >= min(option.peak for option in frontier) * (1 - _WORTH_SHOWING):
                 continue  # slower and no smaller
+            measured = (c[0], self.settings[c[1]].bucket_bytes) in self._measured
             seconds = self._step_seconds(c)
-            measured = i in self._measured
-            frontier.append(Option(peak=self._peak(i), seconds=seconds, saved_bytes=c.bytes, is_measured=measured))
-        return Plan(
-            decision=self.decision(index),
+            frontier.append(
+                Option(peak=size, seconds=seconds, saved_bytes=self.choices[c[0]].bytes, is_measured=measured)
+            )
+        return graphs, Plan(
+            decision=self.decision(candidate),
             saved_bytes=choice.bytes,
-            kept_bytes=self._kept_bytes[index],
+            kept_bytes=self._kept_bytes[candidate[0]],
             held_bytes=sum(self._values[i].bytes for i, _ in choice.ways),
-            seconds=self._step_seconds(choice),
+            seconds=self._step_seconds(candidate) - setting.copy_seconds,
             scale=self.scale,
             again_seconds=math.fsum(self._values[i].seconds for i in choice.recomputed),
-            peak=self._measured[index].bytes,
-            between=self._measured[index].between,
+            states_bytes=setting.states_bytes,
+            states_seconds=setting.copy_seconds,
+            peak=setting.bytes(peak),
+            between=peak.between,
             budget=self.budget,
             frontier=tuple(frontier),
             chosen=chosen,
-            classes=self._classes(choice),
+            classes=(*_states_of(setting), *self._classes(choice)),
             largest=tuple(self._tensors(i, choice, dict(choice.ways)) for i in self._by_size(choice)[:_LARGEST]),
         )
 
@@ -433,12 +508,37 @@ class Planner:
         return tuple(sorted(classes, key=lambda c: -(c.kept + c.dropped + c.held)))
 
     def _refusal(self) -> BudgetError:
-        smallest = _rounded_up(min(peak.bytes for peak in self._measured.values()))
+        tried = [
+            setting.bytes(peak)
+            for (_, bucket_bytes), peak in self._measured.items()
+            for setting in self.settings
+            if setting.bucket_bytes == bucket_bytes
+        ]
+        smallest = _rounded_up(min(tried))
+        host = "" if any(setting.states for setting in self.settings) else ", optimiser states on the host"
         return BudgetError(
-            f"dspass.memory_budget of {size_text(self.budget)} is too small: the smallest plan of {len(self.choices)} takes "
-            f"{size_text(smallest)} on each rank. Give that much, or use more ranks, a higher ZeRO stage or a smaller batch.",
+            f"dspass.memory_budget of {size_text(self.budget)} is too small: the smallest plan of {len(self._candidates)} "
+            f"takes {size_text(smallest)} on each rank. Give that much, or use more ranks, a higher ZeRO stage{host} or a "
+            "smaller batch.",
             smallest,
         )
+
+
+def _states_of(setting: Setting) -> tuple[Tensors, ...]:
+    """Optimiser states that wait on the host, as a class of tensors."""
+    if not setting.states:
+        return ()
+    return (
+        Tensors(
+            name="optimizer-states",
+            count=len(setting.states),
+            kept=0,
+            dropped=0,
+            again_seconds=None,
+            held=setting.states_bytes,
+            held_by="host_states",
+        ),
+    )
 
 
 def _label(node: fx.Node) -> str:

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from dspass.planner.plan import Plan, size_text
 
-_VERSION = 1
+_VERSION = 2
 
 
 class PlanError(ValueError):
@@ -32,6 +32,7 @@ class MadeFor:
     stage: int
     device: str
     passes: tuple[str, ...]
+    offload: str
     torch: str
     graph: str
     inputs: tuple[str, ...]

@@ -330,6 +330,33 @@ def init_fake_group(size: int) -> None:
     torch.distributed.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
 
 
+def bare_step(optimizer: torch.optim.Optimizer) -> None:
+    """``optimizer.step()`` without the hooks around it, which a person sees once a step."""
+    step = type(optimizer).step
+    if not getattr(step, "hooked", False) or not hasattr(step, "__wrapped__"):
+        raise RuntimeError(
+            f"{type(optimizer).__name__}.step is not wrapped as torch.optim wraps it, so its states cannot wait on the host: "
+            'derive it from torch.optim.Optimizer, or set zero_optimization.offload_optimizer.device to "none".'
+        )
+    step.__wrapped__(optimizer)
+
+
+def around_step(
+    optimizer: torch.optim.Optimizer, before: Callable[..., None], after: Callable[..., None]
+) -> Callable[[], None]:
+    """Call ``before`` as the last and ``after`` as the first thing around the optimiser's own step, whatever hooks a person
+    registered; answers what undoes it."""
+    first = optimizer.register_step_pre_hook(before)
+    last = optimizer.register_step_post_hook(after)
+    optimizer._optimizer_step_post_hooks.move_to_end(last.id, last=False)
+
+    def undo() -> None:
+        first.remove()
+        last.remove()
+
+    return undo
+
+
 def store() -> Any:
     """The key-value store of the default process group: safe inside of a compilation, where a collective is not."""
     return torch.distributed.distributed_c10d._get_default_store()

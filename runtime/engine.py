@@ -33,6 +33,7 @@ from typing import Any
 import torch
 
 from dspass.runtime import compat
+from dspass.runtime.host_states import HostStates
 from dspass.runtime.params import ParamSpec, register
 from dspass.runtime.program import Probe
 from dspass.runtime.traffic import CollectiveKey, Direction, TrafficCounter, gather_cost, reduce_cost, reduction_steps
@@ -70,6 +71,8 @@ class Engine:
     supposed_optimizer: tuple[int, int] | None = None
     #: The kind of device that a prediction is for; None where the model runs on the devices of its own tensors.
     target: str | None = None
+    #: Parameters whose optimiser states wait on the host between steps.
+    host_states: HostStates = field(default_factory=HostStates)
     compilations: list[Any] = field(default_factory=list)
     probe: Probe = field(default_factory=Probe)
     measurement: Any = None
@@ -269,6 +272,14 @@ class Engine:
         self.traffic, self.probe = TrafficCounter(), Probe()
         self._resident, self._waiting, self._local, self._averaged = {}, {}, set(), set()
         self._run, self._calls, self._within_no_sync, self._last = -1, 0, False, True
+
+    def params(self) -> dict[str, torch.Tensor]:
+        """The model's parameters by name, also those that no rank shares, which have no specs."""
+        known = {spec.name: param for spec in self.specs.values() if (param := spec.param()) is not None}
+        root = self.root() if self.root is not None else None
+        names = {id(p): n for n, p in known.items()}
+        others = root.named_parameters() if root is not None else ()
+        return {**known, **{n: p for n, p in others if id(p) not in names}}
 
     def resident_copies(self) -> list[torch.Tensor]:
         """Gathered copies that outlive their graph (stages 1 and 2)."""

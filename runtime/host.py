@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 _streams: dict[torch.device, torch.cuda.Stream] = {}
 _mapped: dict[int, list[mmap.mmap]] = {}  # by size, not in use
+_addresses: set[int] = set()  # of mapped memory that is in use
 
 
 def empty_on_host(like: torch.Tensor) -> torch.Tensor:
@@ -44,8 +45,22 @@ def _map(size: int) -> torch.Tensor:
     unused = _mapped.setdefault(size, [])
     memory = unused.pop() if unused else mmap.mmap(-1, max(size, 1))
     found = torch.frombuffer(memory, dtype=torch.uint8)[:size]
-    weakref.finalize(found.untyped_storage(), unused.append, memory).atexit = False
+    address = found.untyped_storage().data_ptr()
+    _addresses.add(address)
+
+    def give_back() -> None:
+        _addresses.discard(address)
+        unused.append(memory)
+
+    weakref.finalize(found.untyped_storage(), give_back).atexit = False
     return found
+
+
+def is_on_host(tensor: torch.Tensor) -> bool:
+    """Whether a tensor lies where a memory budget does not count: memory of :func:`empty_on_host`."""
+    if isinstance(tensor, FakeTensor) or tensor.is_cuda:
+        return False
+    return tensor.is_pinned() if torch.cuda.is_available() else tensor.untyped_storage().data_ptr() in _addresses
 
 
 def _stream(device: torch.device) -> torch.cuda.Stream:
@@ -64,6 +79,7 @@ class Copy:
         if device is None:
             for source, result in zip(sources, results, strict=True):
                 result.copy_(source)
+            self._sources = []
             return
         stream = _stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))  # the sources are computed, the results' memory is free
@@ -75,6 +91,11 @@ class Copy:
     def tensors(self) -> list[torch.Tensor]:
         """What is being filled."""
         return self._results
+
+    def synchronize(self) -> None:
+        """Have this thread wait for the copies' end, before a person reads on the host what they bring there."""
+        if self._done is not None:
+            self._done.synchronize()
 
     def wait(self) -> list[torch.Tensor]:
         if self._done is not None:

@@ -66,7 +66,9 @@ class Ledger:
         for tensor in _tensors(values):
             storage = tensor.untyped_storage()
             number = self._numbers.get(storage)
-            if number is None and category == HOST:
+            if category == HOST and (number is None or number in self._live):
+                if number is not None:  # entered where it was made
+                    self._free(number)
                 self._numbers[storage] = next(self._next)
                 self.host_bytes += storage.nbytes()
                 weakref.finalize(storage, self._free_host, storage.nbytes()).atexit = False

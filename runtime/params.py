@@ -29,7 +29,8 @@ class ParamSpec:
     ``shape`` is the full shape; ``layout`` says how ranks hold it: ``shard`` (rows divided over ``shard_axis``),
     ``replicate`` (a whole copy as a ``Replicate`` DTensor) or ``plain`` (a whole plain tensor). The graph computes in
     ``compute_dtype``, which is also what gathers send; gradients are reduced in ``reduce_dtype`` over ``shard_axis``
-    and, in hybrid sharding, over ``replicate_axis`` as well.
+    and, in hybrid sharding, over ``replicate_axis`` as well. ``on_host``: its shard waits on the host, with its gradient and
+    its optimiser's states.
     """
 
     key: str
@@ -43,6 +44,7 @@ class ParamSpec:
     replicate_axis: Axis | None
     trains: bool
     engine: Engine
+    on_host: bool = False
     param: Callable[[], torch.nn.Parameter | None] = field(default=lambda: None)
 
     @property

@@ -7,6 +7,7 @@ checks.
 
 from __future__ import annotations
 
+import itertools
 import operator
 from dataclasses import dataclass
 
@@ -31,6 +32,7 @@ from dspass.passes.nodes import (
     reduce_wait,
     wait_of,
 )
+from dspass.passes.offload_parameters import OffloadParameters
 from dspass.passes.offload_saved import OffloadSaved
 from dspass.passes.onednn_products import OnednnProducts
 from dspass.passes.prefetch_gathers import PrefetchGathers
@@ -349,6 +351,22 @@ class GradientsExchanged(BucketReductions):
                 if other is not item:
                     place = graph.find_nodes(op="output")[0]
                     place.args = ([other if a is item else item if a is other else a for a in place.args[0]],)
+                    return graph
+        return graph
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardsExchanged(OffloadParameters):
+    """Two shards of one shape come from the host in each other's place."""
+
+    def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
+        graph = super().run(graph, ctx)
+        for start in calls(graph, gather_start):
+            items = [n for n in start.args[0] if n.target is operator.getitem]
+            for one, other in itertools.combinations(items, 2):
+                if one.meta["val"].shape == other.meta["val"].shape:
+                    shards = [other if n is one else one if n is other else n for n in start.args[0]]
+                    start.args = (shards, *start.args[1:])
                     return graph
         return graph
 

@@ -141,6 +141,7 @@ class Wished(nn.Module):
 
 
 TOYS: Mapping[str, type[nn.Module]] = {
+    "hosted": Mlp,
     "offloaded": Mlp,
     "mlp": Mlp,
     "tied": Tied,
@@ -216,6 +217,14 @@ OFFLOADED = {
 }
 
 
+#: Shards wait on the host.
+HOSTED = options()
+HOSTED["zero_optimization"]["offload_param"] = {"device": "cpu"}
+
+#: The configuration that a toy needs, where it is not :func:`options`.
+CONFIGS = {"offloaded": OFFLOADED, "hosted": HOSTED}
+
+
 def capture(name: str, world: int = 2, config: Mapping[str, Any] | None = None) -> Toy:
     """Trace a toy on rank 0 of ``world`` ranks, and run the plain model once a rank as the reference."""
     torch.manual_seed(0)
@@ -223,7 +232,7 @@ def capture(name: str, world: int = 2, config: Mapping[str, Any] | None = None) 
     batches = [_batch(name) for _ in range(world)]
     losses, grads = _reference(model, batches)
     whole = {n: p.detach().clone() for n, p in model.named_parameters()}
-    settings = Config.load(config or (OFFLOADED if name == "offloaded" else options()))
+    settings = Config.load(config or CONFIGS.get(name, options()))
     kept: dict[str, fx.Graph] = {}
     torch._dynamo.reset()
     with fake_world(world):

@@ -26,6 +26,7 @@ from dspass.passes.bucket_reductions import BucketReductions
 from dspass.passes.expose_parameters import ExposeParameters
 from dspass.passes.honour_wishes import HonourWishes
 from dspass.passes.nodes import calls, gather_start, reduce_start, reduce_wait, wait_of
+from dspass.passes.offload_parameters import OffloadParameters
 from dspass.passes.offload_saved import OffloadSaved
 from dspass.passes.onednn_products import OnednnProducts
 from dspass.passes.partition import save_shards
@@ -53,6 +54,8 @@ def toy_of(name: str, world: int = 2, bucket_bytes: int = 256) -> Toy:
     said = options(bucket_bytes=bucket_bytes, passes=passes)
     if name == "offloaded":
         said["compile"] = {"offload_activation": True}
+    if name == "hosted":
+        said["zero_optimization"] |= {"offload_param": {"device": "cpu"}}
     return replace(_captured(name, world), config=Config.load(said))
 
 
@@ -126,6 +129,10 @@ CASES: dict[type[Pass], Case] = {
     ),
     ZeroReduce: Case(golden=(("tied", "backward"),), declines=("mlp", "forward", "no gradient of a parameter here")),
     BucketReductions: Case(golden=(("mlp", "backward"),), declines=("mlp", "forward", "no reductions here")),
+    OffloadParameters: Case(
+        golden=(("hosted", "forward"), ("hosted", "backward")),
+        declines=("mlp", "forward", "no shard waits on the host"),
+    ),
     OffloadSaved: Case(
         golden=(("offloaded", "forward"), ("offloaded", "backward")),
         declines=("mlp", "forward", "every saved value stays on the device"),
@@ -171,7 +178,7 @@ def test_golden(cls: type[Pass], golden_update: bool) -> None:
 @PASSES
 def test_the_numbers_stay(cls: type[Pass]) -> None:
     seen = 0
-    for name in ("mlp", "tied", "early_views", "uneven", "wished", "offloaded"):
+    for name in ("mlp", "tied", "early_views", "uneven", "wished", "offloaded", "hosted"):
         toy = toy_of(name)
         for where in sorted(cls.where):
             before, item = around(toy, cls, where)

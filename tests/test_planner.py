@@ -23,9 +23,10 @@ from dspass.passes.prefetch_gathers import PrefetchGathers
 from dspass.pipeline import build
 from dspass.planner.dry_run import Peak
 from dspass.planner.mincut import Choice, Value, Way, contract, exhaustive, hull, solve
-from dspass.planner.plan import BudgetError, Planner
+from dspass.planner.plan import BudgetError, Planner, Setting
 from dspass.planner.saved import PlanError
 from dspass.planner.values import can_recompute
+from examples.gpt import GPT, GPTConfig
 from tests.graphs import run_pipeline
 from tests.models import MODELS as DIFFICULT
 from tests.models import Mlp, points
@@ -133,15 +134,18 @@ class _Told(Planner):
         self.choices = [
             Choice(frozenset(), frozenset(), frozenset(), size, size, 1.0 + i) for i, size in enumerate(sizes)
         ]
-        self._modelled, self._real, self._kept_bytes = modelled, real, [0] * len(real)
+        self._real, self._kept_bytes = real, [0] * len(real)
+        self._modelled = {(i, None): peak for i, peak in enumerate(modelled)}
+        pairs = itertools.product(range(len(real)), range(len(self.settings)))
+        self._candidates = sorted(pairs, key=self._added)
         return self
 
-    def _run(self, index: int) -> Any:
-        self._measured[index] = Peak(0, self._real[index], 0)
-        return (None, None), self._measured[index]
+    def _run(self, choice: int, bucket_bytes: int | None) -> Any:
+        self._measured[choice, bucket_bytes] = Peak(0, self._real[choice], 0)
+        return (None, None), self._measured[choice, bucket_bytes]
 
 
-def _planner(budget: int) -> _Told:
+def _planner(budget: int, settings: tuple[Setting, ...] = (Setting(),)) -> _Told:
     nothing: Any = lambda *_: None  # noqa: E731
     return _Told(
         budget=budget,
@@ -153,27 +157,35 @@ def _planner(budget: int) -> _Told:
         passes=nothing,
         run=nothing,
         seconds=nothing,
+        settings=settings,
     )
 
 
-@given(st.lists(st.tuples(st.integers(1, 50), st.integers(1, 50)), min_size=1, max_size=8))
+@given(
+    st.lists(st.tuples(st.integers(1, 50), st.integers(1, 50)), min_size=1, max_size=8),
+    st.lists(st.tuples(st.floats(0.01, 9), st.integers(0, 20), st.integers(0, 5)), max_size=3),
+)
 @settings(max_examples=200, deadline=None)
-def test_a_larger_budget_never_plans_a_slower_step_or_exceeds_itself(peaks: list[tuple[int, int]]) -> None:
-    """Whatever the model believes of the peaks."""
+def test_a_larger_budget_never_plans_a_slower_step_or_exceeds_itself(
+    peaks: list[tuple[int, int]], away: list[tuple[float, int, int]]
+) -> None:
+    """Whatever the model believes of the peaks, and whatever states may wait on the host."""
     fastest = float("inf")
-    for budget in range(1, 52):
+    more = [Setting(states=("x",), states_bytes=b, part_bytes=p, copy_seconds=s) for s, b, p in away]
+    given = (Setting(), *more)
+    for budget in range(-20, 52):
         try:
-            _, plan = _planner(budget).told([m for m, _ in peaks], [r for _, r in peaks]).plan()
+            _, plan = _planner(budget, given).told([m for m, _ in peaks], [r for _, r in peaks]).plan()
         except BudgetError as error:
             assert fastest == float("inf"), "a larger budget was refused"
             assert error.smallest > budget  # noqa: PT017
-            _planner(error.smallest).told([m for m, _ in peaks], [r for _, r in peaks]).plan()
+            _planner(error.smallest, given).told([m for m, _ in peaks], [r for _, r in peaks]).plan()
             continue
         assert plan.peak <= budget
-        assert plan.seconds <= fastest
-        assert plan.frontier[plan.chosen].seconds == plan.seconds
+        assert plan.seconds + plan.states_seconds <= fastest * (1 + 1e-9)
+        assert plan.frontier[plan.chosen].seconds == pytest.approx(plan.seconds + plan.states_seconds)
         assert all(a.peak > b.peak or b == plan.frontier[plan.chosen] for a, b in itertools.pairwise(plan.frontier))
-        fastest = plan.seconds
+        fastest = plan.seconds + plan.states_seconds
 
 
 def test_contraction_leaves_little_to_cut() -> None:
@@ -292,6 +304,30 @@ def test_a_large_budget_keeps_what_was_gathered_and_the_report_shows_the_price(t
     assert "you are here" in report.to_html()
 
 
+def test_smaller_buckets_fit_where_larger_do_not() -> None:
+    """The size of buckets is decided with everything else, but for one that a person wrote."""
+    with torch.device("meta"):
+        model = GPT(GPTConfig(context=64, layers=6, heads=4, width=256))
+    tokens = torch.zeros(2, 64, dtype=torch.long)
+
+    def predicted(budget: int, **own: Any) -> dspass.Report:
+        config = {"zero_optimization": {"stage": 3}, "dspass": own}
+        return dspass.explain(model, tokens, tokens, config=config, world_size=2, memory_budget=budget)
+
+    def smallest(**own: Any) -> int:
+        with pytest.raises(BudgetError) as refused:
+            predicted(1000, **own)
+        return refused.value.smallest
+
+    written = smallest(bucket_bytes=12_000_000)
+    free = smallest()
+    assert free < 0.8 * written
+    report = predicted((free + written) // 2)
+    assert report.memory.peak_bytes <= (free + written) // 2 * 1.01
+    assert "buckets of" in report.plans[0].summary
+    assert sum(t.calls for t in report.traffic) > 10
+
+
 @given(link=st.floats(1e4, 1e9), latency=st.floats(0, 1e-3), memory=st.floats(1e5, 1e8))
 @settings(max_examples=40, deadline=None)
 def test_gathers_start_as_late_as_hides_them(link: float, latency: float, memory: float) -> None:
@@ -383,9 +419,9 @@ def test_another_batch_keeps_what_was_decided_where_it_holds(monkeypatch: pytest
     tried: list[int] = []
     run_one = Planner._run
 
-    def counted(self: Planner, index: int) -> Any:
-        tried.append(index)
-        return run_one(self, index)
+    def counted(self: Planner, choice: int, bucket_bytes: int | None) -> Any:
+        tried.append(choice)
+        return run_one(self, choice, bucket_bytes)
 
     monkeypatch.setattr(Planner, "_run", counted)
     torch._dynamo.reset()
