@@ -1,13 +1,17 @@
-"""``python -m benchmarks zero`` and ``memory``: figures beside those of peers, measured in turns in one call."""
+"""``python -m benchmarks zero``, ``memory`` and ``offload``: figures measured in turns in one call, beside those of peers where
+there are any; ``prefetch``: what is predicted for a device."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable, Sequence
 
-from benchmarks import memory, zero
+from benchmarks import memory, memory_points, offload, prefetch, zero
 from benchmarks.subjects import SUBJECTS
 from examples.gpt import PRESETS
+
+_COMMAS = "with commas between"
 
 
 def main() -> int:
@@ -36,10 +40,45 @@ def main() -> int:
     two = commands.add_parser(
         "memory", help=summary, description=memory.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    memory.add_arguments(two)
+    two.add_argument("--preset", choices=memory_points.PRESETS, default="small", help="width, layers and batch")
+    two.add_argument("--ranks", type=int, choices=(1, 2), default=1, help="processes of each point")
+    two.add_argument(
+        "--models", type=_some_of(memory_points.MODELS), default=",".join(memory_points.MODELS), help=_COMMAS
+    )
+    two.add_argument(
+        "--budgets", type=_several, default=20, help="points of dspass between the smallest plan and the fastest"
+    )
+    two.add_argument(
+        "--ratios", type=_several, default=5, help="on 1 rank, points of activation_memory_budget from 1 to 0"
+    )
+    two.add_argument(
+        "--solvers",
+        type=_some_of(memory_points.SOLVERS),
+        default=",".join(memory_points.SOLVERS),
+        help=f"on 1 rank, of activation_memory_budget, {_COMMAS}; ilp is left out where scipy is not installed",
+    )
+    two.add_argument("--rounds", type=_positive, default=11, help="interleaved rounds of one step")
+    two.add_argument("--jobs", type=_positive, default=2, help="points that start and compile at a time")
+    two.add_argument(
+        "--memory-gib", type=_positive, default=20, help="memory that points may take together; else they run in waves"
+    )
+    two.add_argument(
+        "--calibrate",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="measure the device first, which takes a minute",
+    )
+    two.add_argument("--out", default="benchmarks/results", help="where tables, figures and plots are written")
     two.set_defaults(run=memory.run)
+    for name, module in (("offload", offload), ("prefetch", prefetch)):
+        summary = (module.__doc__ or "").splitlines()[0]
+        more = commands.add_parser(
+            name, help=summary, description=module.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+        module.add_arguments(more)
+        more.set_defaults(run=module.run)
     options = parser.parse_args()
-    if options.command == "memory":
+    if options.command != "zero":
         return options.run(options)
     most = PRESETS[options.preset].context
     if options.context > most:
@@ -59,6 +98,22 @@ def _positive(text: str) -> int:
     if (value := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return value
+
+
+def _several(text: str) -> int:
+    if (value := int(text)) < 2:
+        raise argparse.ArgumentTypeError(f"{text} is less than 2")
+    return value
+
+
+def _some_of(names: Sequence[str]) -> Callable[[str], str]:
+    def checked(text: str) -> str:
+        for name in text.split(","):
+            if name not in names:
+                raise argparse.ArgumentTypeError(f"no {name!r}; there are {', '.join(names)}")
+        return text
+
+    return checked
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,8 @@ def _live(corpus: torch.Tensor) -> int:
         if not issubclass(type(found), torch.Tensor):
             continue
         tensor = found._local_tensor if isinstance(found, torch.distributed.tensor.DTensor) else found
+        if _on_host(tensor):
+            continue
         if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.device.type != "cpu":
             continue  # fake and meta tensors hold nothing
         try:
@@ -97,6 +100,13 @@ def _live(corpus: torch.Tensor) -> int:
             known.add(pointer)
             total += size
     return total
+
+
+def _on_host(tensor: torch.Tensor) -> bool:
+    """Whether dspass holds it outside of the allocator, which on a CPU stands for a device's memory."""
+    if "dspass.runtime.host" not in sys.modules or type(tensor) not in (torch.Tensor, nn.Parameter):
+        return False
+    return tensor.device.type == "cpu" and sys.modules["dspass.runtime.host"].is_on_host(tensor)
 
 
 def _buckets(model: nn.Module) -> int:

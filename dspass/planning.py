@@ -347,9 +347,7 @@ def state_of(engine: Engine) -> State:
     if away:
         held += part_bytes(engine, away, devices.tabled(_kind(engine)))
     states = states_bytes(engine)
-    return State(
-        sum(sizes.values()) + buffers, sum(states.values()), held, trained=sum(sizes[id(p)] for p in trained)
-    )
+    return State(sum(sizes.values()) + buffers, sum(states.values()), held, trained=sum(sizes[id(p)] for p in trained))
 
 
 def states_bytes(engine: Engine, hosted: bool = False) -> dict[str, int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,6 +12,7 @@ import torch.fx as fx
 from dspass.passes.base import Pass, PassContext
 from dspass.passes.cost import collective_seconds, compute_seconds
 from dspass.passes.devices import Device
+from dspass.passes.kernels import fuses, is_view
 from dspass.passes.nodes import REDUCE_GRAD, calls, gather_start, positions, specs_of, wait_of
 
 
@@ -95,7 +98,9 @@ def _start_as_late_as_hides(graph: fx.Graph, starts: list[fx.Node], on: Device) 
         deadline = min(needed[wait_of(start)], deadline) - lasts[start]
         latest.append(deadline)
     order = positions(graph)
+    # Where a kernel ends in any case: a start elsewhere would divide what is fused.
     body = [node for node in graph.nodes if node.op != "placeholder"]
+    body = body[:1] + [node for before, node in itertools.pairwise(body) if _ends_kernel(before)]
     place, moved, previous = 0, 0, None
     for start, moment in zip(starts, reversed(latest), strict=True):
         while place + 1 < len(body) and clock[body[place + 1]] <= moment:
@@ -111,6 +116,10 @@ def _start_as_late_as_hides(graph: fx.Graph, starts: list[fx.Node], on: Device) 
         order[start] = min(order[target], order[start])
         previous = start
     return moved
+
+
+def _ends_kernel(node: fx.Node) -> bool:
+    return not fuses(node) and not is_view(node) and node.target is not operator.getitem
 
 
 def _bytes(value: fx.Node) -> int:

@@ -34,7 +34,9 @@ class ZeroGather(Pass):
             spec, local, value = lookup(key), inputs[local_name], placeholder.meta["val"]
             if placeholder.users:
                 with graph.inserting_before(first_user(placeholder, order)):
-                    if spec.on_host or (spec.shard_axis is not None and spec.shard_axis.size > 1 and spec.layout == "shard"):
+                    if spec.on_host or (
+                        spec.shard_axis is not None and spec.shard_axis.size > 1 and spec.layout == "shard"
+                    ):
                         _, _, (item,) = insert_pair(graph, gather_start, gather_wait, [local], [key], [value])
                         gathered += 1
                     elif spec.compute_dtype != spec.dtype:

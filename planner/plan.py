@@ -297,9 +297,7 @@ class Planner:
         self._labels = {n.name: _label(n) for n in nodes}
         self._whole = {n.name for n, v in zip(nodes, values, strict=True) if GATHERED in n.meta and v.bytes}
         self.choices = self._choices(plain)
-        self._model = Liveness(
-            joint=graph, forward=nodes, num_fwd_outputs=self.num_fwd_outputs, gathers=self.gathers
-        )
+        self._model = Liveness(joint=graph, forward=nodes, num_fwd_outputs=self.num_fwd_outputs, gathers=self.gathers)
         self._forward = nodes
         for choice in self.choices:
             self._kept_bytes.append(sum(values[i].bytes for i in choice.saved if nodes[i].name in self._whole))
