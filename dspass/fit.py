@@ -1,6 +1,7 @@
 """``dspass.fit``: the fewest devices on which a model trains, and the configuration for it, found without any of them.
 
-Numbers of ranks are tried in powers of two from the first that could hold the parameters, gradients and optimiser states alone;
+Numbers of ranks are tried in powers of two from the first that could hold the parameters, gradients and optimiser states alone
+(states only where they may not wait on the host);
 each is a prediction under the budget by the planner, so gathered copies, recomputation and all temporaries count. Dropped: a
 formula for the number. Activations do not divide by the ranks, and what the planner can do about them is no formula.
 """
@@ -60,9 +61,12 @@ def fit(
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer={optimizer!r} is not known; use one of {sorted(OPTIMIZERS)}.")
     budget = memory_budget if memory_budget is not None else "auto"
+    whole = Config.load(config or {})
     loaded = Config.load({"dspass": {"memory_budget": budget}}).dspass.memory_budget
     limit = loaded if isinstance(loaded, int) else devices.share_of(str(loaded), devices.capacity(device))
     states, _ = OPTIMIZERS[optimizer]
+    if whole.offload_optimizer == "cpu" or (whole.offload_optimizer is None and device != "cpu"):
+        states = 0  # they may wait on the host, which is the planner's to weigh
     plain = unwrap(model)
     always = sum(p.numel() * p.element_size() * (2 + states if p.requires_grad else 1) for p in plain.parameters())
     refused: dict[int, int] = {}

@@ -14,6 +14,7 @@ import dspass
 from dspass.passes import devices
 from dspass.passes.devices import DEVICES, capacity, device, machine_memory, share_of, tabled
 from dspass.planner.plan import BudgetError
+from examples.gpt import GPT, GPTConfig
 from tests.test_explain import MODELS
 
 
@@ -116,13 +117,28 @@ def test_the_fewest_ranks_that_fit() -> None:
     """On one the states alone are too many, on two what is saved and computed is, by the planner's smallest plan."""
     model, args, kwargs = MODELS["gpt"]()
     states = sum(4 * p.numel() * p.element_size() for p in model.parameters())
-    found = dspass.fit(model, *args, kwargs=kwargs, device="h100", memory_budget=int(0.98 * states))
+    alone: dict[str, Any] = {"offload_optimizer": {"device": "none"}}
+    on_device = {"zero_optimization": alone}
+    budget = int(0.98 * states)
+    found = dspass.fit(model, *args, kwargs=kwargs, config=on_device, device="h100", memory_budget=budget)
     assert found.world_size == 4
     assert found.refused[1] == states
     assert 0.98 * states < found.refused[2] < 1.5 * states
     assert found.report.memory.peak_bytes <= 0.98 * states
-    assert found.config["zero_optimization"] == {"stage": 3}
+    assert found.config["zero_optimization"] == {"stage": 3, **alone}
     assert str(found).startswith("fits on 4 x h100")
     with pytest.raises(BudgetError, match=r"does not fit into 1 MB on up to 4 ranks of h100") as refused:
-        dspass.fit(model, *args, kwargs=kwargs, device="h100", memory_budget="1MB", most=4)
+        dspass.fit(model, *args, kwargs=kwargs, config=on_device, device="h100", memory_budget="1MB", most=4)
     assert refused.value.smallest == states // 4
+
+
+def test_states_on_the_host_need_fewer_ranks() -> None:
+    with torch.device("meta"):
+        model = GPT(GPTConfig(context=64, layers=4, heads=4, width=512))
+    tokens = torch.zeros(1, 64, dtype=torch.long)
+    budget = int(0.75 * sum(4 * p.numel() * p.element_size() for p in model.parameters()))
+    found = dspass.fit(model, tokens, tokens, device="h100", memory_budget=budget)
+    assert found.world_size == 1
+    assert "of optimiser states on the host" in found.report.plans[0].summary
+    on_device = {"zero_optimization": {"offload_optimizer": {"device": "none"}}}
+    assert dspass.fit(model, tokens, tokens, config=on_device, device="h100", memory_budget=budget).world_size == 2
