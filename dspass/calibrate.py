@@ -101,6 +101,7 @@ def calibrate(ranks: int | None = None) -> Calibration:
         curves={name: Curve.through(points) for name, points in curves.items()},
         functions=functions,
         host_link=_host_link(kind),
+        fresh=_fresh(kind),
         latency=latency,
         link=link,
         ranks=group,
@@ -166,15 +167,52 @@ def _seconds_on_gpu(work: Callable[[], object], calls: int = 20) -> float:
     return statistics.median(times)
 
 
+def _used_a_while_ago(size: int, dtype: torch.dtype, kind: str) -> Iterator[list[torch.Tensor]]:
+    """Three square matrices, always others until a cache has been filled: a step's product finds its operands in memory."""
+    count = max(1, _COLD // (3 * size * size * dtype.itemsize)) if kind == "cpu" else 1
+    count = min(count, 64)
+    return itertools.cycle(
+        [[torch.randn(size, size, dtype=dtype, device=kind) for _ in range(3)] for _ in range(count)]
+    )
+
+
 def _product(size: int, dtype: torch.dtype, kind: str) -> float:
-    a, b = (torch.randn(size, size, dtype=dtype, device=kind) for _ in range(2))
-    out = torch.empty_like(a)
-    return _seconds(lambda: torch.mm(a, b, out=out), kind)
+    sets = _used_a_while_ago(size, dtype, kind)
+
+    def work() -> None:
+        a, b, out = next(sets)
+        torch.mm(a, b, out=out)
+
+    return _seconds(work, kind)
 
 
 def _linear(size: int, dtype: torch.dtype) -> float:
-    a, b = (torch.randn(size, size, dtype=dtype) for _ in range(2))
-    return _seconds(lambda: linear.LINEAR(a, b, None), "cpu")
+    sets = _used_a_while_ago(size, dtype, "cpu")
+
+    def work() -> None:
+        a, b, _ = next(sets)
+        linear.LINEAR(a, b, None)
+
+    return _seconds(work, "cpu")
+
+
+def _fresh(kind: str) -> float:
+    """Seconds a byte that memory costs which an allocator took anew from the operating system, on the average of what a step
+    holds at its peak; a GPU's allocator keeps what it has."""
+    if kind != "cpu":
+        return 0.0
+    count, size = 32, 2**20  # of 4 MB
+
+    def held() -> None:
+        _ = [torch.empty(size).fill_(1.0) for _ in range(count)]
+
+    there = [torch.ones(size) for _ in range(count)]
+
+    def again() -> None:
+        for tensor in there:
+            tensor.fill_(1.0)
+
+    return max(_seconds(held, kind) - _seconds(again, kind), 0.0) / (4 * size * count)
 
 
 def _attention(tokens: int, heads: int, dtype: torch.dtype, kind: str, backward: bool) -> float:
@@ -316,6 +354,10 @@ def main(ranks: int | None) -> None:
     for name, seconds in found.functions.items():
         print(f"  {name:<28} {seconds * 1e9:9.3f} ns an element more than moving it")
     print(f"  {'host link':<28} {found.host_link / 1e9:9.1f} GB/s")
+    if found.fresh:
+        print(
+            f"  {'memory that is held':<28} {found.fresh * 1e9:9.3f} ns a byte: the allocator takes it anew in each step"
+        )
     if found.ranks:
         print(
             f"  {f'all-gather, {found.ranks} ranks':<28} {found.link / 1e9:9.2f} GB/s, {found.latency * 1e6:.0f} us at least"

@@ -256,6 +256,8 @@ def _seconds(
             if where in compilation.graphs:
                 one = cost.estimate(compilation.graphs[where].graph, on)
                 total += one.seconds * engine.accumulation_steps
+                if where == "forward" and train:
+                    total += cost.holding_seconds(compilation.graphs[where].graph, on) * engine.accumulation_steps
                 for (kind, _), seconds in one.exposed.items():
                     exposed[kind, where] = exposed.get((kind, where), 0.0) + seconds * engine.accumulation_steps
     if train:

@@ -116,7 +116,11 @@ def planned(
             split=split,
             passes=pipeline,
             run=run,
-            seconds=lambda *graphs: sum(cost.estimate(gm.graph, on).seconds for gm in graphs),
+            seconds=lambda forward, backward: (
+                cost.estimate(forward.graph, on).seconds
+                + cost.estimate(backward.graph, on).seconds
+                + cost.holding_seconds(forward.graph, on)
+            ),
             settings=settings_of(joint.graph, engine, config, passes, states, on, exposed),
             levers=tuple(passes),
             scale=on.steps.get(_model_key(made_for), 1.0),

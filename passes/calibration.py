@@ -76,7 +76,8 @@ class Curve:
 class Calibration:
     """``curves`` by kind and precision (``"product float32"``) over operations, those of attentions over the operations of one
     head, and ``"generated"`` over bytes moved; ``functions``: seconds an element of a function or reduction beyond moving it;
-    ``host_link``: bytes a second between a device and main memory; ``latency`` and ``link`` of collectives over ``ranks``
+    ``host_link``: bytes a second between a device and main memory; ``fresh``: seconds a byte to take memory from the operating
+    system that was given back to it; ``latency`` and ``link`` of collectives over ``ranks``
     (0: not measured). ``steps``: measured over predicted time of a step, by model."""
 
     kind: str
@@ -87,6 +88,7 @@ class Calibration:
     curves: Mapping[str, Curve]
     functions: Mapping[str, float]
     host_link: float
+    fresh: float = 0.0
     latency: float = 0.0
     link: float = 0.0
     ranks: int = 0
@@ -118,7 +120,14 @@ class Calibration:
                 raise ValueError(f"not version {_VERSION}")
             curves = {k: Curve(tuple(c["amounts"]), tuple(c["times"])) for k, c in said.pop("curves").items()}
             found = cls(**said, curves=curves)
-            scalars = (found.host_link, found.latency, found.link, *found.functions.values(), *found.steps.values())
+            scalars = (
+                found.host_link,
+                found.fresh,
+                found.latency,
+                found.link,
+                *found.functions.values(),
+                *found.steps.values(),
+            )
             if "generated" not in curves or "product float32" not in curves:
                 raise ValueError("curves are missing")
             if not all(0 <= s < math.inf for s in scalars):

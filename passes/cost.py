@@ -113,6 +113,12 @@ def collective_seconds(start: fx.Node, on: Device) -> float:
     return sum(seconds for _, _, seconds in _collectives(start, on))
 
 
+def holding_seconds(forward: fx.Graph, on: Device) -> float:
+    """Of taking memory for what ``forward`` makes and hands on, where an allocator does so in each step."""
+    results = {n for n in forward.find_nodes(op="output")[0].all_input_nodes if n.op == "call_function"}
+    return on.fresh * sum(map(size_of, results)) if on.fresh else 0.0
+
+
 def optimizer_seconds(count: int, states: int, on: Device) -> float:
     """Of stepping parameters of so many bytes: they, their gradients and as many states are read, all but gradients written."""
     return count * (3 + 2 * states) / on.memory

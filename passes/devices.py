@@ -39,7 +39,8 @@ class Device:
     and ``host_memory_bytes`` of its node's main memory, reached at ``host_link`` bytes a second (0: not known).
 
     Where it was calibrated: ``curves`` of seconds by kind and precision, seconds an element of ``functions`` and reductions
-    beyond moving it, and by model the ratio of measured to predicted ``steps``."""
+    beyond moving it, ``fresh`` seconds a byte that a step holds from its forward to its backward, where the allocator gives
+    memory back to the operating system after each step, and by model the ratio of measured to predicted ``steps``."""
 
     name: str
     rates: Mapping[torch.dtype, float]
@@ -55,6 +56,7 @@ class Device:
     source: str = ""
     curves: Mapping[str, Curve] = field(default_factory=dict)
     functions: Mapping[str, float] = field(default_factory=dict)
+    fresh: float = 0.0
     steps: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -187,6 +189,7 @@ def calibrated(found: Calibration, source: str) -> Device:
         source=source,
         curves=found.curves,
         functions=found.functions,
+        fresh=found.fresh,
         steps=found.steps,
     )
 

@@ -71,7 +71,10 @@ def values_of(
             Value(
                 bytes=0 if node in free and not gather else size,
                 seconds=gather or seconds_again(node, on),
-                save_seconds=0.0 if node.op == "placeholder" else size / on.memory,  # the backward reads it
+                # The backward reads it, and it takes memory meanwhile.
+                save_seconds=on.fresh * size * bool(gather)
+                if node.op == "placeholder"
+                else size / on.memory + on.fresh * size,
                 inputs=tuple(number[a] for a in node.all_input_nodes if a in number),
                 needed=needed,
                 savable=not recomputable or not (again or is_view(node) or _is_tuple(node)),

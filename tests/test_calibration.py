@@ -170,3 +170,19 @@ def test_without_a_calibration_nothing_is_kept(folder: Path) -> None:
     (one,) = engine_of(model).compilations
     assert one.measured_seconds is not None
     assert not list(folder.iterdir())
+
+
+def test_memory_that_is_held_has_its_price(folder: Path) -> None:
+    """Where the allocator takes memory anew in each step, a fastest plan saves less, and what it saves counts as time."""
+    plans = []
+    for fresh in (0.0, 1e-6):
+        _made(
+            fresh=fresh, curves={k: Curve.through({1e3: 1e-6, 1e9: 1.0}) for k in ("generated", "product float32")}
+        ).save(folder)
+        assert devices.device("cpu").fresh == fresh
+        (one,) = engine_of(_train(1)).compilations
+        assert one.plan is not None
+        plans.append(one.plan)
+    free, dear = plans
+    assert dear.saved_bytes < free.saved_bytes
+    assert dear.seconds > free.seconds
