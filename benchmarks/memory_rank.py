@@ -125,7 +125,7 @@ class Trainer:
         """The first steps, which compile; a budget's refusal is an answer, not a failure."""
         if not self.system.startswith("dspass"):
             return Started(self.steps(count)[1])
-        from dspass.planner.plan import BudgetError
+        from dspass.planner.record import BudgetError
 
         try:
             return self._planned(self.steps(count)[1])

@@ -18,7 +18,7 @@ from dspass.passes.base import Pass, PassContext, PassResult, run_passes
 from dspass.passes.offload_saved import OffloadSaved, mark_all
 from dspass.passes.partition import partition
 from dspass.passes.text import print_graph
-from dspass.planner.plan import Plan
+from dspass.planner.record import Plan
 from dspass.planner.saved import MadeFor
 from dspass.planning import in_buckets, planned, refine, scheduled
 from dspass.runtime import compat

@@ -33,7 +33,7 @@ from dspass.engines import engine_of, new_engine
 from dspass.lowering.simulate import GraphSimulator, InductorSimulator
 from dspass.owners import unwrap
 from dspass.passes import cost, devices
-from dspass.planner.plan import BudgetError, Plan, Tensors
+from dspass.planner.record import BudgetError, Plan, Tensors
 from dspass.planner.saved import PlanError
 from dspass.report import (
     GraphRecord,
@@ -87,7 +87,7 @@ def explain(
     - ``explain("report.json")``: a saved report.
 
     ``memory_budget`` (bytes, ``"60GB"``, ``"75%"`` of the device or ``"auto"``) has the planner fit the step into it, and the
-    report show what that costs; raises :class:`~dspass.planner.plan.BudgetError` where nothing fits. ``optimizer`` names
+    report show what that costs; raises :class:`~dspass.planner.record.BudgetError` where nothing fits. ``optimizer`` names
     whose states are counted (one of :data:`OPTIMIZERS`); ``train=False`` predicts the forward only.
     """
     if isinstance(model, (str, os.PathLike)):

@@ -19,7 +19,7 @@ from dspass.config import Config
 from dspass.explain import OPTIMIZERS, explain
 from dspass.owners import unwrap
 from dspass.passes import devices
-from dspass.planner.plan import BudgetError, size_text
+from dspass.planner.record import BudgetError, size_text
 from dspass.report import Report
 
 

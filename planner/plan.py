@@ -35,8 +35,8 @@ import copy
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Self
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.fx as fx
@@ -49,6 +49,7 @@ from dspass.passes.text import print_value
 from dspass.planner.dry_run import Peak
 from dspass.planner.liveness import Liveness
 from dspass.planner.mincut import Choice, Value, hull, smallest
+from dspass.planner.record import BudgetError, Decision, Option, Plan, Setting, Tensors, size_text
 from dspass.planner.values import Held, in_ways, values_of
 from dspass.runtime import compat
 from dspass.runtime.params import lookup
@@ -76,132 +77,6 @@ _LARGEST = 12
 
 #: So many choices with the least corrected peaks are run in any case, before a budget is refused.
 _LAST_TRIES = 3
-
-
-class BudgetError(RuntimeError):
-    """No plan fits into the memory budget. ``smallest`` is one that works, in bytes: the least peak, rounded up."""
-
-    def __init__(self, message: str, smallest: int) -> None:
-        super().__init__(message)
-        self.smallest = smallest
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """What is chosen for the whole step: ``bucket_bytes`` of collectives (None: the passes' own choice), which lasts
-    ``seconds`` longer than the first setting's; and the parameters whose ``states`` wait on the host, of ``states_bytes``, of
-    which ``part_bytes`` come back at a time while the optimiser steps, in ``copy_seconds`` of a step."""
-
-    bucket_bytes: int | None = None
-    seconds: float = 0.0
-    states: tuple[str, ...] = ()
-    states_bytes: int = 0
-    part_bytes: int = 0
-    copy_seconds: float = 0.0
-
-    def bytes(self, peak: Peak) -> int:
-        """A rank's peak, where ``peak`` is that of a step with all states on the device."""
-        return peak.base - self.states_bytes + max(peak.graph, peak.floor + self.part_bytes)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Decision:
-    """What a candidate says, by names of the joint graph's nodes: what is saved, what is computed again, and, of what is saved,
-    the whole parameters whose copies are kept from the forward to the backward, and pairs of a value and the pass that holds
-    it in its way; bytes of a bucket, and the parameters whose optimiser states wait on the host."""
-
-    saved: tuple[str, ...]
-    recomputed: tuple[str, ...] = ()
-    kept: tuple[str, ...] = ()
-    held: tuple[tuple[str, str], ...] = ()
-    bucket_bytes: int | None = None
-    states_on_host: tuple[str, ...] = ()
-
-    @classmethod
-    def from_json(cls, said: Mapping[str, Any]) -> Self:
-        lists = {k: tuple(v) for k, v in said.items() if isinstance(v, list)}
-        return cls(**{**said, **lists, "held": tuple((name, by) for name, by in said["held"])})
-
-
-@dataclass(frozen=True, kw_only=True)
-class Option:
-    """A point of the frontier: peak and seconds of a step, and bytes from the forward to the backward. ``is_measured``: the
-    peak is a dry run's, not the corrected model's."""
-
-    peak: int
-    seconds: float
-    saved_bytes: int
-    is_measured: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tensors:
-    """The values of one operator, or one value: how many, bytes that are saved or kept, bytes that are not, and bytes of those
-    that a pass holds in its way, such as on the host; the seconds that computing or gathering again takes (of a class, what is
-    not kept; None of a value that has to be saved)."""
-
-    name: str
-    count: int
-    kept: int
-    dropped: int
-    again_seconds: float | None
-    held: int = 0
-    held_by: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What was decided for one graph, and between what. ``held_bytes`` are those of values that passes hold in their ways, and
-    ``between`` the bytes on the device from its forward to its backward; ``seconds`` are the cost model's for both with their
-    collectives, times ``scale``, which measured steps gave; ``states_bytes`` of optimiser states wait on the host, and take
-    ``states_seconds`` of a step to come and go; ``frontier`` is ordered from the fastest to the smallest, its seconds hold all
-    of this but the optimiser's own, and ``chosen`` is its index."""
-
-    decision: Decision
-    saved_bytes: int
-    kept_bytes: int
-    held_bytes: int
-    seconds: float
-    again_seconds: float
-    peak: int
-    between: int
-    budget: int
-    frontier: tuple[Option, ...]
-    chosen: int
-    classes: tuple[Tensors, ...]
-    largest: tuple[Tensors, ...]
-    scale: float = 1.0
-    states_bytes: int = 0
-    states_seconds: float = 0.0
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, said: Mapping[str, Any]) -> Self:
-        """Raises ``KeyError`` or ``TypeError`` where ``said`` has another form."""
-        decision = Decision.from_json(said["decision"])
-        records = {"frontier": Option, "classes": Tensors, "largest": Tensors}
-        return cls(
-            **{**said, "decision": decision, **{k: tuple(kind(**o) for o in said[k]) for k, kind in records.items()}}
-        )
-
-    def __str__(self) -> str:
-        decision = self.decision
-        kept = f", {size_text(self.kept_bytes)} of gathered copies kept" if self.kept_bytes else ""
-        again = f", {len(decision.recomputed)} computed again in {self.again_seconds * 1e3:.3g} ms"
-        by = sorted({name for _, name in decision.held})
-        held = f", {size_text(self.held_bytes)} in {len(decision.held)} values by {' and '.join(by)}" if by else ""
-        states = (
-            f", {size_text(self.states_bytes)} of optimiser states on the host in {self.states_seconds * 1e3:.3g} ms a step"
-            if self.states_bytes
-            else ""
-        )
-        buckets = f", buckets of {size_text(decision.bucket_bytes)}" if decision.bucket_bytes else ""
-        return (
-            f"{size_text(self.saved_bytes - self.kept_bytes)} saved in {len(decision.saved)} values{held}{again}{kept}{states}"
-            f"{buckets}; peak {size_text(self.peak)} of {size_text(self.budget)}"
-        )
 
 
 @dataclass(kw_only=True)
@@ -575,11 +450,3 @@ def _rounded_up(count: int) -> int:
     """To four digits, as :func:`size_text` says it: a person who gives what an error says must not be refused again."""
     unit = 10 ** max(len(str(count)) - 4, 0)
     return -(-count // unit) * unit
-
-
-def size_text(count: float) -> str:
-    """``1.23 GB``: powers of 1000, as budgets are written."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
-        if count >= factor:
-            return f"{count / factor:.4g} {unit}"
-    return f"{count:.0f} B"

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
-from dspass.planner.plan import Plan, size_text
+from dspass.planner.record import Plan, size_text
 
 _VERSION = 2
 

@@ -13,7 +13,7 @@ import torch
 import dspass
 from dspass.passes import devices
 from dspass.passes.devices import DEVICES, capacity, device, machine_memory, share_of, tabled
-from dspass.planner.plan import BudgetError
+from dspass.planner.record import BudgetError
 from examples.gpt import GPT, GPTConfig
 from tests.test_explain import MODELS
 

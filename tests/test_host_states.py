@@ -15,7 +15,7 @@ from torch import nn
 
 import dspass
 from dspass.hosting import shares
-from dspass.planner.plan import BudgetError
+from dspass.planner.record import BudgetError
 from dspass.runtime import host_states
 from dspass.runtime.host import is_on_host
 from dspass.runtime.host_states import HostStates, local_of, parts_of

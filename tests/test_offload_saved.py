@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import dspass
-from dspass.planner.plan import BudgetError
+from dspass.planner.record import BudgetError
 from dspass.runtime.host import empty_on_host, extent, offload_start, offload_wait, reload_start, reload_wait
 from examples.gpt import GPT, GPTConfig
 from tests.ranks import run

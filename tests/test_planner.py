@@ -23,7 +23,8 @@ from dspass.passes.prefetch_gathers import PrefetchGathers
 from dspass.pipeline import build
 from dspass.planner.dry_run import Peak
 from dspass.planner.mincut import Choice, Value, Way, contract, exhaustive, hull, solve
-from dspass.planner.plan import BudgetError, Planner, Setting
+from dspass.planner.plan import Planner
+from dspass.planner.record import BudgetError, Setting
 from dspass.planner.saved import PlanError
 from dspass.planner.values import can_recompute
 from examples.gpt import GPT, GPTConfig
