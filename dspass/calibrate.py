@@ -1,8 +1,8 @@
 """``python -m dspass calibrate``: how fast the device that is here really is, measured and stored for the planner.
 
 Each figure is that of the code which a step runs: products as torch calls them, attention forward and backward, and generated
-kernels from Inductor, which write into memory that exists. Of several runs at several times the median counts. Under ``torchrun`` all-gathers
-over the group are measured, too; alone, two processes of this machine are started for that on a CPU.
+kernels from Inductor, which write into memory that exists. Of several runs at several times the median counts. Under
+``torchrun`` all-gathers over the group are measured, too; alone, two processes of this machine are started for that on a CPU.
 
 On a CPU everything is measured with as many threads as torch has now: set ``OMP_NUM_THREADS`` as the training will have it.
 """
