@@ -68,6 +68,12 @@ def main() -> int:
         default=True,
         help="measure the device first, which takes a minute",
     )
+    two.add_argument(
+        "--keep-memory",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="have glibc keep what is freed, in every process alike: else it takes it anew in each step",
+    )
     two.add_argument("--out", default="benchmarks/results", help="where tables, figures and plots are written")
     two.set_defaults(run=memory.run)
     for name, module in (("offload", offload), ("prefetch", prefetch)):
