@@ -46,7 +46,6 @@ from benchmarks.memory_points import Point, Ranks, peers
 from benchmarks.memory_table import table
 from benchmarks.table import device
 
-
 #: By default glibc hands memory back to the kernel where more than some threshold is free, and a step that crosses it takes all
 #: of it anew: a few more saved bytes can cost a tenth of a step, of any system alike.
 _KEPT = {"MALLOC_TRIM_THRESHOLD_": "4000000000", "MALLOC_MMAP_THRESHOLD_": "4000000000"}
