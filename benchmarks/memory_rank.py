@@ -139,7 +139,8 @@ class Trainer:
         from dspass.engines import engine_of
 
         engine = engine_of(self.training.model)
-        plans = [c.plan for c in engine.compilations if c.plan is not None] if engine is not None else []
+        last = {c.frame: c for c in engine.compilations} if engine is not None else {}  # some models are compiled again
+        plans = [c.plan for c in last.values() if c.plan is not None]
         if not plans:
             return Started(losses)
         from dspass.passes import cost, devices

@@ -251,7 +251,8 @@ def _seconds(
         on = devices.device(device)
     exposed: dict[tuple[str, str], float] = {}
     total = 0.0
-    for compilation in engine.compilations:
+    # Of a function that was compiled again, as when a model sets something in its first call, the last counts.
+    for compilation in {c.frame: c for c in engine.compilations}.values():
         for where in ("forward", "backward"):
             if where in compilation.graphs:
                 one = cost.estimate(compilation.graphs[where].graph, on)

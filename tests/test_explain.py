@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import dspass
 from examples.gpt import GPT, GPTConfig
@@ -233,3 +234,27 @@ def test_command_line(tmp_path: Path) -> None:
     refused = _dspass("explain", "nonsense")
     assert refused.returncode == 2
     assert "package.module:function" in refused.stderr
+
+
+class SetsSomething(nn.Module):
+    """As transformers' classifiers do in their first call: it is compiled a second time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.kind = nn.Linear(64, 64), "unknown"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.kind == "unknown":
+            self.kind = "known"
+        return self.layer(x).square().mean()
+
+
+def test_a_step_is_one_of_the_graphs_of_a_function_that_was_compiled_again() -> None:
+    seconds = {}
+    for kind in ("known", "unknown"):
+        model = SetsSomething()
+        model.kind = kind
+        config = {"zero_optimization": {"stage": 0}}
+        report = dspass.explain(model, torch.randn(4, 64), config=config, world_size=1, device="h100")
+        seconds[kind] = report.step_seconds
+    assert seconds["unknown"] == pytest.approx(seconds["known"])
