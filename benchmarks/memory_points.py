@@ -20,8 +20,9 @@ from pathlib import Path
 
 from benchmarks.workers import Group
 
-#: Width, layers, heads, tokens a sample and samples of a rank: activations are several times the states.
+#: Width, layers, heads, tokens a sample and samples of a rank: activations are several times the states, but for "states".
 PRESETS = {
+    "states": (768, 8, 12, 64, 2),
     "tiny": (64, 2, 2, 32, 4),
     "small": (256, 4, 4, 128, 16),
     "medium": (512, 6, 8, 256, 8),

@@ -138,7 +138,7 @@ def table(rows: Sequence[Row], link: float) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--preset", choices=PRESETS, default="medium", help="width, layers and batch")
+    parser.add_argument("--preset", choices=PRESETS, default="states", help="width, layers and batch")
     parser.add_argument("--model", default="gpt", help="gpt, llama or vit")
     parser.add_argument("--ranks", type=int, choices=(1, 2), default=2, help="processes of a row")
     parser.add_argument("--rounds", type=int, default=11, help="interleaved rounds of one step")
