@@ -61,12 +61,15 @@ def compile_graph(
     """Compile ``gm``, in which sharded parameters are read through ``dspass::unshard``; inference and training alike."""
     done = Compilation(name=f"graph {len(engine.compilations)}", frame=compat.compiled_frame())
     engine.compilations.append(done)
-    chosen: Callable[..., Any] = compiler or engine.compiler or segment_compiler(config)
+    patches = inductor_settings(config)
+    known = engine.compiler
+    if isinstance(known, SegmentCompiler) and (known.patches, known.share) != (patches, config.dspass.segment_cache):
+        known = None  # the model is compiled again, with other options
+    chosen: Callable[..., Any] = compiler or known or segment_compiler(config)
     engine.compiler, engine.config = chosen, config
     if config.dspass.memory_budget is not None or config.dspass.plan is not None:
         passes = scheduled(passes, engine)
     record = done.passes.append
-    patches = inductor_settings(config)
     order = shared_order(int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
     def prepare(graph: fx.GraphModule, where: str) -> fx.GraphModule:

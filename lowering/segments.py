@@ -47,7 +47,8 @@ class SegmentCompiler:
 
     def __call__(self, gm: fx.GraphModule, *, is_backward: bool, is_inference: bool) -> Compiled:
         inputs = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
-        key = None if not self.share or _has_symbols(gm.graph) or _has_constants(gm.graph) else segment_key(gm.graph)
+        alone = not self.share or _has_symbols(gm.graph) or _has_constants(gm.graph)
+        key = None if alone else f"{compat.inductor_hash(self.patches)} {segment_key(gm.graph)}"
         if key is not None and key in self._cache:
             self.reused += 1
             return self._cache[key]
@@ -250,7 +251,8 @@ def segment_key(graph: fx.Graph) -> str:
             for v in leaves
         ]
         target = "" if node.op == "placeholder" else str(node.target)
-        lines.append(f"{node.op} {target} {argument(node.args)} {argument(dict(node.kwargs))} {layout}")
+        rounds = node.meta.get("low_precision_pointwise_barrier", False)  # of Inductor's emulate_precision_casts
+        lines.append(f"{node.op} {target} {argument(node.args)} {argument(dict(node.kwargs))} {layout} {rounds}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 

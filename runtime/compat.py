@@ -163,6 +163,14 @@ def fill_values(graph: fx.Graph) -> None:
         )
 
 
+def inductor_hash(patches: Mapping[str, Any]) -> str:
+    """Equal where all of Inductor's settings are, ``patches`` among them; takes a microsecond while none changes."""
+    from torch._inductor import config
+
+    with config.patch(dict(patches)):
+        return config.get_hash().hex()
+
+
 def compile_segment(
     gm: fx.GraphModule, inputs: Sequence[Any], *, is_backward: bool, is_inference: bool, patches: Mapping[str, Any]
 ) -> Callable[[list[Any]], Sequence[Any]]:

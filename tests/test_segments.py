@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from dspass.engines import engine_of
 from dspass.lowering.segments import SegmentCompiler, lower, segment_key, sink_views
 from dspass.runtime import compat
 from dspass.runtime.axis import Axis
@@ -301,3 +302,25 @@ def test_a_piece_that_nobody_reads_is_not_compiled(compiled: list[fx.GraphModule
     assert not compiled
     given = inputs()
     assert torch.equal(program(list(given))[0], given[2])
+
+
+def test_inductor_s_settings_tell_segments_apart(compiled: list[fx.GraphModule]) -> None:
+    """Code that was generated under another setting, which a person may change for the same model, must not be used again."""
+    compiler = SegmentCompiler()
+    for casts in (False, True, False):
+        with torch._inductor.config.patch(emulate_precision_casts=casts):
+            lower(layers(new_engine(), linear), compiler, is_backward=False, is_inference=True)
+    assert (compiler.compiled, compiler.reused) == (2, 1)
+
+
+def test_a_model_that_is_compiled_again_has_the_options_of_that_time() -> None:
+    model = nn.Linear(4, 4)
+    used = []
+    for random in (False, True):
+        torch._dynamo.reset()
+        options = {"zero_optimization": {"stage": 0}, "dspass": {"fallback_random": random}}
+        torch.compile(model, backend="deepspeed", options=options)(torch.ones(2, 4))
+        engine = engine_of(model)
+        assert engine is not None
+        used.append(dict(engine.compiler.patches))
+    assert used == [{}, {"fallback_random": True}]
