@@ -6,14 +6,10 @@ Started by :class:`benchmarks.memory_points.Ranks` as ``python -m benchmarks.mem
 from __future__ import annotations
 
 import hashlib
-import os
 import statistics
-import sys
 import time
-import traceback
 from collections.abc import Sequence
 from datetime import timedelta
-from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -24,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from benchmarks import measure
 from benchmarks.memory_points import PATIENCE, PRESETS, Started
 from benchmarks.subjects import SUBJECTS, Training, adamw
+from benchmarks.workers import serve
 
 
 def build(name: str, preset: str, rank: int = 0) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
@@ -198,22 +195,5 @@ def _cause(error: BaseException) -> str:
     return " ".join(f"{type(inner).__name__}: {inner}".split())[:300]
 
 
-def main() -> None:
-    pipe = Connection(int(sys.argv[1]))
-    setting = pipe.recv()
-    trainer: Trainer | None = None
-    while True:
-        try:
-            request, args = pipe.recv()
-        except EOFError:
-            os._exit(0)  # whoever asked is gone; a collective's thread must not keep us
-        try:
-            if trainer is None:
-                trainer = Trainer(setting)
-            pipe.send((True, getattr(trainer, request)(*args)))
-        except BaseException as error:
-            pipe.send((False, f"{traceback.format_exc()}\n{_cause(error)}"))
-
-
 if __name__ == "__main__":
-    main()
+    serve(Trainer, _cause)

@@ -5,32 +5,12 @@ Started by :mod:`benchmarks.workers` as ``python -m benchmarks.rank FD``, perhap
 
 from __future__ import annotations
 
-import os
 import sys
 import time
-import traceback
 from datetime import timedelta
-from multiprocessing.connection import Connection
 from typing import Any
 
-
-def main() -> None:
-    pipe = Connection(int(sys.argv[1]))
-    setting = pipe.recv()
-    if setting["core"] is not None:
-        os.sched_setaffinity(0, {setting["core"]})  # before torch starts a thread
-    subject: Rank | None = None
-    while True:
-        try:
-            request, args = pipe.recv()
-        except EOFError:
-            os._exit(0)  # whoever asked is gone; a collective's thread must not keep us
-        try:
-            if subject is None:
-                subject = Rank(setting)
-            pipe.send((True, getattr(subject, request)(*args)))
-        except BaseException:
-            pipe.send((False, traceback.format_exc()))
+from benchmarks.workers import serve
 
 
 class Rank:
@@ -121,4 +101,4 @@ class Rank:
 
 
 if __name__ == "__main__":
-    main()
+    serve(Rank)

@@ -15,6 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
+from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from multiprocessing.connection import Pipe as make_pipe
 from pathlib import Path
@@ -29,6 +31,27 @@ class SubjectFailed(RuntimeError):
         """What failed, and the last line of why."""
         lines = text.strip().splitlines()
         return " ".join(dict.fromkeys((lines[0], lines[-1])))
+
+
+def serve(make: Callable[[dict[str, Any]], Any], told: Callable[[BaseException], str] = lambda _: "") -> None:
+    """What a rank's process does: read a setting from the pipe that the command line names, ``make`` what answers requests at
+    the first, and send each answer, or the traceback of what was raised with what is ``told`` of it."""
+    pipe = Connection(int(sys.argv[1]))
+    setting = pipe.recv()
+    if setting.get("core") is not None:
+        os.sched_setaffinity(0, {setting["core"]})  # before torch starts a thread
+    answers: Any = None
+    while True:
+        try:
+            request, args = pipe.recv()
+        except EOFError:
+            os._exit(0)  # whoever asked is gone; a collective's thread must not keep us
+        try:
+            if answers is None:
+                answers = make(setting)
+            pipe.send((True, getattr(answers, request)(*args)))
+        except BaseException as error:
+            pipe.send((False, "\n".join(filter(None, (traceback.format_exc(), told(error))))))
 
 
 class Group:

@@ -51,7 +51,7 @@ from dspass.report import (
 from dspass.runtime import compat
 from dspass.runtime.axis import MODELLED
 from dspass.runtime.engine import Engine
-from dspass.runtime.host_states import local_of, parts_of
+from dspass.runtime.host_states import local_bytes, local_of, parts_of
 from dspass.runtime.ledger import CATEGORIES, HOST, Ledger, Point
 
 #: States of one parameter, and temporaries of its size that one step of it holds at once (torch.optim, not fused).
@@ -264,13 +264,9 @@ def _seconds(
     if train:
         states, _ = OPTIMIZERS[optimizer]
         trained = [p for p in model.parameters() if p.requires_grad]
-        total += cost.optimizer_seconds(sum(_bytes(p) for p in trained), states, on)
-        total += cost.states_seconds(states * sum(_bytes(p) for p in trained if p in engine.host_states), on)
+        total += cost.optimizer_seconds(sum(local_bytes(p) for p in trained), states, on)
+        total += cost.states_seconds(states * sum(local_bytes(p) for p in trained if p in engine.host_states), on)
     return exposed, total
-
-
-def _bytes(param: torch.Tensor) -> int:
-    return local_of(param).numel() * param.element_size()
 
 
 class _Steps:

@@ -9,7 +9,7 @@ import torch
 from dspass.config import Config
 from dspass.runtime.engine import Engine
 from dspass.runtime.host import is_on_host
-from dspass.runtime.host_states import LEAST_BYTES, local_of
+from dspass.runtime.host_states import LEAST_BYTES, local_bytes, local_of
 
 
 def host_all(engine: Engine, config: Config) -> None:
@@ -30,7 +30,7 @@ def host(engine: Engine, names: list[str] | tuple[str, ...]) -> None:
 def shares(params: Mapping[str, torch.Tensor], ratio: float, count: int) -> list[tuple[str, ...]]:
     """``count`` growing lists of names up to ``ratio`` of the bytes of trained ``params``, in their order; those of less than
     :data:`~dspass.runtime.host_states.LEAST_BYTES` are in none."""
-    sizes = {n: local_of(p).numel() * p.element_size() for n, p in params.items() if p.requires_grad}
+    sizes = {n: local_bytes(p) for n, p in params.items() if p.requires_grad}
     worth = [n for n, size in sizes.items() if size >= LEAST_BYTES]
     most = ratio * sum(sizes.values())
     lists: list[tuple[str, ...]] = []

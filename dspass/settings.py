@@ -20,7 +20,7 @@ from dspass.passes.nodes import GATHERED
 from dspass.planner.dry_run import State
 from dspass.planner.record import Setting
 from dspass.runtime.engine import Engine
-from dspass.runtime.host_states import local_of, parts_of
+from dspass.runtime.host_states import local_bytes, local_of, parts_of
 from dspass.runtime.params import ParamSpec, lookup
 
 #: How often in a step each parameter's bucket travels, by stage.
@@ -112,8 +112,8 @@ def state_of(engine: Engine) -> State:
     root = engine.root() if engine.root is not None else None
     hosted = {id(spec.param()) for spec in engine.specs.values() if spec.on_host}
     params = [p for p in engine.params().values() if id(p) not in hosted]
-    sizes = {id(p): _local_bytes(p) for p in params}
-    buffers = sum(map(_local_bytes, root.buffers())) if root is not None else 0
+    sizes = {id(p): local_bytes(p) for p in params}
+    buffers = sum(map(local_bytes, root.buffers())) if root is not None else 0
     trained = [p for p in params if p.requires_grad]
     _, temporaries = engine.supposed_optimizer or (2, 2)
     away = [name for name, p in engine.params().items() if p in engine.host_states and id(p) not in hosted]
@@ -139,13 +139,13 @@ def states_bytes(engine: Engine, hosted: bool = False) -> dict[str, int]:
                 continue
             state = getattr(found, "state", {})
             made = {
-                name: sum(_local_bytes(t) for t in state.get(p, {}).values() if isinstance(t, torch.Tensor))
+                name: sum(local_bytes(t) for t in state.get(p, {}).values() if isinstance(t, torch.Tensor))
                 for name, p in trained.items()
             }
             if any(made.values()):
                 return made
     states, _ = engine.supposed_optimizer or (2, 2)
-    return {name: states * _local_bytes(p) for name, p in trained.items()}
+    return {name: states * local_bytes(p) for name, p in trained.items()}
 
 
 def _temporaries(trained: Sequence[torch.Tensor], sizes: dict[int, int], count: int) -> int:
@@ -153,8 +153,3 @@ def _temporaries(trained: Sequence[torch.Tensor], sizes: dict[int, int], count: 
     largest = max((sizes[id(p)] for p in trained), default=0)
     together = any(p.device.type == "cuda" for p in trained)
     return count * (sum(sizes[id(p)] for p in trained) if together else largest)
-
-
-def _local_bytes(tensor: torch.Tensor) -> int:
-    local = local_of(tensor)
-    return local.numel() * local.element_size()

@@ -13,7 +13,9 @@ Beside the values there are settings of the whole step (:class:`Setting`): how l
 optimiser states wait on the host. What a setting costs adds to what a choice costs, and what it saves is known for the states
 and modelled for buckets, so candidates are all pairs of a choice and a setting, in the order of their time.
 
-Nothing in this depends on the budget but where it stops, so a larger budget never gives a slower plan.
+Nothing in this depends on the budget but where it stops, so a larger budget never gives a slower plan by the seconds of the
+candidates. These are sums over values; the cost model's estimate of the graphs that come of them, which the report shows, can
+be longer under a larger budget, for a value that is written and read costs more there than the sum says.
 
 Passes declare levers of their own (:meth:`dspass.passes.base.Pass.hold`): other ways to hold a saved value, such as on the
 host. Copies to and from the host cost nothing while compute hides them and their whole time beyond that, which is no sum over

@@ -39,6 +39,11 @@ def local_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
+def local_bytes(tensor: torch.Tensor) -> int:
+    """Bytes of what this rank holds of a tensor."""
+    return local_of(tensor).nbytes
+
+
 @dataclass(kw_only=True, eq=False)
 class HostStates:
     """Whose states wait on the host, and their memory there. ``part_elements`` (DeepSpeed's ``sub_group_size``) limits a part,
@@ -173,11 +178,11 @@ class HostStates:
 
 def parts_of(params: Sequence[torch.Tensor], most_elements: int | None = None, states: int = 2) -> list[list[int]]:
     """Indices of the local ``params`` that are stepped together, when each has ``states`` as large as itself."""
-    limit = min(PART_BYTES, states * sum(map(_bytes, params)) // PARTS)
+    limit = min(PART_BYTES, states * sum(p.nbytes for p in params) // PARTS)
     parts: list[list[int]] = []
     held = elements = 0
     for i, param in enumerate(params):
-        size = states * _bytes(param)
+        size = states * param.nbytes
         full = most_elements is not None and elements + param.numel() > most_elements
         if not parts or held + size > limit or full:
             parts.append([])
@@ -205,8 +210,4 @@ def _put(state: dict[Any, Any], key: Any, local: torch.Tensor) -> None:
         state[key] = local
 
 
-def _bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
-__all__ = ["LEAST_BYTES", "HostStates", "local_of", "parts_of"]
+__all__ = ["LEAST_BYTES", "HostStates", "local_bytes", "local_of", "parts_of"]
