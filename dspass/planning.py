@@ -29,6 +29,7 @@ from dspass.passes.bucket_gathers import BucketGathers
 from dspass.passes.bucket_reductions import BucketReductions
 from dspass.passes.kernels import size_of
 from dspass.passes.nodes import GATHERED
+from dspass.passes.offload_saved import OffloadSaved
 from dspass.passes.partition import partition
 from dspass.passes.prefetch_gathers import PrefetchGathers
 from dspass.passes.text import print_value
@@ -156,10 +157,15 @@ def _model_key(made_for: MadeFor) -> str:
 
 
 def scheduled(passes: Sequence[Pass], engine: Engine) -> tuple[Pass, ...]:
-    """``passes`` under a budget: gathers start as late as the device hides them, where it computes while it sends."""
+    """``passes`` under a budget: gathers and copies start as late as the device hides them, where it computes meanwhile."""
     on = devices.tabled(kind_of(engine))  # the same on all ranks, whatever was measured where
+    if not on.overlaps:
+        return tuple(passes)
     return tuple(
-        replace(p, hidden_by=on) if isinstance(p, PrefetchGathers) and p.distance and on.overlaps else p for p in passes
+        replace(p, hidden_by=on)
+        if isinstance(p, OffloadSaved) or (isinstance(p, PrefetchGathers) and p.distance)
+        else p
+        for p in passes
     )
 
 

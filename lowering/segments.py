@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from dspass.passes.kernels import REDUCTIONS, fuses, is_view, size_of
 from dspass.passes.text import print_value
 from dspass.runtime import compat
 from dspass.runtime.collectives import RUNTIME_FUNCTIONS, gather_start, gather_wait, reduce_start, reduce_wait
@@ -169,10 +170,12 @@ def cut(graph: fx.Graph) -> list[list[fx.Node]]:
     """The graph's nodes in order, in pieces: one runtime node (or item of one), or a run of compute nodes.
 
     Symbolic arithmetic, items of runtime results and views that only one later piece reads do not begin a segment of
-    their own; see :func:`sink_views`.
+    their own; see :func:`sink_views`. What only later pieces read, and is made of less, is made there; see
+    :func:`sink_enlarged`.
     """
     hoist_items(graph)
     sink_views(graph)
+    sink_enlarged(graph)
     pieces: list[list[fx.Node]] = []
     compute: list[fx.Node] | None = None
     for node in graph.nodes:
@@ -203,10 +206,67 @@ def sink_views(graph: fx.Graph) -> None:
     A view that ends one segment would make it a segment's output, and a piece of views alone a segment of nothing.
     """
     for node in reversed(list(graph.nodes)):
-        if node.op == "call_function" and node.users and getattr(node.target, "is_view", False) is True:
+        if node.users and is_view(node):
             first = min(node.users)
             if first.op != "output" and first.prev is not node:
                 first.prepend(node)
+
+
+def sink_enlarged(graph: fx.Graph) -> None:
+    """Make a pointwise value where a later piece reads it first, if nothing reads it before and what it is made of is smaller.
+
+    In one piece it would be fused into its reader and take no memory. Where a runtime node stands between them it is written,
+    and held until then: the gradient of a loss is there before the product that it goes into has its weight, as large as the
+    logits, and made of the targets and a number. Reductions stay: what else is in their loop decides how they add.
+    """
+    pieces: dict[fx.Node, int] = {}
+    for i, node in enumerate(graph.nodes):
+        pieces[node] = i if not pieces or _is_runtime(node) or _is_runtime(node.prev) else pieces[node.prev]
+    for node in reversed(list(graph.nodes)):
+        if not _is_pointwise(node) or not node.users:
+            continue
+        first = min(node.users)
+        if first.op == "output" or pieces[first] == pieces[node]:
+            continue
+        chain, leaves = _made_there(node, pieces)
+        more = sum(_held_by(leaf) for leaf in leaves if max(leaf.users) < first)
+        if more < size_of(node):
+            for one in chain:
+                first.prepend(one)
+                pieces[one] = pieces[first]
+
+
+def _made_there(node: fx.Node, pieces: Mapping[fx.Node, int]) -> tuple[list[fx.Node], set[fx.Node]]:
+    """``node`` with those before it in its piece that only these read and that are no smaller than what they are made of, in
+    order; and what all of them are made of."""
+    chain, leaves = {node}, set(node.all_input_nodes)
+    while True:
+        found = next(
+            (
+                leaf
+                for leaf in leaves
+                if pieces[leaf] == pieces[node]
+                and (_is_pointwise(leaf) or is_view(leaf))
+                and chain.issuperset(leaf.users)
+                and sum(map(_held_by, set(leaf.all_input_nodes) - leaves)) <= _held_by(leaf)
+            ),
+            None,
+        )
+        if found is None:
+            return sorted(chain), leaves
+        chain.add(found)
+        leaves = leaves - {found} | set(found.all_input_nodes)
+
+
+def _held_by(node: fx.Node) -> int:
+    """Bytes of memory that are alive with a value: a view's are those of what it is a view of."""
+    while is_view(node):
+        node = node.all_input_nodes[0]
+    return size_of(node)
+
+
+def _is_pointwise(node: fx.Node) -> bool:
+    return node.op == "call_function" and fuses(node) and node.target not in REDUCTIONS and not _mutates(node)
 
 
 def build_segment(

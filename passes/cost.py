@@ -21,6 +21,7 @@ from dspass.passes.devices import Device
 from dspass.passes.kernels import (
     REDUCTIONS,
     Kernel,
+    Stretch,
     direction_of,
     elements_of,
     fuses,
@@ -35,23 +36,6 @@ from dspass.runtime.host import offload_start, offload_wait, reload_start, reloa
 from dspass.runtime.linear import LINEAR
 from dspass.runtime.params import ParamSpec
 from dspass.runtime.traffic import gather_cost, reduce_cost
-
-#: Functions that cost about as much as moving what they work on, where they were not measured.
-_TRANSCENDENTAL = {
-    "erf",
-    "exp",
-    "exp2",
-    "expm1",
-    "log",
-    "log1p",
-    "tanh",
-    "sigmoid",
-    "sin",
-    "cos",
-    "pow",
-    "gelu",
-    "silu",
-}
 
 
 @dataclass
@@ -129,9 +113,9 @@ def states_seconds(count: int, on: Device) -> float:
     return 2 * count / (on.host_link or on.memory / 2)
 
 
-def compute_seconds(graph: fx.Graph, on: Device) -> dict[fx.Node, float]:
-    """How long the kernels of ``graph`` take, each by the last node that it writes."""
-    return {kernel.writes[-1]: kernel_seconds(kernel, on) for kernel in kernels(graph)}
+def compute_seconds(part: fx.Graph | Stretch, on: Device) -> dict[fx.Node, float]:
+    """How long the kernels of ``part`` take, each by the last node that it writes."""
+    return {kernel.writes[-1]: kernel_seconds(kernel, on) for kernel in kernels(part)}
 
 
 def kernel_seconds(kernel: Kernel, on: Device) -> float:
@@ -143,14 +127,13 @@ def kernel_seconds(kernel: Kernel, on: Device) -> float:
 
 
 def seconds_again(node: fx.Node, on: Device) -> float:
-    """Seconds to compute a value from its inputs: a kernel of its own, or its part of a fused one, where inputs are at hand."""
+    """Seconds to compute a value from its inputs: a kernel of its own, or its functions in a fused one. What that reads is
+    counted with those values."""
     if node.op != "call_function" or is_view(node) or node.target is operator.getitem:
         return 0.0
     if not fuses(node):
         return kernel_seconds(Kernel(False, [node], {a: size_of(a) for a in node.all_input_nodes}, {}), on)
-    # A fused operator costs arithmetic; per element, a transcendental one about as much as moving it, others a fraction.
-    size = max(size_of(node), *(size_of(a) for a in node.all_input_nodes), 0)
-    return function_seconds(node, on) or size / on.memory * (1.0 if _name(node) in _TRANSCENDENTAL else 0.1)
+    return function_seconds(node, on)
 
 
 def function_seconds(node: fx.Node, on: Device) -> float:

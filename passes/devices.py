@@ -38,9 +38,10 @@ class Device:
     the ``node_link`` to the other ``node_devices`` of its node, seconds of ``latency`` of a collective; ``memory_bytes`` in all
     and ``host_memory_bytes`` of its node's main memory, reached at ``host_link`` bytes a second (0: not known).
 
-    Where it was calibrated: ``curves`` of seconds by kind and precision, seconds an element of ``functions`` and reductions
-    beyond moving it, ``fresh`` seconds a byte that a step holds from its forward to its backward, where the allocator gives
-    memory back to the operating system after each step, and by model the ratio of measured to predicted ``steps``."""
+    Seconds an element of ``functions`` and reductions beyond moving it; a GPU's hide behind memory. Where it was calibrated:
+    ``curves`` of seconds by kind and precision, ``fresh`` seconds a byte that a step holds from its forward to its backward,
+    where the allocator gives memory back to the operating system after each step, and by model the ratio of measured to
+    predicted ``steps``."""
 
     name: str
     rates: Mapping[torch.dtype, float]
@@ -140,6 +141,9 @@ CPU = Device(
     link=1e9,
     latency=2e-4,
     overlaps=False,
+    functions=dict.fromkeys(
+        ("exp", "exp2", "expm1", "erf", "log", "log1p", "tanh", "sigmoid", "sin", "cos", "pow"), 5e-10
+    ),
     source="rough figures of a CPU core",
 )
 
@@ -188,7 +192,7 @@ def calibrated(found: Calibration, source: str) -> Device:
         host_link=found.host_link,
         source=source,
         curves=found.curves,
-        functions=found.functions,
+        functions={**row.functions, **found.functions},
         fresh=found.fresh,
         steps=found.steps,
     )

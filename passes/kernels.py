@@ -9,13 +9,19 @@ by one kernel, which reads each of these tensors once. :func:`kernels` puts a va
 - loops over as many elements, and reduces in the same direction, if both reduce: rows and columns are different loops,
 - lies in the same segment: collectives and copies stand between kernels (:mod:`dspass.lowering.segments`).
 
+What is fused into several readers is computed in each, and reads what it is made of again. Inductor ends that where a value
+with several readers is made of more than :data:`REUSED_READS` tensors, and any where it is made of more than :data:`READS`: it
+goes to memory too. A residual stream that nothing else needs is one.
+
 Dropped: to lower the graph and ask Inductor's scheduler. That is exact, and takes minutes for a large model, where a planner
 asks for many graphs and ``explain`` has no device to lower for.
 """
 
 from __future__ import annotations
 
+import functools
 import operator
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,6 +61,55 @@ _FUSIBLE = REDUCTIONS | {
 _PICKS = {_aten.embedding.default, _aten.gather.default, _aten.index.Tensor}
 
 
+#: A fused value with several readers reads no more tensors than this, and none more than that (Inductor's
+#: ``realize_reads_threshold`` and ``realize_acc_reads_threshold``, as they are set by default).
+REUSED_READS, READS = 4, 8
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Nodes that run one after another: a graph, or one half of a joint graph as the planner sees it. Values that are ``given``
+    lie in memory before it, ``results`` behind it. What reads a node is looked for in the stretch alone."""
+
+    nodes: Sequence[fx.Node]
+    given: Set[fx.Node]
+    results: Set[fx.Node]
+
+    @classmethod
+    def of(cls, graph: fx.Graph) -> Stretch:
+        nodes = list(graph.nodes)
+        output = nodes.pop()
+        return cls(nodes, {n for n in nodes if n.op == "placeholder"}, set(output.all_input_nodes))
+
+    @functools.cached_property
+    def materialised(self) -> set[fx.Node]:
+        """Nodes whose value takes memory: results, what an operator that does not fuse reads or writes, and what would be read
+        again and again otherwise."""
+        demanded = set(self.results)  # in memory, for a reader that does not fuse
+        readers: dict[fx.Node, int] = dict.fromkeys(self.results, 1)
+        for node in reversed(self.nodes):
+            if node in self.given:
+                continue
+            sources = node.all_input_nodes
+            for source in sources:
+                readers[source] = readers.get(source, 0) + 1
+            if node in demanded if is_view(node) else not fuses(node):
+                demanded.update(sources)
+        found: set[fx.Node] = set()
+        reads: dict[fx.Node, set[fx.Node]] = {}  # of a value that is not in memory: what it is made of there
+        for node in self.nodes:
+            if node in self.given or node.op != "call_function" or is_item_in_memory(node):
+                continue
+            made_of: set[fx.Node] = set()
+            for source in node.all_input_nodes:
+                made_of |= reads.get(source, {source})
+            if _takes_memory(node, node in demanded, len(made_of), readers.get(node, 0)):
+                found.add(node)
+            else:
+                reads[node] = made_of
+        return found
+
+
 @dataclass
 class Kernel:
     """``writes`` are the nodes whose values it puts into memory, the last of which says when it has run; ``reads`` bytes of
@@ -77,42 +132,43 @@ class _Part:
     computes: dict[fx.Node, None] = field(default_factory=dict)
 
 
-def kernels(graph: fx.Graph) -> list[Kernel]:
-    """The kernels of ``graph`` in the order in which they can run."""
-    solid = materialised(graph)
-    in_memory = solid | {n for n in graph.nodes if n.op == "placeholder" or _is_item_in_memory(n)}
+def kernels(part: fx.Graph | Stretch) -> list[Kernel]:
+    """The kernels of ``part`` in the order in which they can run."""
+    stretch = part if isinstance(part, Stretch) else Stretch.of(part)
+    solid = stretch.materialised
+    in_memory = {*solid, *stretch.given, *(n for n in stretch.nodes if is_item_in_memory(n))}
     parts: dict[fx.Node, _Part] = {}
     found: list[Kernel] = []
     made: dict[fx.Node, int] = {}  # the kernel that writes a node
     segment = 0  # the first kernel of this one
-    for node in graph.nodes:
+    for node in stretch.nodes:
         if node.target in RUNTIME_FUNCTIONS:
             segment = len(found)
-        part = parts[node] = _part(node, in_memory, parts)
-        if _is_item_in_memory(node) and node.args[0] in made:
+        inside = parts[node] = _part(node, in_memory, parts)
+        if is_item_in_memory(node) and node.args[0] in made:
             made[node] = made[node.args[0]]
         if node not in solid:
             continue
         if not fuses(node):
             made[node] = len(found)
-            found.append(Kernel(False, [node], part.reads, {node: None}))
+            found.append(Kernel(False, [node], inside.reads, {node: None}))
             continue
-        elements, direction = _loop(node, part)
+        elements, direction = _loop(node, inside)
         earliest = segment
-        for source in part.reads:
+        for source in inside.reads:
             if source in made:
                 earliest = max(earliest, made[source] + (not found[made[source]].is_generated))
         place = next(
-            (i for i in range(len(found) - 1, earliest - 1, -1) if _joins(found[i], part, elements, direction)), None
+            (i for i in range(len(found) - 1, earliest - 1, -1) if _joins(found[i], inside, elements, direction)), None
         )
         if place is None:
             place = len(found)
             found.append(Kernel(True, [], {}, {}, elements, direction))
         kernel = found[place]
         kernel.writes.append(node)
-        kernel.computes.update(part.computes)
+        kernel.computes.update(inside.computes)
         kernel.direction = kernel.direction or direction
-        for source, size in part.reads.items():
+        for source, size in inside.reads.items():
             if made.get(source) != place:
                 kernel.reads[source] = max(size, kernel.reads.get(source, 0))
         made[node] = place
@@ -171,39 +227,24 @@ def is_view(node: fx.Node) -> bool:
 
 
 def materialised(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes whose value takes memory: results of the graph, and what an operator that does not fuse reads or writes."""
-    output = graph.find_nodes(op="output")[0]
-    found: set[fx.Node] = set()
-    for node in graph.nodes:
-        if node.op != "call_function" or is_view(node) or not leaves(node.meta.get("val")):
-            continue
-        if not isinstance(node.meta["val"], torch.Tensor):
-            if not fuses(node) and getattr(node.target, "namespace", None) is not None:
-                found.add(node)
-            continue
-        if _picks_item(node):
-            continue
-        readers, seen = list(node.users), set()
-        solid = not fuses(node)
-        while readers and not solid:
-            user = readers.pop()
-            if user in seen:
-                continue
-            seen.add(user)
-            if is_view(user):
-                readers.extend(user.users)
-            elif user is output or not fuses(user):
-                solid = True
-        if solid:
-            found.add(node)
-    return found
+    """:attr:`Stretch.materialised` of a whole graph."""
+    return Stretch.of(graph).materialised
+
+
+def _takes_memory(node: fx.Node, is_demanded: bool, reads: int, readers: int) -> bool:
+    value = node.meta.get("val")
+    if is_view(node) or _picks_item(node) or not leaves(value):
+        return False
+    if not isinstance(value, torch.Tensor):
+        return not fuses(node) and getattr(node.target, "namespace", None) is not None
+    return is_demanded or not fuses(node) or reads > READS or (readers > 1 and reads > REUSED_READS)
 
 
 def _picks_item(node: fx.Node) -> bool:
     return node.target is operator.getitem
 
 
-def _is_item_in_memory(node: fx.Node) -> bool:
+def is_item_in_memory(node: fx.Node) -> bool:
     """One of the tensors that a kernel of its own, or a collective, answers."""
     return _picks_item(node) and not fuses(node.args[0])
 

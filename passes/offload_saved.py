@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,10 +12,12 @@ import torch
 import torch.fx as fx
 
 from dspass.passes.base import Holding, Pass, PassContext
+from dspass.passes.cost import compute_seconds
 from dspass.passes.devices import Device
 from dspass.passes.kernels import fuses, is_view
 from dspass.passes.nodes import GATHERED, HELD, positions
 from dspass.passes.partition import received_by
+from dspass.passes.schedule import as_late, as_soon
 from dspass.runtime.host import empty_on_host, extent, offload_start, offload_wait, reload_start, reload_wait
 
 
@@ -28,6 +31,10 @@ class OffloadSaved(Pass):
     computes while it copies, one bucket is on its way at a time: it is waited for where the next one starts, and a reload
     starts when the one before it has arrived.
 
+    With ``hidden_by``, such a device, copies wait for each other on the link and compute waits for none of them: one out is
+    waited for where it has arrived by the cost model, at the latest at the end, and one back starts as late as hides it
+    (:mod:`dspass.passes.schedule`). What is on its way is on the device meanwhile, which the planner counts.
+
     ``enabled`` is DeepSpeed's ``compile.offload_activation``; None: where the device has memory of its own and a link to the
     host. Values of less than ``min_bytes`` stay: a copy of them costs more to begin than to make.
 
@@ -39,8 +46,9 @@ class OffloadSaved(Pass):
     name: ClassVar[str] = "offload_saved"
 
     enabled: bool | None = None
-    bucket_bytes: int = 256_000_000
+    bucket_bytes: int = 64_000_000
     min_bytes: int = 1_000_000
+    hidden_by: Device | None = None
 
     def hold(self, node: fx.Node, on: Device) -> Holding | None:
         value = node.meta.get("val")
@@ -71,23 +79,45 @@ class OffloadSaved(Pass):
         for node in list(graph.nodes):
             if node is output:
                 break
-            waiting += ready.get(order[node], [])
-            if _is_boundary(node) and sum(_bytes(n.meta["val"]) for n in waiting) >= self.bucket_bytes:
+            waiting += ready.pop(order[node], [])
+            if waiting and _is_boundary(node) and (not ready or _size(waiting) >= self.bucket_bytes):
                 buckets.append((node.next, waiting))
                 waiting = []
         if waiting:
             buckets.append((output, waiting))
+        arrived = self._arrivals(graph, buckets) if overlaps and self.hidden_by is not None else None
         waits: list[fx.Node] = []
-        for at, values in buckets:
+        for i, (at, values) in enumerate(buckets):
             with graph.inserting_before(at):
                 start = graph.call_function(offload_start, (values,))
-            if overlaps and waits:
+            place = output if overlaps else at
+            if arrived is not None:
+                place = arrived[i]
+            elif overlaps and waits:
                 for moved in (waits[-1], *sorted(waits[-1].users)):
                     start.prepend(moved)
             hosts = [empty_on_host(value.meta["val"]) for value in values]
-            wait = _arrive(graph, output if overlaps else at, start, offload_wait, hosts, values, _only(output))
+            wait = _arrive(graph, place, start, offload_wait, hosts, values, _only(output))
             waits.append(wait)
         return len(marked), len(buckets)
+
+    def _arrivals(self, graph: fx.Graph, buckets: Sequence[tuple[fx.Node, list[fx.Node]]]) -> list[fx.Node]:
+        """The node before which each bucket has arrived."""
+        assert self.hidden_by is not None
+        nodes, clock = _clock(graph, self.hidden_by)
+        order = {node: i for i, node in enumerate(nodes)}
+        lasts = [self._copy_seconds(values, self.hidden_by) for _, values in buckets]
+        moments = as_soon(clock, [order[at] for at, _ in buckets], lasts)
+        found, p = [], 0
+        for (at, _), moment in zip(buckets, moments, strict=True):
+            p = max(p, order[at])
+            while p < len(nodes) - 1 and (clock[p] < moment or not _is_boundary(nodes[p - 1])):
+                p += 1
+            found.append(nodes[p])
+        return found
+
+    def _copy_seconds(self, values: Sequence[fx.Node], on: Device) -> float:
+        return _size(values) / (on.host_link or on.memory / 2)
 
     def _reload(self, graph: fx.Graph, overlaps: bool) -> tuple[int, int]:
         order = positions(graph)
@@ -97,23 +127,44 @@ class OffloadSaved(Pass):
         marked.sort(key=lambda n: min(order[u] for u in n.users))
         buckets: list[list[fx.Node]] = []
         for node in marked:
-            if not buckets or sum(_bytes(n.meta["val"]) for n in buckets[-1]) >= self.bucket_bytes:
+            if not buckets or _size(buckets[-1]) >= self.bucket_bytes:
                 buckets.append([])
             buckets[-1].append(node)
-        free = body  # from here on the next reload may start
+        places = []
         for bucket in buckets:
             place = min(order[u] for n in bucket for u in n.users)
             while nodes[place - 1].op != "placeholder" and not _is_boundary(nodes[place - 1]):
                 place -= 1
+            places.append(place)
+        begins = self._departures(graph, buckets, places) if overlaps and self.hidden_by is not None else None
+        free = body  # from here on the next reload may start
+        for i, (bucket, place) in enumerate(zip(buckets, places, strict=True)):
             at = nodes[place]
             values = [n.meta["val"] for n in bucket]
-            with graph.inserting_before(free if overlaps else at):
+            with graph.inserting_before(begins[i] if begins is not None else free if overlaps else at):
                 start = graph.call_function(reload_start, (bucket, str(values[0].device)))
             wait = _arrive(graph, at, start, reload_wait, values, bucket, _all_but(start))
             free = max(wait, *wait.users).next
             for node, value in zip(bucket, values, strict=True):
                 node.meta = {**{k: v for k, v in node.meta.items() if k != HELD}, "val": empty_on_host(value)}
         return len(marked), len(buckets)
+
+    def _departures(self, graph: fx.Graph, buckets: Sequence[list[fx.Node]], places: Sequence[int]) -> list[fx.Node]:
+        """The node before which each bucket starts, as late as hides it."""
+        assert self.hidden_by is not None
+        nodes, clock = _clock(graph, self.hidden_by)
+        late = as_late(clock, places, [self._copy_seconds(values, self.hidden_by) for values in buckets])
+        first = next(p for p, n in enumerate(nodes) if n.op != "placeholder")
+        found, p = [], first
+        for place, moment in zip(places, late.starts, strict=True):
+            best = p
+            while p < place and late.clock[p + 1] <= moment:
+                p += 1
+                if _is_boundary(nodes[p - 1]):
+                    best = p
+            p = best
+            found.append(nodes[best])
+        return found
 
 
 def mark_all(forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int, item: OffloadSaved) -> None:
@@ -151,6 +202,12 @@ def _arrive(
     return wait
 
 
+def _clock(graph: fx.Graph, on: Device) -> tuple[list[fx.Node], list[float]]:
+    """The nodes of ``graph``, and when each begins if nothing waits."""
+    nodes, seconds = list(graph.nodes), compute_seconds(graph, on)
+    return nodes, [0.0, *itertools.accumulate(seconds.get(node, 0.0) for node in nodes[:-1])]
+
+
 def _only(node: fx.Node) -> Callable[[fx.Node], bool]:
     return lambda user: user is node
 
@@ -186,6 +243,10 @@ def _is_dense(node: fx.Node) -> bool:
     if node.op != "call_function" or GATHERED in node.meta or not isinstance(value, torch.Tensor) or is_view(node):
         return False
     return all(isinstance(size, int) for size in value.shape) and extent(value) == _bytes(value)
+
+
+def _size(nodes: Sequence[fx.Node]) -> int:
+    return sum(_bytes(node.meta["val"]) for node in nodes)
 
 
 def _bytes(value: torch.Tensor) -> int:

@@ -25,7 +25,7 @@ def partition(
     free_inputs: Sequence[int] = (),
     *,
     recompute_pointwise: bool = False,
-    choose: Callable[[fx.Graph, Sequence[fx.Node], frozenset[fx.Node]], list[fx.Node]] | None = None,
+    choose: Callable[[fx.Graph, Sequence[fx.Node], frozenset[fx.Node], compat.Unplanned], list[fx.Node]] | None = None,
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
     """Split ``joint``. The first ``num_fwd_outputs`` outputs are the forward's own; ``free_inputs`` cost nothing to save.
 

@@ -153,7 +153,7 @@ def _solve(values: Sequence[Value], problem: Mapping[int, Value], price: float) 
     together.add_edges_from((i, u) for i, value in left.items() for u in value.inputs)
     for group in nx.connected_components(together):
         saved |= _cut({i: left[i] for i in group}, price)
-    return _completed(values, saved, price)
+    return completed(values, saved, price)
 
 
 def _cut(left: Mapping[int, Value], price: float) -> set[int]:
@@ -275,7 +275,7 @@ def _reachable(values: Sequence[Value]) -> dict[int, Value]:
     return {i: values[i] for i in sorted(seen)}
 
 
-def _completed(values: Sequence[Value], saved: Set[int], price: float) -> Choice:
+def completed(values: Sequence[Value], saved: Set[int], price: float = 0.0) -> Choice:
     """All values of a choice, from those of ``saved`` among which there is one: what the backward needs, followed back to
     what is saved or has to be, each in the way that is cheapest at ``price``."""
     kept: set[int] = set()
@@ -337,7 +337,7 @@ def exhaustive(values: Sequence[Value], budget: int) -> Choice | None:
     best: Choice | None = None
     for count in range(len(free) + 1):
         for kept in itertools.combinations(free, count):
-            plain = _completed(values, fixed | frozenset(kept), 0.0)
+            plain = completed(values, fixed | frozenset(kept), 0.0)
             order = sorted(plain.saved)
             for ways in itertools.product(*((None, *range(len(values[i].ways))) for i in order)):
                 said = frozenset((i, k) for i, k in zip(order, ways, strict=True) if k is not None)

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from dspass.passes.base import Holding, Pass
 from dspass.passes.cost import seconds_again
 from dspass.passes.devices import Device
-from dspass.passes.kernels import is_view, size_of
+from dspass.passes.kernels import Stretch, fuses, is_view, size_of
 from dspass.passes.nodes import GATHERED
 from dspass.planner.mincut import Value, Way
 from dspass.runtime.params import ParamSpec, lookup
@@ -41,6 +41,7 @@ def values_of(
     on: Device,
     regather: float = 0.0,
     levers: Sequence[Pass] = (),
+    repeats: float = 1.0,
 ) -> tuple[list[Value], list[fx.Node], list[tuple[Held, ...]]]:
     """The values of ``forward``, the nodes in order that depend on no gradient, these nodes, and the ways in which ``levers``
     hold each (:func:`in_ways`).
@@ -52,12 +53,20 @@ def values_of(
     all-gather, the share that compute does not hide. With it everything between stages 2 and 3 can be chosen. A person's
     own wishes stand in the nodes: ``torch.utils.checkpoint`` and its policies mark what must be saved and what must be
     computed again.
+
+    Time is that of what goes through memory, as :mod:`dspass.passes.kernels` sees it. To save a value that the forward would
+    fuse writes it there, and what is fused in the backward reads it there, where a product would read it in any case. To
+    compute a fused value again costs its functions, and to write it where a product reads it. One that is read in several
+    places is computed in each of them, and reads all it is made of there, where the value itself would be one read:
+    ``repeats`` more times, which is no sum over values but how many of its readers are in one kernel.
     """
     inside = set(forward)
     number = {node: i for i, node in enumerate(forward)}
     output = joint.find_nodes(op="output")[0]
     gradients = {a for a in output.args[0][num_fwd_outputs:] if isinstance(a, fx.Node)}
     results = {a for a in output.args[0][:num_fwd_outputs] if isinstance(a, fx.Node)}
+    written = Stretch(forward, free, results).materialised
+    by_products, by_fused = _read_behind(joint, inside)
     found, others = [], []
     for i, node in enumerate(forward):
         needed = node in gradients or any(u.op != "output" and u not in inside for u in node.users)
@@ -67,14 +76,15 @@ def values_of(
         recomputable = again or _is_tuple(node) or (wish is not CheckpointPolicy.MUST_SAVE and can_recompute(node))
         size = size_of(node)
         gather = regather * _gather_seconds(node, on)
+        passes = (node not in written) + (node in by_fused or node not in by_products)
+        computing = seconds_again(node, on) + _passes_again(node, node in by_products, repeats) * size / on.memory
         found.append(
             Value(
                 bytes=0 if node in free and not gather else size,
-                seconds=gather or seconds_again(node, on),
-                # The backward reads it, and it takes memory meanwhile.
+                seconds=gather or computing,
                 save_seconds=on.fresh * size * bool(gather)
                 if node.op == "placeholder"
-                else size / on.memory + on.fresh * size,
+                else passes * size / on.memory + on.fresh * size,
                 inputs=tuple(number[a] for a in node.all_input_nodes if a in number),
                 needed=needed,
                 savable=not recomputable or not (again or is_view(node) or _is_tuple(node)),
@@ -113,6 +123,28 @@ def in_ways(values: Sequence[Value], others: Sequence[tuple[Held, ...]], share: 
         else value
         for i, (value, theirs) in enumerate(zip(values, others, strict=True))
     ]
+
+
+def _passes_again(node: fx.Node, is_written: bool, repeats: float) -> float:
+    """How often computing a fused value again goes through as much memory as it takes, beyond reading one of its inputs."""
+    if not fuses(node):
+        return 0.0
+    as_large = sum(size_of(source) >= size_of(node) for source in node.all_input_nodes)
+    return is_written + (repeats * max(as_large - 1, 0) if len(node.users) > 1 else 0.0)
+
+
+def _read_behind(joint: fx.Graph, inside: set[fx.Node]) -> tuple[set[fx.Node], set[fx.Node]]:
+    """Nodes of ``inside`` that the rest of ``joint`` reads, also through views: those that operators do which do not fuse, and
+    those that others do."""
+    products: set[fx.Node] = set()
+    fused: set[fx.Node] = set()
+    for node in reversed(joint.nodes):
+        if node.op == "output" or (node in inside and not is_view(node)):
+            continue
+        for readers in (products, fused):
+            if node in readers if is_view(node) else (node not in inside and fuses(node) is (readers is fused)):
+                readers.update(node.all_input_nodes)
+    return products, fused
 
 
 def can_recompute(node: fx.Node) -> bool:

@@ -105,18 +105,23 @@ def graph_module(root: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
     return _LazyGraphModule(root, graph)
 
 
+#: What Inductor's own min-cut saves.
+Unplanned = Callable[[], list[fx.Node]]
+
+
 def min_cut_partition(
     joint: fx.GraphModule,
     inputs: Any,
     num_fwd_outputs: int,
     free_inputs: Sequence[int],
     recompute_pointwise: bool = False,
-    choose: Callable[[fx.Graph, Sequence[fx.Node], frozenset[fx.Node]], list[fx.Node]] | None = None,
+    choose: Callable[[fx.Graph, Sequence[fx.Node], frozenset[fx.Node], Unplanned], list[fx.Node]] | None = None,
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
     """Split a joint graph by min-cut; ``free_inputs`` are the indices of placeholders that cost nothing to save.
 
     ``choose`` answers the nodes to save in place of Inductor's min-cut. It is given the joint graph as it will be split, the
-    nodes in order that do not depend on the gradients that come in, and those placeholders that cost nothing.
+    nodes in order that do not depend on the gradients that come in, those placeholders that cost nothing, and a function that
+    answers what Inductor's min-cut would save.
 
     ``recompute_pointwise`` also recomputes a value that the backward graph has to write to memory again, such as the
     activation function in front of a matrix product.
@@ -125,11 +130,14 @@ def min_cut_partition(
     from torch._functorch.partitioners import min_cut_rematerialization_partition
     from torch.fx._lazy_graph_module import _use_lazy_graph_module
 
-    def chosen(graph: fx.Graph, info: Any, *_: Any, **__: Any) -> list[fx.Node]:
+    theirs = partitioners.choose_saved_values_set
+
+    def chosen(graph: fx.Graph, info: Any, *args: Any, **kwargs: Any) -> list[fx.Node]:
         assert choose is not None
         backward = getattr(info, "tangents_closure", info.required_bw_nodes)  # one set until torch 2.12
         forward = [node for node in graph.nodes if node.op != "output" and node not in backward]
-        return choose(graph, forward, frozenset(info.static_lifetime_input_nodes))
+        free = frozenset(info.static_lifetime_input_nodes)
+        return choose(graph, forward, free, lambda: theirs(graph, info, *args, **kwargs))
 
     ours = mock.patch.object(partitioners, "choose_saved_values_set", chosen) if choose else contextlib.nullcontext()
     settings = {

@@ -15,7 +15,7 @@ from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
 from torch.nn import functional as F
 
-from dspass.passes.kernels import fuses, is_view, kernels, materialised, size_of
+from dspass.passes.kernels import Stretch, fuses, is_view, kernels, materialised, size_of
 
 aten = torch.ops.aten
 
@@ -163,3 +163,33 @@ def test_views_are_no_kernels() -> None:
     graph.output((view,))
     assert is_view(view)
     assert not kernels(graph)
+
+
+def test_a_residual_stream_goes_to_memory_before_it_reads_everything() -> None:
+    """A fused value that several read is written once it is made of more than four tensors."""
+    graph = fx.Graph()
+    inputs = [graph.placeholder(f"x{i}") for i in range(12)]
+    for x in inputs:
+        x.meta["val"] = torch.empty(8, 16, device="meta")
+    stream, results = inputs[0], []
+    for x in inputs[1:]:
+        stream = _call(graph, aten.add.Tensor, stream, x)
+        results.append(_call(graph, aten.exp.default, stream))
+    graph.output(tuple(results))
+    written = materialised(graph) - set(results)
+    assert written == {s.args[0] for s in (results[3], results[7])}
+
+
+def test_a_stretch_is_looked_at_alone() -> None:
+    """What reads a value outside of the stretch does not count there, and what is given is not made."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["val"] = torch.empty(16, 16, device="meta")
+    one = _call(graph, aten.exp.default, x)
+    two = _call(graph, aten.sin.default, one)
+    three = _call(graph, aten.mm.default, one, two)
+    graph.output((three,))
+    assert Stretch([one, two], {x}, {two}).materialised == {two}
+    assert Stretch([two, three], {x, one}, {three}).materialised == {two, three}
+    first, second = kernels(Stretch([two, three], {x, one}, {three}))
+    assert (first.reads, second.reads) == ({one: 16 * 16 * 4}, {one: 16 * 16 * 4, two: 16 * 16 * 4})

@@ -141,6 +141,9 @@ class _Told(Planner):
         self._candidates = sorted(pairs, key=self._added)
         return self
 
+    def _seconds_of(self, choice: Choice) -> float:
+        return choice.seconds
+
     def _run(self, choice: int, bucket_bytes: int | None) -> Any:
         self._measured[choice, bucket_bytes] = Peak(100, self._real[choice], 0)
         return (None, None), self._measured[choice, bucket_bytes]
@@ -305,6 +308,41 @@ def test_a_large_budget_keeps_what_was_gathered_and_the_report_shows_the_price(t
     assert "you are here" in report.to_html()
 
 
+@pytest.mark.parametrize("stage", [0, 3])
+def test_what_the_models_say_of_a_choice_is_what_its_graphs_take(monkeypatch: pytest.MonkeyPatch, stage: int) -> None:
+    """Of every choice: seconds within 1 % of the cost model's for the graphs that come of it, and the peak within a fifth of the
+    dry run's. With copies to the host less so: they go in buckets, which wait to be full and arrive whole."""
+    found: list[tuple[bool, float, float, float, float]] = []
+    plan = Planner.plan
+
+    def compared(self: Planner) -> Any:
+        planned = plan(self)
+        for i, choice in enumerate(self.choices):
+            _, peak = self._run(i, None)
+            forward, backward = self.passes(*self._graphs[i], None)
+            found.append(
+                (
+                    bool(choice.ways),
+                    self._base_seconds + self._seconds_of(choice),
+                    self.seconds(forward, backward),
+                    self._modelled_peak(i, None),
+                    peak.graph,
+                )
+            )
+        return planned
+
+    monkeypatch.setattr(Planner, "plan", compared)
+    with torch.device("meta"):
+        model = GPT(GPTConfig(context=512, layers=4, heads=8, width=1024))
+    tokens = torch.zeros(8, 512, dtype=torch.long)
+    config = {"zero_optimization": {"stage": stage}}
+    dspass.explain(model, tokens, tokens, config=config, world_size=2, device="h100", memory_budget=10**12)
+    assert len(found) >= 12
+    for copies, said, seconds, modelled, peak in found:
+        assert said == pytest.approx(seconds, rel=0.08 if copies else 0.01)
+        assert modelled == pytest.approx(peak, rel=0.35 if copies else 0.2)
+
+
 def test_smaller_buckets_fit_where_larger_do_not() -> None:
     """The size of buckets is decided with everything else, but for one that a person wrote."""
     with torch.device("meta"):
@@ -449,7 +487,7 @@ def test_another_batch_keeps_what_was_decided_where_it_holds(monkeypatch: pytest
     smallest = refused.value.inner_exception.smallest
     wanted = losses(None, [512, 480, 512, 1024])
     tried.clear()
-    budget = round(1.15 * smallest)
+    budget = round(1.03 * smallest)
     assert losses(budget, [512, 480, 512]) == wanted[:3]
     planned = tried.index(-1)
     assert planned > 2, "the ends, and what lies between"
