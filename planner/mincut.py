@@ -51,6 +51,8 @@ from dataclasses import dataclass, replace
 
 import networkx as nx
 
+from dspass.planner.flow import Network
+
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
@@ -158,25 +160,19 @@ def _solve(values: Sequence[Value], problem: Mapping[int, Value], price: float) 
 
 def _cut(left: Mapping[int, Value], price: float) -> set[int]:
     """Those of ``left`` that are saved."""
-    graph = nx.DiGraph()
-    graph.add_nodes_from(["source", "sink"])
+    y_of = {i: 2 * k for k, i in enumerate(left)}
+    source, sink = 2 * len(left), 2 * len(left) + 1
+    network = Network(2 * len(left) + 2)
     for i, value in left.items():
-        y, x = 2 * i, 2 * i + 1
-        # Without a capacity an edge cannot be cut.
+        y, x = y_of[i], y_of[i] + 1
         if value.needed:
-            graph.add_edge("source", y)
-        if value.savable:
-            graph.add_edge(y, x, capacity=_whole(_save_cost(value, price)))
-        else:
-            graph.add_edge(y, x)
-        if value.recomputable:
-            graph.add_edge(x, "sink", capacity=_whole(value.seconds))
-        else:
-            graph.add_edge(x, "sink")
+            network.add_edge(source, y, math.inf)
+        network.add_edge(y, x, _whole(_save_cost(value, price)) if value.savable else math.inf)
+        network.add_edge(x, sink, _whole(value.seconds) if value.recomputable else math.inf)
         for u in value.inputs:
-            graph.add_edge(x, 2 * u)
-    _, (ones, _) = nx.minimum_cut(graph, "source", "sink", flow_func=nx.algorithms.flow.boykov_kolmogorov)
-    return {i for i in left if 2 * i in ones and 2 * i + 1 not in ones}
+            network.add_edge(x, y_of[u], math.inf)
+    zeros = network.minimum_cut(source, sink)
+    return {i for i, y in y_of.items() if y not in zeros and y + 1 in zeros}
 
 
 def contract(values: Mapping[int, Value], price: float | None = None) -> dict[int, Value]:
