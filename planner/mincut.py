@@ -19,7 +19,9 @@ cuts, 2004): an edge ``y(v) -> x(v)`` of ``s(v) + λ b(v)``, one ``x(v) -> sink`
 ``source -> y(v)`` that cannot be cut. :func:`solve` is that cut. As ``λ`` grows from 0 the answers are the corners of the
 lower convex hull of (bytes, seconds) over all choices, and :func:`hull` finds them by asking for the price at which two
 neighbours cost the same (Eisner and Severance, 1976). Equal layers would change sides at one price; :attr:`Value.weight` sets
-them apart, so that a budget between the corners is used too.
+them apart, so that a budget between the corners is used too. What a group of values costs that has nothing to do with the
+others is a straight line for each choice of it, so one that is cheapest at two prices is so between them: :func:`hull` asks
+only of groups that choose differently at both.
 
 Most values of a real graph are decided without a cut, and :func:`contract` leaves them out, at any price by the first three
 rules, at one by the others:
@@ -183,7 +185,7 @@ def _cut(left: Mapping[int, Value], price: float) -> set[int]:
 def contract(values: Mapping[int, Value], price: float | None = None) -> dict[int, Value]:
     """What is left to decide, at any price or at one, by index; the time of a value includes that of those computed with it.
 
-    ``values`` are in order. An optimum of what is left, with what :func:`_completed` adds, is one of all.
+    ``values`` come after their inputs. An optimum of what is left, with what :func:`_completed` adds, is one of all.
     """
     needed: set[int] = set()
     for i, value in reversed(list(values.items())):
@@ -316,6 +318,7 @@ def hull(values: Sequence[Value], most: int = 24) -> list[Choice]:
     The first saves what is worth saving even if bytes cost nothing; the last saves as little as can be.
     """
     problem = contract(_reachable(values))
+    group_of = {i: group for group in _groups(problem) for i in group}
     ends = [_completed(values, _saved(problem, price), price) for price in (0.0, _dearest(values))]
     found = {(c.saved, c.ways): c for c in ends}
     gaps = [(ends[0], ends[1])]
@@ -325,7 +328,11 @@ def hull(values: Sequence[Value], most: int = 24) -> list[Choice]:
         if fast.priced <= small.priced:
             continue
         price = max(small.seconds - fast.seconds, 1e-15) / (fast.priced - small.priced)
-        middle = _completed(values, _saved(problem, price), price)
+        asked: dict[int, Value] = {}
+        for i in (fast.saved ^ small.saved) | {i for i, _ in fast.ways ^ small.ways}:
+            if i in group_of and i not in asked:
+                asked.update(group_of[i])
+        middle = _completed(values, (fast.saved - asked.keys()) | _saved(asked, price), price)
         if (middle.saved, middle.ways) in found:
             continue
         found[middle.saved, middle.ways] = middle
