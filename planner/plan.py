@@ -34,6 +34,7 @@ could end at a slower plan.
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -222,6 +223,7 @@ class Planner:
         hides = 2 * min(self._hides) if self.on.overlaps else 0.0
         low, high = _HIDDEN, 1.0
 
+        @functools.cache
         def copies(share: float) -> float:
             return self._copies(smallest(in_ways(plain, self._others, share)))
 
