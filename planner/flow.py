@@ -3,7 +3,7 @@
 The networks of :mod:`dspass.planner.mincut` are many and small: a hull of a model of 19,000 values cuts 7,000 of some eight
 nodes each, and one of 20,000 random values 13,000 of up to some thousand. A network as deep as it is large is the worst, for
 every length of a path takes a phase: where each of 4,000 values reads the two before it and only the last is needed, a cut
-takes up to 5 s.
+takes up to 6 s.
 
 Dropped: networkx. The same cuts, with the building of its graphs, took 8 times as long by its ``boykov_kolmogorov``, and 10 to
 14 times by its ``preflow_push``; it is the reference of the tests. Dropped: igraph. It took 1.2 to 0.4 times as long, but would
