@@ -226,10 +226,15 @@ def _meta(preset: str) -> torch.nn.Module:
 def device(kind: str) -> str:
     if kind != "cpu":
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
+    return f"{cpu()}, one for each rank"
+
+
+def cpu() -> str:
+    """The model of this machine's processor, and how many cores it has."""
     table = Path("/proc/cpuinfo")
     lines = table.read_text().splitlines() if table.exists() else []
     models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores, one for each rank"
+    return f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores"
 
 
 def _mb(count: float | None) -> str:

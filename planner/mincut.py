@@ -19,7 +19,9 @@ cuts, 2004): an edge ``y(v) -> x(v)`` of ``s(v) + λ b(v)``, one ``x(v) -> sink`
 ``source -> y(v)`` that cannot be cut. :func:`solve` is that cut. As ``λ`` grows from 0 the answers are the corners of the
 lower convex hull of (bytes, seconds) over all choices, and :func:`hull` finds them by asking for the price at which two
 neighbours cost the same (Eisner and Severance, 1976). Equal layers would change sides at one price; :attr:`Value.weight` sets
-them apart, so that a budget between the corners is used too.
+them apart, so that a budget between the corners is used too. What a group of values costs that has nothing to do with the
+others is a straight line for each choice of it, so one that is cheapest at two prices is so between them: :func:`hull` asks
+only of groups that choose differently at both.
 
 Most values of a real graph are decided without a cut, and :func:`contract` leaves them out, at any price by the first three
 rules, at one by the others:
@@ -33,13 +35,17 @@ rules, at one by the others:
 - where ``t <= s + λ b`` and all inputs are at hand, it is not saved; what the backward reads and is not saved makes its
   inputs needed.
 
+What no value that is left reads, and the backward does not need, is left out too. The rules are applied once at any price and
+once at one.
+
 :func:`exhaustive` tries all choices under a budget of bytes. It is the oracle of the tests, for up to some twenty values.
 
 Dropped: the cut that Inductor makes. It counts bytes only, so what is dear to compute again has to be banned beforehand by a
 list of operators, and its ``activation_memory_budget`` then chooses among the banned ones by a knapsack, for which computing
 ``v`` again never makes an input of ``v`` needed. Dropped: an integer program over all moments of the step (Jain et al.,
 Checkmate, 2020). It sees the peak, which here a dry run measures (:mod:`dspass.planner.dry_run`), and takes minutes for
-graphs of some hundred values, where these have thousands.
+graphs of some hundred values, where these have thousands. Dropped: to apply the rules at a price until they leave out nothing
+more. A hull of 20,000 random values took twice as long, for after the first time they leave out some hundredths.
 """
 
 from __future__ import annotations
@@ -50,6 +56,8 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
 import networkx as nx
+
+from dspass.planner.flow import Network
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,52 +145,47 @@ class Choice:
 
 def solve(values: Sequence[Value], price: float) -> Choice:
     """The cheapest choice where a byte costs ``price`` seconds (equations 1 to 4)."""
-    return _solve(values, contract(_reachable(values)), price)
+    return completed(values, _saved(_reachable(values), price), price)
 
 
-def _solve(values: Sequence[Value], problem: Mapping[int, Value], price: float) -> Choice:
-    """``problem`` is the contraction of ``values`` at any price."""
-    left, before = problem, -1
-    saved: set[int] = set()
-    while len(left) != before:
-        previous, before = left, len(left)
-        left = contract(previous, price)
-        saved.update(i for i, value in previous.items() if i not in left and _is_saved(value, price))
+def _saved(problem: Mapping[int, Value], price: float) -> set[int]:
+    """Those of ``problem``, which are values or what is left of them at any price, that are saved at one."""
+    left = contract(problem, price)
+    saved = {i for i, value in problem.items() if i not in left and _is_saved(value, price)}
+    for group in _groups(left):
+        saved |= _cut(group, price)
+    return saved
+
+
+def _groups(values: Mapping[int, Value]) -> list[dict[int, Value]]:
+    """The parts that have nothing to do with one another, each in order."""
     together = nx.Graph()
-    together.add_nodes_from(left)
-    together.add_edges_from((i, u) for i, value in left.items() for u in value.inputs)
-    for group in nx.connected_components(together):
-        saved |= _cut({i: left[i] for i in group}, price)
-    return completed(values, saved, price)
+    together.add_nodes_from(values)
+    together.add_edges_from((i, u) for i, value in values.items() for u in value.inputs)
+    return [{i: values[i] for i in sorted(group)} for group in nx.connected_components(together)]
 
 
 def _cut(left: Mapping[int, Value], price: float) -> set[int]:
     """Those of ``left`` that are saved."""
-    graph = nx.DiGraph()
-    graph.add_nodes_from(["source", "sink"])
+    y_of = {i: 2 * k for k, i in enumerate(left)}
+    source, sink = 2 * len(left), 2 * len(left) + 1
+    network = Network(2 * len(left) + 2)
     for i, value in left.items():
-        y, x = 2 * i, 2 * i + 1
-        # Without a capacity an edge cannot be cut.
+        y, x = y_of[i], y_of[i] + 1
         if value.needed:
-            graph.add_edge("source", y)
-        if value.savable:
-            graph.add_edge(y, x, capacity=_whole(_save_cost(value, price)))
-        else:
-            graph.add_edge(y, x)
-        if value.recomputable:
-            graph.add_edge(x, "sink", capacity=_whole(value.seconds))
-        else:
-            graph.add_edge(x, "sink")
+            network.add_edge(source, y, math.inf)
+        network.add_edge(y, x, _whole(_save_cost(value, price)) if value.savable else math.inf)
+        network.add_edge(x, sink, _whole(value.seconds) if value.recomputable else math.inf)
         for u in value.inputs:
-            graph.add_edge(x, 2 * u)
-    _, (ones, _) = nx.minimum_cut(graph, "source", "sink", flow_func=nx.algorithms.flow.boykov_kolmogorov)
-    return {i for i in left if 2 * i in ones and 2 * i + 1 not in ones}
+            network.add_edge(x, y_of[u], math.inf)
+    zeros = network.minimum_cut(source, sink)
+    return {i for i, y in y_of.items() if y not in zeros and y + 1 in zeros}
 
 
 def contract(values: Mapping[int, Value], price: float | None = None) -> dict[int, Value]:
     """What is left to decide, at any price or at one, by index; the time of a value includes that of those computed with it.
 
-    ``values`` are in order. An optimum of what is left, with what :func:`_completed` adds, is one of all.
+    ``values`` come after their inputs. An optimum of what is left, with what :func:`completed` adds, is one of all.
     """
     needed: set[int] = set()
     for i, value in reversed(list(values.items())):
@@ -193,34 +196,48 @@ def contract(values: Mapping[int, Value], price: float | None = None) -> dict[in
     left: dict[int, Value] = {}
     stands_for: dict[int, tuple[int, ...]] = {}  # what (3) asks for where a value is read; nothing of one at hand
     for i, value in values.items():
-        inputs = tuple(dict.fromkeys(w for u in value.inputs for w in stands_for.get(u, ())))
-        value = replace(value, inputs=inputs if value.recomputable else (), needed=i in needed)
-        if price is not None and value.recomputable and value.savable:
-            cost = _save_cost(value, price)
-            if cost <= value.seconds:
-                value = replace(value, recomputable=False, inputs=())
+        inputs = tuple(dict.fromkeys([w for u in value.inputs for w in stands_for.get(u, ())]))
+        savable, recomputable, is_needed = value.savable, value.recomputable, i in needed
+        if price is not None and savable and recomputable:
+            if _save_cost(value, price) <= value.seconds:
+                recomputable = False
             elif not inputs:
-                value = replace(value, savable=False)
-        stands_for[i] = value.inputs if _is_view(value) else () if value.needed or _is_free(value) else (i,)
-        decided = not value.inputs and not (value.savable and value.recomputable)
-        if not (_is_view(value) or _is_free(value) or (value.needed and decided)):
+                savable = False
+        if not recomputable:
+            inputs = ()
+        is_view = not savable and value.seconds == 0.0
+        is_free = _is_free(value)
+        stands_for[i] = inputs if is_view else () if is_needed or is_free else (i,)
+        is_decided = is_needed and not inputs and not (savable and recomputable)
+        if not (is_view or is_free or is_decided):
+            now = inputs, is_needed, savable, recomputable
+            if now != (value.inputs, value.needed, value.savable, value.recomputable):
+                value = replace(value, inputs=inputs, needed=is_needed, savable=savable, recomputable=recomputable)
             left[i] = value
-    readers: dict[int, set[int]] = {i: set() for i in left}
+    readers = dict.fromkeys(left, 0)
+    sums = dict.fromkeys(left, 0)  # of the readers' indices: where there is one reader, this is it
     for i, value in left.items():
         for u in value.inputs:
-            readers[u].add(i)
+            readers[u] += 1
+            sums[u] += i
     for i in reversed(list(left)):  # the last first: a chain joins from its end
         value = left[i]
-        if value.needed or len(readers[i]) != 1 or not value.recomputable:
+        if value.needed or readers[i] > 1:
             continue
-        (r,) = readers[i]
-        reader = left[r]
-        if value.savable and not (reader.savable and _never_dearer(reader, value)):
-            continue
-        joined = dict.fromkeys([*(u for u in reader.inputs if u != i), *value.inputs])
-        left[r] = replace(reader, seconds=reader.seconds + value.seconds, inputs=tuple(joined))
+        if readers[i]:
+            r = sums[i]
+            reader = left[r]
+            if not value.recomputable or (value.savable and not (reader.savable and _never_dearer(reader, value))):
+                continue
+            new = [u for u in value.inputs if u not in reader.inputs]
+            inputs = (*(u for u in reader.inputs if u != i), *new)
+            left[r] = replace(reader, seconds=reader.seconds + value.seconds, inputs=inputs)
+            for u in new:
+                readers[u] += 1
+                sums[u] += r
         for u in value.inputs:
-            readers[u] = (readers[u] - {i}) | {r}
+            readers[u] -= 1
+            sums[u] -= i
         del left[i]
     return left
 
@@ -230,8 +247,9 @@ def _is_saved(value: Value, price: float) -> bool:
 
 
 def _save_cost(value: Value, price: float) -> float:
-    way = value.saved_by(value.cheapest(price))
-    return way.seconds + price * value.weight * way.bytes
+    rate = price * value.weight
+    plain = value.save_seconds + rate * value.bytes
+    return min(plain, *[way.seconds + rate * way.bytes for way in value.ways]) if value.ways else plain
 
 
 def _never_dearer(one: Value, other: Value) -> bool:
@@ -300,7 +318,8 @@ def hull(values: Sequence[Value], most: int = 24) -> list[Choice]:
     The first saves what is worth saving even if bytes cost nothing; the last saves as little as can be.
     """
     problem = contract(_reachable(values))
-    ends = [_solve(values, problem, 0.0), _solve(values, problem, _dearest(values))]
+    group_of = {i: group for group in _groups(problem) for i in group}
+    ends = [completed(values, _saved(problem, price), price) for price in (0.0, _dearest(values))]
     found = {(c.saved, c.ways): c for c in ends}
     gaps = [(ends[0], ends[1])]
     while gaps and len(found) < most:
@@ -309,7 +328,11 @@ def hull(values: Sequence[Value], most: int = 24) -> list[Choice]:
         if fast.priced <= small.priced:
             continue
         price = max(small.seconds - fast.seconds, 1e-15) / (fast.priced - small.priced)
-        middle = _solve(values, problem, price)
+        asked: dict[int, Value] = {}
+        for i in (fast.saved ^ small.saved) | {i for i, _ in fast.ways ^ small.ways}:
+            if i in group_of and i not in asked:
+                asked.update(group_of[i])
+        middle = completed(values, (fast.saved - asked.keys()) | _saved(asked, price), price)
         if (middle.saved, middle.ways) in found:
             continue
         found[middle.saved, middle.ways] = middle

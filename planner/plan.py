@@ -268,6 +268,7 @@ class Planner:
         hides = 2 * min(self._hides) if self.on.overlaps else 0.0  # a value goes out in the forward, and back after it
         low, high = _HIDDEN, 1.0
 
+        @functools.cache
         def copies(share: float) -> float:
             return self._copies(smallest(in_ways(plain, self._others, share)))
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import offload, prefetch
+from benchmarks import offload, prefetch, solver
 from benchmarks.memory_bench import Bench
 from benchmarks.memory_plot import plot, ticks
 from benchmarks.memory_points import PLENTY, Point, Ranks, Started, normalise, peers
@@ -349,7 +349,7 @@ def test_two_ranks_of_a_peer_step_and_a_point_that_fails_is_told(tmp_path: Path)
     assert not group.folder.exists()
 
 
-# -- offload and prefetch ---------------------------------------------------------------------------------------------
+# -- offload, prefetch and solver -------------------------------------------------------------------------------------
 
 
 def _row(name: str, peak: int, seconds: float, budget: int | None = None, **held: int) -> offload.Row:
@@ -397,3 +397,26 @@ def test_a_lookahead_is_predicted() -> None:
     found = prefetch.predict("as late as hides", model, tokens, 8, "h100")
     assert found.peak > found.gathered > 0
     assert found.seconds > 0
+
+
+@pytest.mark.parametrize("graph", solver.GRAPHS)
+def test_the_solvers_corners_are_those_by_networkxs_cuts(graph: str) -> None:
+    turns: list[None] = []
+    row = solver.measure(graph, 600, 12, 1, lambda: turns.append(None))
+    assert row.values >= 600
+    assert row.corners == 12
+    assert row.is_equal
+    assert len(turns) == 2
+
+
+def test_the_solver_table_says_whether_the_largest_graphs_are_in_time() -> None:
+    rows = [
+        solver.Row("layers", 1000, 24, True, [30.0], [60.0]),
+        solver.Row("random", 20_000, 24, False, [3.0, 5.0, 4.0], [20.0] * 3),
+    ]
+    text = solver.table(rows)
+    assert "| random | 20,000 | 24 | 4.00 s | 20.00 s | 5.0 | differ |" in text
+    assert "- met: a hull of 20,000 values within 20 s: at most 4.00 s (random)" in text
+    rows[1].seconds = [21.0]
+    assert "- missed: a hull of 20,000 values" in solver.table(rows)
+    assert "met" not in solver.table(rows[:1])
