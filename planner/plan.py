@@ -53,7 +53,6 @@ import torch.fx as fx
 from dspass.passes.base import Pass
 from dspass.passes.cost import compute_seconds
 from dspass.passes.devices import Device
-from dspass.passes.kernels import Stretch
 from dspass.passes.nodes import GATHERED, HELD, KEPT
 from dspass.passes.text import print_value
 from dspass.planner.dry_run import Peak
@@ -80,7 +79,7 @@ _HIDDEN = 0.05
 
 #: How many choices the solver is asked for at a time, and how often it is to take a value as read again that several read
 #: (:func:`~dspass.planner.values.values_of`): each gives choices that the models find best somewhere.
-_CHOICES, _REPEATS = 16, (1.0, 2.0)
+_CHOICES, _REPEATS = 24, (1.0, 2.0)
 
 #: A point of the frontier has a peak that is smaller by this share than those before it.
 _WORTH_SHOWING = 0.005
@@ -129,7 +128,7 @@ class Planner:
     _model: Liveness | None = None
     _times: dict[Any, Times] = field(default_factory=dict)  # by what a choice saves, and how
     _hides: tuple[float, float] = (0.0, 0.0)  # seconds of copies that the forward hides, and the backward
-    _modelled: dict[tuple[int, int | None], int] = field(default_factory=dict)  # by choice and bytes of a bucket
+    _modelled: dict[Any, int] = field(default_factory=dict)  # and bytes of a bucket
     _measured: dict[tuple[int, int | None], Peak] = field(default_factory=dict)
     _graphs: dict[int, Split] = field(default_factory=dict)
     _base_seconds: float = 0.0
@@ -216,7 +215,7 @@ class Planner:
         more = [theirs, self._prior()]
         found |= {(choice.saved, choice.ways): choice for choice in more if choice is not None}
         for choice in found.values():
-            self._times[choice.saved, choice.ways] = times_of(self._halved(choice), self._copied(choice), self.on)
+            self._model_of(choice)
         return sorted(found.values(), key=lambda c: (self._seconds_of(c), c.bytes))
 
     def _saved_by(self, nodes: Sequence[fx.Node]) -> set[int]:
@@ -229,9 +228,18 @@ class Planner:
             found.add(number[node])
         return found
 
-    def _halved(self, choice: Choice) -> tuple[Stretch, Stretch]:
+    def _model_of(self, choice: Choice, bucket_bytes: int | None = None) -> int:
+        """The modelled peak of ``choice`` in such buckets, and its times."""
         assert self._halves is not None
-        return self._halves.of({self._forward[i] for i in choice.saved})
+        assert self._model is not None
+        key, saved = (choice.saved, choice.ways), {self._forward[i] for i in choice.saved}
+        if (*key, bucket_bytes) not in self._modelled:
+            halves = self._halves.of(saved)
+            if key not in self._times:
+                self._times[key] = times_of(halves, self._copied(choice), self.on)
+            peak = self._model.peak(halves, saved, self._times[key].absent, bucket_bytes)
+            self._modelled[*key, bucket_bytes] = peak
+        return self._modelled[*key, bucket_bytes]
 
     def _copied(self, choice: Choice) -> dict[fx.Node, tuple[int, float]]:
         """Of values that passes hold: bytes on the device meanwhile, and seconds of copies."""
@@ -337,14 +345,7 @@ class Planner:
         return setting.bytes(replace(self._measured[first], graph=graph))
 
     def _modelled_peak(self, choice: int, bucket_bytes: int | None) -> int:
-        if (choice, bucket_bytes) not in self._modelled:
-            assert self._model is not None
-            one = self.choices[choice]
-            saved = {self._forward[i] for i in one.saved}
-            absent = self._times[one.saved, one.ways].absent
-            peak = self._model.peak(self._halved(one), saved, absent, bucket_bytes)
-            self._modelled[choice, bucket_bytes] = peak
-        return self._modelled[choice, bucket_bytes]
+        return self._model_of(self.choices[choice], bucket_bytes)
 
     @functools.cached_property
     def _least(self) -> tuple[int, int | None]:
