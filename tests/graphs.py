@@ -444,13 +444,13 @@ class Step:
     results: list[PassResult]
 
 
-def run_pipeline(toy: Toy, passes: Sequence[Pass] | None = None) -> Step:
-    """The passes on both halves, the partition between them, as ``dspass.compilation`` does it."""
+def run_pipeline(toy: Toy, passes: Sequence[Pass] | None = None, target: str | None = None) -> Step:
+    """The passes on both halves, the partition between them, as ``dspass.compilation`` does it; predicted for ``target``."""
     passes = toy.passes if passes is None else passes
     results: list[PassResult] = []
 
     def apply(gm: fx.GraphModule, where: Where) -> fx.GraphModule:
-        return run_passes(gm, passes, PassContext(where=where), results.append)
+        return run_passes(gm, passes, PassContext(where=where, target=target), results.append)
 
     joint = apply(fx.GraphModule(nn.Module(), copy_graph(toy.joint)), "joint")
     kept = copy_graph(joint.graph)

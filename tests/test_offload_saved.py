@@ -7,14 +7,21 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import dspass
+from dspass.passes.cost import estimate
+from dspass.passes.devices import Device
+from dspass.passes.offload_saved import OffloadSaved
 from dspass.planner.record import BudgetError
 from dspass.runtime.host import empty_on_host, extent, offload_start, offload_wait, reload_start, reload_wait
 from examples.gpt import GPT, GPTConfig
+from tests.graphs import check_numbers, run_pipeline
 from tests.ranks import run
 from tests.test_explain import MODELS
+from tests.test_passes import toy_of
 from tests.training import without_inductor
 
 SMALL: dict[str, Any] = {"name": "offload_saved", "min_bytes": 1000, "bucket_bytes": 100_000}
@@ -121,6 +128,30 @@ def test_a_gpu_offloads_where_it_pays() -> None:
     assert helped.peak_bytes <= refused.value.smallest
     assert helped.frontier[helped.here].seconds < alone.frontier[alone.here].seconds
     assert "held by offload_saved" in str(helped.largest)
+
+
+@given(host_link=st.floats(1e3, 1e9), rate=st.floats(1e5, 1e9), bucket=st.integers(1, 300))
+@settings(max_examples=40, deadline=None)
+def test_copies_that_are_hidden_expose_no_more_and_change_nothing(host_link: float, rate: float, bucket: int) -> None:
+    """Copies that are waited for where they have arrived, and that start as late as hides them, expose no more than one after
+    another; whatever the rates, and with the same numbers."""
+    on = Device(
+        name="x",
+        rates={torch.float32: rate},
+        memory=rate,
+        link=1e15,
+        latency=0,
+        overlaps=True,
+        host_link=host_link,
+    )
+    toy, exposed = toy_of("offloaded"), {}
+    for hidden_by in (None, on):
+        offload = OffloadSaved(enabled=True, min_bytes=0, bucket_bytes=bucket, hidden_by=hidden_by)
+        passes = [offload if isinstance(p, OffloadSaved) else p for p in toy.passes]
+        step = run_pipeline(toy, passes, target="h100")
+        check_numbers(toy, step)
+        exposed[hidden_by is on] = estimate(step.forward, on).seconds + estimate(step.backward, on).seconds
+    assert exposed[True] <= exposed[False] * (1 + 1e-9)
 
 
 @pytest.mark.parametrize(

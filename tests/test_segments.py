@@ -20,7 +20,8 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from dspass.engines import engine_of
-from dspass.lowering.segments import SegmentCompiler, lower, segment_key, sink_views
+from dspass.lowering.segments import SegmentCompiler, lower, segment_key, sink_enlarged, sink_views
+from dspass.passes.kernels import is_view, size_of
 from dspass.runtime import compat
 from dspass.runtime.axis import Axis
 from dspass.runtime.collectives import RUNTIME_FUNCTIONS, gather_start, gather_wait, reduce_start, reduce_wait
@@ -92,7 +93,9 @@ class Builder:
 #: How a random graph goes on: an operation and which of the values at hand it takes.
 STEPS = st.lists(
     st.tuples(
-        st.sampled_from(["add", "mm", "relu", "permute", "alias", "split", "gather", "reduce", "wait", "wait"]),
+        st.sampled_from(
+            ["add", "mm", "relu", "permute", "alias", "split", "enlarge", "gather", "reduce", "wait", "wait"]
+        ),
         st.integers(0, 30),
         st.integers(0, 30),
     ),
@@ -116,6 +119,9 @@ def random_graph(engine: Engine, steps: Sequence[tuple[str, int, int]], outputs:
         elif operation == "wait":
             if pending:
                 values.append(build.end(pending.pop(i % len(pending))))
+        elif operation == "enlarge":
+            rows = build.call(aten.sum.dim_IntList, a, [1], True)
+            values.append(build.call(aten.sin.default, build.call(aten.expand.default, rows, [4, 4])))
         elif operation == "split":
             parts = build.call(aten.split.Tensor, a, 2)
             values.append(build.call(aten.cat.default, [build.call(operator.getitem, parts, k) for k in (1, 0)]))
@@ -211,6 +217,46 @@ def test_views_are_made_in_the_segment_that_reads_them(steps: list[tuple[str, in
                 between.append(n)
                 n = n.next
             assert first.op == "output" or not any(b.target in RUNTIME_FUNCTIONS for b in between)
+
+
+@settings(max_examples=60, deadline=None)
+@given(steps=STEPS, outputs=st.lists(st.integers(0, 30), min_size=1, max_size=4))
+def test_no_more_is_held_between_segments_for_what_is_made_later(
+    steps: list[tuple[str, int, int]], outputs: list[int]
+) -> None:
+    gm = random_graph(new_engine(), steps, outputs)
+    graph = copy_graph(gm.graph)
+    sink_views(graph)
+    before = _between(graph)
+    sink_enlarged(graph)
+    graph.lint()
+    assert _between(graph) <= before
+
+
+def _between(graph: fx.Graph) -> int:
+    """Over all runtime nodes, bytes of compute's values that were made before and are read after."""
+    total = 0
+    for node in graph.nodes:
+        if node.target not in RUNTIME_FUNCTIONS:
+            continue
+        alive = [n for n in graph.nodes if n < node and any(u > node and not is_view(n) for u in n.users)]
+        total += sum(size_of(n) for n in alive if n.target not in RUNTIME_FUNCTIONS)
+    return total
+
+
+def test_what_is_made_of_less_is_made_where_it_is_read() -> None:
+    """A bucket arrives between the rows' sum and its reader: rows wait for it, not what is as large as the matrix."""
+    build = Builder(new_engine())
+    x, y = build.inputs
+    rows = build.call(aten.sum.dim_IntList, x, [1], True)
+    large = build.call(aten.sin.default, build.call(aten.expand.default, rows, [4, 4]))
+    held = build.call(aten.cos.default, y)  # as large as what it is made of, which is read again
+    weight = build.end(build.start(gather_start, build.shards[0], 0))
+    build.graph.output((build.call(aten.mm.default, build.call(aten.mul.Tensor, large, held), weight), y))
+    program = lower(fx.GraphModule(nn.Module(), build.graph), as_written, is_backward=False, is_inference=True)
+    first, *_, last = program.instructions
+    assert first.outputs == (rows.name,)
+    assert {rows.name, y.name} <= set(last.inputs)
 
 
 def test_what_is_written_in_place_runs_though_nobody_reads_it() -> None:
