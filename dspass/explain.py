@@ -51,18 +51,10 @@ from dspass.report import (
 from dspass.runtime import compat
 from dspass.runtime.axis import MODELLED
 from dspass.runtime.engine import Engine
-from dspass.runtime.host_states import local_bytes, local_of, parts_of
+from dspass.runtime.host_states import local_bytes, local_of
 from dspass.runtime.ledger import CATEGORIES, HOST, Ledger, Point
-
-#: States of one parameter, and temporaries of its size that one step of it holds at once (torch.optim, not fused).
-OPTIMIZERS: dict[str, tuple[int, int]] = {
-    "adamw": (2, 2),
-    "adam": (2, 2),
-    "sgd": (0, 0),
-    "momentum": (1, 0),
-    "adamw-fused": (2, 0),
-    "none": (0, 0),
-}
+from dspass.runtime.stepping import OPTIMIZERS
+from dspass.settings import step_moments
 
 #: Above this many parameters the graph is walked instead of having Inductor generate code for it.
 GENERATE_UP_TO = 500_000_000
@@ -197,7 +189,7 @@ def _predicted(
         batch, named = _fake_inputs(args, mode), _fake_inputs(kwargs, mode)
         engine = new_engine(fake, config)
         engine.target = device
-        engine.supposed_optimizer = OPTIMIZERS[optimizer] if train else (0, 0)
+        engine.supposed_optimizer = supposed = OPTIMIZERS[optimizer if train else "none"]
         small = sum(p.numel() for p in model.parameters()) <= GENERATE_UP_TO
         engine.compiler = InductorSimulator(patches=inductor_settings(config)) if on_cpu and small else GraphSimulator()
         if not (on_cpu and small):
@@ -206,7 +198,7 @@ def _predicted(
             )
         compiled = cast(Any, torch.compile)(fake, backend="deepspeed", options=config)  # typed for Inductor's
         ledger = Ledger(watches=True)
-        steps = _Steps(compiled, fake, engine, batch, named, optimizer, train, ledger)
+        steps = _Steps(compiled, fake, engine, batch, named, supposed.states, train, ledger)
         engine.probe.ledger = ledger
         with _unwrapped():
             steps.run()  # the one-line way holds the whole model once; makes the optimiser's states
@@ -262,7 +254,7 @@ def _seconds(
                 for (kind, _), seconds in one.exposed.items():
                     exposed[kind, where] = exposed.get((kind, where), 0.0) + seconds * engine.accumulation_steps
     if train:
-        states, _ = OPTIMIZERS[optimizer]
+        states = OPTIMIZERS[optimizer].states
         trained = [p for p in model.parameters() if p.requires_grad]
         total += cost.optimizer_seconds(sum(local_bytes(p) for p in trained), states, on)
         total += cost.states_seconds(states * sum(local_bytes(p) for p in trained if p in engine.host_states), on)
@@ -270,7 +262,7 @@ def _seconds(
 
 
 class _Steps:
-    """Training steps on fake tensors, the optimiser's by its states and temporaries."""
+    """Training steps on fake tensors, the optimiser's by what it holds (:func:`dspass.settings.step_moments`)."""
 
     def __init__(
         self,
@@ -279,13 +271,12 @@ class _Steps:
         engine: Engine,
         batch: Sequence[Any],
         named: dict[str, Any],
-        optimizer: str,
+        states: int,
         train: bool,
         ledger: Ledger,
     ) -> None:
         self.compiled, self.model, self.engine = compiled, model, engine
-        self.batch, self.named, self.train, self.ledger = batch, named, train, ledger
-        self.states, self.temporaries = OPTIMIZERS[optimizer] if train else (0, 0)
+        self.batch, self.named, self.states, self.train, self.ledger = batch, named, states, train, ledger
         self.kept: list[torch.Tensor] = []
 
     def run(self) -> None:
@@ -321,15 +312,11 @@ class _Steps:
                 kept = [torch.zeros_like(local_of(param)) for _ in range(self.states)]
                 self.ledger.note(kept, HOST if param in away or id(param) in hosted else "optimizer")
                 self.kept += kept
-        for param in trained:
-            held = [torch.empty_like(local_of(param)) for _ in range(self.temporaries)]
-            self.ledger.note(held)
-            del held
-        coming = [p for p in trained if p in away and id(p) not in hosted]
-        for indices in parts_of([local_of(p) for p in coming], away.part_elements, self.states):
-            part = [torch.empty_like(local_of(coming[i])) for i in indices for _ in range(self.states)]
-            self.ledger.note(part, "optimizer")
-            del part
+        for moment in step_moments(self.engine, trained):
+            came, made = (torch.empty(count, dtype=torch.uint8) for count in (moment.states, moment.temporaries))
+            self.ledger.note(came, "optimizer")
+            self.ledger.note(made)
+            del came, made
         self.engine.after_step()
         for param in trained:
             param.grad = None
