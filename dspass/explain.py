@@ -262,7 +262,12 @@ def _seconds(
 
 
 class _Steps:
-    """Training steps on fake tensors, the optimiser's by what it holds (:func:`dspass.settings.step_moments`)."""
+    """Training steps on fake tensors, the optimiser's by what it holds (:func:`dspass.settings.step_moments`).
+
+    What the model answers is held to the end of the step, as a variable of the training loop holds it (``out = model(x)``) and
+    as a plan supposes (:mod:`dspass.planner.dry_run`): a budget must hold for that loop, too. One that says ``model(x).loss``
+    lets go of the logits before its backward, and takes as many bytes less, unless the backward reads them.
+    """
 
     def __init__(
         self,
@@ -290,7 +295,8 @@ class _Steps:
                 with torch.no_grad():
                     self.compiled(*self.batch, **self.named)
                 continue
-            loss = _loss(self.compiled(*self.batch, **self.named))
+            answer = self.compiled(*self.batch, **self.named)
+            loss = _loss(answer)
             self.ledger.phase = "backward"
             # The first backward of a model that is being sharded is autograd's own.
             with contextlib.nullcontext() if self.engine.compilations else self.ledger.watching():

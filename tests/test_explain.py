@@ -50,10 +50,6 @@ def options(stage: int) -> dict[str, Any]:
     return {"zero_optimization": {"stage": stage}, "dspass": {"bucket_bytes": 400_000}}
 
 
-def _loss(result: Any) -> torch.Tensor:
-    return result if isinstance(result, torch.Tensor) else result.loss
-
-
 def _measured(name: str, stage: int) -> dict[str, Any]:
     """Steps 4 to 6 of a real run on this rank, watched."""
     torch.manual_seed(0)
@@ -62,7 +58,9 @@ def _measured(name: str, stage: int) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(compiled.parameters())
 
     def step() -> None:
-        _loss(compiled(*args, **kwargs)).backward()
+        answer = compiled(*args, **kwargs)  # held to the end of the step, logits and all
+        loss = answer if isinstance(answer, torch.Tensor) else answer.loss
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -129,6 +127,38 @@ def test_logical_bytes_equal_the_bound() -> None:
         bound - unused if model.positions.weight.numel() >= 10_000 else bound,  # type: ignore[union-attr]
         bound - tokens,
     }
+
+
+@pytest.mark.parametrize(("device", "stage", "ranks"), [("cpu", 0, 1), ("h100", 0, 1), ("h100", 1, 2), ("h100", 3, 2)])
+def test_a_plan_and_the_step_that_is_predicted_under_it_have_one_peak(device: str, stage: int, ranks: int) -> None:
+    """Both hold the logits through the backward, where Llama's peak is."""
+    model, args, kwargs = llama()
+    report = dspass.explain(
+        model, *args, kwargs=kwargs, config=options(stage), world_size=ranks, device=device, memory_budget="1GB"
+    )
+    assert report.memory.peak is not None
+    assert report.memory.peak.phase == "backward"
+    (plan,) = report.plans
+    assert plan.peak_bytes == pytest.approx(report.memory.peak_bytes, abs=16)  # the loss and its gradient
+
+
+class Scaled(nn.Module):
+    """Reads a parameter before its batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.layers = nn.Parameter(torch.ones(16)), nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(self.scale * x).mean()
+
+
+def test_a_plan_counts_a_batch_that_is_large() -> None:
+    """Of a sharded model each parameter is two inputs of the graph, and the batch is none of them."""
+    x = torch.zeros(1 << 16, 16)
+    report = dspass.explain(Scaled(), x, config=options(3), world_size=2, device="h100", memory_budget="1GB")
+    assert report.memory.peak_bytes > x.nbytes
+    assert report.plans[0].peak_bytes == pytest.approx(report.memory.peak_bytes, abs=16)
 
 
 def test_many_ranks_of_a_gpu_without_either() -> None:
