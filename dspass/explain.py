@@ -79,7 +79,7 @@ def explain(
     - ``explain("report.json")``: a saved report.
 
     ``memory_budget`` (bytes, ``"60GB"``, ``"75%"`` of the device or ``"auto"``) has the planner fit the step into it, and the
-    report show what that costs; raises :class:`~dspass.planner.record.BudgetError` where nothing fits. ``optimizer`` names
+    report show what that costs; raises :class:`dspass.BudgetError` where nothing fits. ``optimizer`` names
     whose states are counted (one of :data:`OPTIMIZERS`); ``train=False`` predicts the forward only.
     """
     if isinstance(model, (str, os.PathLike)):

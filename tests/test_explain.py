@@ -228,6 +228,14 @@ def test_refusals_name_the_way_out(call: Any, says: str) -> None:
         call(model, x)
 
 
+def test_a_budget_that_is_too_small_is_refused_by_a_public_name() -> None:
+    model, args, _ = gpt()
+    with pytest.raises(dspass.BudgetError) as refused:
+        dspass.explain(model, *args, config=options(0), device="h100", memory_budget=1000)
+    assert refused.value.smallest > 1000
+    assert {"BudgetError", "PlanError"} <= set(dspass.__all__)
+
+
 def _dspass(*args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "dspass", *args], capture_output=True, text=True, timeout=240, check=False
