@@ -33,6 +33,10 @@ WIDTH = 100
 _PASS_ROWS, _TRAFFIC_ROWS, _NOTE_ROWS = 12, 5, 3
 _PLAN_CLASSES, _PLAN_TENSORS, _PLAN_POINTS = 6, 4, 8
 
+#: The share of a step that more memory has to buy before it is offered: steps vary by as much from one to the next, and the
+#: cost model is less exact.
+_WORTH_BUYING = 0.005
+
 Kind = Literal["measured", "predicted"]
 Stage = Literal["joint", "forward", "backward"]
 Phase = Literal["forward", "backward", "optimizer"]
@@ -187,12 +191,15 @@ class PlanRecord:
 
     @property
     def next_step(self) -> str:
-        """``+2.00 GiB buys 3.10 ms``: what more memory would give; where nothing is faster, that."""
+        """``+2.00 GiB buys 3.10 ms``: the least more memory that gives something; where none does, that."""
         if not self.here:
             return "no more memory makes it faster"
-        at, faster = self.frontier[self.here], self.frontier[self.here - 1]
-        more = max(faster.peak_bytes - self.budget_bytes, 0)
-        return f"+{format_bytes(more)} buys {format_seconds(at.seconds - faster.seconds)}"
+        at = self.frontier[self.here].seconds
+        for faster in reversed(self.frontier[: self.here]):
+            if at - faster.seconds >= _WORTH_BUYING * at:
+                more = max(faster.peak_bytes - self.budget_bytes, 0)
+                return f"+{format_bytes(more)} buys {format_seconds(at - faster.seconds)}"
+        return f"more memory buys less than {100 * _WORTH_BUYING:.2g} % of the step"
 
 
 @dataclass(frozen=True, kw_only=True)

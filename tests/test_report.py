@@ -24,6 +24,8 @@ from dspass.report import (
     Memory,
     MemoryPoint,
     PassRecord,
+    PlanPoint,
+    PlanRecord,
     Report,
     Traffic,
     format_bytes,
@@ -368,6 +370,28 @@ def test_bytes(count: int, shown: str) -> None:
 @pytest.mark.parametrize(("value", "shown"), [(0, "0.00 µs"), (2e-6, "2.00 µs"), (0.0123, "12.3 ms"), (90, "90.0 s")])
 def test_seconds(value: float, shown: str) -> None:
     assert format_seconds(value) == shown
+
+
+def a_plan(steps: list[tuple[int, float]], here: int, **changes: Any) -> PlanRecord:
+    """Of the peaks in MiB and the seconds of its frontier."""
+    frontier = [PlanPoint(peak_bytes=p * MIB, seconds=s, saved_bytes=MIB, is_measured=True) for p, s in steps]
+    plan = PlanRecord(graph="graph 0", summary="1 value saved", budget_bytes=12 * MIB, peak_bytes=0, frontier=frontier)
+    return dataclasses.replace(plan, here=here, peak_bytes=frontier[here].peak_bytes, **changes)
+
+
+@pytest.mark.parametrize(
+    ("steps", "here", "says"),
+    [
+        ([(10, 1.0)], 0, "no more memory makes it faster"),
+        ([(20, 0.9), (10, 1.0)], 1, f"+{format_bytes(8 * MIB)} buys 100 ms"),
+        ([(40, 0.9), (20, 1.0), (10, 1.0)], 2, f"+{format_bytes(28 * MIB)} buys 100 ms"),
+        ([(40, 0.99), (30, 0.994), (20, 0.996), (10, 1.0)], 3, f"+{format_bytes(18 * MIB)} buys 6.00 ms"),
+        ([(20, 0.998), (10, 1.0)], 1, "more memory buys less than 0.5 % of the step"),
+        ([(20, 1.0), (10, 1.0)], 1, "more memory buys less than 0.5 % of the step"),
+    ],
+)
+def test_more_memory_is_offered_where_it_buys_something(steps: list[tuple[int, float]], here: int, says: str) -> None:
+    assert a_plan(steps, here).next_step == says
 
 
 # What differs
