@@ -222,11 +222,24 @@ def _predicted(
         ]
         timeline = _timeline(_ordered(ledger.points))
         memory = Memory(timeline=timeline, time_unit="events", first_call_peak_bytes=first_call)
+        notes[:0] = _first_call_notes(first_call, devices.tabled(device), engine.stage)
         notes.append(
             f"Predicted in {time.perf_counter() - began:.1f} s from fake tensors. The time is a roofline's, with rates "
             f"{_rates(device)}."
         )
         return _report("predicted", engine, model, memory, traffic, seconds, world, device, notes, config)
+
+
+def _first_call_notes(peak: int, on: devices.Device, stage: int) -> list[str]:
+    """That the first call does not fit, where the model is sharded after it: at stage 0 it is a step as any other. A CPU's
+    memory is not known: the machine that predicts is seldom the one that trains."""
+    if not stage or not on.memory_bytes or peak <= on.memory_bytes:
+        return []
+    return [
+        f"The first call takes {format_bytes(peak)}, and the {on.name} has {format_bytes(on.memory_bytes)}: until then the "
+        'model is whole on each rank. Build it under torch.device("meta") and call dspass.shard(model, config, fill=...) '
+        "before torch.compile."
+    ]
 
 
 def _rates(device: str) -> str:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import dspass
+from dspass.report import format_bytes
 from examples.gpt import GPT, GPTConfig
 from tests.ranks import run
 from tests.training import without_inductor
@@ -226,6 +227,21 @@ def test_refusals_name_the_way_out(call: Any, says: str) -> None:
     model, (x, _), _ = gpt()
     with pytest.raises((ValueError, RuntimeError), match=says):
         call(model, x)
+
+
+@pytest.mark.parametrize(("stage", "device", "notes"), [(3, "h100", 1), (3, "b200", 0), (0, "h100", 0), (3, "cpu", 0)])
+def test_a_first_call_that_does_not_fit_is_said(stage: int, device: str, notes: int) -> None:
+    """Before it is sharded the model takes more than an H100 has; a stage that shards nothing has no other way."""
+    with torch.device("meta"):
+        model = nn.Sequential(*(nn.Linear(32768, 32768, bias=False, dtype=torch.bfloat16) for _ in range(25)))
+    x = torch.empty(1, 32768, dtype=torch.bfloat16)
+    report = dspass.explain(model, x, config=options(stage), world_size=8, device=device)
+    found = [note for note in report.notes if "dspass.shard" in note]
+    assert len(found) == notes
+    if found:
+        assert report.notes[0] == found[0]
+        assert format_bytes(report.memory.first_call_peak_bytes or 0) in found[0]
+        assert report.memory.peak_bytes < 80e9 < (report.memory.first_call_peak_bytes or 0)
 
 
 def test_a_budget_that_is_too_small_is_refused_by_a_public_name() -> None:
