@@ -20,11 +20,13 @@ import platform
 import sys
 import time
 import weakref
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+import torch.fx as fx
 from torch import nn
 
 from dspass.compilation import inductor_settings
@@ -36,7 +38,10 @@ from dspass.passes import cost, devices
 from dspass.planner.record import BudgetError, Plan, Tensors
 from dspass.planner.saved import PlanError
 from dspass.report import (
+    Direction,
     GraphRecord,
+    HostCopy,
+    HostCopyKind,
     Memory,
     MemoryPoint,
     PassRecord,
@@ -51,6 +56,7 @@ from dspass.report import (
 from dspass.runtime import compat
 from dspass.runtime.axis import MODELLED
 from dspass.runtime.engine import Engine
+from dspass.runtime.host import offload_start, reload_start
 from dspass.runtime.host_states import local_bytes, local_of
 from dspass.runtime.ledger import CATEGORIES, HOST, Ledger, Point
 from dspass.runtime.stepping import OPTIMIZERS
@@ -146,10 +152,21 @@ def _measured(model: nn.Module) -> Report:
         Traffic(kind=kind, direction=direction, group=group, group_size=size, calls=n, bytes=b, exposed_seconds=exposed)
         for (kind, direction, group, size), (n, b, exposed) in engine.traffic.last.items()
     ]
+    copies = _host_copies(engine, 2 * engine.host_states.bytes)
     world = dist.get_world_size() if dist.is_initialized() else 1
     device = next((p.device.type for p in model.parameters()), "cpu")
     return _report(
-        "measured", engine, unwrap(model), memory, traffic, engine.step_seconds, world, device, notes, engine.config
+        "measured",
+        engine,
+        unwrap(model),
+        memory,
+        traffic,
+        copies,
+        engine.step_seconds,
+        world,
+        device,
+        notes,
+        engine.config,
     )
 
 
@@ -227,7 +244,8 @@ def _predicted(
             f"Predicted in {time.perf_counter() - began:.1f} s from fake tensors. The time is a roofline's, with rates "
             f"{_rates(device)}."
         )
-        return _report("predicted", engine, model, memory, traffic, seconds, world, device, notes, config)
+        copies = _host_copies(engine, 2 * _states_away(engine, fake), exposed)
+        return _report("predicted", engine, model, memory, traffic, copies, seconds, world, device, notes, config)
 
 
 def _first_call_notes(peak: int, on: devices.Device, stage: int) -> list[str]:
@@ -251,27 +269,63 @@ def _rates(device: str) -> str:
 def _seconds(
     engine: Engine, model: nn.Module, device: str, optimizer: str, train: bool
 ) -> tuple[dict[tuple[str, str], float], float]:
-    """Exposed seconds by kind and direction, and the whole step's."""
+    """Exposed seconds of collectives and of copies to and from the host, by kind and direction, and the whole step's."""
     with compat.without_fake_mode():
         on = devices.device(device)
     exposed: dict[tuple[str, str], float] = {}
     total = 0.0
-    # Of a function that was compiled again, as when a model sets something in its first call, the last counts.
-    for compilation in {c.frame: c for c in engine.compilations}.values():
-        for where in ("forward", "backward"):
-            if where in compilation.graphs:
-                one = cost.estimate(compilation.graphs[where].graph, on)
-                total += one.seconds * engine.accumulation_steps
-                if where == "forward" and train:
-                    total += cost.holding_seconds(compilation.graphs[where].graph, on) * engine.accumulation_steps
-                for (kind, _), seconds in one.exposed.items():
-                    exposed[kind, where] = exposed.get((kind, where), 0.0) + seconds * engine.accumulation_steps
+    for where, graph in _graphs(engine):
+        one = cost.estimate(graph, on)
+        total += one.seconds * engine.accumulation_steps
+        if where == "forward" and train:
+            total += cost.holding_seconds(graph, on) * engine.accumulation_steps
+        for (kind, _), seconds in one.exposed.items():
+            exposed[kind, where] = exposed.get((kind, where), 0.0) + seconds * engine.accumulation_steps
     if train:
         states = OPTIMIZERS[optimizer].states
         trained = [p for p in model.parameters() if p.requires_grad]
         total += cost.optimizer_seconds(sum(local_bytes(p) for p in trained), states, on)
-        total += cost.states_seconds(states * sum(local_bytes(p) for p in trained if p in engine.host_states), on)
+        exposed["optimizer states", "step"] = cost.states_seconds(_states_away(engine, model), on)
+        total += exposed["optimizer states", "step"]
     return exposed, total
+
+
+def _graphs(engine: Engine) -> Iterator[tuple[Direction, fx.Graph]]:
+    """Of a function that was compiled again, as when a model sets something in its first call, the last counts."""
+    directions: tuple[Direction, ...] = ("forward", "backward")
+    for compilation in {c.frame: c for c in engine.compilations}.values():
+        for where in directions:
+            if where in compilation.graphs:
+                yield where, compilation.graphs[where].graph
+
+
+def _states_away(engine: Engine, model: nn.Module) -> int:
+    """Bytes of a supposed optimiser's states that wait on the host."""
+    states = engine.supposed_optimizer.states if engine.supposed_optimizer is not None else 0
+    return states * sum(local_bytes(p) for p in model.parameters() if p.requires_grad and p in engine.host_states)
+
+
+def _host_copies(
+    engine: Engine, states_bytes: int, exposed: Mapping[tuple[str, str], float] | None = None
+) -> list[HostCopy]:
+    """What the graphs copy to the host and back, and ``states_bytes`` of the optimiser's; ``exposed`` None: not measured."""
+    moved: Counter[tuple[HostCopyKind, Direction]] = Counter()
+    starts: dict[Any, HostCopyKind] = {offload_start: "offload", reload_start: "reload"}
+    for where, graph in _graphs(engine):
+        for target, kind in starts.items():
+            for node in graph.find_nodes(op="call_function", target=target):
+                moved[kind, where] += engine.accumulation_steps * sum(v.nbytes for v in node.meta["val"])
+    moved["optimizer states", "step"] = states_bytes
+    return [
+        HostCopy(
+            kind=kind,
+            direction=direction,
+            bytes=count,
+            exposed_seconds=None if exposed is None else exposed.get((kind, direction), 0.0),
+        )
+        for (kind, direction), count in moved.items()
+        if count
+    ]
 
 
 class _Steps:
@@ -449,6 +503,7 @@ def _report(
     model: nn.Module,
     memory: Memory,
     traffic: list[Traffic],
+    host_copies: list[HostCopy],
     seconds: float | None,
     world: int,
     device: str,
@@ -487,6 +542,7 @@ def _report(
         graphs=graphs,
         memory=memory,
         traffic=sorted(traffic, key=lambda t: (t.direction, t.kind)),
+        host_copies=host_copies,
         step_seconds=seconds,
         plans=[_plan_record(c.name, c.plan, seconds) for c in engine.compilations if c.plan is not None],
         config=config.to_dict() if config is not None else {},

@@ -27,7 +27,7 @@ CATEGORIES = ("parameters", "gradients", "optimizer", "gathered", "saved", "temp
 PHASES = ("forward", "backward", "optimizer")
 
 FORMAT = "dspass.report"
-VERSION = 2
+VERSION = 3
 
 WIDTH = 100
 _PASS_ROWS, _TRAFFIC_ROWS, _NOTE_ROWS = 12, 5, 3
@@ -42,6 +42,7 @@ Stage = Literal["joint", "forward", "backward"]
 Phase = Literal["forward", "backward", "optimizer"]
 CollectiveKind = Literal["all-gather", "reduce-scatter", "all-reduce"]
 Direction = Literal["forward", "backward", "step"]
+HostCopyKind = Literal["offload", "reload", "optimizer states"]
 TimeUnit = Literal["seconds", "events"]
 Opcode = tuple[str, int, int, int, int]
 """Tag, and the ranges of lines before and after, as in :mod:`difflib`."""
@@ -151,6 +152,18 @@ class Traffic:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HostCopy:
+    """Copies of one kind between the device and the host in one optimiser step: of values that go there (offload), of values
+    that come back (reload), and of the optimiser's states, which come and go."""
+
+    kind: HostCopyKind
+    direction: Direction
+    bytes: int
+    exposed_seconds: float | None = None
+    """Time in which nothing else ran; None where it was not measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PlanPoint:
     """A plan that could be chosen. ``is_measured``: its peak is that of its code on fake tensors, not of the model."""
 
@@ -221,6 +234,8 @@ class Report:
     memory: Memory = field(default_factory=Memory)
     traffic: list[Traffic] = field(default_factory=list)
     """One rank's, in one optimiser step."""
+    host_copies: list[HostCopy] = field(default_factory=list)
+    """One rank's, in one optimiser step; empty where nothing waits on the host."""
     step_seconds: float | None = None
     plans: list[PlanRecord] = field(default_factory=list)
     """What a memory budget decided, one a graph."""
@@ -496,6 +511,9 @@ def _lines(report: Report) -> Iterator[str]:
     yield ""
     yield from _traffic_lines(report)
     yield ""
+    if report.host_copies:
+        yield from _host_lines(report)
+        yield ""
     for plan in report.plans:
         yield from _plan_lines(plan)
         yield ""
@@ -565,12 +583,25 @@ def _traffic_lines(report: Report) -> Iterator[str]:
     yield f"Traffic of one step: one rank sends {sent} in {_count(calls, 'call')}"
     rows = []
     for t in sorted(report.traffic, key=lambda t: -t.bytes)[:_TRAFFIC_ROWS]:
-        exposed = "-" if t.exposed_seconds is None else format_seconds(t.exposed_seconds)
         group, sent = f"{_line(t.group)}, {_count(t.group_size, 'rank')}", format_bytes(t.bytes)
-        rows.append((t.kind, t.direction, group, _count(t.calls, "call"), sent, f"exposed {exposed}"))
+        exposed = f"exposed {exposed_text(t)}"
+        rows.append((t.kind, t.direction, group, _count(t.calls, "call"), sent, exposed))
     yield from _table(rows, "<<<>><")
     if len(report.traffic) > _TRAFFIC_ROWS:
         yield f"  and {len(report.traffic) - _TRAFFIC_ROWS} more in .traffic"
+
+
+def _host_lines(report: Report) -> Iterator[str]:
+    yield f"Copies to and from the host in one step: {format_bytes(sum(c.bytes for c in report.host_copies))}"
+    copies = report.host_copies[:_TRAFFIC_ROWS]
+    yield from _table(
+        [(c.kind, c.direction, format_bytes(c.bytes), f"exposed {exposed_text(c)}") for c in copies], "<<><"
+    )
+
+
+def exposed_text(moved: Traffic | HostCopy) -> str:
+    """``-`` where it was not measured."""
+    return "-" if moved.exposed_seconds is None else format_seconds(moved.exposed_seconds)
 
 
 def _plan_lines(plan: PlanRecord) -> Iterator[str]:
@@ -649,6 +680,8 @@ def _diff_lines(old: Report, new: Report) -> Iterator[str]:
     yield from _section("Graphs", _graph_changes(old, new))
     yield from _section("Memory of one rank", _memory_changes(old, new))
     yield from _section("Traffic of one step", _traffic_changes(old, new))
+    copies = ({f"{c.kind} {c.direction}": _copied(c) for c in r.host_copies} for r in (old, new))
+    yield from _section("Copies to and from the host", _changes(*copies))
     if old.step_seconds != new.step_seconds:
         figures = _figures(old.step_seconds, new.step_seconds, format_seconds, old.missing, new.missing)
         yield f"Step time: {figures}"
@@ -769,6 +802,10 @@ def _traffic_changes(old: Report, new: Report) -> Iterator[str]:
             said.append(f"exposed {_figures(was[2], now[2], format_seconds, old.missing, new.missing)}")
         if said:
             yield f"{name}: {', '.join(said)}"
+
+
+def _copied(copy: HostCopy) -> str:
+    return f"{format_bytes(copy.bytes)}, exposed {exposed_text(copy)}"
 
 
 def _figures(was: Any, now: Any, show: Any, was_missing: str, now_missing: str) -> str:

@@ -74,6 +74,11 @@ class HostStates:
     def __bool__(self) -> bool:
         return len(self._params) > 0
 
+    @property
+    def bytes(self) -> int:
+        """Of the states that wait on the host now; none before the first step."""
+        return sum(home.nbytes for theirs in self._homes.values() for home in theirs.values())
+
     # -- one step ------------------------------------------------------------------------------------------------------
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:

@@ -13,7 +13,9 @@ import torch
 from torch import nn
 
 import dspass
+from dspass.passes import devices
 from dspass.report import format_bytes
+from dspass.runtime.host_states import LEAST_BYTES
 from examples.gpt import GPT, GPTConfig
 from tests.ranks import run
 from tests.training import without_inductor
@@ -242,6 +244,23 @@ def test_a_first_call_that_does_not_fit_is_said(stage: int, device: str, notes: 
         assert report.notes[0] == found[0]
         assert format_bytes(report.memory.first_call_peak_bytes or 0) in found[0]
         assert report.memory.peak_bytes < 80e9 < (report.memory.first_call_peak_bytes or 0)
+
+
+def test_copies_to_and_from_the_host_are_said_with_what_is_exposed_of_them() -> None:
+    model, args, _ = gpt()
+    zero = {"stage": 0, "offload_optimizer": {"device": "cpu"}}
+    config = {"zero_optimization": zero, "compile": {"offload_activation": True}}
+    plain, report = (dspass.explain(model, *args, config=c, device="h100") for c in ({}, config))
+    assert not plain.host_copies
+    copies = {c.kind: c for c in report.host_copies}
+    assert (copies["offload"].direction, copies["reload"].direction) == ("forward", "backward")
+    assert copies["offload"].bytes == copies["reload"].bytes > 1_000_000
+    away = sum(2 * p.nbytes for p in model.parameters() if p.nbytes >= LEAST_BYTES)
+    assert copies["optimizer states"].bytes == 2 * away
+    assert copies["optimizer states"].exposed_seconds == pytest.approx(2 * away / devices.tabled("h100").host_link)
+    assert plain.step_seconds is not None
+    exposed = sum(c.exposed_seconds or 0.0 for c in report.host_copies)
+    assert report.step_seconds == pytest.approx(plain.step_seconds + exposed, rel=0.01)
 
 
 def test_a_budget_that_is_too_small_is_refused_by_a_public_name() -> None:

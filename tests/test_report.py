@@ -21,6 +21,7 @@ from dspass.report import (
     PHASES,
     VERSION,
     GraphRecord,
+    HostCopy,
     Memory,
     MemoryPoint,
     PassRecord,
@@ -134,6 +135,13 @@ traffic = st.builds(
     bytes=number,
     exposed_seconds=st.none() | real,
 )
+host_copies = st.builds(
+    HostCopy,
+    kind=st.sampled_from(["offload", "reload", "optimizer states"]),
+    direction=st.sampled_from(["forward", "backward", "step"]),
+    bytes=number,
+    exposed_seconds=st.none() | real,
+)
 reports = st.builds(
     Report,
     kind=st.sampled_from(["measured", "predicted"]),
@@ -149,6 +157,7 @@ reports = st.builds(
         time_unit=st.sampled_from(["seconds", "events"]),
     ),
     traffic=st.lists(traffic, max_size=3),
+    host_copies=st.lists(host_copies, max_size=3),
     step_seconds=st.none() | real,
     config=st.dictionaries(text, json_value, max_size=3),
     ignored=st.dictionaries(text, text, max_size=2),
@@ -339,6 +348,21 @@ def test_text_shows_the_main_figures() -> None:
     for part in ("GPT on 2 ranks, cpu", "zero_gather", "1 → 2 ops", "7.00 MiB", "3.00 MiB in 4 calls", "250 ms"):
         assert part in shown
     assert "ignored scheduler: build it in the training loop" in shown
+
+
+def test_copies_to_and_from_the_host_are_shown_beside_collectives() -> None:
+    copies = [
+        HostCopy(kind="offload", direction="forward", bytes=5 * MIB, exposed_seconds=0.0021),
+        HostCopy(kind="optimizer states", direction="step", bytes=3 * MIB),
+    ]
+    report = a_report(host_copies=copies)
+    said = str(report).split("\n")
+    assert f"Copies to and from the host in one step: {format_bytes(8 * MIB)}" in said
+    assert f"  offload           forward  {format_bytes(5 * MIB)}  exposed 2.10 ms" in said
+    assert f"  optimizer states  step     {format_bytes(3 * MIB)}  exposed -" in said
+    assert "Copies to and from the host" not in str(a_report())
+    assert "Copies to and from the host" in report.to_html()
+    assert f"- offload forward: {format_bytes(5 * MIB)}, exposed 2.10 ms" in report.diff(a_report())
 
 
 def test_text_of_many_passes_stays_short() -> None:
