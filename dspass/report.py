@@ -15,6 +15,7 @@ import functools
 import json
 import math
 import os
+import textwrap
 import types
 import typing
 from collections import Counter
@@ -521,7 +522,7 @@ def _lines(report: Report) -> Iterator[str]:
     yield f"Step time: {report.missing if step is None else format_seconds(step)}"
     notes = [*report.notes, *(f"ignored {key}: {reason}" for key, reason in report.ignored.items())]
     for note in notes[:_NOTE_ROWS]:
-        yield f"  - {_line(note)}"
+        yield from _wrapped(f"- {note}", "  ")
     if len(notes) > _NOTE_ROWS:
         yield f"  - and {len(notes) - _NOTE_ROWS} more in .notes and .ignored"
 
@@ -606,7 +607,7 @@ def exposed_text(moved: Traffic | HostCopy) -> str:
 
 def _plan_lines(plan: PlanRecord) -> Iterator[str]:
     """The plan as text, at most some twenty lines."""
-    yield f"Plan of {plan.graph} for {format_bytes(plan.budget_bytes)}: {plan.summary}"
+    yield from _wrapped(f"Plan of {plan.graph} for {format_bytes(plan.budget_bytes)}: {plan.summary}", "")
     yield f"  {plan.next_step}"
     rows = [("", "peak", "step", "saved")]
     for i in _some(len(plan.frontier), _PLAN_POINTS, plan.here):
@@ -630,7 +631,7 @@ def _plan_lines(plan: PlanRecord) -> Iterator[str]:
         classes.append((name, format_bytes(one.kept_bytes), held, format_bytes(one.dropped_bytes), again))
     yield from _plan_table(classes)
     for one in plan.largest[:_PLAN_TENSORS]:
-        yield f"  {one.name}: {one.reason}"
+        yield from _wrapped(f"{one.name}: {one.reason}", "  ")
 
 
 def _some(count: int, most: int, always: int) -> list[int]:
@@ -662,6 +663,13 @@ def _count(count: int, what: str) -> str:
 def _line(text: str) -> str:
     """One line without control characters: labels come from models, and a terminal obeys escape codes."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def _wrapped(text: str, indent: str) -> list[str]:
+    """Sentences, which say nothing where they are cut short, in lines of :data:`WIDTH`."""
+    return textwrap.wrap(
+        _line(text), WIDTH, initial_indent=indent, subsequent_indent=indent + "  ", break_on_hyphens=False
+    )
 
 
 def _clip(line: str) -> str:

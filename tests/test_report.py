@@ -27,6 +27,7 @@ from dspass.report import (
     PassRecord,
     PlanPoint,
     PlanRecord,
+    PlanTensors,
     Report,
     Traffic,
     format_bytes,
@@ -416,6 +417,17 @@ def a_plan(steps: list[tuple[int, float]], here: int, **changes: Any) -> PlanRec
 )
 def test_more_memory_is_offered_where_it_buys_something(steps: list[tuple[int, float]], here: int, says: str) -> None:
     assert a_plan(steps, here).next_step == says
+
+
+def test_what_a_plan_and_notes_say_is_wrapped_and_not_cut() -> None:
+    said = " ".join(f"word{i}" for i in range(40))
+    largest = [PlanTensors(name="mm", count=1, kept_bytes=1, dropped_bytes=0, again_seconds=0.1, reason=said)]
+    plan = a_plan([(10, 1.0)], 0, summary=said, largest=largest)
+    shown = str(a_report(plans=[plan], notes=[said]))
+    assert all(len(line) <= module.WIDTH for line in shown.split("\n"))
+    assert " ".join(shown.split()).count(said) == 3
+    assert "\n  word" in shown  # indented below its first line
+    assert "…" not in shown
 
 
 # What differs
