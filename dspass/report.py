@@ -205,7 +205,7 @@ class PlanRecord:
 
     @property
     def next_step(self) -> str:
-        """``+2.00 GiB buys 3.10 ms``: the least more memory that gives something; where none does, that."""
+        """``+2.00 GB buys 3.10 ms``: the least more memory that gives something; where none does, that."""
         if not self.here:
             return "no more memory makes it faster"
         at = self.frontier[self.here].seconds
@@ -475,12 +475,12 @@ def _span(start: int, stop: int) -> str:
 
 
 def format_bytes(count: int) -> str:
-    """``1.50 GiB``; binary units."""
+    """``1.50 GB``: powers of 1000, as budgets are written and devices are sold, so that figures can be compared with these."""
     value, unit = float(count), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB", "PiB"):
-        if abs(value) < 1023.95:
+    for larger in ("KB", "MB", "GB", "TB", "PB"):
+        if abs(value) < 999.5:
             break
-        value, unit = value / 1024, larger
+        value, unit = value / 1000, larger
     return f"{count} B" if unit == "B" else f"{_three_digits(value)} {unit}"
 
 
