@@ -76,8 +76,10 @@ class HostStates:
 
     @property
     def bytes(self) -> int:
-        """Of the states that wait on the host now; none before the first step."""
-        return sum(home.nbytes for theirs in self._homes.values() for home in theirs.values())
+        """Of the states that wait on the host now, but for those of parameters that do: these do not travel. None before the
+        first step."""
+        homes = [theirs for param, theirs in self._homes.items() if not is_on_host(local_of(param))]
+        return sum(home.nbytes for theirs in homes for home in theirs.values())
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
