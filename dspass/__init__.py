@@ -14,6 +14,8 @@ from dspass.engines import no_sync
 from dspass.explain import explain
 from dspass.fit import Fit, fit
 from dspass.measure import measure
+from dspass.planner.record import BudgetError
+from dspass.planner.saved import PlanError
 from dspass.report import Report
 from dspass.runtime import compat
 from dspass.shard import shard
@@ -25,9 +27,11 @@ if "deepspeed" not in torch._dynamo.list_backends(exclude_tags=()):
 compat.register_log("dspass", "dspass")  # TORCH_LOGS="+dspass", torch._logging.set_logs(modules={"dspass": level})
 
 __all__ = [
+    "BudgetError",
     "Config",
     "ConfigError",
     "Fit",
+    "PlanError",
     "Report",
     "deepspeed",
     "explain",

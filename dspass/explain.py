@@ -20,11 +20,13 @@ import platform
 import sys
 import time
 import weakref
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+import torch.fx as fx
 from torch import nn
 
 from dspass.compilation import inductor_settings
@@ -36,7 +38,10 @@ from dspass.passes import cost, devices
 from dspass.planner.record import BudgetError, Plan, Tensors
 from dspass.planner.saved import PlanError
 from dspass.report import (
+    Direction,
     GraphRecord,
+    HostCopy,
+    HostCopyKind,
     Memory,
     MemoryPoint,
     PassRecord,
@@ -51,18 +56,11 @@ from dspass.report import (
 from dspass.runtime import compat
 from dspass.runtime.axis import MODELLED
 from dspass.runtime.engine import Engine
-from dspass.runtime.host_states import local_bytes, local_of, parts_of
+from dspass.runtime.host import offload_start, reload_start
+from dspass.runtime.host_states import local_bytes, local_of
 from dspass.runtime.ledger import CATEGORIES, HOST, Ledger, Point
-
-#: States of one parameter, and temporaries of its size that one step of it holds at once (torch.optim, not fused).
-OPTIMIZERS: dict[str, tuple[int, int]] = {
-    "adamw": (2, 2),
-    "adam": (2, 2),
-    "sgd": (0, 0),
-    "momentum": (1, 0),
-    "adamw-fused": (2, 0),
-    "none": (0, 0),
-}
+from dspass.runtime.stepping import OPTIMIZERS
+from dspass.settings import step_moments
 
 #: Above this many parameters the graph is walked instead of having Inductor generate code for it.
 GENERATE_UP_TO = 500_000_000
@@ -87,7 +85,7 @@ def explain(
     - ``explain("report.json")``: a saved report.
 
     ``memory_budget`` (bytes, ``"60GB"``, ``"75%"`` of the device or ``"auto"``) has the planner fit the step into it, and the
-    report show what that costs; raises :class:`~dspass.planner.record.BudgetError` where nothing fits. ``optimizer`` names
+    report show what that costs; raises :class:`dspass.BudgetError` where nothing fits. ``optimizer`` names
     whose states are counted (one of :data:`OPTIMIZERS`); ``train=False`` predicts the forward only.
     """
     if isinstance(model, (str, os.PathLike)):
@@ -154,10 +152,21 @@ def _measured(model: nn.Module) -> Report:
         Traffic(kind=kind, direction=direction, group=group, group_size=size, calls=n, bytes=b, exposed_seconds=exposed)
         for (kind, direction, group, size), (n, b, exposed) in engine.traffic.last.items()
     ]
+    copies = _host_copies(engine, 2 * engine.host_states.bytes)
     world = dist.get_world_size() if dist.is_initialized() else 1
     device = next((p.device.type for p in model.parameters()), "cpu")
     return _report(
-        "measured", engine, unwrap(model), memory, traffic, engine.step_seconds, world, device, notes, engine.config
+        "measured",
+        engine,
+        unwrap(model),
+        memory,
+        traffic,
+        copies,
+        engine.step_seconds,
+        world,
+        device,
+        notes,
+        engine.config,
     )
 
 
@@ -197,7 +206,7 @@ def _predicted(
         batch, named = _fake_inputs(args, mode), _fake_inputs(kwargs, mode)
         engine = new_engine(fake, config)
         engine.target = device
-        engine.supposed_optimizer = OPTIMIZERS[optimizer] if train else (0, 0)
+        engine.supposed_optimizer = supposed = OPTIMIZERS[optimizer if train else "none"]
         small = sum(p.numel() for p in model.parameters()) <= GENERATE_UP_TO
         engine.compiler = InductorSimulator(patches=inductor_settings(config)) if on_cpu and small else GraphSimulator()
         if not (on_cpu and small):
@@ -206,7 +215,7 @@ def _predicted(
             )
         compiled = cast(Any, torch.compile)(fake, backend="deepspeed", options=config)  # typed for Inductor's
         ledger = Ledger(watches=True)
-        steps = _Steps(compiled, fake, engine, batch, named, optimizer, train, ledger)
+        steps = _Steps(compiled, fake, engine, batch, named, supposed.states, train, ledger)
         engine.probe.ledger = ledger
         with _unwrapped():
             steps.run()  # the one-line way holds the whole model once; makes the optimiser's states
@@ -230,11 +239,25 @@ def _predicted(
         ]
         timeline = _timeline(_ordered(ledger.points))
         memory = Memory(timeline=timeline, time_unit="events", first_call_peak_bytes=first_call)
+        notes[:0] = _first_call_notes(first_call, devices.tabled(device), engine.stage)
         notes.append(
             f"Predicted in {time.perf_counter() - began:.1f} s from fake tensors. The time is a roofline's, with rates "
             f"{_rates(device)}."
         )
-        return _report("predicted", engine, model, memory, traffic, seconds, world, device, notes, config)
+        copies = _host_copies(engine, 2 * _states_away(engine, fake), exposed)
+        return _report("predicted", engine, model, memory, traffic, copies, seconds, world, device, notes, config)
+
+
+def _first_call_notes(peak: int, on: devices.Device, stage: int) -> list[str]:
+    """That the first call does not fit, where the model is sharded after it: at stage 0 it is a step as any other. A CPU's
+    memory is not known: the machine that predicts is seldom the one that trains."""
+    if not stage or not on.memory_bytes or peak <= on.memory_bytes:
+        return []
+    return [
+        f"The first call takes {format_bytes(peak)}, and the {on.name} has {format_bytes(on.memory_bytes)}: until then the "
+        'model is whole on each rank. Build it under torch.device("meta") and call dspass.shard(model, config, fill=...) '
+        "before torch.compile."
+    ]
 
 
 def _rates(device: str) -> str:
@@ -246,31 +269,72 @@ def _rates(device: str) -> str:
 def _seconds(
     engine: Engine, model: nn.Module, device: str, optimizer: str, train: bool
 ) -> tuple[dict[tuple[str, str], float], float]:
-    """Exposed seconds by kind and direction, and the whole step's."""
+    """Exposed seconds of collectives and of copies to and from the host, by kind and direction, and the whole step's."""
     with compat.without_fake_mode():
         on = devices.device(device)
     exposed: dict[tuple[str, str], float] = {}
     total = 0.0
-    # Of a function that was compiled again, as when a model sets something in its first call, the last counts.
-    for compilation in {c.frame: c for c in engine.compilations}.values():
-        for where in ("forward", "backward"):
-            if where in compilation.graphs:
-                one = cost.estimate(compilation.graphs[where].graph, on)
-                total += one.seconds * engine.accumulation_steps
-                if where == "forward" and train:
-                    total += cost.holding_seconds(compilation.graphs[where].graph, on) * engine.accumulation_steps
-                for (kind, _), seconds in one.exposed.items():
-                    exposed[kind, where] = exposed.get((kind, where), 0.0) + seconds * engine.accumulation_steps
+    for where, graph in _graphs(engine):
+        one = cost.estimate(graph, on)
+        total += one.seconds * engine.accumulation_steps
+        if where == "forward" and train:
+            total += cost.holding_seconds(graph, on) * engine.accumulation_steps
+        for (kind, _), seconds in one.exposed.items():
+            exposed[kind, where] = exposed.get((kind, where), 0.0) + seconds * engine.accumulation_steps
     if train:
-        states, _ = OPTIMIZERS[optimizer]
+        states = OPTIMIZERS[optimizer].states
         trained = [p for p in model.parameters() if p.requires_grad]
         total += cost.optimizer_seconds(sum(local_bytes(p) for p in trained), states, on)
-        total += cost.states_seconds(states * sum(local_bytes(p) for p in trained if p in engine.host_states), on)
+        exposed["optimizer states", "step"] = cost.states_seconds(_states_away(engine, model), on)
+        total += exposed["optimizer states", "step"]
     return exposed, total
 
 
+def _graphs(engine: Engine) -> Iterator[tuple[Direction, fx.Graph]]:
+    """Of a function that was compiled again, as when a model sets something in its first call, the last counts."""
+    directions: tuple[Direction, ...] = ("forward", "backward")
+    for compilation in {c.frame: c for c in engine.compilations}.values():
+        for where in directions:
+            if where in compilation.graphs:
+                yield where, compilation.graphs[where].graph
+
+
+def _states_away(engine: Engine, model: nn.Module) -> int:
+    """Bytes of a supposed optimiser's states that wait on the host."""
+    states = engine.supposed_optimizer.states if engine.supposed_optimizer is not None else 0
+    return states * sum(local_bytes(p) for p in model.parameters() if p.requires_grad and p in engine.host_states)
+
+
+def _host_copies(
+    engine: Engine, states_bytes: int, exposed: Mapping[tuple[str, str], float] | None = None
+) -> list[HostCopy]:
+    """What the graphs copy to the host and back, and ``states_bytes`` of the optimiser's; ``exposed`` None: not measured."""
+    moved: Counter[tuple[HostCopyKind, Direction]] = Counter()
+    starts: dict[Any, HostCopyKind] = {offload_start: "offload", reload_start: "reload"}
+    for where, graph in _graphs(engine):
+        for target, kind in starts.items():
+            for node in graph.find_nodes(op="call_function", target=target):
+                moved[kind, where] += engine.accumulation_steps * sum(v.nbytes for v in node.meta["val"])
+    moved["optimizer states", "step"] = states_bytes
+    return [
+        HostCopy(
+            kind=kind,
+            direction=direction,
+            bytes=count,
+            exposed_seconds=None if exposed is None else exposed.get((kind, direction), 0.0),
+        )
+        for (kind, direction), count in moved.items()
+        if count
+    ]
+
+
 class _Steps:
-    """Training steps on fake tensors, the optimiser's by its states and temporaries."""
+    """Training steps on fake tensors, the optimiser's by what it holds (:func:`dspass.settings.step_moments`).
+
+    What the model answers is held to the end of the step, as a variable of the training loop holds it (``out = model(x)``) and
+    as a plan supposes (:mod:`dspass.planner.dry_run`): a budget must hold for that loop, too. One that says ``model(x).loss``
+    lets go of the logits before its backward, and takes as many bytes less, unless the backward reads them.
+    """
 
     def __init__(
         self,
@@ -279,13 +343,12 @@ class _Steps:
         engine: Engine,
         batch: Sequence[Any],
         named: dict[str, Any],
-        optimizer: str,
+        states: int,
         train: bool,
         ledger: Ledger,
     ) -> None:
         self.compiled, self.model, self.engine = compiled, model, engine
-        self.batch, self.named, self.train, self.ledger = batch, named, train, ledger
-        self.states, self.temporaries = OPTIMIZERS[optimizer] if train else (0, 0)
+        self.batch, self.named, self.states, self.train, self.ledger = batch, named, states, train, ledger
         self.kept: list[torch.Tensor] = []
 
     def run(self) -> None:
@@ -299,7 +362,8 @@ class _Steps:
                 with torch.no_grad():
                     self.compiled(*self.batch, **self.named)
                 continue
-            loss = _loss(self.compiled(*self.batch, **self.named))
+            answer = self.compiled(*self.batch, **self.named)
+            loss = _loss(answer)
             self.ledger.phase = "backward"
             # The first backward of a model that is being sharded is autograd's own.
             with contextlib.nullcontext() if self.engine.compilations else self.ledger.watching():
@@ -321,15 +385,11 @@ class _Steps:
                 kept = [torch.zeros_like(local_of(param)) for _ in range(self.states)]
                 self.ledger.note(kept, HOST if param in away or id(param) in hosted else "optimizer")
                 self.kept += kept
-        for param in trained:
-            held = [torch.empty_like(local_of(param)) for _ in range(self.temporaries)]
-            self.ledger.note(held)
-            del held
-        coming = [p for p in trained if p in away and id(p) not in hosted]
-        for indices in parts_of([local_of(p) for p in coming], away.part_elements, self.states):
-            part = [torch.empty_like(local_of(coming[i])) for i in indices for _ in range(self.states)]
-            self.ledger.note(part, "optimizer")
-            del part
+        for moment in step_moments(self.engine, trained):
+            came, made = (torch.empty(count, dtype=torch.uint8) for count in (moment.states, moment.temporaries))
+            self.ledger.note(came, "optimizer")
+            self.ledger.note(made)
+            del came, made
         self.engine.after_step()
         for param in trained:
             param.grad = None
@@ -443,6 +503,7 @@ def _report(
     model: nn.Module,
     memory: Memory,
     traffic: list[Traffic],
+    host_copies: list[HostCopy],
     seconds: float | None,
     world: int,
     device: str,
@@ -481,6 +542,7 @@ def _report(
         graphs=graphs,
         memory=memory,
         traffic=sorted(traffic, key=lambda t: (t.direction, t.kind)),
+        host_copies=host_copies,
         step_seconds=seconds,
         plans=[_plan_record(c.name, c.plan, seconds) for c in engine.compilations if c.plan is not None],
         config=config.to_dict() if config is not None else {},

@@ -16,11 +16,12 @@ from torch import nn
 from tqdm import tqdm
 
 from dspass.config import Config
-from dspass.explain import OPTIMIZERS, explain
+from dspass.explain import explain
 from dspass.owners import unwrap
 from dspass.passes import devices
 from dspass.planner.record import BudgetError, size_text
 from dspass.report import Report
+from dspass.runtime.stepping import OPTIMIZERS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,7 @@ def fit(
     whole = Config.load(config or {})
     loaded = Config.load({"dspass": {"memory_budget": budget}}).dspass.memory_budget
     limit = loaded if isinstance(loaded, int) else devices.share_of(str(loaded), devices.capacity(device))
-    states, _ = OPTIMIZERS[optimizer]
+    states = OPTIMIZERS[optimizer].states
     if whole.offload_optimizer == "cpu" or (whole.offload_optimizer is None and device != "cpu"):
         states = 0  # they may wait on the host, which is the planner's to weigh
     plain = unwrap(model)

@@ -175,10 +175,13 @@ def budget_bytes(budget: int | str, engine: Engine) -> int:
 
 
 def _of_this_graph(joint: fx.Graph, num_fwd_outputs: int, free: Sequence[int]) -> tuple[int, int]:
-    """Bytes of its parameters and buffers as this rank holds them, and of the gradients that it leaves of them."""
+    """Bytes of its parameters and buffers as this rank holds them, and of the gradients that it leaves of them.
+
+    ``free`` counts the inputs before a DTensor became its shard and its mesh, which is no tensor."""
     placeholders = joint.find_nodes(op="placeholder")
     shards = {n.meta[GATHERED][1] for n in placeholders if GATHERED in n.meta}
-    mine = sorted({*free, *(i for i, n in enumerate(placeholders) if n.name in shards)})
+    tensors = [i for i, n in enumerate(placeholders) if _is_tensor(n) and GATHERED not in n.meta]
+    mine = sorted({*(tensors[i] for i in free), *(i for i, n in enumerate(placeholders) if n.name in shards)})
     gradients = joint.find_nodes(op="output")[0].args[0][num_fwd_outputs:]
     away = {n.meta[GATHERED][1] for n in placeholders if GATHERED in n.meta and lookup(n.meta[GATHERED][0]).on_host}
     here = [i for i in mine if placeholders[i].name not in away]

@@ -21,9 +21,9 @@
   function bytes(count) {
     let value = count;
     let unit = "B";
-    for (const larger of ["KiB", "MiB", "GiB", "TiB", "PiB"]) {
-      if (Math.abs(value) < 1023.95) break;
-      value /= 1024;
+    for (const larger of ["KB", "MB", "GB", "TB", "PB"]) {
+      if (Math.abs(value) < 999.5) break;
+      value /= 1000;
       unit = larger;
     }
     return unit === "B" ? `${count} B` : `${digits(value)} ${unit}`;
@@ -75,12 +75,11 @@
     return element;
   }
 
-  /** A round step that makes at most `most` ticks up to `largest`; `units` are sizes to be round in. */
-  function roundStep(largest, most, base) {
-    const unit = base ** Math.floor(Math.log(Math.max(largest, 1e-12)) / Math.log(base) + 1e-9);
+  /** A round step that makes at most `most` ticks up to `largest`. */
+  function roundStep(largest, most) {
+    const unit = 10 ** Math.floor(Math.log10(Math.max(largest, 1e-12)) + 1e-9);
     const inside = largest / unit;
-    const steps = base === 10 ? [0.1, 0.2, 0.5, 1, 2, 5]
-      : [1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 5, 10, 20, 25, 50, 100, 200, 250, 500];
+    const steps = [0.1, 0.2, 0.5, 1, 2, 5];
     return unit * (steps.find((step) => inside / step <= most) ?? steps[steps.length - 1]);
   }
 
@@ -119,12 +118,12 @@
       start = i;
     }
 
-    const step = roundStep(top, 6, 1024);
+    const step = roundStep(top, 6);
     for (let value = 0; value <= top; value += step) {
       shape("line", { class: "grid", x1: margin.left, x2: right, y1: y(value), y2: y(value) });
       shape("text", { x: margin.left - 8, y: y(value) + 4, "text-anchor": "end" }, value ? bytes(value) : "0");
     }
-    const timeStep = roundStep(span, Math.max(2, Math.floor(width / 130)), 10);
+    const timeStep = roundStep(span, Math.max(2, Math.floor(width / 130)));
     for (let t = 0; t <= span; t += timeStep) {
       const at = first + t;
       const text = data.unit === "seconds" ? seconds(t) : `${Math.round(at)}${t === 0 ? " events" : ""}`;

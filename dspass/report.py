@@ -15,6 +15,7 @@ import functools
 import json
 import math
 import os
+import textwrap
 import types
 import typing
 from collections import Counter
@@ -27,17 +28,22 @@ CATEGORIES = ("parameters", "gradients", "optimizer", "gathered", "saved", "temp
 PHASES = ("forward", "backward", "optimizer")
 
 FORMAT = "dspass.report"
-VERSION = 2
+VERSION = 3
 
 WIDTH = 100
 _PASS_ROWS, _TRAFFIC_ROWS, _NOTE_ROWS = 12, 5, 3
 _PLAN_CLASSES, _PLAN_TENSORS, _PLAN_POINTS = 6, 4, 8
+
+#: The share of a step that more memory has to buy before it is offered: steps vary by as much from one to the next, and the
+#: cost model is less exact.
+_WORTH_BUYING = 0.005
 
 Kind = Literal["measured", "predicted"]
 Stage = Literal["joint", "forward", "backward"]
 Phase = Literal["forward", "backward", "optimizer"]
 CollectiveKind = Literal["all-gather", "reduce-scatter", "all-reduce"]
 Direction = Literal["forward", "backward", "step"]
+HostCopyKind = Literal["offload", "reload", "optimizer states"]
 TimeUnit = Literal["seconds", "events"]
 Opcode = tuple[str, int, int, int, int]
 """Tag, and the ranges of lines before and after, as in :mod:`difflib`."""
@@ -147,6 +153,18 @@ class Traffic:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HostCopy:
+    """Copies of one kind between the device and the host in one optimiser step: of values that go there (offload), of values
+    that come back (reload), and of the optimiser's states, which come and go."""
+
+    kind: HostCopyKind
+    direction: Direction
+    bytes: int
+    exposed_seconds: float | None = None
+    """Time in which nothing else ran; None where it was not measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PlanPoint:
     """A plan that could be chosen. ``is_measured``: its peak is that of its code on fake tensors, not of the model."""
 
@@ -187,12 +205,15 @@ class PlanRecord:
 
     @property
     def next_step(self) -> str:
-        """``+2.00 GiB buys 3.10 ms``: what more memory would give; where nothing is faster, that."""
+        """``+2.00 GB buys 3.10 ms``: the least more memory that gives something; where none does, that."""
         if not self.here:
             return "no more memory makes it faster"
-        at, faster = self.frontier[self.here], self.frontier[self.here - 1]
-        more = max(faster.peak_bytes - self.budget_bytes, 0)
-        return f"+{format_bytes(more)} buys {format_seconds(at.seconds - faster.seconds)}"
+        at = self.frontier[self.here].seconds
+        for faster in reversed(self.frontier[: self.here]):
+            if at - faster.seconds >= _WORTH_BUYING * at:
+                more = max(faster.peak_bytes - self.budget_bytes, 0)
+                return f"+{format_bytes(more)} buys {format_seconds(at - faster.seconds)}"
+        return f"more memory buys less than {100 * _WORTH_BUYING:.2g} % of the step"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,6 +235,8 @@ class Report:
     memory: Memory = field(default_factory=Memory)
     traffic: list[Traffic] = field(default_factory=list)
     """One rank's, in one optimiser step."""
+    host_copies: list[HostCopy] = field(default_factory=list)
+    """One rank's, in one optimiser step; empty where nothing waits on the host."""
     step_seconds: float | None = None
     plans: list[PlanRecord] = field(default_factory=list)
     """What a memory budget decided, one a graph."""
@@ -452,12 +475,12 @@ def _span(start: int, stop: int) -> str:
 
 
 def format_bytes(count: int) -> str:
-    """``1.50 GiB``; binary units."""
+    """``1.50 GB``: powers of 1000, as budgets are written and devices are sold, so that figures can be compared with these."""
     value, unit = float(count), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB", "PiB"):
-        if abs(value) < 1023.95:
+    for larger in ("KB", "MB", "GB", "TB", "PB"):
+        if abs(value) < 999.5:
             break
-        value, unit = value / 1024, larger
+        value, unit = value / 1000, larger
     return f"{count} B" if unit == "B" else f"{_three_digits(value)} {unit}"
 
 
@@ -489,6 +512,9 @@ def _lines(report: Report) -> Iterator[str]:
     yield ""
     yield from _traffic_lines(report)
     yield ""
+    if report.host_copies:
+        yield from _host_lines(report)
+        yield ""
     for plan in report.plans:
         yield from _plan_lines(plan)
         yield ""
@@ -496,7 +522,7 @@ def _lines(report: Report) -> Iterator[str]:
     yield f"Step time: {report.missing if step is None else format_seconds(step)}"
     notes = [*report.notes, *(f"ignored {key}: {reason}" for key, reason in report.ignored.items())]
     for note in notes[:_NOTE_ROWS]:
-        yield f"  - {_line(note)}"
+        yield from _wrapped(f"- {note}", "  ")
     if len(notes) > _NOTE_ROWS:
         yield f"  - and {len(notes) - _NOTE_ROWS} more in .notes and .ignored"
 
@@ -558,17 +584,30 @@ def _traffic_lines(report: Report) -> Iterator[str]:
     yield f"Traffic of one step: one rank sends {sent} in {_count(calls, 'call')}"
     rows = []
     for t in sorted(report.traffic, key=lambda t: -t.bytes)[:_TRAFFIC_ROWS]:
-        exposed = "-" if t.exposed_seconds is None else format_seconds(t.exposed_seconds)
         group, sent = f"{_line(t.group)}, {_count(t.group_size, 'rank')}", format_bytes(t.bytes)
-        rows.append((t.kind, t.direction, group, _count(t.calls, "call"), sent, f"exposed {exposed}"))
+        exposed = f"exposed {exposed_text(t)}"
+        rows.append((t.kind, t.direction, group, _count(t.calls, "call"), sent, exposed))
     yield from _table(rows, "<<<>><")
     if len(report.traffic) > _TRAFFIC_ROWS:
         yield f"  and {len(report.traffic) - _TRAFFIC_ROWS} more in .traffic"
 
 
+def _host_lines(report: Report) -> Iterator[str]:
+    yield f"Copies to and from the host in one step: {format_bytes(sum(c.bytes for c in report.host_copies))}"
+    copies = report.host_copies[:_TRAFFIC_ROWS]
+    yield from _table(
+        [(c.kind, c.direction, format_bytes(c.bytes), f"exposed {exposed_text(c)}") for c in copies], "<<><"
+    )
+
+
+def exposed_text(moved: Traffic | HostCopy) -> str:
+    """``-`` where it was not measured."""
+    return "-" if moved.exposed_seconds is None else format_seconds(moved.exposed_seconds)
+
+
 def _plan_lines(plan: PlanRecord) -> Iterator[str]:
     """The plan as text, at most some twenty lines."""
-    yield f"Plan of {plan.graph} for {format_bytes(plan.budget_bytes)}: {plan.summary}"
+    yield from _wrapped(f"Plan of {plan.graph} for {format_bytes(plan.budget_bytes)}: {plan.summary}", "")
     yield f"  {plan.next_step}"
     rows = [("", "peak", "step", "saved")]
     for i in _some(len(plan.frontier), _PLAN_POINTS, plan.here):
@@ -592,7 +631,7 @@ def _plan_lines(plan: PlanRecord) -> Iterator[str]:
         classes.append((name, format_bytes(one.kept_bytes), held, format_bytes(one.dropped_bytes), again))
     yield from _plan_table(classes)
     for one in plan.largest[:_PLAN_TENSORS]:
-        yield f"  {one.name}: {one.reason}"
+        yield from _wrapped(f"{one.name}: {one.reason}", "  ")
 
 
 def _some(count: int, most: int, always: int) -> list[int]:
@@ -626,6 +665,13 @@ def _line(text: str) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
+def _wrapped(text: str, indent: str) -> list[str]:
+    """Sentences, which say nothing where they are cut short, in lines of :data:`WIDTH`."""
+    return textwrap.wrap(
+        _line(text), WIDTH, initial_indent=indent, subsequent_indent=indent + "  ", break_on_hyphens=False
+    )
+
+
 def _clip(line: str) -> str:
     return line if len(line) <= WIDTH else line[: WIDTH - 1].rstrip() + "…"
 
@@ -642,6 +688,8 @@ def _diff_lines(old: Report, new: Report) -> Iterator[str]:
     yield from _section("Graphs", _graph_changes(old, new))
     yield from _section("Memory of one rank", _memory_changes(old, new))
     yield from _section("Traffic of one step", _traffic_changes(old, new))
+    copies = ({f"{c.kind} {c.direction}": _copied(c) for c in r.host_copies} for r in (old, new))
+    yield from _section("Copies to and from the host", _changes(*copies))
     if old.step_seconds != new.step_seconds:
         figures = _figures(old.step_seconds, new.step_seconds, format_seconds, old.missing, new.missing)
         yield f"Step time: {figures}"
@@ -762,6 +810,10 @@ def _traffic_changes(old: Report, new: Report) -> Iterator[str]:
             said.append(f"exposed {_figures(was[2], now[2], format_seconds, old.missing, new.missing)}")
         if said:
             yield f"{name}: {', '.join(said)}"
+
+
+def _copied(copy: HostCopy) -> str:
+    return f"{format_bytes(copy.bytes)}, exposed {exposed_text(copy)}"
 
 
 def _figures(was: Any, now: Any, show: Any, was_missing: str, now_missing: str) -> str:

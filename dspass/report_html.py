@@ -18,7 +18,7 @@ from dspass.report import (
     MemoryPoint,
     PassRecord,
     Report,
-    Traffic,
+    exposed_text,
     flat_config,
     format_bytes,
     format_seconds,
@@ -43,7 +43,7 @@ def render_page(report: Report) -> str:
         "categories": _categories(report),
         "passes_note": escape(_passes_note(report)),
         "passes": _pass_table(report.passes),
-        "traffic": _traffic_table(report),
+        "traffic": _traffic_table(report) + _host_table(report),
         "plans": "\n".join(map(plan_html, report.plans)),
         "notes": _notes(report),
         "config": _config(report),
@@ -170,12 +170,8 @@ def _pass_table(passes: Sequence[PassRecord]) -> str:
 def _traffic_table(report: Report) -> str:
     if not report.traffic:
         return '<p class="muted">No collective runs in a step.</p>'
-
-    def exposed(traffic: Traffic) -> str:
-        return "-" if traffic.exposed_seconds is None else format_seconds(traffic.exposed_seconds)
-
     rows = [
-        (t.kind, t.direction, t.group, str(t.group_size), str(t.calls), format_bytes(t.bytes), exposed(t))
+        (t.kind, t.direction, t.group, str(t.group_size), str(t.calls), format_bytes(t.bytes), exposed_text(t))
         for t in report.traffic
     ]
     times = [t.exposed_seconds for t in report.traffic]
@@ -187,6 +183,14 @@ def _traffic_table(report: Report) -> str:
     foot = f'<tfoot><tr><th scope="row" colspan="4">Total</th>{cells}</tr></tfoot>'
     head = ("Collective", "Direction", "Group", "Ranks", "Calls", "Sent", "Exposed")
     return _table(head, rows, numbers=[3, 4, 5, 6], foot=foot)
+
+
+def _host_table(report: Report) -> str:
+    rows = [(c.kind, c.direction, format_bytes(c.bytes), exposed_text(c)) for c in report.host_copies]
+    if not rows:
+        return ""
+    table = _table(("Copied", "Direction", "Size", "Exposed"), rows, numbers=[2, 3])
+    return f'<h3 class="sub">Copies to and from the host</h3>{table}'
 
 
 def _keyed(head: Sequence[str], rows: Iterable[tuple[str, str]], kind: str) -> str:

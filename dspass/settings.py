@@ -4,7 +4,7 @@ parameter, as they are or as they will be."""
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.fx as fx
@@ -20,8 +20,9 @@ from dspass.passes.nodes import GATHERED
 from dspass.planner.dry_run import State
 from dspass.planner.record import Setting
 from dspass.runtime.engine import Engine
-from dspass.runtime.host_states import local_bytes, local_of, parts_of
+from dspass.runtime.host_states import HostStates, local_bytes
 from dspass.runtime.params import ParamSpec, lookup
+from dspass.runtime.stepping import ADAMW, Moment, moments
 
 #: How often in a step each parameter's bucket travels, by stage.
 _TRIPS = {0: 1, 1: 2, 2: 2, 3: 3}
@@ -68,11 +69,12 @@ def settings_of(
         params = engine.params()
         away += shares({n: params[n] for n in states}, config.offload_optimizer_ratio, _SHARES)
     found = []
+    trained = [p for p in engine.params().values() if p.requires_grad]
+    at_first = step_bytes(engine, trained)
     for names in away:
         total = sum(states[n] for n in names)
         if on.host_memory_bytes and total > on.host_memory_bytes:
             continue
-        part = part_bytes(engine, names, on)
         seconds = cost.states_seconds(total, on)
         for size, more in sizes:
             found.append(
@@ -81,7 +83,7 @@ def settings_of(
                     seconds=more,
                     states=names,
                     states_bytes=total,
-                    part_bytes=part,
+                    part_bytes=step_bytes(engine, trained, names) - at_first,
                     copy_seconds=seconds,
                 )
             )
@@ -93,13 +95,28 @@ def _item(spec: ParamSpec) -> Item:
     return Item((spec.name,), (spec.gathered_bytes,), spec.numel, spec.shard_axis if grouped else None)
 
 
-def part_bytes(engine: Engine, names: Sequence[str], on: devices.Device) -> int:
-    """Bytes of the largest part of the named parameters' states that is on the device while the optimiser steps, and of those
-    before and after it, which leave and come at the same time where the device can."""
-    params, bytes_of = engine.params(), states_bytes(engine, hosted=True)
-    parts = parts_of([local_of(params[n]) for n in names], engine.host_states.part_elements)
-    largest = max((sum(bytes_of[names[i]] for i in part) for part in parts), default=0)
-    return largest * (min(len(parts), 3) if on.overlaps else 1)
+def step_moments(engine: Engine, trained: Sequence[torch.Tensor], away: Sequence[str] = ()) -> Iterator[Moment]:
+    """What the optimiser's step of the ``trained`` parameters holds, where the states of those named ``away`` wait on the host
+    beside those that already do. The optimiser is a prediction's, or AdamW with its defaults, on the device that is the target.
+    """
+    params = engine.params()
+    waiting = HostStates(part_elements=engine.host_states.part_elements)
+    waiting.add(engine.host_states)
+    waiting.add(params[name] for name in away)
+    on = devices.tabled(kind_of(engine))
+    return moments(
+        trained,
+        waiting,
+        engine.supposed_optimizer or ADAMW,
+        together=on.has_own_memory,
+        overlaps=on.overlaps,
+        hosted=frozenset(id(spec.param()) for spec in engine.specs.values() if spec.on_host),
+    )
+
+
+def step_bytes(engine: Engine, trained: Sequence[torch.Tensor], away: Sequence[str] = ()) -> int:
+    """The most of :func:`step_moments`."""
+    return max((moment.bytes for moment in step_moments(engine, trained, away)), default=0)
 
 
 def kind_of(engine: Engine) -> str:
@@ -108,30 +125,28 @@ def kind_of(engine: Engine) -> str:
 
 def state_of(engine: Engine) -> State:
     """Shards, buffers, and the states of the optimiser that holds them: as they are, or as AdamW makes them if none exist.
-    What waits on the host is not counted, but for the part of it that the optimiser steps."""
+    What waits on the host is not counted, but for what of it comes while the optimiser steps."""
     root = engine.root() if engine.root is not None else None
     hosted = {id(spec.param()) for spec in engine.specs.values() if spec.on_host}
-    params = [p for p in engine.params().values() if id(p) not in hosted]
-    sizes = {id(p): local_bytes(p) for p in params}
+    sizes = {id(p): local_bytes(p) for p in engine.params().values() if id(p) not in hosted}
     buffers = sum(map(local_bytes, root.buffers())) if root is not None else 0
-    trained = [p for p in params if p.requires_grad]
-    _, temporaries = engine.supposed_optimizer or (2, 2)
-    away = [name for name, p in engine.params().items() if p in engine.host_states and id(p) not in hosted]
-    held = _temporaries(trained, sizes, temporaries)
-    if away:
-        held += part_bytes(engine, away, devices.tabled(kind_of(engine)))
-    states = states_bytes(engine)
-    return State(sum(sizes.values()) + buffers, sum(states.values()), held, trained=sum(sizes[id(p)] for p in trained))
+    trained = [p for p in engine.params().values() if p.requires_grad]
+    return State(
+        parameters=sum(sizes.values()) + buffers,
+        states=sum(states_bytes(engine).values()),
+        optimizer=step_bytes(engine, trained),
+        trained=sum(sizes.get(id(p), 0) for p in trained),
+    )
 
 
-def states_bytes(engine: Engine, hosted: bool = False) -> dict[str, int]:
-    """Bytes of the optimiser's states on the device by parameter, those on the host only if ``hosted``: as they are, or as
-    AdamW makes them, or as a prediction supposes."""
+def states_bytes(engine: Engine) -> dict[str, int]:
+    """Bytes of the optimiser's states on the device by parameter: as they are, or as AdamW makes them, or as a prediction
+    supposes."""
     on_host = {id(spec.param()) for spec in engine.specs.values() if spec.on_host}
     trained = {
         name: p
         for name, p in engine.params().items()
-        if p.requires_grad and id(p) not in on_host and (hosted or p not in engine.host_states)
+        if p.requires_grad and id(p) not in on_host and p not in engine.host_states
     }
     if engine.supposed_optimizer is None:
         for found in gc.get_objects():
@@ -144,12 +159,5 @@ def states_bytes(engine: Engine, hosted: bool = False) -> dict[str, int]:
             }
             if any(made.values()):
                 return made
-    states, _ = engine.supposed_optimizer or (2, 2)
+    states = (engine.supposed_optimizer or ADAMW).states
     return {name: states * local_bytes(p) for name, p in trained.items()}
-
-
-def _temporaries(trained: Sequence[torch.Tensor], sizes: dict[int, int], count: int) -> int:
-    """Of one parameter at a time on a CPU, of all where the optimiser steps them together."""
-    largest = max((sizes[id(p)] for p in trained), default=0)
-    together = any(p.device.type == "cuda" for p in trained)
-    return count * (sum(sizes[id(p)] for p in trained) if together else largest)

@@ -27,7 +27,7 @@ from dspass.runtime.program import Probe
 
 @dataclass(frozen=True)
 class State:
-    """Bytes that are there in every moment of the step, and those that the optimiser adds to them and to the gradients.
+    """Bytes that are there in every moment of the step, and those that the ``optimizer`` adds to them and to the gradients.
 
     ``elsewhere`` are those of the model's other graphs, behind and before a graph break, while this one runs: what earlier
     ones hold for their backwards, and gradients of later ones. ``here`` are the parameters and buffers of this one.
@@ -36,7 +36,7 @@ class State:
 
     parameters: int
     states: int
-    optimizer_temporaries: int = 0
+    optimizer: int = 0
     elsewhere: int = 0
     here: int = 0
     trained: int = 0
@@ -100,7 +100,7 @@ def peak_of_step(
         end = ledger.total - there
         del kept, gradients
     graph = max(point.total for point in ledger.points) - there
-    return Peak(state.bytes + batch, graph, end + state.optimizer_temporaries, between)
+    return Peak(state.bytes + batch, graph, end + state.optimizer, between)
 
 
 @contextlib.contextmanager

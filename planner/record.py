@@ -20,8 +20,9 @@ class BudgetError(RuntimeError):
 @dataclass(frozen=True, kw_only=True)
 class Setting:
     """What is chosen for the whole step: ``bucket_bytes`` of collectives (None: the passes' own choice), which lasts
-    ``seconds`` longer than the first setting's; and the parameters whose ``states`` wait on the host, of ``states_bytes``, of
-    which ``part_bytes`` come back at a time while the optimiser steps, in ``copy_seconds`` of a step."""
+    ``seconds`` longer than the first setting's; and the parameters whose ``states`` wait on the host, of ``states_bytes``,
+    which come and go in ``copy_seconds`` of a step. By them the optimiser's step holds ``part_bytes`` more: a part comes, but
+    where it is stepped in place of all together, its temporaries are fewer, so the sum may be negative."""
 
     bucket_bytes: int | None = None
     seconds: float = 0.0

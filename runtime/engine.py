@@ -36,6 +36,7 @@ from dspass.runtime import compat
 from dspass.runtime.host_states import HostStates
 from dspass.runtime.params import ParamSpec, register
 from dspass.runtime.program import Probe
+from dspass.runtime.stepping import Optimizer
 from dspass.runtime.traffic import CollectiveKey, Direction, TrafficCounter, gather_cost, reduce_cost, reduction_steps
 from dspass.runtime.transport import InFlight, transport_for
 
@@ -67,8 +68,8 @@ class Engine:
     deferred: bool = False
     #: What the compiler keeps with the model: its segments and a record of each graph. The runtime reads neither.
     compiler: Any = None
-    #: Names of an optimiser whose states a prediction supposes (``dspass.explain``); None where there is a real one.
-    supposed_optimizer: tuple[int, int] | None = None
+    #: What a prediction supposes to step the parameters (``dspass.explain``); None where there is a real one.
+    supposed_optimizer: Optimizer | None = None
     #: The kind of device that a prediction is for; None where the model runs on the devices of its own tensors.
     target: str | None = None
     #: Parameters whose optimiser states wait on the host between steps.

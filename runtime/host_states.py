@@ -74,6 +74,13 @@ class HostStates:
     def __bool__(self) -> bool:
         return len(self._params) > 0
 
+    @property
+    def bytes(self) -> int:
+        """Of the states that wait on the host now, but for those of parameters that do: these do not travel. None before the
+        first step."""
+        homes = [theirs for param, theirs in self._homes.items() if not is_on_host(local_of(param))]
+        return sum(home.nbytes for theirs in homes for home in theirs.values())
+
     # -- one step ------------------------------------------------------------------------------------------------------
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -83,7 +90,7 @@ class HostStates:
         """
         self.is_stepping = True  # an optimiser's step may call that of the class it is derived from, hooks and all
         whole = [(group, group["params"]) for group in optimizer.param_groups]
-        parts = self._parts(optimizer)
+        parts = self.parts([p for group in optimizer.param_groups for p in group["params"] if p.grad is not None])
         leaving: Copy | None = None
         try:
             coming = self._fetch(optimizer, parts[0]) if parts else None
@@ -123,9 +130,8 @@ class HostStates:
             group["params"] = params
         self._groups = []
 
-    def _parts(self, optimizer: torch.optim.Optimizer) -> list[list[torch.Tensor]]:
-        """What stays on the device in one, then what comes and goes in as many as it takes."""
-        params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    def parts(self, params: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
+        """What is stepped together: what stays on the device in one, then what comes and goes in as many as it takes."""
         parts = [[p for p in params if p not in self._params]]
         held = [p for p in params if p in self._params]
         for indices in parts_of([local_of(p) for p in held], self.part_elements):
@@ -176,13 +182,13 @@ class HostStates:
         return Copy(sources, homes) if sources else None
 
 
-def parts_of(params: Sequence[torch.Tensor], most_elements: int | None = None, states: int = 2) -> list[list[int]]:
-    """Indices of the local ``params`` that are stepped together, when each has ``states`` as large as itself."""
-    limit = min(PART_BYTES, states * sum(p.nbytes for p in params) // PARTS)
+def parts_of(params: Sequence[torch.Tensor], most_elements: int | None = None) -> list[list[int]]:
+    """Indices of the local ``params`` that are stepped together, when each has two states as large as itself."""
+    limit = min(PART_BYTES, 2 * sum(p.nbytes for p in params) // PARTS)
     parts: list[list[int]] = []
     held = elements = 0
     for i, param in enumerate(params):
-        size = states * param.nbytes
+        size = 2 * param.nbytes
         full = most_elements is not None and elements + param.numel() > most_elements
         if not parts or held + size > limit or full:
             parts.append([])

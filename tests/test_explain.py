@@ -13,6 +13,9 @@ import torch
 from torch import nn
 
 import dspass
+from dspass.passes import devices
+from dspass.report import format_bytes
+from dspass.runtime.host_states import LEAST_BYTES
 from examples.gpt import GPT, GPTConfig
 from tests.ranks import run
 from tests.training import without_inductor
@@ -50,10 +53,6 @@ def options(stage: int) -> dict[str, Any]:
     return {"zero_optimization": {"stage": stage}, "dspass": {"bucket_bytes": 400_000}}
 
 
-def _loss(result: Any) -> torch.Tensor:
-    return result if isinstance(result, torch.Tensor) else result.loss
-
-
 def _measured(name: str, stage: int) -> dict[str, Any]:
     """Steps 4 to 6 of a real run on this rank, watched."""
     torch.manual_seed(0)
@@ -62,7 +61,9 @@ def _measured(name: str, stage: int) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(compiled.parameters())
 
     def step() -> None:
-        _loss(compiled(*args, **kwargs)).backward()
+        answer = compiled(*args, **kwargs)  # held to the end of the step, logits and all
+        loss = answer if isinstance(answer, torch.Tensor) else answer.loss
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -131,6 +132,38 @@ def test_logical_bytes_equal_the_bound() -> None:
     }
 
 
+@pytest.mark.parametrize(("device", "stage", "ranks"), [("cpu", 0, 1), ("h100", 0, 1), ("h100", 1, 2), ("h100", 3, 2)])
+def test_a_plan_and_the_step_that_is_predicted_under_it_have_one_peak(device: str, stage: int, ranks: int) -> None:
+    """Both hold the logits through the backward, where Llama's peak is."""
+    model, args, kwargs = llama()
+    report = dspass.explain(
+        model, *args, kwargs=kwargs, config=options(stage), world_size=ranks, device=device, memory_budget="1GB"
+    )
+    assert report.memory.peak is not None
+    assert report.memory.peak.phase == "backward"
+    (plan,) = report.plans
+    assert plan.peak_bytes == pytest.approx(report.memory.peak_bytes, abs=16)  # the loss and its gradient
+
+
+class Scaled(nn.Module):
+    """Reads a parameter before its batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.layers = nn.Parameter(torch.ones(16)), nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(self.scale * x).mean()
+
+
+def test_a_plan_counts_a_batch_that_is_large() -> None:
+    """Of a sharded model each parameter is two inputs of the graph, and the batch is none of them."""
+    x = torch.zeros(1 << 16, 16)
+    report = dspass.explain(Scaled(), x, config=options(3), world_size=2, device="h100", memory_budget="1GB")
+    assert report.memory.peak_bytes > x.nbytes
+    assert report.plans[0].peak_bytes == pytest.approx(report.memory.peak_bytes, abs=16)
+
+
 def test_many_ranks_of_a_gpu_without_either() -> None:
     model, _, kwargs = llama()
     meta = model.to("meta")
@@ -196,6 +229,46 @@ def test_refusals_name_the_way_out(call: Any, says: str) -> None:
     model, (x, _), _ = gpt()
     with pytest.raises((ValueError, RuntimeError), match=says):
         call(model, x)
+
+
+@pytest.mark.parametrize(("stage", "device", "notes"), [(3, "h100", 1), (3, "b200", 0), (0, "h100", 0), (3, "cpu", 0)])
+def test_a_first_call_that_does_not_fit_is_said(stage: int, device: str, notes: int) -> None:
+    """Before it is sharded the model takes more than an H100 has; a stage that shards nothing has no other way."""
+    with torch.device("meta"):
+        model = nn.Sequential(*(nn.Linear(32768, 32768, bias=False, dtype=torch.bfloat16) for _ in range(25)))
+    x = torch.empty(1, 32768, dtype=torch.bfloat16)
+    report = dspass.explain(model, x, config=options(stage), world_size=8, device=device)
+    found = [note for note in report.notes if "dspass.shard" in note]
+    assert len(found) == notes
+    if found:
+        assert report.notes[0] == found[0]
+        assert format_bytes(report.memory.first_call_peak_bytes or 0) in found[0]
+        assert report.memory.peak_bytes < 80e9 < (report.memory.first_call_peak_bytes or 0)
+
+
+def test_copies_to_and_from_the_host_are_said_with_what_is_exposed_of_them() -> None:
+    model, args, _ = gpt()
+    zero = {"stage": 0, "offload_optimizer": {"device": "cpu"}}
+    config = {"zero_optimization": zero, "compile": {"offload_activation": True}}
+    plain, report = (dspass.explain(model, *args, config=c, device="h100") for c in ({}, config))
+    assert not plain.host_copies
+    copies = {c.kind: c for c in report.host_copies}
+    assert (copies["offload"].direction, copies["reload"].direction) == ("forward", "backward")
+    assert copies["offload"].bytes == copies["reload"].bytes > 1_000_000
+    away = sum(2 * p.nbytes for p in model.parameters() if p.nbytes >= LEAST_BYTES)
+    assert copies["optimizer states"].bytes == 2 * away
+    assert copies["optimizer states"].exposed_seconds == pytest.approx(2 * away / devices.tabled("h100").host_link)
+    assert plain.step_seconds is not None
+    exposed = sum(c.exposed_seconds or 0.0 for c in report.host_copies)
+    assert report.step_seconds == pytest.approx(plain.step_seconds + exposed, rel=0.01)
+
+
+def test_a_budget_that_is_too_small_is_refused_by_a_public_name() -> None:
+    model, args, _ = gpt()
+    with pytest.raises(dspass.BudgetError) as refused:
+        dspass.explain(model, *args, config=options(0), device="h100", memory_budget=1000)
+    assert refused.value.smallest > 1000
+    assert {"BudgetError", "PlanError"} <= set(dspass.__all__)
 
 
 def _dspass(*args: str) -> subprocess.CompletedProcess[str]:

@@ -99,6 +99,10 @@ def test_without_a_budget_all_is_offloaded_where_a_person_says_so() -> None:
     said = [p.summary for p in report.passes if p.name == "offload_saved"]
     assert len(said) == 2
     assert all("copies" in line for line in said)
+    there, back = report.host_copies
+    assert (there.kind, back.kind) == ("offload", "reload")
+    assert there.bytes == back.bytes > plain - peak
+    assert there.exposed_seconds is back.exposed_seconds is None  # not measured
 
 
 def test_a_cpu_offloads_nothing_of_its_own_accord() -> None:

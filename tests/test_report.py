@@ -21,9 +21,13 @@ from dspass.report import (
     PHASES,
     VERSION,
     GraphRecord,
+    HostCopy,
     Memory,
     MemoryPoint,
     PassRecord,
+    PlanPoint,
+    PlanRecord,
+    PlanTensors,
     Report,
     Traffic,
     format_bytes,
@@ -32,7 +36,7 @@ from dspass.report import (
     unified_diff,
 )
 
-MIB = 1 << 20
+MB = 10**6
 
 BEFORE = "%p : f32[8,4] = input\n%t : f32[4,8] = aten.t(%p)\nreturn [%t]"
 AFTER = "%p : f32[8,4] = input\n%full : f32[16,4] = dspass.gather(%p)\n%t : f32[4,16] = aten.t(%full)\nreturn [%t]"
@@ -56,10 +60,10 @@ def a_pass(**changes: Any) -> PassRecord:
 
 def a_report(**changes: Any) -> Report:
     points = [
-        MemoryPoint(t=0.0, label="%t", phase="forward", bytes={"parameters": 4 * MIB, "saved": MIB}),
-        MemoryPoint(t=1.0, label="%mm", phase="forward", bytes={"parameters": 4 * MIB, "saved": 3 * MIB}),
-        MemoryPoint(t=2.0, label="%grad", phase="backward", bytes={"parameters": 4 * MIB, "gradients": 2 * MIB}),
-        MemoryPoint(t=3.0, label="adamw", phase="optimizer", bytes={"parameters": 4 * MIB, "staging": MIB}),
+        MemoryPoint(t=0.0, label="%t", phase="forward", bytes={"parameters": 4 * MB, "saved": MB}),
+        MemoryPoint(t=1.0, label="%mm", phase="forward", bytes={"parameters": 4 * MB, "saved": 3 * MB}),
+        MemoryPoint(t=2.0, label="%grad", phase="backward", bytes={"parameters": 4 * MB, "gradients": 2 * MB}),
+        MemoryPoint(t=3.0, label="adamw", phase="optimizer", bytes={"parameters": 4 * MB, "staging": MB}),
     ]
     idle = a_pass(name="bucket_gathers", summary="nothing to do: one gather", changed=False, before=AFTER, ops_before=2)
     report = Report(
@@ -69,16 +73,16 @@ def a_report(**changes: Any) -> Report:
         world_size=2,
         passes=[a_pass(), idle],
         graphs=[GraphRecord(name="graph 0 forward", before=BEFORE, after=AFTER)],
-        memory=Memory(timeline=points, first_call_peak_bytes=16 * MIB),
+        memory=Memory(timeline=points, first_call_peak_bytes=16 * MB),
         traffic=[
-            Traffic(kind="all-gather", direction="forward", group="data", group_size=2, calls=3, bytes=MIB),
+            Traffic(kind="all-gather", direction="forward", group="data", group_size=2, calls=3, bytes=MB),
             Traffic(
                 kind="reduce-scatter",
                 direction="backward",
                 group="data",
                 group_size=2,
                 calls=1,
-                bytes=2 * MIB,
+                bytes=2 * MB,
                 exposed_seconds=0.004,
             ),
         ],
@@ -132,6 +136,13 @@ traffic = st.builds(
     bytes=number,
     exposed_seconds=st.none() | real,
 )
+host_copies = st.builds(
+    HostCopy,
+    kind=st.sampled_from(["offload", "reload", "optimizer states"]),
+    direction=st.sampled_from(["forward", "backward", "step"]),
+    bytes=number,
+    exposed_seconds=st.none() | real,
+)
 reports = st.builds(
     Report,
     kind=st.sampled_from(["measured", "predicted"]),
@@ -147,6 +158,7 @@ reports = st.builds(
         time_unit=st.sampled_from(["seconds", "events"]),
     ),
     traffic=st.lists(traffic, max_size=3),
+    host_copies=st.lists(host_copies, max_size=3),
     step_seconds=st.none() | real,
     config=st.dictionaries(text, json_value, max_size=3),
     ignored=st.dictionaries(text, text, max_size=2),
@@ -171,10 +183,10 @@ def test_any_report_round_trips_and_can_be_shown(report: Report, other: Report) 
 
 def test_totals() -> None:
     report = a_report()
-    assert report.memory.peak_bytes == 7 * MIB
+    assert report.memory.peak_bytes == 7 * MB
     assert report.memory.peak is report.memory.timeline[1]
-    assert report.memory.by_category == {**dict.fromkeys(CATEGORIES, 0), "parameters": 4 * MIB, "saved": 3 * MIB}
-    assert report.traffic_bytes == 3 * MIB
+    assert report.memory.by_category == {**dict.fromkeys(CATEGORIES, 0), "parameters": 4 * MB, "saved": 3 * MB}
+    assert report.traffic_bytes == 3 * MB
     assert list(report.memory.timeline[0].bytes) == list(CATEGORIES)
 
 
@@ -334,9 +346,24 @@ def test_load_tells_the_page_from_the_data(tmp_path: Path) -> None:
 
 def test_text_shows_the_main_figures() -> None:
     shown = str(a_report())
-    for part in ("GPT on 2 ranks, cpu", "zero_gather", "1 → 2 ops", "7.00 MiB", "3.00 MiB in 4 calls", "250 ms"):
+    for part in ("GPT on 2 ranks, cpu", "zero_gather", "1 → 2 ops", "7.00 MB", "3.00 MB in 4 calls", "250 ms"):
         assert part in shown
     assert "ignored scheduler: build it in the training loop" in shown
+
+
+def test_copies_to_and_from_the_host_are_shown_beside_collectives() -> None:
+    copies = [
+        HostCopy(kind="offload", direction="forward", bytes=5 * MB, exposed_seconds=0.0021),
+        HostCopy(kind="optimizer states", direction="step", bytes=3 * MB),
+    ]
+    report = a_report(host_copies=copies)
+    said = str(report).split("\n")
+    assert f"Copies to and from the host in one step: {format_bytes(8 * MB)}" in said
+    assert f"  offload           forward  {format_bytes(5 * MB)}  exposed 2.10 ms" in said
+    assert f"  optimizer states  step     {format_bytes(3 * MB)}  exposed -" in said
+    assert "Copies to and from the host" not in str(a_report())
+    assert "Copies to and from the host" in report.to_html()
+    assert f"- offload forward: {format_bytes(5 * MB)}, exposed 2.10 ms" in report.diff(a_report())
 
 
 def test_text_of_many_passes_stays_short() -> None:
@@ -358,8 +385,8 @@ def test_text_obeys_no_escape_codes() -> None:
 
 @pytest.mark.parametrize(
     ("count", "shown"),
-    [(0, "0 B"), (1023, "1023 B"), (1024, "1.00 KiB"), (10 * MIB, "10.0 MiB"), (1000 * MIB, "1000 MiB"),
-     (1024 * MIB - 1, "1.00 GiB"), (3 << 40, "3.00 TiB")],
+    [(0, "0 B"), (999, "999 B"), (1000, "1.00 KB"), (10 * MB, "10.0 MB"), (999_499_999, "999 MB"),
+     (999_500_000, "1.00 GB"), (72 * 10**9, "72.0 GB"), (3 * 10**12, "3.00 TB")],
 )  # fmt: skip
 def test_bytes(count: int, shown: str) -> None:
     assert format_bytes(count) == shown
@@ -370,16 +397,49 @@ def test_seconds(value: float, shown: str) -> None:
     assert format_seconds(value) == shown
 
 
+def a_plan(steps: list[tuple[int, float]], here: int, **changes: Any) -> PlanRecord:
+    """Of the peaks in MB and the seconds of its frontier."""
+    frontier = [PlanPoint(peak_bytes=p * MB, seconds=s, saved_bytes=MB, is_measured=True) for p, s in steps]
+    plan = PlanRecord(graph="graph 0", summary="1 value saved", budget_bytes=12 * MB, peak_bytes=0, frontier=frontier)
+    return dataclasses.replace(plan, here=here, peak_bytes=frontier[here].peak_bytes, **changes)
+
+
+@pytest.mark.parametrize(
+    ("steps", "here", "says"),
+    [
+        ([(10, 1.0)], 0, "no more memory makes it faster"),
+        ([(20, 0.9), (10, 1.0)], 1, f"+{format_bytes(8 * MB)} buys 100 ms"),
+        ([(40, 0.9), (20, 1.0), (10, 1.0)], 2, f"+{format_bytes(28 * MB)} buys 100 ms"),
+        ([(40, 0.99), (30, 0.994), (20, 0.996), (10, 1.0)], 3, f"+{format_bytes(18 * MB)} buys 6.00 ms"),
+        ([(20, 0.998), (10, 1.0)], 1, "more memory buys less than 0.5 % of the step"),
+        ([(20, 1.0), (10, 1.0)], 1, "more memory buys less than 0.5 % of the step"),
+    ],
+)
+def test_more_memory_is_offered_where_it_buys_something(steps: list[tuple[int, float]], here: int, says: str) -> None:
+    assert a_plan(steps, here).next_step == says
+
+
+def test_what_a_plan_and_notes_say_is_wrapped_and_not_cut() -> None:
+    said = " ".join(f"word{i}" for i in range(40))
+    largest = [PlanTensors(name="mm", count=1, kept_bytes=1, dropped_bytes=0, again_seconds=0.1, reason=said)]
+    plan = a_plan([(10, 1.0)], 0, summary=said, largest=largest)
+    shown = str(a_report(plans=[plan], notes=[said]))
+    assert all(len(line) <= module.WIDTH for line in shown.split("\n"))
+    assert " ".join(shown.split()).count(said) == 3
+    assert "\n  word" in shown  # indented below its first line
+    assert "…" not in shown
+
+
 # What differs
 
 
 def test_diff_names_what_differs() -> None:
     old = a_report()
-    point = MemoryPoint(t=0, label="x", phase="forward", bytes={"parameters": 8 * MIB})
+    point = MemoryPoint(t=0, label="x", phase="forward", bytes={"parameters": 8 * MB})
     new = a_report(
         passes=[a_pass(ops_after=5, summary="4 parameters gathered"), a_pass(name="quantise")],
         memory=Memory(timeline=[point]),
-        traffic=[dataclasses.replace(old.traffic[0], calls=6, bytes=2 * MIB)],
+        traffic=[dataclasses.replace(old.traffic[0], calls=6, bytes=2 * MB)],
         step_seconds=0.2,
         config={"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}},
         notes=["another"],
@@ -389,11 +449,11 @@ def test_diff_names_what_differs() -> None:
         "  zero_gather (graph 0 forward): 1 → 2 ops ⇒ 1 → 5 ops; 1 parameter gathered ⇒ 4 parameters gathered",
         "  - bucket_gathers (graph 0 forward): nothing to do: one gather",
         "  + quantise (graph 0 forward): 1 parameter gathered",
-        "  peak: 7.00 MiB → 8.00 MiB (+14.3 %)",
-        "  saved at the peak: 3.00 MiB → 0 B (-100.0 %)",
-        "  first call: 16.0 MiB → not measured",
-        "  all-gather forward data, 2 ranks: 3 → 6 calls, 1.00 MiB → 2.00 MiB (+100.0 %)",
-        "  - reduce-scatter backward data, 2 ranks: 1 call, 2.00 MiB",
+        "  peak: 7.00 MB → 8.00 MB (+14.3 %)",
+        "  saved at the peak: 3.00 MB → 0 B (-100.0 %)",
+        "  first call: 16.0 MB → not measured",
+        "  all-gather forward data, 2 ranks: 3 → 6 calls, 1.00 MB → 2.00 MB (+100.0 %)",
+        "  - reduce-scatter backward data, 2 ranks: 1 call, 2.00 MB",
         "Step time: 250 ms → 200 ms (-20.0 %)",
         "  zero_optimization.stage: 3 → 2",
         "  + bf16.enabled: True",

@@ -53,7 +53,7 @@ def a_report() -> Report:
     idle = dataclasses.replace(record, name=HOSTILE, before=after, changed=False, stage="backward")
     bare = dataclasses.replace(record, name="no text", before="", after="")
     timeline = [a_point(i) for i in range(3000)]
-    timeline[1777] = a_point(1777, bytes={"staging": 1 << 30})
+    timeline[1777] = a_point(1777, bytes={"staging": 10**9})
     return Report(
         kind="measured",
         model=f"GPT {HOSTILE}",
@@ -277,7 +277,7 @@ def test_a_browser_draws_the_page(tmp_path: Path, width: int) -> None:
     assert seen["position"] == "change 2 of 30"
     assert seen["hover"] == "8"
     assert seen["peak"] == "%op1777"
-    assert seen["peak-total"] == "1.00 GiB"
+    assert seen["peak-total"] == "1.00 GB"
     assert seen["end"] == "%op2999"
     assert seen["tooltip-fits"] == "true"
     assert seen["areas-hidden"] == "3"

@@ -1,0 +1,82 @@
+"""What ``torch.optim``'s optimisers hold while they step, beside parameters, gradients and the states that are on the device.
+
+``torch.optim`` steps one parameter after another on a CPU, and all of them together (``foreach``) on a GPU, those that are
+``DTensor``s too: ``torch.distributed.tensor`` puts these among the types that ``_default_to_fused_or_foreach`` accepts. States
+that wait on the host come and go part by part, and each part is a step of its own (:mod:`dspass.runtime.host_states`).
+
+Dropped: to run the optimiser itself on fake tensors. Its choice between the two is by the device of what it steps, and a
+prediction for a GPU has tensors of a CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dspass.runtime.host_states import HostStates, local_bytes
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """An optimiser by the tensors of a parameter's size that it holds: ``states`` from step to step, and ``temporaries`` while
+    it steps that parameter, of which ``results`` are still there when it comes to the next one. Where all are stepped together,
+    it holds the results of all, and no more."""
+
+    states: int
+    temporaries: int = 0
+    results: int = 0
+
+
+#: Adam's denominator is a square root and then what that is divided to, which lives until the next one takes its name.
+ADAMW = Optimizer(2, 2, 1)
+
+OPTIMIZERS = {
+    "adamw": ADAMW,
+    "adam": ADAMW,
+    "sgd": Optimizer(0),
+    "momentum": Optimizer(1),
+    "adamw-fused": Optimizer(2),
+    "none": Optimizer(0),
+}
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Bytes on the device while one parameter, or one part that is stepped together, is stepped: of ``states`` that came from
+    the host, and of ``temporaries``."""
+
+    states: int
+    temporaries: int
+
+    @property
+    def bytes(self) -> int:
+        return self.states + self.temporaries
+
+
+def moments(
+    params: Sequence[torch.Tensor],
+    away: HostStates,
+    optimizer: Optimizer,
+    *,
+    together: bool,
+    overlaps: bool,
+    hosted: frozenset[int] = frozenset(),
+) -> Iterator[Moment]:
+    """A step of ``params``. ``together``: as on a GPU; ``overlaps``: while a part is stepped, the states of that before it
+    leave and those of that after it come. Parameters whose ``id`` is ``hosted`` are stepped on the host, where nothing comes;
+    their temporaries count, for such parameters are of a CPU, and these are made by torch's allocator there."""
+    parts = away.parts(params)
+    came = [optimizer.states * sum(local_bytes(p) for p in part if p in away and id(p) not in hosted) for part in parts]
+    for i, part in enumerate(parts):
+        states = sum(came[max(i - 1, 0) : i + 2]) if overlaps else came[i]
+        sizes = [local_bytes(p) for p in part]
+        if together:
+            yield Moment(states, optimizer.results * sum(sizes))
+            continue
+        for before, size in zip([0, *sizes], sizes, strict=False):
+            yield Moment(states, optimizer.results * before + optimizer.temporaries * size)
+
+
+__all__ = ["ADAMW", "OPTIMIZERS", "Moment", "Optimizer", "moments"]
