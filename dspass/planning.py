@@ -33,6 +33,7 @@ from dspass.passes.offload_saved import OffloadSaved
 from dspass.passes.partition import partition
 from dspass.passes.prefetch_gathers import PrefetchGathers
 from dspass.passes.text import print_value
+from dspass.planner.choices import Choices
 from dspass.planner.dry_run import Peak, peak_of_step
 from dspass.planner.plan import Chooser, Planner, Split, chooser
 from dspass.planner.record import BudgetError, Plan
@@ -107,12 +108,27 @@ def planned(
             return peak_of_step(forward, backward, num_fwd_outputs, engine, state, simulator)
 
         exposed = _exposed_share(joint.graph, on)
+        prior = next((p.decision for m, p in reversed(earlier) if _serves(m, p, made_for, budget)), None)
+
+        def find(
+            graph: fx.Graph, inside: Sequence[fx.Node], at_hand: frozenset[fx.Node], unplanned: compat.Unplanned
+        ) -> Choices:
+            return Choices(
+                joint=graph,
+                inside=inside,
+                free=at_hand,
+                unplanned=unplanned,
+                num_fwd_outputs=num_fwd_outputs,
+                on=on,
+                gathers=engine.stage == 3,
+                regather=exposed if engine.stage == 3 else 0.0,
+                levers=tuple(passes),
+                prior=prior,
+            )
+
         graphs, plan = Planner(
             budget=budget,
-            on=on,
-            num_fwd_outputs=num_fwd_outputs,
-            gathers=engine.stage == 3,
-            regather=exposed if engine.stage == 3 else 0.0,
+            find=find,
             split=split,
             passes=pipeline,
             run=run,
@@ -122,9 +138,7 @@ def planned(
                 + cost.holding_seconds(forward.graph, on)
             ),
             settings=settings_of(joint.graph, engine, config, passes, states, on, exposed),
-            levers=tuple(passes),
             scale=on.steps.get(_model_key(made_for), 1.0),
-            prior=next((p.decision for m, p in reversed(earlier) if _serves(m, p, made_for, budget)), None),
         ).plan()
         if file is not None and engine.target is None:  # not a prediction
             file.add(made_for, plan)

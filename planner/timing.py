@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import torch.fx as fx
 
+from dspass.passes.base import Holding
 from dspass.passes.cost import compute_seconds
 from dspass.passes.devices import Device
 from dspass.passes.kernels import Stretch, size_of
@@ -29,8 +30,8 @@ from dspass.planner.liveness import Absence, reads_of
 
 @dataclass(frozen=True)
 class Times:
-    """``compute`` of both halves, ``exposed`` copies, ``holding`` what is saved where an allocator takes memory for it anew;
-    and when each value that is copied is away."""
+    """``compute`` of both halves, ``exposed`` copies, ``holding`` what is saved: the passes' own work, and taking memory where
+    an allocator does so in each step; and when each value that a pass holds is away."""
 
     compute: float
     exposed: float
@@ -42,13 +43,13 @@ class Times:
         return self.compute + self.exposed + self.holding
 
 
-def times_of(halves: tuple[Stretch, Stretch], copied: Mapping[fx.Node, tuple[int, float]], on: Device) -> Times:
-    """``copied``: of values that a pass holds, bytes that stay on the device and seconds of copies, half of them out."""
+def times_of(halves: tuple[Stretch, Stretch], held: Mapping[fx.Node, Holding], on: Device) -> Times:
+    """``held`` are the values that passes hold in their ways; half of a copy is out, and half is back."""
     forward = halves[0]
     clocks = [_clock(half, on) for half in halves]
     results = [n for n in forward.results if n.op == "call_function"]
-    holding = on.fresh * sum(map(size_of, results)) if on.fresh else 0.0
-    absent, exposed = _absences(halves, clocks, copied, on.overlaps) if copied else ({}, 0.0)
+    holding = math.fsum([on.fresh * sum(map(size_of, results)), *(holding.seconds for holding in held.values())])
+    absent, exposed = _absences(halves, clocks, held, on.overlaps) if held else ({}, 0.0)
     return Times(clocks[0][-1] + clocks[1][-1], exposed, holding, absent)
 
 
@@ -61,29 +62,29 @@ def _clock(half: Stretch, on: Device) -> list[float]:
 def _absences(
     halves: tuple[Stretch, Stretch],
     clocks: list[list[float]],
-    copied: Mapping[fx.Node, tuple[int, float]],
+    held: Mapping[fx.Node, Holding],
     overlaps: bool,
 ) -> tuple[dict[fx.Node, Absence], float]:
     forward, backward = halves
     middle = len(forward.nodes)
     first, second = reads_of(forward), reads_of(backward)
-    out = sorted(copied, key=lambda n: first.last.get(n, first.made[n]))
+    out = sorted(held, key=lambda n: first.last.get(n, first.made[n]))
     ready = [first.last.get(n, first.made[n]) for n in out]
-    back = sorted(copied, key=lambda n: second.first.get(n, len(backward.nodes)))
+    back = sorted(held, key=lambda n: second.first.get(n, len(backward.nodes)))
     needed = [min(second.first.get(n, len(backward.nodes)), len(backward.nodes) - 1) for n in back]
     if not overlaps:
         there = zip(back, needed, strict=True)
         away = dict(zip(out, ready, strict=True))
-        absent = {n: Absence(copied[n][0], away[n], middle + p) for n, p in there}
-        return absent, math.fsum(seconds for _, seconds in copied.values())
-    arrive = as_soon(clocks[0], [p + 1 for p in ready], [copied[n][1] / 2 for n in out])
+        absent = {n: Absence(held[n].bytes, away[n], middle + p) for n, p in there}
+        return absent, math.fsum(holding.link_seconds for holding in held.values())
+    arrive = as_soon(clocks[0], [p + 1 for p in ready], [held[n].link_seconds / 2 for n in out])
     away = {
         n: min(max(bisect.bisect_left(clocks[0], at) - 1, p), middle)
         for n, p, at in zip(out, ready, arrive, strict=True)
     }
-    late = as_late(clocks[1], needed, [copied[n][1] / 2 for n in back])
+    late = as_late(clocks[1], needed, [held[n].link_seconds / 2 for n in back])
     absent = {}
     for n, p, start in zip(back, needed, late.starts, strict=True):
         place = min(max(bisect.bisect_right(late.clock, start) - 1, 0), p)
-        absent[n] = Absence(copied[n][0], away[n], middle + place)
+        absent[n] = Absence(held[n].bytes, away[n], middle + place)
     return absent, max(0.0, arrive[-1] - clocks[0][-1]) + late.exposed

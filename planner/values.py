@@ -42,9 +42,9 @@ def values_of(
     regather: float = 0.0,
     levers: Sequence[Pass] = (),
     repeats: float = 1.0,
-) -> tuple[list[Value], list[fx.Node], list[tuple[Held, ...]]]:
-    """The values of ``forward``, the nodes in order that depend on no gradient, these nodes, and the ways in which ``levers``
-    hold each (:func:`in_ways`).
+) -> tuple[list[Value], list[tuple[Held, ...]]]:
+    """The values of ``forward``, the nodes in order that depend on no gradient, and the ways in which ``levers`` hold each
+    (:func:`in_ways`).
 
     The forward's own outputs do not need all of them: not a dropout's mask, which has to be saved all the same.
 
@@ -98,7 +98,7 @@ def values_of(
             [] if not movable or wish is CheckpointPolicy.MUST_SAVE else [(p.name, p.hold(node, on)) for p in levers]
         )
         others.append(tuple(Held(name, holding) for name, holding in holdings if holding is not None))
-    return found, list(forward), others
+    return found, others
 
 
 def in_ways(values: Sequence[Value], others: Sequence[tuple[Held, ...]], share: float) -> list[Value]:
