@@ -357,6 +357,7 @@ class _Steps:
         for param in self.model.parameters():
             self.ledger.note(param.data, HOST if id(param) in hosted else "parameters")
         self.ledger.note(list(self.model.buffers()), "parameters")
+        self.ledger.note([self.batch, self.named])  # the loop holds them, whether the backward reads them or not
         for _ in range(self.engine.accumulation_steps if self.train else 1):
             if not self.train:
                 with torch.no_grad():
