@@ -96,9 +96,21 @@ def compile_graph(
             earlier = [
                 (c.made_for, c.plan) for c in engine.compilations if c.made_for is not None and c.plan is not None
             ]
-            held = _held(engine, done)
+            before = _before(engine, done)
+            held, apart = sum(p.between for p in before), sum(p.parameters for p in before)
             forward, backward, done.plan, done.made_for = planned(
-                joint, joint_inputs, num_fwd_outputs, free, engine, config, passes, done.name, patches, held, earlier
+                joint,
+                joint_inputs,
+                num_fwd_outputs,
+                free,
+                engine,
+                config,
+                passes,
+                done.name,
+                patches,
+                held,
+                apart,
+                earlier,
             )
             passes = in_buckets(passes, done.plan.decision.bucket_bytes)
         else:
@@ -143,10 +155,10 @@ def _refine(done: Compilation) -> None:
         refine(done.made_for, done.plan, done.measured_seconds)
 
 
-def _held(engine: Engine, done: Compilation) -> int:
-    """Bytes that the model's earlier graphs hold for their backwards while this one runs."""
-    frames = {c.frame: c.plan.between for c in engine.compilations if c.plan is not None and c.frame != done.frame}
-    return sum(frames.values())
+def _before(engine: Engine, done: Compilation) -> list[Plan]:
+    """The plans of the model's earlier graphs, which hold values for their backwards while this one runs."""
+    frames = {c.frame: c.plan for c in engine.compilations if c.plan is not None and c.frame != done.frame}
+    return list(frames.values())
 
 
 def segment_compiler(config: Config) -> SegmentCompiler:

@@ -45,6 +45,9 @@ from dspass.runtime.params import lookup
 from dspass.runtime.traffic import gather_cost, reduce_cost
 from dspass.settings import kind_of, settings_of, state_of, states_bytes
 
+#: A graph that reads this share of the parameters that no earlier one does is taken for the last one.
+_ALONE = 0.9
+
 #: How long the other ranks wait for rank 0's plan.
 WAIT = timedelta(minutes=10)
 
@@ -63,12 +66,13 @@ def planned(
     name: str,
     patches: Mapping[str, Any],
     held: int = 0,
+    apart: int = 0,
     earlier: Sequence[tuple[MadeFor, Plan]] = (),
 ) -> tuple[fx.GraphModule, fx.GraphModule, Plan, MadeFor]:
     """``joint`` split as a plan says, the plan, and what it is for: one that is read from ``dspass.plan``, or one made for
-    ``dspass.memory_budget``. ``passes`` are those that will run on the two graphs (:func:`scheduled`), and ``held`` bytes of
-    the model's other graphs while this one runs. Of ``earlier`` plans that of the same graph for inputs of other shapes is
-    tried first. Raises :class:`BudgetError` or :class:`PlanError` on every rank alike."""
+    ``dspass.memory_budget``. ``passes`` are those that will run on the two graphs (:func:`scheduled`). The model's other graphs
+    hold ``held`` bytes while this one runs, and have ``apart`` bytes of parameters. Of ``earlier`` plans that of the same graph
+    for inputs of other shapes is tried first. Raises :class:`BudgetError` or :class:`PlanError` on every rank alike."""
 
     def split(choose: Chooser) -> Split:
         fresh = compat.graph_module(joint, copy.deepcopy(joint.graph))
@@ -108,6 +112,7 @@ def planned(
             return peak_of_step(forward, backward, num_fwd_outputs, engine, state, simulator)
 
         exposed = _exposed_share(joint.graph, on)
+        share = here / max(state.parameters - apart, here, 1)
         prior = next((p.decision for m, p in reversed(earlier) if _serves(m, p, made_for, budget)), None)
 
         def find(
@@ -138,8 +143,10 @@ def planned(
                 + cost.holding_seconds(forward.graph, on)
             ),
             settings=settings_of(joint.graph, engine, config, passes, states, on, exposed),
+            share=share if share < _ALONE else 1.0,
             scale=on.steps.get(_model_key(made_for), 1.0),
         ).plan()
+        plan = replace(plan, parameters=here)
         if file is not None and engine.target is None:  # not a prediction
             file.add(made_for, plan)
         return plan

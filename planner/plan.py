@@ -16,6 +16,9 @@ Nothing in this depends on the budget but where it stops, so a larger budget nev
 The cost model's estimate of the graphs that come of a choice, which the report shows, differs from these by what passes change:
 a collective that ends a kernel early, a bucket of copies that waits to be full.
 
+The graphs of a model that breaks are planned one after another. One that others follow holds no more for its backward than its
+share of what the budget leaves (:attr:`Planner.share`), where it can: else the first would take what the last one needs.
+
 Dropped: states on the host as values of the cut. They are there at every moment, so bytes of them are worth the same whatever
 is saved, and a pair of a corner of the hull and a share of the states is the optimum of both up to the steps of that share.
 
@@ -64,7 +67,8 @@ class Planner:
 
     The first of ``settings`` costs nothing. ``scale``: what measured steps of the model took, over what the cost model said; it
     makes predictions better. What was decided for inputs of other shapes is taken where the fastest candidate does not fit and
-    it does."""
+    it does. ``share`` of what the budget leaves beside what is always there may be held from the forward to the backward, where
+    other graphs run in between; where no candidate holds so little, that does not count."""
 
     budget: int
     find: Callable[[fx.Graph, Sequence[fx.Node], frozenset[fx.Node], compat.Unplanned], Choices]
@@ -74,6 +78,7 @@ class Planner:
     seconds: Callable[[fx.GraphModule, fx.GraphModule], float]
     settings: tuple[Setting, ...] = (Setting(),)
     scale: float = 1.0
+    share: float = 1.0
     choices: Choices = field(init=False)
     _measured: dict[tuple[int, int | None], Peak] = field(default_factory=dict)  # by choice and bytes of a bucket
     _graphs: dict[int, Split] = field(default_factory=dict)
@@ -82,22 +87,32 @@ class Planner:
     def plan(self) -> tuple[Split, Plan]:
         """The two graphs of the fastest candidate that fits, before the passes; raises :class:`BudgetError` where none does."""
         self._graphs[0] = self.split(self._find)
+        found = self._fastest()
+        if found is None and self.share < 1.0:
+            self.share = 1.0
+            found = self._fastest()
+        if found is None:
+            raise self._refusal()
+        return self._made(found)
+
+    def _fastest(self) -> tuple[int, int] | None:
+        """The fastest candidate that fits."""
         first = self._candidates[0]
         if self._fits(first):
-            return self._made(first)
+            return first
         if (prior := self.choices.of_prior()) is not None:
             choice, bucket_bytes = prior
             for k, setting in enumerate(self.settings):
                 if setting.bucket_bytes == bucket_bytes and self._fits((choice, k)):
-                    return self._made((choice, k))
+                    return choice, k
         self._run(*self._least)
         smallest = set(sorted(self._candidates, key=self._peak)[:_LAST_TRIES])
         for candidate in self._candidates:
             # A setting that is not the first has others beside it: no need to try what will hardly fit.
             near = 1 + NEARLY if candidate[1] == 0 else 1
             if (candidate in smallest or self._peak(candidate) <= self.budget * near) and self._fits(candidate):
-                return self._made(candidate)
-        raise self._refusal()
+                return candidate
+        return None
 
     def _find(
         self, graph: fx.Graph, inside: Sequence[fx.Node], free: frozenset[fx.Node], unplanned: compat.Unplanned
@@ -116,7 +131,8 @@ class Planner:
         _, peak = self._run(choice, self.settings[k].bucket_bytes)
         size = self.settings[k].bytes(peak)
         log.debug("choice %d, setting %d: peak %d, budget %d", choice, k, size, self.budget)
-        return size <= self.budget
+        left = self.budget - (peak.base - self.settings[k].states_bytes)
+        return size <= self.budget and peak.between <= self.share * left
 
     def _added(self, candidate: tuple[int, int]) -> float:
         """Seconds of a step that a candidate takes beyond what every one does."""

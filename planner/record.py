@@ -87,7 +87,7 @@ class Plan:
     ``between`` the bytes on the device from its forward to its backward; ``seconds`` are the cost model's for both with their
     collectives, times ``scale``, which measured steps gave; ``states_bytes`` of optimiser states wait on the host, and take
     ``states_seconds`` of a step to come and go; ``frontier`` is ordered from the fastest to the smallest, its seconds hold all
-    of this but the optimiser's own, and ``chosen`` is its index."""
+    of this but the optimiser's own, and ``chosen`` is its index. ``parameters`` are the bytes that the graph reads of them."""
 
     decision: Decision
     saved_bytes: int
@@ -105,6 +105,7 @@ class Plan:
     scale: float = 1.0
     states_bytes: int = 0
     states_seconds: float = 0.0
+    parameters: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -117,7 +117,9 @@ def test_calibrate_measures_and_stores(
     assert f"written in {said.split('written in ')[1].split()[0]} s: {path}" in said
     found = devices.device("cpu")
     assert "measured by python -m dspass calibrate" in found.source
-    assert set(found.functions) == {"exp", "sum rows", "sum columns"}
+    assert set(found.functions) == {*devices.CPU.functions, "exp", "sum rows", "sum columns"}
+    assert found.functions["exp"] != devices.CPU.functions["exp"]
+    assert found.functions["erf"] == devices.CPU.functions["erf"], "what was not measured is the table's"
     assert found.moving(3 * 2**22) > found.moving(3 * 2**12) > 0
     assert found.computing("attention backward", torch.float32, 1e6) > 0
     assert found.link_of(2) > 0

@@ -10,16 +10,11 @@ import torch
 from torch import nn
 
 import dspass
-from dspass.passes.cost import compute_seconds, estimate
-from dspass.passes.devices import Device
-from dspass.passes.offload_saved import OffloadSaved
 from dspass.planner.record import BudgetError
 from dspass.runtime.host import empty_on_host, extent, offload_start, offload_wait, reload_start, reload_wait
 from examples.gpt import GPT, GPTConfig
-from tests.graphs import check_numbers, run_pipeline
 from tests.ranks import run
 from tests.test_explain import MODELS
-from tests.test_passes import toy_of
 from tests.training import without_inductor
 
 SMALL: dict[str, Any] = {"name": "offload_saved", "min_bytes": 1000, "bucket_bytes": 100_000}
@@ -130,27 +125,6 @@ def test_a_gpu_offloads_where_it_pays() -> None:
     assert helped.peak_bytes <= refused.value.smallest
     assert helped.frontier[helped.here].seconds < alone.frontier[alone.here].seconds
     assert "held by offload_saved" in str(helped.largest)
-
-
-@pytest.mark.parametrize("host_link", [1e3, 3e4, 1e6, 3e7])
-@pytest.mark.parametrize("bucket", [1, 121, 300])
-def test_copies_that_are_hidden_expose_no_more_and_change_nothing(host_link: float, bucket: int) -> None:
-    """Copies that are waited for where they have arrived, and that start as late as hides them, expose no more than one after
-    another, but for what a wait that divides a kernel moves; and the numbers are the same."""
-    rates = {"memory": 1e6, "link": 1e15, "latency": 0.0, "host_link": host_link}
-    on = Device(name="x", rates={torch.float32: 1e6}, overlaps=True, **rates)
-    toy, exposed, longest = toy_of("offloaded"), {}, 0.0
-    for hidden_by in (None, on):
-        offload = OffloadSaved(enabled=True, min_bytes=0, bucket_bytes=bucket, hidden_by=hidden_by)
-        passes = [offload if isinstance(p, OffloadSaved) else p for p in toy.passes]
-        step = run_pipeline(toy, passes, target="h100")
-        check_numbers(toy, step)
-        longest = max(longest, *(s for g in (step.forward, step.backward) for s in compute_seconds(g, on).values()))
-        halves = (estimate(graph, on).exposed for graph in (step.forward, step.backward))
-        exposed[hidden_by is on] = sum(
-            seconds for half in halves for (kind, _), seconds in half.items() if kind in ("offload", "reload")
-        )
-    assert exposed[True] <= exposed[False] + longest
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,8 @@ from dspass.config import Config, ConfigError
 from dspass.passes.base import Pass, PassContext, PassError, PassResult, Where, check_order, run_passes
 from dspass.passes.bucket_gathers import BucketGathers
 from dspass.passes.bucket_reductions import BucketReductions
+from dspass.passes.cost import compute_seconds, estimate
+from dspass.passes.devices import Device
 from dspass.passes.expose_parameters import ExposeParameters
 from dspass.passes.honour_wishes import HonourWishes
 from dspass.passes.nodes import calls, gather_start, reduce_start, reduce_wait, wait_of
@@ -40,7 +42,19 @@ from dspass.pipeline import build
 from dspass.runtime import linear
 from dspass.runtime.engine import Engine
 from tests import graphs
-from tests.graphs import TOYS, Toy, capture, check_step, copy_graph, inputs_of, options, saved_of, simulate
+from tests.graphs import (
+    TOYS,
+    Toy,
+    capture,
+    check_numbers,
+    check_step,
+    copy_graph,
+    inputs_of,
+    options,
+    run_pipeline,
+    saved_of,
+    simulate,
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -670,3 +684,24 @@ def test_any_allowed_list_trains_alike(entries: list[str]) -> None:
     toy = toy_of("mlp")
     passes = build(Config.load(options(passes=entries, bucket_bytes=256)))
     graphs.check_numbers(toy, graphs.run_pipeline(toy, passes))
+
+
+@pytest.mark.parametrize("host_link", [1e3, 3e4, 1e6, 3e7])
+@pytest.mark.parametrize("bucket", [1, 121, 300])
+def test_copies_that_are_hidden_expose_no_more_and_change_nothing(host_link: float, bucket: int) -> None:
+    """Copies that are waited for where they have arrived, and that start as late as hides them, expose no more than one after
+    another, but for what a wait that divides a kernel moves; and the numbers are the same."""
+    rates = {"memory": 1e6, "link": 1e15, "latency": 0.0, "host_link": host_link}
+    on = Device(name="x", rates={torch.float32: 1e6}, overlaps=True, **rates)
+    toy, exposed, longest = toy_of("offloaded"), {}, 0.0
+    for hidden_by in (None, on):
+        offload = OffloadSaved(enabled=True, min_bytes=0, bucket_bytes=bucket, hidden_by=hidden_by)
+        passes = [offload if isinstance(p, OffloadSaved) else p for p in toy.passes]
+        step = run_pipeline(toy, passes, target="h100")
+        check_numbers(toy, step)
+        longest = max(longest, *(s for g in (step.forward, step.backward) for s in compute_seconds(g, on).values()))
+        halves = (estimate(graph, on).exposed for graph in (step.forward, step.backward))
+        exposed[hidden_by is on] = sum(
+            seconds for half in halves for (kind, _), seconds in half.items() if kind in ("offload", "reload")
+        )
+    assert exposed[True] <= exposed[False] + longest

@@ -80,13 +80,13 @@ def smallest(kind: str) -> int:
 
 @without_inductor
 def unplanned_and_planned(kind: str) -> tuple[Run, list[Run]]:
-    """Without a budget, then under one that all fits into, one in the middle, and the smallest."""
+    """Without a budget, then under one that all fits into, one that this plan just misses, and the smallest."""
     # What a plan holds is not asked here: its dry runs walk the graph, which is quick.
     with mock.patch("dspass.planning.InductorSimulator", return_value=GraphSimulator()):
         wanted, _ = trained(kind, None)
         least = smallest(kind)
         largest, first = trained(kind, 10**15)
-        middle, second = trained(kind, (least + first.peak) // 2)
+        middle, second = trained(kind, first.peak - 1)
         fewest, third = trained(kind, least)
     assert third.peak < second.peak < first.peak, "three plans"
     return wanted, [largest, middle, fewest]
