@@ -21,7 +21,8 @@ the model is one of
 
 examples
   python -m dspass explain transformers:LlamaConfig --set vocab_size=128256 hidden_size=4096 intermediate_size=14336 \\
-      num_hidden_layers=32 num_attention_heads=32 num_key_value_heads=8 --sequence 4096 --world-size 64 --device h100
+      num_hidden_layers=32 num_attention_heads=32 num_key_value_heads=8 dtype=bfloat16 --sequence 8192 --world-size 8 \\
+      --device h100 --memory-budget 30GB
   python -m dspass explain examples.gpt:sample --config ds_config.json --world-size 2 --save report.html
 """
 
@@ -44,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     explain.add_argument("--config", help="a DeepSpeed JSON file (default: $DSPASS_CONFIG, else stage 3)")
     explain.add_argument("--world-size", type=int, default=8, help="ranks (default 8)")
     explain.add_argument("--device", default=None, help="cpu or a GPU's name, such as h100 (default cpu)")
+    explain.add_argument(
+        "--memory-budget", help='the most that a rank may hold: bytes, "60GB", "75%%" of the device or "auto"'
+    )
     explain.add_argument("--optimizer", default="adamw", help="whose states are counted (default adamw)")
     explain.add_argument("--forward-only", action="store_true", help="predict inference")
     explain.add_argument("--save", nargs="*", default=[], metavar="FILE", help="also write report.html or report.json")
@@ -96,6 +100,7 @@ def _explain(options: argparse.Namespace) -> int:
         config=options.config,
         world_size=options.world_size,
         device=options.device,
+        memory_budget=options.memory_budget,
         optimizer=options.optimizer,
         train=not options.forward_only,
     )

@@ -599,19 +599,21 @@ def _plan_tensors(tensors: Tensors, reason: str) -> PlanTensors:
 def _reason(one: Tensors) -> str:
     """Why a value was kept, or not."""
     if one.held:
-        again = (
-            "it cannot be computed again"
-            if one.again_seconds is None
-            else (f"computing it again takes {format_seconds(one.again_seconds)}")
-        )
-        return f"held by {one.held_by}, {format_bytes(one.held)}: {again}"
-    if one.again_seconds is None:
-        return f"saved, {format_bytes(one.kept)}: it cannot be computed again"
-    gathered = one.name.startswith("gathered-parameter")
-    again = f"{'gathering' if gathered else 'computing'} it again takes {format_seconds(one.again_seconds)}"
+        return f"held by {one.held_by}, {format_bytes(one.held)}: {_again(one)}"
     if one.kept:
-        return f"{'kept' if gathered else 'saved'}, {format_bytes(one.kept)}: {again}"
-    return f"dropped, which frees {format_bytes(one.dropped)}: {again}"
+        kept = "kept" if one.name.startswith("gathered-parameter") else "saved"
+        return f"{kept}, {format_bytes(one.kept)}: {_again(one)}"
+    return f"dropped, which frees {format_bytes(one.dropped)}: {_again(one)}"
+
+
+def _again(one: Tensors) -> str:
+    if one.again_seconds is None:
+        return "it cannot be computed again"
+    if one.name.startswith("gathered-parameter"):
+        return f"gathering it again takes {format_seconds(one.again_seconds)}"
+    if not one.again_seconds:
+        return "computed again it is fused into what reads it"
+    return f"computing it again takes {format_seconds(one.again_seconds)}"
 
 
 def _version() -> str:

@@ -217,8 +217,10 @@ def sink_enlarged(graph: fx.Graph) -> None:
 
     In one piece it would be fused into its reader and take no memory. Where a runtime node stands between them it is written,
     and held until then: the gradient of a loss is there before the product that it goes into has its weight, as large as the
-    logits, and made of the targets and a number. Reductions stay: what else is in their loop decides how they add.
+    logits, and made of the targets and a number. Reductions stay: what else is in their loop decides how they add. Nothing
+    crosses what writes in place, which could be what it reads.
     """
+    writes = [node for node in graph.nodes if _mutates(node)]
     pieces: dict[fx.Node, int] = {}
     for i, node in enumerate(graph.nodes):
         pieces[node] = i if not pieces or _is_runtime(node) or _is_runtime(node.prev) else pieces[node.prev]
@@ -230,7 +232,7 @@ def sink_enlarged(graph: fx.Graph) -> None:
             continue
         chain, leaves = _made_there(node, pieces)
         more = sum(_held_by(leaf) for leaf in leaves if max(leaf.users) < first)
-        if more < size_of(node):
+        if more < size_of(node) and not any(chain[0] < write < first for write in writes):
             for one in chain:
                 first.prepend(one)
                 pieces[one] = pieces[first]

@@ -282,7 +282,7 @@ def test_command_line(tmp_path: Path) -> None:
     assert shown.returncode == 0
     assert "registered" in shown.stdout
     path = tmp_path / "report.json"
-    done = _dspass(
+    llama = [
         "explain",
         "transformers:LlamaConfig",
         "--set",
@@ -298,12 +298,15 @@ def test_command_line(tmp_path: Path) -> None:
         "4",
         "--device",
         "h100",
-        "--save",
-        str(path),
-    )
+    ]
+    done = _dspass(*llama, "--memory-budget", "75%", "--save", str(path))
     assert done.returncode == 0, done.stderr
+    assert "Plan of graph 0 for 60.0 GB" in done.stdout
     assert "Peak memory" in done.stdout
     assert json.loads(path.read_text())["world_size"] == 4
+    small = _dspass(*llama, "--memory-budget", "1KB")
+    assert small.returncode == 2
+    assert "dspass.memory_budget of 1 KB is too small: the smallest plan" in small.stderr
     refused = _dspass("explain", "nonsense")
     assert refused.returncode == 2
     assert "package.module:function" in refused.stderr

@@ -259,6 +259,22 @@ def test_what_is_made_of_less_is_made_where_it_is_read() -> None:
     assert {rows.name, y.name} <= set(last.inputs)
 
 
+def test_nothing_is_made_later_than_what_it_reads_is_written() -> None:
+    build = Builder(new_engine())
+    x, y = build.inputs
+    rows = build.call(aten.select.int, x, 0, 0)
+    large = build.call(aten.sin.default, build.call(aten.expand.default, rows, [4, 4]))
+    weight = build.end(build.start(gather_start, build.shards[0], 0))
+    build.call(aten.copy_.default, x, build.call(aten.mul.Tensor, y, 2.0))
+    gm = build.module(build.call(aten.mm.default, large, weight))
+    wanted, given = inputs(), inputs()
+    fx.Interpreter(fx.GraphModule(gm, copy_graph(gm.graph))).run(*wanted)
+    expected = torch.sin(inputs()[0][0].expand(4, 4)) @ inputs()[2]
+    (found,) = lower(gm, as_written, is_backward=False, is_inference=True)(given[:])
+    assert torch.equal(found, expected)
+    assert torch.equal(given[0], wanted[0])
+
+
 def test_what_is_written_in_place_runs_though_nobody_reads_it() -> None:
     build = Builder(new_engine())
     x, y = build.inputs
