@@ -18,11 +18,11 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from benchmarks import page
 from benchmarks.memory_points import PRESETS, Point, Ranks
 from benchmarks.workers import Group
 
@@ -151,17 +151,16 @@ def run(options: argparse.Namespace) -> int:
     begin = time.time()
     link = rate()
     text = table(measure(options), link)
-    words = " ".join(f"--{k} {getattr(options, k)}" for k in ("preset", "model", "ranks", "rounds"))
-    head = (
-        f"# Optimiser states and parameters on the host\n\n`python -m benchmarks offload {words}`\n\n"
-        f"{time.strftime('%Y-%m-%d')}, {options.ranks} gloo ranks of one thread, torch {torch.__version__}, Python "
-        f"{platform.python_version()}, {platform.machine()}; {options.model}, preset {options.preset}, AdamW(fused=True), "
-        f"fp32; {options.rounds} rounds; {(time.time() - begin) / 60:.1f} minutes. The host is memory outside of torch's "
-        "allocator.\n\n"
+    print("\n" + text + "\n")
+    page.write(
+        options,
+        f"offload-{options.preset}-{options.ranks}r-cpu.md",
+        title="Optimiser states and parameters on the host",
+        benchmark="offload",
+        keys=("preset", "model", "ranks", "rounds"),
+        facts=f"{options.ranks} gloo ranks of one thread, torch {torch.__version__}, Python {platform.python_version()}, "
+        f"{platform.machine()}; {options.model}, preset {options.preset}, AdamW(fused=True), fp32; {options.rounds} rounds; "
+        f"{(time.time() - begin) / 60:.1f} minutes. The host is memory outside of torch's allocator.",
+        text=text,
     )
-    folder = Path(options.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"offload-{options.preset}-{options.ranks}r-cpu.md"
-    path.write_text(head + text + "\n")
-    print("\n" + text + f"\n\nwritten: {path}")
     return 0

@@ -11,13 +11,13 @@ import argparse
 import platform
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from tqdm import tqdm
 
 import dspass
+from benchmarks import page
 from dspass.passes.base import PassContext
 from dspass.passes.devices import DEVICES
 from dspass.passes.pipeline import DEFAULT
@@ -136,16 +136,15 @@ def run(options: argparse.Namespace) -> int:
         ]
         parts.append(f"## {ranks} ranks\n\n{table(rows)}")
         print("\n" + parts[-1] + "\n")
-    words = " ".join(f"--{k} {getattr(options, k)}" for k in ("layers", "length", "ranks", "device"))
-    head = (
-        f"# How far ahead gathers start, predicted\n\n`python -m benchmarks prefetch {words}`\n\n"
-        f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}, Python {platform.python_version()}; Llama of "
-        f"{options.layers} layers as wide as Llama-3-8B, bf16, stage 3, one sample of {options.length} tokens a rank; the cost "
-        f"model's figures for {options.device}, nothing was run there; {time.time() - begin:.0f} s.\n\n"
+    page.write(
+        options,
+        f"prefetch-{options.device}-predicted.md",
+        title="How far ahead gathers start, predicted",
+        benchmark="prefetch",
+        keys=("layers", "length", "ranks", "device"),
+        facts=f"torch {torch.__version__}, Python {platform.python_version()}; Llama of {options.layers} layers as wide as "
+        f"Llama-3-8B, bf16, stage 3, one sample of {options.length} tokens a rank; the cost model's figures for "
+        f"{options.device}, nothing was run there; {time.time() - begin:.0f} s.",
+        text="\n\n".join(parts),
     )
-    folder = Path(options.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"prefetch-{options.device}-predicted.md"
-    path.write_text(head + "\n\n".join(parts) + "\n")
-    print(f"written: {path}")
     return 0

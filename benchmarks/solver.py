@@ -16,13 +16,13 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from unittest import mock
 
 import networkx as nx
 import torch
 from tqdm import tqdm
 
+from benchmarks import page
 from benchmarks.table import cpu
 from dspass.planner import mincut
 from dspass.planner.mincut import Choice, Value, hull
@@ -189,16 +189,15 @@ def run(options: argparse.Namespace) -> int:
                 bar.set_description(f"{graph} {size:,}")
                 rows.append(measure(graph, size, options.corners, options.rounds, bar.update))
     text = table(rows)
-    words = " ".join(f"--{k} {getattr(options, k)}" for k in ("sizes", "corners", "rounds"))
-    head = (
-        f"# How long the solver takes\n\n`python -m benchmarks solver {words}`\n\n"
-        f"{time.strftime('%Y-%m-%d')}, {cpu()}, of which one is used; Python {platform.python_version()}, networkx "
-        f"{nx.__version__}, torch {torch.__version__}; CPU seconds, median of {options.rounds} rounds; "
-        f"{time.time() - begin:.0f} s in all.\n\n"
+    print("\n" + text + "\n")
+    page.write(
+        options,
+        "solver-cpu.md",
+        title="How long the solver takes",
+        benchmark="solver",
+        keys=("sizes", "corners", "rounds"),
+        facts=f"{cpu()}, of which one is used; Python {platform.python_version()}, networkx {nx.__version__}, torch "
+        f"{torch.__version__}; CPU seconds, median of {options.rounds} rounds; {time.time() - begin:.0f} s in all.",
+        text=text,
     )
-    folder = Path(options.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "solver-cpu.md"
-    path.write_text(head + text + "\n")
-    print("\n" + text + f"\n\nwritten: {path}")
     return 0

@@ -35,7 +35,7 @@ from dspass.passes.prefetch_gathers import PrefetchGathers
 from dspass.passes.text import print_value
 from dspass.planner.choices import Choices
 from dspass.planner.dry_run import Peak, peak_of_step
-from dspass.planner.plan import Chooser, Planner, Split, chooser
+from dspass.planner.plan import Planner, Split, chooser
 from dspass.planner.record import BudgetError, Plan
 from dspass.planner.saved import MadeFor, PlanError, PlanFile
 from dspass.planner.values import is_gathered
@@ -74,7 +74,7 @@ def planned(
     hold ``held`` bytes while this one runs, and have ``apart`` bytes of parameters. Of ``earlier`` plans that of the same graph
     for inputs of other shapes is tried first. Raises :class:`BudgetError` or :class:`PlanError` on every rank alike."""
 
-    def split(choose: Chooser) -> Split:
+    def split(choose: compat.Chooser) -> Split:
         fresh = compat.graph_module(joint, copy.deepcopy(joint.graph))
         return partition(fresh, inputs, num_fwd_outputs, free, choose=choose)
 

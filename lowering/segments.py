@@ -218,8 +218,11 @@ def sink_enlarged(graph: fx.Graph) -> None:
     In one piece it would be fused into its reader and take no memory. Where a runtime node stands between them it is written,
     and held until then: the gradient of a loss is there before the product that it goes into has its weight, as large as the
     logits, and made of the targets and a number. Reductions stay: what else is in their loop decides how they add. Nothing
-    crosses what writes in place, which could be what it reads.
+    crosses what writes in place, which could be what it reads. In a graph with symbolic sizes everything stays: to compare
+    them would add guards.
     """
+    if _has_symbols(graph):
+        return
     writes = [node for node in graph.nodes if _mutates(node)]
     pieces: dict[fx.Node, int] = {}
     for i, node in enumerate(graph.nodes):

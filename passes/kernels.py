@@ -226,6 +226,15 @@ def is_view(node: fx.Node) -> bool:
     return getattr(node.target, "is_view", False) is True
 
 
+def is_tuple(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), (list, tuple))
+
+
+def ends_kernel(node: fx.Node) -> bool:
+    """Whether Inductor's kernels end here in any case, or a segment does."""
+    return node.op == "call_function" and not fuses(node) and not is_view(node) and not _picks_item(node)
+
+
 def materialised(graph: fx.Graph) -> set[fx.Node]:
     """:attr:`Stretch.materialised` of a whole graph."""
     return Stretch.of(graph).materialised

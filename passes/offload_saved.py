@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,12 +11,11 @@ import torch
 import torch.fx as fx
 
 from dspass.passes.base import Holding, Pass, PassContext
-from dspass.passes.cost import compute_seconds
 from dspass.passes.devices import Device
-from dspass.passes.kernels import fuses, is_view
+from dspass.passes.kernels import Stretch, ends_kernel, is_view
 from dspass.passes.nodes import GATHERED, HELD, positions
 from dspass.passes.partition import received_by
-from dspass.passes.schedule import as_late, as_soon
+from dspass.passes.schedule import as_late, as_soon, clock_of, first_after, kernel_ends, last_before
 from dspass.runtime.host import empty_on_host, extent, offload_start, offload_wait, reload_start, reload_wait
 
 
@@ -80,7 +78,7 @@ class OffloadSaved(Pass):
             if node is output:
                 break
             waiting += ready.pop(order[node], [])
-            if waiting and _is_boundary(node) and (not ready or _size(waiting) >= self.bucket_bytes):
+            if waiting and ends_kernel(node) and (not ready or _size(waiting) >= self.bucket_bytes):
                 buckets.append((node.next, waiting))
                 waiting = []
         if waiting:
@@ -104,17 +102,13 @@ class OffloadSaved(Pass):
     def _arrivals(self, graph: fx.Graph, buckets: Sequence[tuple[fx.Node, list[fx.Node]]]) -> list[fx.Node]:
         """The node before which each bucket has arrived."""
         assert self.hidden_by is not None
-        nodes, clock = _clock(graph, self.hidden_by)
-        order = {node: i for i, node in enumerate(nodes)}
+        nodes, order = list(graph.nodes), positions(graph)
+        clock = clock_of(Stretch.of(graph), self.hidden_by)
         lasts = [self._copy_seconds(values, self.hidden_by) for _, values in buckets]
-        moments = as_soon(clock, [order[at] for at, _ in buckets], lasts)
-        found, p = [], 0
-        for (at, _), moment in zip(buckets, moments, strict=True):
-            p = max(p, order[at])
-            while p < len(nodes) - 1 and (clock[p] < moment or not _is_boundary(nodes[p - 1])):
-                p += 1
-            found.append(nodes[p])
-        return found
+        ready = [order[at] for at, _ in buckets]
+        places = [*kernel_ends(nodes), len(nodes) - 1]
+        moments = as_soon(clock, ready, lasts)
+        return [nodes[max(p, first_after(clock, places, at))] for p, at in zip(ready, moments, strict=True)]
 
     def _copy_seconds(self, values: Sequence[fx.Node], on: Device) -> float:
         return _size(values) / (on.host_link or on.memory / 2)
@@ -133,7 +127,7 @@ class OffloadSaved(Pass):
         places = []
         for bucket in buckets:
             place = min(order[u] for n in bucket for u in n.users)
-            while nodes[place - 1].op != "placeholder" and not _is_boundary(nodes[place - 1]):
+            while nodes[place - 1].op != "placeholder" and not ends_kernel(nodes[place - 1]):
                 place -= 1
             places.append(place)
         begins = self._departures(graph, buckets, places) if overlaps and self.hidden_by is not None else None
@@ -149,22 +143,14 @@ class OffloadSaved(Pass):
                 node.meta = {**{k: v for k, v in node.meta.items() if k != HELD}, "val": empty_on_host(value)}
         return len(marked), len(buckets)
 
-    def _departures(self, graph: fx.Graph, buckets: Sequence[list[fx.Node]], places: Sequence[int]) -> list[fx.Node]:
+    def _departures(self, graph: fx.Graph, buckets: Sequence[list[fx.Node]], needed: Sequence[int]) -> list[fx.Node]:
         """The node before which each bucket starts, as late as hides it."""
         assert self.hidden_by is not None
-        nodes, clock = _clock(graph, self.hidden_by)
-        late = as_late(clock, places, [self._copy_seconds(values, self.hidden_by) for values in buckets])
-        first = next(p for p, n in enumerate(nodes) if n.op != "placeholder")
-        found, p = [], first
-        for place, moment in zip(places, late.starts, strict=True):
-            best = p
-            while p < place and late.clock[p + 1] <= moment:
-                p += 1
-                if _is_boundary(nodes[p - 1]):
-                    best = p
-            p = best
-            found.append(nodes[best])
-        return found
+        nodes = list(graph.nodes)
+        lasts = [self._copy_seconds(values, self.hidden_by) for values in buckets]
+        late = as_late(clock_of(Stretch.of(graph), self.hidden_by), needed, lasts)
+        places = kernel_ends(nodes)
+        return [nodes[min(p, last_before(late.clock, places, at))] for p, at in zip(needed, late.starts, strict=True)]
 
 
 def mark_all(forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int, item: OffloadSaved) -> None:
@@ -202,12 +188,6 @@ def _arrive(
     return wait
 
 
-def _clock(graph: fx.Graph, on: Device) -> tuple[list[fx.Node], list[float]]:
-    """The nodes of ``graph``, and when each begins if nothing waits."""
-    nodes, seconds = list(graph.nodes), compute_seconds(graph, on)
-    return nodes, [0.0, *itertools.accumulate(seconds.get(node, 0.0) for node in nodes[:-1])]
-
-
 def _only(node: fx.Node) -> Callable[[fx.Node], bool]:
     return lambda user: user is node
 
@@ -218,11 +198,6 @@ def _all_but(node: fx.Node) -> Callable[[fx.Node], bool]:
 
 def _flat(outputs: Any) -> list[fx.Node]:
     return [n for n in outputs if isinstance(n, fx.Node)]
-
-
-def _is_boundary(node: fx.Node) -> bool:
-    """Whether Inductor's kernels end here, or a segment does."""
-    return node.op == "call_function" and not fuses(node) and not is_view(node) and node.target is not operator.getitem
 
 
 def _last_read(node: fx.Node, order: dict[fx.Node, int]) -> int:

@@ -8,7 +8,7 @@ planner keeps a whole copy, that is handed over, and the backward gathers it no 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ def partition(
     free_inputs: Sequence[int] = (),
     *,
     recompute_pointwise: bool = False,
-    choose: Callable[[fx.Graph, Sequence[fx.Node], frozenset[fx.Node], compat.Unplanned], list[fx.Node]] | None = None,
+    choose: compat.Chooser | None = None,
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
     """Split ``joint``. The first ``num_fwd_outputs`` outputs are the forward's own; ``free_inputs`` cost nothing to save.
 

@@ -1,13 +1,44 @@
 """When transfers on one link start and arrive, beside a sequence of compute: as soon as can be, or as late as hides them.
 
-A sequence is given by the moment at which each of its positions begins if nothing waits. Transfers go one after another, in the
-order of the positions that they belong to.
+A sequence is given by the moment at which each of its positions begins if nothing waits (:func:`clock_of`). Transfers go one
+after another, in the order of the positions that they belong to. Their nodes stand where a kernel ends in any case
+(:func:`kernel_ends`): elsewhere they would divide what is fused.
 """
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import torch.fx as fx
+
+from dspass.passes.cost import compute_seconds
+from dspass.passes.devices import Device
+from dspass.passes.kernels import Stretch, ends_kernel
+
+
+def clock_of(part: Stretch, on: Device) -> list[float]:
+    """When each node of ``part`` begins if nothing waits, and when the last has ended."""
+    seconds = compute_seconds(part, on)
+    return [0.0, *itertools.accumulate(seconds.get(node, 0.0) for node in part.nodes)]
+
+
+def kernel_ends(nodes: Sequence[fx.Node]) -> list[int]:
+    """Positions in a graph's ``nodes`` that divide no kernel: its first operator, and what follows the end of a kernel."""
+    first = next(i for i, node in enumerate(nodes) if node.op != "placeholder")
+    return [first, *(i + 1 for i in range(first, len(nodes) - 1) if ends_kernel(nodes[i]))]
+
+
+def last_before(clock: Sequence[float], positions: Sequence[int], moment: float) -> int:
+    """The last of the ascending ``positions`` that begins no later than ``moment``, else the first."""
+    return positions[max(bisect.bisect_right(positions, moment, key=clock.__getitem__) - 1, 0)]
+
+
+def first_after(clock: Sequence[float], positions: Sequence[int], moment: float) -> int:
+    """The first of the ascending ``positions`` that begins no earlier than ``moment``, else the last."""
+    return positions[min(bisect.bisect_left(positions, moment, key=clock.__getitem__), len(positions) - 1)]
 
 
 def as_soon(clock: Sequence[float], ready: Sequence[int], seconds: Sequence[float]) -> list[float]:
@@ -41,15 +72,13 @@ def as_late(clock: Sequence[float], needed: Sequence[int], seconds: Sequence[flo
     free = 0.0
     deadlines: list[float] = []
     moments: list[float] = []
-    at = 0
     for position, lasts in zip(needed, seconds, strict=True):
-        moments += [clock[p] + waited for p in range(at, position + 1)]
-        at = max(at, position + 1)
+        moments += [moment + waited for moment in clock[len(moments) : position + 1]]
         free += lasts
         moment = clock[position] + waited
         waited += max(0.0, free - moment)
         deadlines.append(max(free, moment))
-    moments += [clock[p] + waited for p in range(at, len(clock))]
+    moments += [moment + waited for moment in clock[len(moments) :]]
     starts: list[float] = []
     latest = float("inf")
     for deadline, lasts in zip(reversed(deadlines), reversed(seconds), strict=True):

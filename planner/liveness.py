@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 import torch.fx as fx
 
 from dspass.passes.buckets import Item, pack
-from dspass.passes.kernels import Stretch, is_item_in_memory, is_view, size_of
+from dspass.passes.kernels import Stretch, is_item_in_memory, is_tuple, is_view, size_of
 from dspass.passes.nodes import GATHERED, REDUCE_GRAD
 from dspass.planner.values import is_gathered
 from dspass.runtime.params import ParamSpec, lookup
@@ -51,7 +51,7 @@ class Liveness:
 
     def __post_init__(self) -> None:
         for node in self.joint.nodes:
-            if is_item_in_memory(node) or (node.op == "call_function" and not is_view(node) and not _is_tuple(node)):
+            if is_item_in_memory(node) or (node.op == "call_function" and not is_view(node) and not is_tuple(node)):
                 self._sizes[node] = size_of(node)
             elif GATHERED in node.meta and is_gathered(spec := lookup(node.meta[GATHERED][0])):
                 self._whole[node] = spec
@@ -187,10 +187,6 @@ def reads_of(stretch: Stretch, start: int = 0) -> Reads:
             if node.target is not REDUCE_GRAD:  # it stands at the end; what it reads goes into a bucket before
                 last[source] = max(last.get(source, 0), reads_at)
     return Reads(made, first, last)
-
-
-def _is_tuple(node: fx.Node) -> bool:
-    return isinstance(node.meta.get("val"), (list, tuple))
 
 
 def _ranks(spec: ParamSpec) -> int:

@@ -46,7 +46,6 @@ from dspass.runtime import compat
 log = logging.getLogger(__name__)
 
 Split = tuple[fx.GraphModule, fx.GraphModule]
-Chooser = Callable[[fx.Graph, Sequence[fx.Node], frozenset[fx.Node], compat.Unplanned], list[fx.Node]]
 
 #: Share by which a corrected peak may exceed the budget and the choice is still run. Between the two that correct it, the model
 #: was off by less on GPT and Llama; more would only cost runs.
@@ -72,7 +71,7 @@ class Planner:
 
     budget: int
     find: Callable[[fx.Graph, Sequence[fx.Node], frozenset[fx.Node], compat.Unplanned], Choices]
-    split: Callable[[Chooser], Split]
+    split: Callable[[compat.Chooser], Split]
     passes: Callable[[fx.GraphModule, fx.GraphModule, int | None], Split]
     run: Callable[[fx.GraphModule, fx.GraphModule], Peak]
     seconds: Callable[[fx.GraphModule, fx.GraphModule], float]
@@ -87,30 +86,29 @@ class Planner:
     def plan(self) -> tuple[Split, Plan]:
         """The two graphs of the fastest candidate that fits, before the passes; raises :class:`BudgetError` where none does."""
         self._graphs[0] = self.split(self._find)
-        found = self._fastest()
+        found = self._fastest(self.share)
         if found is None and self.share < 1.0:
-            self.share = 1.0
-            found = self._fastest()
+            found = self._fastest(1.0)
         if found is None:
             raise self._refusal()
         return self._made(found)
 
-    def _fastest(self) -> tuple[int, int] | None:
-        """The fastest candidate that fits."""
+    def _fastest(self, share: float) -> tuple[int, int] | None:
+        """The fastest candidate that fits, and holds no more than its share."""
         first = self._candidates[0]
-        if self._fits(first):
+        if self._fits(first, share):
             return first
         if (prior := self.choices.of_prior()) is not None:
             choice, bucket_bytes = prior
             for k, setting in enumerate(self.settings):
-                if setting.bucket_bytes == bucket_bytes and self._fits((choice, k)):
+                if setting.bucket_bytes == bucket_bytes and self._fits((choice, k), share):
                     return choice, k
         self._run(*self._least)
         smallest = set(sorted(self._candidates, key=self._peak)[:_LAST_TRIES])
         for candidate in self._candidates:
             # A setting that is not the first has others beside it: no need to try what will hardly fit.
             near = 1 + NEARLY if candidate[1] == 0 else 1
-            if (candidate in smallest or self._peak(candidate) <= self.budget * near) and self._fits(candidate):
+            if (candidate in smallest or self._peak(candidate) <= self.budget * near) and self._fits(candidate, share):
                 return candidate
         return None
 
@@ -126,13 +124,13 @@ class Planner:
         pairs = [(i, k) for i in range(len(self.choices)) for k in range(len(self.settings))]
         return sorted(pairs, key=lambda c: (self._added(c), *c))
 
-    def _fits(self, candidate: tuple[int, int]) -> bool:
+    def _fits(self, candidate: tuple[int, int], share: float) -> bool:
         choice, k = candidate
         _, peak = self._run(choice, self.settings[k].bucket_bytes)
         size = self.settings[k].bytes(peak)
         log.debug("choice %d, setting %d: peak %d, budget %d", choice, k, size, self.budget)
         left = self.budget - (peak.base - self.settings[k].states_bytes)
-        return size <= self.budget and peak.between <= self.share * left
+        return size <= self.budget and peak.between <= share * left
 
     def _added(self, candidate: tuple[int, int]) -> float:
         """Seconds of a step that a candidate takes beyond what every one does."""
@@ -229,7 +227,7 @@ class Planner:
         )
 
 
-def chooser(decision: Decision) -> Chooser:
+def chooser(decision: Decision) -> compat.Chooser:
     """For the partition: what ``decision`` says of a joint graph's nodes."""
     saved, kept, held = set(decision.saved), set(decision.kept), dict(decision.held)
 

@@ -13,7 +13,6 @@ split for it.
 from __future__ import annotations
 
 import bisect
-import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,10 +20,9 @@ from dataclasses import dataclass
 import torch.fx as fx
 
 from dspass.passes.base import Holding
-from dspass.passes.cost import compute_seconds
 from dspass.passes.devices import Device
 from dspass.passes.kernels import Stretch, size_of
-from dspass.passes.schedule import as_late, as_soon
+from dspass.passes.schedule import as_late, as_soon, clock_of
 from dspass.planner.liveness import Absence, reads_of
 
 
@@ -46,17 +44,11 @@ class Times:
 def times_of(halves: tuple[Stretch, Stretch], held: Mapping[fx.Node, Holding], on: Device) -> Times:
     """``held`` are the values that passes hold in their ways; half of a copy is out, and half is back."""
     forward = halves[0]
-    clocks = [_clock(half, on) for half in halves]
+    clocks = [clock_of(half, on) for half in halves]
     results = [n for n in forward.results if n.op == "call_function"]
     holding = math.fsum([on.fresh * sum(map(size_of, results)), *(holding.seconds for holding in held.values())])
     absent, exposed = _absences(halves, clocks, held, on.overlaps) if held else ({}, 0.0)
     return Times(clocks[0][-1] + clocks[1][-1], exposed, holding, absent)
-
-
-def _clock(half: Stretch, on: Device) -> list[float]:
-    """When each node of ``half`` begins, and when the last has ended."""
-    seconds = compute_seconds(half, on)
-    return [0.0, *itertools.accumulate(seconds.get(node, 0.0) for node in half.nodes)]
 
 
 def _absences(

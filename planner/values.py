@@ -14,7 +14,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from dspass.passes.base import Holding, Pass
 from dspass.passes.cost import seconds_again
 from dspass.passes.devices import Device
-from dspass.passes.kernels import Stretch, fuses, is_view, size_of
+from dspass.passes.kernels import Stretch, fuses, is_tuple, is_view, size_of
 from dspass.passes.nodes import GATHERED
 from dspass.planner.mincut import Value, Way
 from dspass.runtime.params import ParamSpec, lookup
@@ -73,7 +73,7 @@ def values_of(
         wish = node.meta.get("recompute")
         again = wish in (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)
         # A tuple is never saved itself: what is taken from it decides.
-        recomputable = again or _is_tuple(node) or (wish is not CheckpointPolicy.MUST_SAVE and can_recompute(node))
+        recomputable = again or is_tuple(node) or (wish is not CheckpointPolicy.MUST_SAVE and can_recompute(node))
         size = size_of(node)
         gather = regather * _gather_seconds(node, on)
         passes = (node not in written) + (node in by_fused or node not in by_products)
@@ -87,7 +87,7 @@ def values_of(
                 else passes * size / on.memory + on.fresh * size,
                 inputs=tuple(number[a] for a in node.all_input_nodes if a in number),
                 needed=needed,
-                savable=not recomputable or not (again or is_view(node) or _is_tuple(node)),
+                savable=not recomputable or not (again or is_view(node) or is_tuple(node)),
                 recomputable=recomputable or gather > 0,
                 weight=1 + EARLY * (1 - i / len(forward)),
             )
@@ -167,10 +167,6 @@ def _dropout(node: fx.Node) -> Any:
         if argument.name == "dropout_p":
             return node.args[i] if i < len(node.args) else node.kwargs.get("dropout_p", argument.default_value)
     return None
-
-
-def _is_tuple(node: fx.Node) -> bool:
-    return isinstance(node.meta.get("val"), (list, tuple))
 
 
 def _leaves(value: Any) -> list[Any]:

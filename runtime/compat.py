@@ -108,6 +108,10 @@ def graph_module(root: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
 #: What Inductor's own min-cut saves.
 Unplanned = Callable[[], list[fx.Node]]
 
+#: Answers the nodes to save in place of Inductor's min-cut. It is given the joint graph as it will be split, the nodes in order
+#: that do not depend on the gradients that come in, those placeholders that cost nothing, and what Inductor would save.
+Chooser = Callable[[fx.Graph, Sequence[fx.Node], frozenset[fx.Node], Unplanned], list[fx.Node]]
+
 
 def min_cut_partition(
     joint: fx.GraphModule,
@@ -115,13 +119,10 @@ def min_cut_partition(
     num_fwd_outputs: int,
     free_inputs: Sequence[int],
     recompute_pointwise: bool = False,
-    choose: Callable[[fx.Graph, Sequence[fx.Node], frozenset[fx.Node], Unplanned], list[fx.Node]] | None = None,
+    choose: Chooser | None = None,
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """Split a joint graph by min-cut; ``free_inputs`` are the indices of placeholders that cost nothing to save.
-
-    ``choose`` answers the nodes to save in place of Inductor's min-cut. It is given the joint graph as it will be split, the
-    nodes in order that do not depend on the gradients that come in, those placeholders that cost nothing, and a function that
-    answers what Inductor's min-cut would save.
+    """Split a joint graph by min-cut, or as ``choose`` says; ``free_inputs`` are the indices of placeholders that cost nothing
+    to save.
 
     ``recompute_pointwise`` also recomputes a value that the backward graph has to write to memory again, such as the
     activation function in front of a matrix product.

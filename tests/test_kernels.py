@@ -11,11 +11,12 @@ import torch.fx as fx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._functorch.aot_autograd import aot_module_simplified
+from torch._inductor import config as inductor
 from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
 from torch.nn import functional as F
 
-from dspass.passes.kernels import Stretch, fuses, is_view, kernels, materialised, size_of
+from dspass.passes.kernels import READS, REUSED_READS, Stretch, fuses, is_view, kernels, materialised, size_of
 
 aten = torch.ops.aten
 
@@ -178,6 +179,11 @@ def test_a_residual_stream_goes_to_memory_before_it_reads_everything() -> None:
     graph.output(tuple(results))
     written = materialised(graph) - set(results)
     assert written == {s.args[0] for s in (results[3], results[7])}
+
+
+def test_inductor_s_own_limits_are_ours() -> None:
+    assert inductor.realize_reads_threshold == REUSED_READS
+    assert getattr(inductor, "_realize_acc_reads_threshold_default", inductor.realize_acc_reads_threshold) == READS
 
 
 def test_a_stretch_is_looked_at_alone() -> None:

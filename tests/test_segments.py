@@ -17,6 +17,7 @@ import torch.fx as fx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from dspass.engines import engine_of
@@ -273,6 +274,21 @@ def test_nothing_is_made_later_than_what_it_reads_is_written() -> None:
     (found,) = lower(gm, as_written, is_backward=False, is_inference=True)(given[:])
     assert torch.equal(found, expected)
     assert torch.equal(given[0], wanted[0])
+
+
+def test_sizes_that_are_not_known_are_not_compared() -> None:
+    """To compare symbolic sizes would add guards, by which a model is compiled again."""
+    traced = make_fx(lambda a, b: (a + b.t()).cos(), tracing_mode="symbolic")(torch.empty(5, 1), torch.empty(7, 1))
+    graph = traced.graph
+    (large,) = graph.find_nodes(op="call_function", target=aten.add.Tensor)
+    long = large.args[0]
+    with graph.inserting_after(large):
+        start = graph.call_function(gather_start, ([long], ["long"]))
+    start.meta["val"] = [long.meta["val"]]
+    shapes = large.meta["val"].fake_mode.shape_env
+    before = len(shapes.guards)
+    sink_enlarged(graph)
+    assert len(shapes.guards) == before
 
 
 def test_what_is_written_in_place_runs_though_nobody_reads_it() -> None:
