@@ -1,0 +1,74 @@
+"""The project's own operators: one schema, one fake and one readable reference each, and who serves them where.
+
+An operator is declared once, on its reference::
+
+    @operator("scale(Tensor x, float factor) -> Tensor", fake=lambda x, factor: torch.empty_like(x))
+    def scale(x, factor):
+        return x * factor
+
+and is ``torch.ops.dspass.scale`` from then on. The reference is plain torch, right on every device, and what serves a device
+that no kernel was written for: :mod:`dspass.lowering.expand` puts it into the graph in the operator's place, so that Inductor
+fuses it with what stands around it. A kernel, where one is built (``cuda_src/``), registers itself for its own device and
+goes first there; ``DSPASS_KERNELS=reference`` leaves kernels out.
+
+Dropped: ``torch.library.custom_op``, whose every call takes three times as long as that of an operator defined here, and whose
+results Inductor cannot fuse. Dropped: decompositions of AOTAutograd, which come too early: passes would see dozens of nodes
+where a reader, and a kernel, sees one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+_library = torch.library.Library("dspass", "FRAGMENT")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operator:
+    """``reference`` takes and answers what the schema says."""
+
+    name: str
+    schema: str
+    reference: Callable[..., Any]
+
+    @property
+    def overload(self) -> torch._ops.OpOverload:
+        """What stands in a graph."""
+        return getattr(torch.ops.dspass, self.name).default
+
+    def server(self, device: str) -> str:
+        """Who answers a call with tensors on ``device``: "kernel" or "torch reference"."""
+        has = torch._C._dispatch_has_kernel_for_dispatch_key(f"dspass::{self.name}", device.upper())
+        return "kernel" if has else "torch reference"
+
+
+#: All of them, by name.
+OPERATORS: dict[str, Operator] = {}
+
+
+def operator(schema: str, *, fake: Callable[..., Any]) -> Callable[[_Function], _Function]:
+    """Declare ``dspass::<schema>`` with the decorated function as its reference; ``fake`` answers shapes and dtypes."""
+    name = schema.partition("(")[0]
+
+    def declare(reference: _Function) -> _Function:
+        _library.define(schema)
+        _library.impl(name, reference, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"dspass::{name}", fake, lib=_library)
+        OPERATORS[name] = Operator(name=name, schema=schema, reference=reference)
+        return reference
+
+    return declare
+
+
+def reference_of(target: Any) -> Callable[..., Any] | None:
+    """The reference of an operator in a graph; None where ``target`` is none of ours."""
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "dspass":
+        return None
+    found = OPERATORS.get(target.overloadpacket.__name__)
+    return found.reference if found is not None else None

@@ -1,0 +1,274 @@
+"""Blockwise quantisation: each block of a tensor's values becomes codes of few bits and one fp32 scale.
+
+The scale of a block is its largest magnitude over the format's (``absmax`` scaling; Dettmers et al., 8-bit optimizers via
+block-wise quantization, 2022). So the error of a value is at most half a step of its block's largest, and one outlier spoils one
+block alone. Defined for every input:
+
+- A block with a NaN or an infinity has a NaN for its scale and zeros for codes, and comes back as NaNs: a sum over ranks shows
+  it, and so does a check for finite gradients.
+- Magnitudes under ``2**-100`` are zeros where nothing larger stands in their block; a block of zeros comes back as zeros.
+- The last block of a tensor is filled up with zeros. An empty tensor has no blocks. Sizes are 64 bit throughout.
+
+All arithmetic is fp32 without fused multiply-adds, each operation rounded to nearest, ties to even, so that kernels
+(``cuda_src/portable/quantise.cuh``) and this reference agree to the last bit.
+
+The operators for buckets do in one pass over memory what a collective needs: many tensors into one buffer and back, each tensor
+beginning a block of its own. ``chunks`` are the parts that go to, or come from, the ranks of a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from dspass.runtime.formats import Format, check_block, format_of
+from dspass.runtime.operators import operator
+
+#: A block's largest magnitude is taken for no less: its inverse stays finite.
+SMALLEST = 2.0**-100
+
+
+def blocks_of(values: int, block: int) -> int:
+    """Blocks that so many values take."""
+    return -(-values // block)
+
+
+# -- one tensor ----------------------------------------------------------------------------------------------------------
+
+
+def _quantise_fake(x: torch.Tensor, format: str, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    _check(x, block)
+    count = blocks_of(x.numel(), block)
+    codes = x.new_empty((count, format_of(format).code_bytes(block)), dtype=torch.uint8)
+    return codes, x.new_empty((count,), dtype=torch.float32)
+
+
+@operator("quantise(Tensor x, str format, int block) -> (Tensor, Tensor)", fake=_quantise_fake)
+def quantise(x: torch.Tensor, format: str, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of ``x``, fp32, fp16 or bf16 of any shape: codes, ``uint8[blocks, bytes of a block]``, and scales, ``float32[blocks]``.
+
+    Raises ``ValueError`` for a format or a block that cannot be, and for values that are not real floating numbers.
+    """
+    _check(x, block)
+    return _encode(_filled(x.reshape(-1), blocks_of(x.numel(), block) * block).view(-1, block), format_of(format))
+
+
+def _dequantise_fake(
+    codes: torch.Tensor, scales: torch.Tensor, shape: Sequence[int], format: str, dtype: torch.dtype
+) -> torch.Tensor:
+    return codes.new_empty(shape, dtype=dtype)
+
+
+@operator(
+    "dequantise(Tensor codes, Tensor scales, SymInt[] shape, str format, ScalarType dtype) -> Tensor",
+    fake=_dequantise_fake,
+)
+def dequantise(
+    codes: torch.Tensor, scales: torch.Tensor, shape: Sequence[int], format: str, dtype: torch.dtype
+) -> torch.Tensor:
+    """The tensor of ``shape`` that :func:`quantise` answered ``codes`` and ``scales`` for, in ``dtype``."""
+    values = _decode(codes, format_of(format)) * scales[:, None]
+    return values.reshape(-1)[: torch.Size(shape).numel()].reshape(shape).to(dtype)
+
+
+# -- buckets -------------------------------------------------------------------------------------------------------------
+
+
+def _quantise_bucket_fake(
+    tensors: Sequence[torch.Tensor], sizes: Sequence[int], chunks: int, format: str, block: int, nodes: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    for tensor in tensors:
+        _check(tensor, block)
+    first = tensors[0]
+    count = sum(blocks_of(size, block) for size in sizes)
+    codes = first.new_empty((chunks, count * format_of(format).code_bytes(block)), dtype=torch.uint8)
+    return codes, first.new_empty((chunks, count), dtype=torch.float32)
+
+
+@operator(
+    "quantise_bucket(Tensor[] tensors, SymInt[] sizes, SymInt chunks, str format, int block, SymInt nodes=1) "
+    "-> (Tensor, Tensor)",
+    fake=_quantise_bucket_fake,
+)
+def quantise_bucket(
+    tensors: Sequence[torch.Tensor], sizes: Sequence[int], chunks: int, format: str, block: int, nodes: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes ``uint8[chunks, bytes]`` and scales ``float32[chunks, blocks]`` of several tensors.
+
+    Chunk ``c`` holds of each tensor, flattened, the ``sizes[i]`` values from ``c * sizes[i]``; beyond its end there are zeros.
+    With ``nodes`` above 1 chunks stand in the order that an exchange inside of each node, and then across nodes, wants
+    (ZeRO++'s swizzle; Wang et al., 2023): that of rank ``d`` of node ``n`` stands at ``d * nodes + n``.
+    """
+    parts = []
+    for tensor, size in zip(tensors, sizes, strict=True):
+        _check(tensor, block)
+        rows = _filled(tensor.reshape(-1), chunks * size).view(chunks, size)
+        rows = F.pad(rows, (0, blocks_of(size, block) * block - size))
+        codes, scales = _encode(rows.reshape(-1, block), format_of(format))
+        parts.append((codes.view(chunks, -1), scales.view(chunks, -1)))
+    codes, scales = (torch.cat(p, dim=1) for p in zip(*parts, strict=True))
+    if nodes > 1:
+        codes, scales = (
+            t.view(nodes, chunks // nodes, -1).transpose(0, 1).reshape(chunks, -1) for t in (codes, scales)
+        )
+    return codes, scales
+
+
+def _dequantise_bucket_fake(
+    codes: torch.Tensor, scales: torch.Tensor, sizes: Sequence[int], format: str, block: int, dtype: torch.dtype
+) -> list[torch.Tensor]:
+    return [codes.new_empty((codes.shape[0], size), dtype=dtype) for size in sizes]
+
+
+@operator(
+    "dequantise_bucket(Tensor codes, Tensor scales, SymInt[] sizes, str format, int block, ScalarType dtype) -> Tensor[]",
+    fake=_dequantise_bucket_fake,
+)
+def dequantise_bucket(
+    codes: torch.Tensor, scales: torch.Tensor, sizes: Sequence[int], format: str, block: int, dtype: torch.dtype
+) -> list[torch.Tensor]:
+    """Of each tensor of a bucket all chunks, ``dtype[chunks, sizes[i]]``: flattened, the tensor that was divided."""
+    return [values.to(dtype).contiguous() for values in _decoded(codes, scales, sizes, format, block)]
+
+
+def _dequantise_sum_fake(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    sizes: Sequence[int],
+    format: str,
+    block: int,
+    divisor: float,
+    dtype: torch.dtype,
+) -> list[torch.Tensor]:
+    return [codes.new_empty((size,), dtype=dtype) for size in sizes]
+
+
+@operator(
+    "dequantise_sum(Tensor codes, Tensor scales, SymInt[] sizes, str format, int block, float divisor, ScalarType dtype) "
+    "-> Tensor[]",
+    fake=_dequantise_sum_fake,
+)
+def dequantise_sum(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    sizes: Sequence[int],
+    format: str,
+    block: int,
+    divisor: float,
+    dtype: torch.dtype,
+) -> list[torch.Tensor]:
+    """Of each tensor of a bucket the sum over chunks, in their order and in fp32, over ``divisor``: ``dtype[sizes[i]]``."""
+    found = []
+    for values in _decoded(codes, scales, sizes, format, block):
+        total = values[0]
+        for i in range(1, values.shape[0]):
+            total = total + values[i]
+        found.append((total / divisor).to(dtype))
+    return found
+
+
+# -- codes ---------------------------------------------------------------------------------------------------------------
+
+
+def _check(x: torch.Tensor, block: int) -> None:
+    check_block(block)
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(
+            f"a tensor of {str(x.dtype).removeprefix('torch.')} cannot be quantised: fp32, fp16 and bf16 can."
+        )
+
+
+def _filled(flat: torch.Tensor, size: int) -> torch.Tensor:
+    missing = size - flat.shape[0]
+    return F.pad(flat, (0, missing)) if missing else flat
+
+
+def _encode(blocks: torch.Tensor, format: Format) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales of rows of one block each."""
+    blocks = blocks.float()
+    most = blocks.abs().amax(1) if blocks.shape[0] else blocks.new_empty((0,))
+    is_finite = most.isfinite()
+    most = most.clamp_min(SMALLEST)
+    scales = torch.where(is_finite, most / format.largest, float("nan"))
+    values = torch.where(is_finite[:, None], blocks * (format.largest / most)[:, None], 0.0)
+    if format.is_integer:
+        return _packed(values.round().to(torch.int32) & (1 << format.bits) - 1, format), scales
+    # Of value v = m * 2**e, 1 <= m < 2: steps of 2**(e - mantissa), e no less than the smallest normal's; a mantissa that is
+    # rounded up to 2 carries into the exponent by itself.
+    bits = values.view(torch.int32)
+    exponent = ((bits >> 23 & 0xFF) - 127).clamp_min(1 - format.bias)
+    steps = (values.abs() * _power_of_two(format.mantissa - exponent)).round().to(torch.int32)
+    codes = (exponent + (format.bias - 1) << format.mantissa) + steps
+    sign = bits >> 31 & 1
+    return _packed(codes | sign << format.exponent + format.mantissa, format), scales
+
+
+def _decode(codes: torch.Tensor, format: Format) -> torch.Tensor:
+    """Rows of codes of one block each as fp32 values, before they are scaled."""
+    codes = _unpacked(codes, format)
+    if format.is_integer:
+        half = 1 << format.bits - 1
+        return ((codes ^ half) - half).float()  # the sign bit extended
+    magnitude = codes & (1 << format.exponent + format.mantissa) - 1
+    exponent = magnitude >> format.mantissa
+    one = 1 << format.mantissa
+    steps = (magnitude & one - 1) + torch.where(exponent > 0, one, 0)
+    value = steps.float() * _power_of_two(exponent.clamp_min(1) - format.bias - format.mantissa)
+    return torch.where(codes > magnitude, -value, value)
+
+
+def _power_of_two(exponent: torch.Tensor) -> torch.Tensor:
+    return (exponent + 127 << 23).view(torch.float32)
+
+
+def _packed(codes: torch.Tensor, format: Format) -> torch.Tensor:
+    """Rows of one block each: ``int32`` codes as bytes."""
+    if format.bits == 8:
+        return codes.to(torch.uint8)
+    if format.bits == 4:
+        return _joined(codes, 4)
+    return torch.cat([_joined(codes >> 2, 4), _joined(codes & 3, 2)], dim=1)
+
+
+def _unpacked(codes: torch.Tensor, format: Format) -> torch.Tensor:
+    """Rows of one block each: bytes as ``int32`` codes."""
+    if format.bits == 8:
+        return codes.to(torch.int32)
+    if format.bits == 4:
+        return _divided(codes, 4)
+    high = codes.shape[1] * 2 // 3
+    return _divided(codes[:, :high], 4) << 2 | _divided(codes[:, high:], 2)
+
+
+def _joined(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Neighbours in one byte, the first in the lowest bits."""
+    each = 8 // bits
+    parts = codes.view(codes.shape[0], codes.shape[1] // each, each)
+    joined = parts[..., 0]
+    for i in range(1, each):
+        joined = joined | parts[..., i] << i * bits
+    return joined.to(torch.uint8)
+
+
+def _divided(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    codes = codes.to(torch.int32)
+    parts = [codes >> i * bits & (1 << bits) - 1 for i in range(8 // bits)]
+    return torch.stack(parts, dim=-1).view(codes.shape[0], codes.shape[1] * len(parts))
+
+
+def _decoded(
+    codes: torch.Tensor, scales: torch.Tensor, sizes: Sequence[int], format: str, block: int
+) -> list[torch.Tensor]:
+    """Of each tensor of a bucket ``float32[chunks, sizes[i]]``."""
+    chunks = codes.shape[0]
+    counts = [blocks_of(size, block) for size in sizes]
+    of_block = format_of(format).code_bytes(block)
+    found = []
+    for part, scale, size in zip(
+        codes.split([count * of_block for count in counts], dim=1), scales.split(counts, dim=1), sizes, strict=True
+    ):
+        values = _decode(part.reshape(-1, of_block), format_of(format)) * scale.reshape(-1)[:, None]
+        found.append(values.view(chunks, -1)[:, :size])
+    return found
