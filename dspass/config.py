@@ -25,6 +25,9 @@ from typing import Any, Literal
 PAGE = "docs/config.md"
 ENVIRONMENT = "DSPASS_CONFIG"
 
+#: As in :mod:`dspass.runtime.formats`, which this file, that makes its page by itself, does not import.
+FORMATS = ("int8", "int4", "fp8_e4m3", "fp8_e5m2", "fp6_e3m2")
+
 Kind = Literal[
     "section", "flag", "integer", "count", "number", "text", "list", "object", "any", "bytes", "budget", "passes"
 ]
@@ -246,6 +249,12 @@ KEYS: tuple[Key, ...] = (
          '`"cpu"`: shards wait on the host, with their gradients and optimiser states, are copied to the device where they are '
          "gathered, and are stepped on the host. Stage 3, ranks on CPUs: it has not run on a GPU and is refused there.",
          choices=("none", "cpu")),
+    _act("zero_optimization.zero_quantized_weights", "zero_quantized_weights", "flag", None, "",
+         "Gathers that compute does not hide travel as `dspass.quantise.weights`, which is `int8` unless written. Parameters are "
+         "computed with as they arrive; shards and what the optimiser steps keep their precision.", stages=(3,)),
+    _act("zero_optimization.zero_quantized_gradients", "zero_quantized_gradients", "flag", None, "",
+         "Reductions that compute does not hide travel as `dspass.quantise.gradients`, which is `int4` unless written: exchanged "
+         "once and summed in fp32.", stages=(3,)),
     # --- ours
     _section("dspass"),
     _act("dspass.passes", "passes", "passes", None, "",
@@ -270,6 +279,20 @@ KEYS: tuple[Key, ...] = (
     _act("dspass.report", "report", "text", None, "path",
          "Rank 0 writes the report to this .html or .json file at exit. May differ from rank to rank.",
          local=True),
+    _section("dspass.quantise"),
+    _act("dspass.quantise.weights", "weights", "text", None, "",
+         "What parameters are gathered as: a format of blocks with one fp32 scale each. Absent: whole, or `int8` with "
+         "`zero_quantized_weights`.", choices=FORMATS),
+    _act("dspass.quantise.gradients", "gradients", "text", None, "",
+         "What gradients are reduced as. Absent: whole, or `int4` with `zero_quantized_gradients`.", choices=FORMATS),
+    _act("dspass.quantise.block", "block", "integer", 256, "values",
+         "Values that share a scale, a multiple of 16. A smaller block is rounded less and sends more scales.", low=16),
+    _act("dspass.quantise.buckets", "buckets", "text", "exposed", "",
+         '`"exposed"`: only buckets that compute does not hide by the cost model, which on a CPU are all. `"all"`: all.',
+         choices=("exposed", "all")),
+    _act("dspass.quantise.max_relative_error", "max_relative_error", "number", None, "share",
+         "A bucket of which one parameter's rounding error, as a norm over that of the parameter and measured when it is "
+         "sharded, is larger, is gathered whole.", low=0),
     # --- the rest of DeepSpeed: batch, optimiser
     _deny("managed_gradient_accumulation", "flag", True,
           "accumulation boundaries that the script calls out itself",
@@ -397,12 +420,9 @@ KEYS: tuple[Key, ...] = (
     _deny("zero_optimization.zero_hpz_partition_size", "integer", 1,
           "a second copy of the shards in each node",
           "Set it to 1; mics_shard_size keeps gathers inside a group of ranks.", off=(0, 1)),
-    _deny("zero_optimization.zero_quantized_weights", "flag", False, "gathers of quantised parameters", _FIT),
     _deny("zero_optimization.zero_quantized_nontrainable_weights", "flag", False,
           "frozen parameters stored quantised", _FIT),
-    _deny("zero_optimization.zero_quantized_gradients", "flag", False, "reductions of quantised gradients",
-          _FIT),
-    _deny("zero_optimization.zeropp_loco_param", "object", None, "reductions of quantised gradients",
+    _deny("zero_optimization.zeropp_loco_param", "object", None, "LoCo's error feedback of quantised gradients",
           "Remove it."),
     # --- parallelism of other kinds
     _section("pipeline"),
@@ -567,7 +587,7 @@ KEYS: tuple[Key, ...] = (
 _BY_PATH = {key.path: key for key in KEYS}
 _BY_SPELLING = _BY_PATH | {f"{key.section}.{key.also}".lstrip("."): key for key in KEYS if key.also}
 #: The sections that have a class of their own, and the field of :class:`Config` that holds it.
-_NESTED = {"zero_optimization": "zero", "dspass": "dspass"}
+_NESTED = {"zero_optimization": "zero", "dspass": "dspass", "dspass.quantise": "quantise"}
 #: The key of each field, by the section of its class: "" for :class:`Config`, which also holds other sections' fields.
 _INTO = {(key.section if key.section in _NESTED else "", key.field): key for key in KEYS if key.field}
 
@@ -624,6 +644,10 @@ class ZeroConfig:
     """Shard inside groups of this many ranks, replicate across them; None shards over all ranks."""
     sub_group_size: int | None = None
     """Most elements that the optimiser steps at a time where its states wait on the host."""
+    zero_quantized_weights: bool | None = None
+    """Gather parameters in few bits, see :class:`QuantiseConfig`; None is as that says."""
+    zero_quantized_gradients: bool | None = None
+    """Reduce gradients in few bits, see :class:`QuantiseConfig`; None is as that says."""
 
     def __post_init__(self) -> None:
         _check_fields(self, "zero_optimization")
@@ -650,6 +674,31 @@ class DspassConfig:
 
     def __post_init__(self) -> None:
         _check_fields(self, "dspass")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantiseConfig:
+    """``dspass.quantise``: what travels in few bits."""
+
+    weights: str | None = None
+    """Format of gathers; None leaves it to ``zero_quantized_weights``."""
+    gradients: str | None = None
+    """Format of reductions; None leaves it to ``zero_quantized_gradients``."""
+    block: int = 256
+    """Values that share a scale."""
+    buckets: str = "exposed"
+    """``"exposed"`` or ``"all"``."""
+    max_relative_error: float | None = None
+    """A bucket with a parameter that is rounded by more is gathered whole; None takes all."""
+
+    def __post_init__(self) -> None:
+        _check_fields(self, "dspass.quantise")
+        if self.block % 16:
+            raise ConfigError(
+                "dspass.quantise.block",
+                f"{self.block} is no multiple of 16.",
+                f"Write {max(round(self.block / 16), 1) * 16}.",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -684,6 +733,8 @@ class Config:
     """Samples of all ranks in one optimiser step."""
     dspass: DspassConfig = field(default_factory=DspassConfig)
     """The keys that are ours."""
+    quantise: QuantiseConfig = field(default_factory=QuantiseConfig)
+    """``dspass.quantise``."""
     accumulation_open: bool = False
     """True while ``resolve_batch`` has still to derive the accumulation steps from both batch sizes."""
     ignored: tuple[Ignored, ...] = field(default=(), compare=False)
@@ -742,7 +793,7 @@ class Config:
             and top.get("train_batch_size") is not None
             and top.get("train_micro_batch_size_per_gpu") is not None
         )
-        config = cls(zero=ZeroConfig(**held["zero_optimization"]), dspass=DspassConfig(**held["dspass"]),
+        config = cls(zero=ZeroConfig(**held["zero_optimization"]), dspass=DspassConfig(**held["dspass"]), quantise=QuantiseConfig(**held["dspass.quantise"]),
                      ignored=tuple(ignored), **top)  # fmt: skip
         return config._note_stage()
 

@@ -12,8 +12,11 @@ from dspass.passes.base import Pass, check_order
 from dspass.passes.bucket_gathers import BucketGathers
 from dspass.passes.bucket_reductions import BucketReductions
 from dspass.passes.offload_saved import OffloadSaved
+from dspass.passes.packed import QuantisingPass
 from dspass.passes.pipeline import DEFAULT
 from dspass.passes.prefetch_gathers import PrefetchGathers
+from dspass.passes.quantise_gathers import QuantiseGathers
+from dspass.passes.quantise_reductions import QuantiseReductions
 
 
 def build(config: Config) -> tuple[Pass, ...]:
@@ -59,11 +62,25 @@ def _options(cls: type[Pass], config: Config) -> dict[str, Any]:
         options["max_live_elements"] = zero.stage3_max_live_parameters
         if zero.overlap_comm is False:
             options["distance"] = 0
+    if issubclass(cls, QuantisingPass):
+        options |= {"block": config.quantise.block, "buckets": config.quantise.buckets}
+    if cls is QuantiseGathers:
+        options["format"] = _format(zero.zero_quantized_weights, config.quantise.weights, "int8")
+        options["max_relative_error"] = config.quantise.max_relative_error
+    if cls is QuantiseReductions:
+        options["format"] = _format(zero.zero_quantized_gradients, config.quantise.gradients, "int4")
     if cls is OffloadSaved:
         options["enabled"] = config.offload_activation
     if cls in (BucketGathers, BucketReductions) and config.dspass.bucket_bytes is not None:
         options["bucket_bytes"] = config.dspass.bucket_bytes
     return options
+
+
+def _format(switch: bool | None, written: str | None, usual: str) -> str | None:
+    """DeepSpeed's key switches on and off, ours says how, and switches on where the other is absent."""
+    if switch is None:
+        return written
+    return written or usual if switch else None
 
 
 def _find(entry: PassEntry, known: dict[str, type[Pass]]) -> type[Pass]:

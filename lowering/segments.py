@@ -21,7 +21,9 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from dspass.lowering.expand import expand
 from dspass.passes.kernels import REDUCTIONS, fuses, is_view, size_of
+from dspass.passes.packed import DEQUANTISE, SUM
 from dspass.passes.text import print_value
 from dspass.runtime import compat
 from dspass.runtime.collectives import RUNTIME_FUNCTIONS, gather_start, gather_wait, reduce_start, reduce_wait
@@ -55,7 +57,7 @@ class SegmentCompiler:
             return self._cache[key]
         self.compiled += 1
         result = compat.compile_segment(
-            gm, inputs, is_backward=is_backward, is_inference=is_inference, patches=self.patches
+            expand(gm, self.patches), inputs, is_backward=is_backward, is_inference=is_inference, patches=self.patches
         )
         if key is not None:
             self._cache[key] = result
@@ -158,8 +160,12 @@ def memory_categories(graph: fx.Graph, is_backward: bool) -> dict[str, str]:
             found[node.name] = HOST
         elif node.target in (reload_start, reload_wait):
             found[node.name] = "saved"
-        elif node.target is operator.getitem and found.get(node.args[0].name) in ("gathered", "saved", HOST):
-            found[node.name] = found[node.args[0].name]  # also a copy that is kept for the backward graph
+        elif node.target is DEQUANTISE:
+            found[node.name] = "gathered"
+        elif node.target is SUM:
+            found[node.name] = "gradients"
+        elif _is_part(node) and found.get(node.all_input_nodes[0].name) in ("gathered", "saved", HOST):
+            found[node.name] = found[node.all_input_nodes[0].name]  # also a copy that is kept for the backward graph
         elif node.op == "output":
             kind = "gradients" if is_backward else "saved"
             found |= {n.name: kind for n in node.all_input_nodes if n.op != "placeholder" and n.name not in found}
@@ -326,6 +332,11 @@ def _is_runtime(node: fx.Node) -> bool:
         return True
     source = node.args[0] if node.args else None
     return node.target is operator.getitem and isinstance(source, fx.Node) and source.target in RUNTIME_FUNCTIONS
+
+
+def _is_part(node: fx.Node) -> bool:
+    """An item or a view: memory of what it is made of."""
+    return node.target is operator.getitem or (node.op == "call_function" and is_view(node))
 
 
 def _is_host(node: fx.Node) -> bool:

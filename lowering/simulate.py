@@ -20,6 +20,7 @@ import torch
 import torch.fx as fx
 from torch.utils._pytree import tree_map_only
 
+from dspass.lowering.expand import expand
 from dspass.lowering.segments import Compiled, _has_constants, _has_symbols, segment_key
 from dspass.passes.kernels import is_view, materialised
 from dspass.runtime import compat
@@ -40,7 +41,7 @@ class InductorSimulator:
         self.compiled += 1
         inputs = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
         run = compat.generate_segment(
-            gm, inputs, is_backward=is_backward, is_inference=is_inference, patches=self.patches
+            expand(gm, self.patches), inputs, is_backward=is_backward, is_inference=is_inference, patches=self.patches
         )
         if key is not None:
             self._cache[key] = run

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,20 +31,21 @@ from dspass.passes.kernels import (
     leaves,
     size_of,
 )
-from dspass.passes.nodes import gather_start, gather_wait, reduce_start, reduce_wait, specs_of
+from dspass.passes.nodes import gather_start, gather_wait, is_packed, reduce_start, reduce_wait, specs_of
 from dspass.passes.onednn_products import fits
 from dspass.runtime.host import offload_start, offload_wait, reload_start, reload_wait
 from dspass.runtime.linear import LINEAR
 from dspass.runtime.params import ParamSpec
-from dspass.runtime.traffic import gather_cost, reduce_cost
+from dspass.runtime.traffic import gather_cost, packed_gather_cost, packed_reduce_cost, reduce_cost
 
 
 @dataclass
 class Estimate:
-    """Seconds of compute and of waiting for collectives, by kind, of one run of a graph."""
+    """Seconds of compute, and of waiting for collectives and copies by kind and direction, of one run of a graph."""
 
     compute: float
     exposed: dict[tuple[str, str], float]
+    waits: dict[fx.Node, float]  # the same, by the node that starts what is waited for
 
     @property
     def seconds(self) -> float:
@@ -55,7 +57,8 @@ def estimate(graph: fx.Graph, on: Device) -> Estimate:
     compute_at = compute_seconds(graph, on)
     now = link_free = host_free = 0.0
     arrives: dict[fx.Node, tuple[float, tuple[str, str]]] = {}
-    exposed: dict[tuple[str, str], float] = {}
+    exposed: dict[tuple[str, str], float] = defaultdict(float)
+    waits: dict[fx.Node, float] = defaultdict(float)
     compute = 0.0
     for node in graph.nodes:
         if node.target in (gather_start, reduce_start):
@@ -64,7 +67,8 @@ def estimate(graph: fx.Graph, on: Device) -> Estimate:
                 link_free = begin + seconds
                 arrives[node] = (link_free, (kind, direction))
                 if not on.overlaps:
-                    exposed[kind, direction] = exposed.get((kind, direction), 0.0) + seconds
+                    exposed[kind, direction] += seconds
+                    waits[node] += seconds
                     now = link_free
         elif node.target in (offload_start, reload_start):
             kind = "offload" if node.target is offload_start else "reload"
@@ -74,17 +78,22 @@ def estimate(graph: fx.Graph, on: Device) -> Estimate:
         elif node.target in (gather_wait, reduce_wait, offload_wait, reload_wait):
             moment, key = arrives.get(node.args[0], (now, ("", "")))
             if moment > now:
-                exposed[key] = exposed.get(key, 0.0) + moment - now
+                exposed[key] += moment - now
+                waits[node.args[0]] += moment - now
                 now = moment
         elif node in compute_at:
             compute += compute_at[node]
             now += compute_at[node]
-    return Estimate(compute, exposed)
+    return Estimate(compute, dict(exposed), dict(waits))
 
 
 def _collectives(start: fx.Node, on: Device) -> list[tuple[str, str, float]]:
     specs: Sequence[ParamSpec] = specs_of(start)
-    if start.target is reduce_start:
+    if is_packed(start):
+        sent = sum(map(size_of, start.args[0]))
+        reduces = start.target is reduce_start
+        costs = [packed_reduce_cost(specs, sent) if reduces else packed_gather_cost(specs, sent, "forward")]
+    elif start.target is reduce_start:
         costs = reduce_cost(specs)
     else:
         cost = gather_cost(specs, "forward")

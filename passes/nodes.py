@@ -45,6 +45,11 @@ def specs_of(start: fx.Node) -> list[ParamSpec]:
     return [lookup(key) for key in start.args[1]]
 
 
+def is_packed(start: fx.Node) -> bool:
+    """Whether a ``gather_start`` or ``reduce_start`` is of a bucket that the graph has quantised."""
+    return len(start.args) > 2 and start.args[2] is not None
+
+
 def wait_of(start: fx.Node) -> fx.Node:
     (wait,) = start.users
     return wait
@@ -111,6 +116,7 @@ __all__ = [
     "gather_start",
     "gather_wait",
     "insert_pair",
+    "is_packed",
     "items_of",
     "merge_pairs",
     "positions",

@@ -11,6 +11,8 @@ from dspass.passes.offload_parameters import OffloadParameters
 from dspass.passes.offload_saved import OffloadSaved
 from dspass.passes.onednn_products import OnednnProducts
 from dspass.passes.prefetch_gathers import PrefetchGathers
+from dspass.passes.quantise_gathers import QuantiseGathers
+from dspass.passes.quantise_reductions import QuantiseReductions
 from dspass.passes.release_gathered import ReleaseGathered
 from dspass.passes.zero_gather import ZeroGather
 from dspass.passes.zero_reduce import ZeroReduce
@@ -25,6 +27,8 @@ DEFAULT: tuple[type[Pass], ...] = (
     ZeroReduce,  # gradients averaged as they are complete
     BucketReductions,  # joined into buckets
     OffloadParameters,  # shards come from the host and gradients go there, where a person says so
+    QuantiseGathers,  # and what compute does not hide travels in few bits, where a person says so
+    QuantiseReductions,
     OffloadSaved,  # saved values wait on the host, where the planner says so
     OnednnProducts,  # the faster library on a CPU
 )

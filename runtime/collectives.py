@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from dspass.runtime.engine import Gather, Reduction
+from dspass.runtime.engine import Exchange, Gather, Reduction
 from dspass.runtime.host import offload_start, offload_wait, reload_start, reload_wait
 from dspass.runtime.params import lookup
 
@@ -59,25 +59,31 @@ def _unshard_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]
 torch.library.register_autograd("dspass::unshard", _unshard_backward, setup_context=_save)
 
 
-def gather_start(shards: list[torch.Tensor], keys: list[str]) -> Gather:
-    """Begin the all-gather of a bucket. Nothing may read the result before :func:`gather_wait`."""
+def gather_start(shards: list[torch.Tensor], keys: list[str], format: str | None = None) -> Gather | Exchange:
+    """Begin the all-gather of a bucket. Nothing may read the result before :func:`gather_wait`. With ``format`` the bucket
+    has been quantised: instead of shards there are its codes and its scales."""
     specs = [lookup(key) for key in keys]
-    return specs[0].engine.start_gather(specs, shards)
+    engine = specs[0].engine
+    return engine.start_gather(specs, shards) if format is None else engine.start_packed_gather(specs, shards)
 
 
-def gather_wait(gather: Gather) -> list[torch.Tensor]:
-    """The whole parameters of a bucket; each is freed after its last use in the graph."""
+def gather_wait(gather: Gather | Exchange) -> list[torch.Tensor]:
+    """The whole parameters of a bucket; each is freed after its last use in the graph. Of a quantised one the codes and the
+    scales, a row of each rank."""
     return gather.wait()
 
 
-def reduce_start(grads: list[torch.Tensor], keys: list[str]) -> Reduction:
-    """Begin the reduction of a bucket of gradients."""
+def reduce_start(grads: list[torch.Tensor], keys: list[str], format: str | None = None) -> Reduction | Exchange:
+    """Begin the reduction of a bucket of gradients. With ``format`` the bucket has been quantised: its codes and its scales,
+    with a row for each rank, are exchanged, and the graph sums what arrives."""
     specs = [lookup(key) for key in keys]
-    return specs[0].engine.start_reduce(specs, grads)
+    engine = specs[0].engine
+    return engine.start_reduce(specs, grads) if format is None else engine.start_packed_reduce(specs, grads)
 
 
-def reduce_wait(reduction: Reduction) -> list[torch.Tensor]:
-    """The averaged gradients of a bucket, each of its parameter's local shape."""
+def reduce_wait(reduction: Reduction | Exchange) -> list[torch.Tensor]:
+    """The averaged gradients of a bucket, each of its parameter's local shape. Of a quantised one the codes and the scales, a
+    row from each rank."""
     return reduction.wait()
 
 

@@ -195,11 +195,37 @@ def compile_segment(
     output.meta["user_visible_output_idxs"] = [i for i, n in enumerate(output.args[0]) if isinstance(n, fx.Node)]
     with contextlib.ExitStack() as stack:
         stack.enter_context(config.patch(dict(patches)))
+        stack.enter_context(_even_loop_splits())
         # A context of its own: the whole graph's says which inputs may be overwritten (donated) by their index in the whole
         # graph, and collects the strides of one whole graph's outputs. A segment's inputs and outputs are others.
         mode = detect_fake_mode(list(inputs))
         stack.enter_context(torch._guards.tracing(torch._guards.TracingContext(mode)))
         return compile_fx_inner(gm, list(inputs), is_backward=is_backward, is_inference=is_inference)
+
+
+def _even_loop_splits() -> contextlib.AbstractContextManager[Any]:
+    """While it lasts Inductor divides a loop on the CPU by a divisor that occurs in an index only where that leaves no rest.
+
+    Otherwise it forgets the rest: a loop over 65 values that share a factor by 64s computes 64 of them (torch 2.11 to 2.13,
+    ``CppScheduling.try_loop_split``)."""
+    from torch._inductor.codegen.cpp import CppScheduling
+    from torch.utils._sympy.functions import FloorDiv
+
+    split = CppScheduling.try_loop_split
+
+    def leaves_a_rest(node: Any) -> bool:
+        _, body, _ = node.node.get_default_sizes_body()
+        return any(
+            division.args[0] in body.var_ranges and body.var_ranges[division.args[0]] % division.args[1] != 0
+            for expression in body.indexing_exprs.values()
+            if hasattr(expression, "find")
+            for division in expression.find(FloorDiv)
+        )
+
+    def split_evenly(scheduling: Any, nodes: Any) -> Any:
+        return nodes if any(map(leaves_a_rest, nodes)) else split(scheduling, nodes)
+
+    return mock.patch.object(CppScheduling, "try_loop_split", split_evenly)
 
 
 def generate_segment(

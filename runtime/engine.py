@@ -37,7 +37,17 @@ from dspass.runtime.host_states import HostStates
 from dspass.runtime.params import ParamSpec, register
 from dspass.runtime.program import Probe
 from dspass.runtime.stepping import Optimizer
-from dspass.runtime.traffic import CollectiveKey, Direction, TrafficCounter, gather_cost, reduce_cost, reduction_steps
+from dspass.runtime.traffic import (
+    CollectiveKey,
+    Direction,
+    TrafficCounter,
+    gather_cost,
+    packed_gather_cost,
+    packed_reduce_cost,
+    reduce_cost,
+    reduction_steps,
+    shared_axis,
+)
 from dspass.runtime.transport import InFlight, transport_for
 
 _numbers = itertools.count()
@@ -72,6 +82,8 @@ class Engine:
     supposed_optimizer: Optimizer | None = None
     #: The kind of device that a prediction is for; None where the model runs on the devices of its own tensors.
     target: str | None = None
+    #: By parameter, what its rounding is off by where it is gathered in few bits; see :mod:`dspass.quantising`.
+    quantised_errors: dict[str, float] = field(default_factory=dict)
     #: Parameters whose optimiser states wait on the host between steps.
     host_states: HostStates = field(default_factory=HostStates)
     compilations: list[Any] = field(default_factory=list)
@@ -125,7 +137,23 @@ class Engine:
                 counted = self.traffic.add(cost) if cost is not None else None
         return Gather(self, [s.key for s in specs], ready, missing, flight, counted)
 
+    def start_packed_gather(self, specs: Sequence[ParamSpec], packed: Sequence[torch.Tensor]) -> Exchange:
+        """Begin the all-gather of a bucket that the graph has quantised: each of ``packed`` is this rank's row."""
+        axis = shared_axis(specs)
+        flight = transport_for(axis, self.dry).all_gather(axis, packed, [axis.size] * len(packed))
+        cost = packed_gather_cost(specs, sum(p.nbytes for p in packed), _direction())
+        return Exchange(self, flight, self.traffic.add(cost))
+
     # -- reductions ------------------------------------------------------------------------------------------------
+
+    def start_packed_reduce(self, specs: Sequence[ParamSpec], packed: Sequence[torch.Tensor]) -> Exchange:
+        """Begin the all-to-all of a bucket of gradients that the graph has quantised, and sums once it has arrived: row ``r``
+        of each of ``packed`` is for rank ``r``. Only at stage 3, where no gradient of an earlier call waits to be added."""
+        assert self.stage == 3
+        self._is_last_backward()
+        axis = shared_axis(specs)
+        flight = transport_for(axis, self.dry).all_to_all(axis, packed)
+        return Exchange(self, flight, self.traffic.add(packed_reduce_cost(specs, sum(p.nbytes for p in packed))))
 
     def start_reduce(self, specs: Sequence[ParamSpec], grads: Sequence[torch.Tensor]) -> Reduction:
         """Begin to average gradients over ranks. Yields, for each, a gradient of the parameter's own local shape."""
@@ -333,6 +361,23 @@ class Gather:
                     self._engine._resident[spec.key] = (_state(shard), full)
         ready, self._ready, self._missing, self._flight = self._ready, {}, [], None
         return [ready[key] for key in self._keys]
+
+
+class Exchange:
+    """A quantised bucket under way, in either direction."""
+
+    def __init__(self, engine: Engine, flight: InFlight, counted: CollectiveKey) -> None:
+        self._engine, self._flight, self._counted = engine, flight, counted
+
+    def tensors(self) -> list[torch.Tensor]:
+        """What is being filled."""
+        return self._flight.results
+
+    def wait(self) -> list[torch.Tensor]:
+        """Codes and scales, a row of each rank."""
+        arrived = self._flight.wait()
+        self._engine.traffic.exposed[self._counted] += self._flight.exposed_seconds
+        return arrived
 
 
 class Reduction:

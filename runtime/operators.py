@@ -66,9 +66,8 @@ def operator(schema: str, *, fake: Callable[..., Any]) -> Callable[[_Function], 
     return declare
 
 
-def reference_of(target: Any) -> Callable[..., Any] | None:
-    """The reference of an operator in a graph; None where ``target`` is none of ours."""
+def operator_of(target: Any) -> Operator | None:
+    """The operator that stands in a graph as ``target``; None where that is none of these."""
     if not isinstance(target, torch._ops.OpOverload) or target.namespace != "dspass":
         return None
-    found = OPERATORS.get(target.overloadpacket.__name__)
-    return found.reference if found is not None else None
+    return OPERATORS.get(target.overloadpacket.__name__)

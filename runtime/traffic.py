@@ -1,7 +1,9 @@
 """What a collective is charged with, in one place, so that what is predicted and what is counted cannot differ.
 
 Logical bytes are what the best algorithm must send from one rank: ``(N-1)/N`` of the padded tensor for an all-gather or
-a reduce-scatter, twice that for an all-reduce (Rabenseifner 2004; the same count as in the ZeRO paper, section 7).
+a reduce-scatter, twice that for an all-reduce (Rabenseifner 2004; the same count as in the ZeRO paper, section 7). A bucket
+that travels quantised is charged with its codes and scales: all but a rank's own go, in an all-gather from each rank to all
+others, in an all-to-all, which takes the place of the reduce-scatter, to one each.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from typing import Literal
 from dspass.runtime.axis import Axis
 from dspass.runtime.params import ParamSpec
 
-Kind = Literal["all-gather", "reduce-scatter", "all-reduce"]
+Kind = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all"]
 Direction = Literal["forward", "backward"]
 
 
@@ -49,6 +51,25 @@ def reduce_cost(specs: Sequence[ParamSpec], direction: Direction = "backward") -
         factor = 2 if kind == "all-reduce" else 1
         found.append(Collective(kind, direction, axis.name, axis.size, factor * size * (axis.size - 1) // axis.size))
     return found
+
+
+def packed_gather_cost(specs: Sequence[ParamSpec], sent: int, direction: Direction) -> Collective:
+    """The all-gather of a quantised bucket, of which this rank has ``sent`` bytes."""
+    axis = shared_axis(specs)
+    return Collective("all-gather", direction, axis.name, axis.size, sent * (axis.size - 1))
+
+
+def packed_reduce_cost(specs: Sequence[ParamSpec], sent: int, direction: Direction = "backward") -> Collective:
+    """The all-to-all of a quantised bucket of gradients, of ``sent`` bytes."""
+    axis = shared_axis(specs)
+    return Collective("all-to-all", direction, axis.name, axis.size, sent * (axis.size - 1) // axis.size)
+
+
+def shared_axis(specs: Sequence[ParamSpec]) -> Axis:
+    """The axis over which the parameters of a bucket are sharded."""
+    axis = specs[0].shard_axis
+    assert axis is not None, f"{specs[0].name} is not sharded"
+    return axis
 
 
 def reduction_steps(specs: Sequence[ParamSpec]) -> list[tuple[Axis, Kind, int]]:

@@ -11,7 +11,8 @@ tensors. Nothing here knows of parameters or graphs.
   costs one launch and needs no copy into and out of a flat buffer.
 
 Dropped: packing a bucket into one flat tensor (FSDP2, DeepSpeed). It costs one more pass over memory on each side and a
-full-size buffer while it lasts; a quantising transport, whose copy-in does work of its own, will bring it back for itself.
+full-size buffer while it lasts. Where a bucket is quantised, a pass has packed it in the graph
+(:mod:`dspass.passes.quantise_gathers`): what comes here are its codes and its scales.
 """
 
 from __future__ import annotations
@@ -65,6 +66,10 @@ class Transport(ABC):
     @abstractmethod
     def reduce_scatter(self, axis: Axis, full: Sequence[torch.Tensor]) -> InFlight:
         """The sum over ranks, each rank its own rows."""
+
+    @abstractmethod
+    def all_to_all(self, axis: Axis, tensors: Sequence[torch.Tensor]) -> InFlight:
+        """Row ``r`` of each tensor goes to rank ``r``; row ``r`` of a result came from there. One row a rank."""
 
     def all_reduce(self, axis: Axis, tensors: Sequence[torch.Tensor]) -> InFlight:
         """The sum over ranks. Tensors of one call travel as one flat buffer, and the results are its views."""
@@ -136,6 +141,21 @@ class PointToPoint(Transport):
 
         return InFlight(works, results, finish, keep)
 
+    def all_to_all(self, axis: Axis, tensors: Sequence[torch.Tensor]) -> InFlight:
+        results, works, keep = [], [], []
+        for tensor in tensors:
+            tensor = tensor.contiguous()
+            keep.append(tensor)
+            result = torch.empty_like(tensor)
+            results.append(result)
+            result[axis.rank].copy_(tensor[axis.rank])
+            if tensor[0].numel():
+                works += [self._receive(result[peer], axis, peer) for peer in _others(axis)]
+        for tensor in keep:
+            if tensor[0].numel():
+                works += [self._send(tensor[peer], axis, peer) for peer in _others(axis)]
+        return InFlight(works, results, keep=keep)
+
 
 class Coalesced(Transport):
     def all_gather(self, axis: Axis, shards: Sequence[torch.Tensor], rows: Sequence[int]) -> InFlight:
@@ -159,6 +179,15 @@ class Coalesced(Transport):
             results.append(output.narrow(0, 0, axis.rows(tensor.shape[0])[1]))
         works = self._launch(axis, dist.reduce_scatter_tensor, outputs, padded)
         return InFlight(works, results, keep=padded)
+
+    def all_to_all(self, axis: Axis, tensors: Sequence[torch.Tensor]) -> InFlight:
+        sent = [tensor.contiguous() for tensor in tensors]
+        results = [torch.empty_like(tensor) for tensor in sent]
+        works = [self._exchange(result, tensor, axis) for result, tensor in zip(results, sent, strict=True)]
+        return InFlight(works, results, keep=sent)
+
+    def _exchange(self, result: torch.Tensor, tensor: torch.Tensor, axis: Axis) -> Any:
+        return dist.all_to_all_single(result, tensor, group=axis.group, async_op=True)
 
     def _launch(
         self,
@@ -204,6 +233,9 @@ class DryCoalesced(Coalesced):
         inputs: Sequence[torch.Tensor],
     ) -> list[Any]:
         return []
+
+    def _exchange(self, result: torch.Tensor, tensor: torch.Tensor, axis: Axis) -> Any:
+        return _Done()
 
     def _sum(self, flat: torch.Tensor, axis: Axis) -> Any:
         return _Done()

@@ -1,0 +1,136 @@
+"""What the two passes that quantise collectives share: which buckets they take, and the sizes of what is packed."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.fx as fx
+
+from dspass.passes import devices
+from dspass.passes.base import Pass, PassContext
+from dspass.passes.cost import estimate
+from dspass.passes.nodes import specs_of
+from dspass.runtime.formats import check_block, format_of
+from dspass.runtime.params import ParamSpec
+from dspass.runtime.quantise import blocks_of
+
+Buckets = Literal["exposed", "all"]
+
+QUANTISE = torch.ops.dspass.quantise_bucket.default
+DEQUANTISE = torch.ops.dspass.dequantise_bucket.default
+SUM = torch.ops.dspass.dequantise_sum.default
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantisingPass(Pass):
+    """``format`` None switches it off. Blocks are of ``block`` values. With ``buckets`` "exposed" only those are quantised that
+    compute does not hide, by the cost model; on a device that computes or sends, as a CPU, these are all."""
+
+    keeps_numbers: ClassVar[bool] = False
+
+    format: str | None = None
+    block: int = 256
+    buckets: Buckets = "exposed"
+
+    def __post_init__(self) -> None:
+        if self.format is not None:
+            format_of(self.format)
+        check_block(self.block)
+
+    def taken(
+        self,
+        graph: fx.Graph,
+        starts: Sequence[fx.Node],
+        ctx: PassContext,
+        why_not: Callable[[fx.Node], str | None],
+    ) -> tuple[list[fx.Node], list[str]]:
+        """Those of ``starts`` that are to be quantised, and in words how many others are not, and why."""
+        exposed = _exposed(graph, ctx) if self.buckets == "exposed" else None
+        taken: list[fx.Node] = []
+        left: dict[str, int] = {}
+        for start in starts:
+            reason = _impossible(specs_of(start)) or why_not(start)
+            if reason is None and exposed is not None and start not in exposed:
+                reason = "compute hides them"
+            if reason is None:
+                taken.append(start)
+            else:
+                left[reason] = left.get(reason, 0) + 1
+        return taken, [f"{count} not: {reason}" for reason, count in left.items()]
+
+    def smaller(self, taken: Sequence[tuple[int, int]]) -> str:
+        """What was sent before and what is sent now, in bytes of one rank's buffers, as a share."""
+        before, after = (sum(column) for column in zip(*taken, strict=True))
+        return f"{self.format} in blocks of {self.block}, {after / before:.2f} of their bytes"
+
+
+def sizes_of(specs: Sequence[ParamSpec]) -> list[int]:
+    """Of each parameter of a bucket the elements that one rank holds, where rows are filled up to be even."""
+    found = []
+    for spec in specs:
+        assert spec.shard_axis is not None
+        found.append(spec.shard_axis.padded_rows(spec.shape[0]) // spec.shard_axis.size * prod(spec.shape[1:]))
+    return found
+
+
+def packed_values(like: torch.Tensor, rows: int, sizes: Sequence[int], format: str, block: int) -> list[torch.Tensor]:
+    """Codes and scales of ``rows`` ranks, as fake as ``like``."""
+    count = sum(blocks_of(size, block) for size in sizes)
+    return [
+        like.new_empty((rows, count * format_of(format).code_bytes(block)), dtype=torch.uint8),
+        like.new_empty((rows, count), dtype=torch.float32),
+    ]
+
+
+def item_of(graph: fx.Graph, source: fx.Node, index: int, value: torch.Tensor) -> fx.Node:
+    """Result ``index`` of ``source``, at the graph's insertion point."""
+    item = graph.call_function(operator.getitem, (source, index))
+    item.meta["val"] = value
+    return item
+
+
+def shaped(graph: fx.Graph, source: fx.Node, index: int, shape: Sequence[int], meta: dict[str, Any]) -> fx.Node:
+    """The tensor of ``shape``, described by ``meta``, that result ``index`` of ``source`` begins with. Ranks fill their rows in
+    order, so that what was filled up to be even stands at the end."""
+    node = item_of(graph, source, index, source.meta["val"][index])
+    flat, count = node.meta["val"].view(-1), prod(shape)
+    chain = [(torch.ops.aten.view.default, ([-1],), flat)]
+    if count != flat.shape[0]:
+        chain.append((torch.ops.aten.slice.Tensor, (0, 0, count), flat[:count]))
+    chain.append((torch.ops.aten.view.default, (list(shape),), meta["val"]))
+    for target, args, value in chain:
+        node = graph.call_function(target, (node, *args))
+        node.meta["val"] = value
+    node.meta = dict(meta)
+    return node
+
+
+def nbytes(values: Sequence[Any]) -> int:
+    return sum(v.numel() * v.element_size() for v in values)
+
+
+def _impossible(specs: Sequence[ParamSpec]) -> str | None:
+    """Why a bucket cannot travel quantised; None where it can."""
+    first = specs[0]
+    if first.layout != "shard" or first.shard_axis is None or first.shard_axis.size == 1:
+        return "they are held whole"
+    if any(not spec.dtype.is_floating_point for spec in specs):
+        return "they are not real floating numbers"
+    if first.engine.stage != 3:
+        return f"ZeRO stage {first.engine.stage} keeps whole copies"
+    return None
+
+
+def _exposed(graph: fx.Graph, ctx: PassContext) -> set[fx.Node] | None:
+    """Nodes that start what is waited for; None where that is everything, or cannot be known."""
+    values = [n.meta.get("val") for n in graph.nodes]
+    kinds = {v.device.type for v in values if isinstance(v, torch.Tensor)}
+    on = devices.tabled(ctx.target or ("cuda" if "cuda" in kinds else "cpu"))
+    if not on.overlaps or any(isinstance(v, torch.SymInt) for v in values):
+        return None
+    return {node for node, seconds in estimate(graph, on).waits.items() if seconds > 0}
