@@ -250,11 +250,11 @@ KEYS: tuple[Key, ...] = (
          "gathered, and are stepped on the host. Stage 3, ranks on CPUs: it has not run on a GPU and is refused there.",
          choices=("none", "cpu")),
     _act("zero_optimization.zero_quantized_weights", "zero_quantized_weights", "flag", None, "",
-         "Gathers that compute does not hide travel as `dspass.quantise.weights`, which is `int8` unless written. Parameters are "
-         "computed with as they arrive; shards and what the optimiser steps keep their precision.", stages=(3,)),
+         "Gathers that compute does not hide travel as `dspass.quantise.weights`, which is `int8` unless written. Parameters "
+         "are computed with as they arrive; shards and what the optimiser steps keep their precision.", stages=(3,)),
     _act("zero_optimization.zero_quantized_gradients", "zero_quantized_gradients", "flag", None, "",
-         "Reductions that compute does not hide travel as `dspass.quantise.gradients`, which is `int4` unless written: exchanged "
-         "once and summed in fp32.", stages=(3,)),
+         "Reductions that compute does not hide travel as `dspass.quantise.gradients`, which is `int4` unless written: "
+         "exchanged once and summed in fp32.", stages=(3,)),
     # --- ours
     _section("dspass"),
     _act("dspass.passes", "passes", "passes", None, "",
@@ -793,7 +793,8 @@ class Config:
             and top.get("train_batch_size") is not None
             and top.get("train_micro_batch_size_per_gpu") is not None
         )
-        config = cls(zero=ZeroConfig(**held["zero_optimization"]), dspass=DspassConfig(**held["dspass"]), quantise=QuantiseConfig(**held["dspass.quantise"]),
+        config = cls(zero=ZeroConfig(**held["zero_optimization"]), dspass=DspassConfig(**held["dspass"]),
+                     quantise=QuantiseConfig(**held["dspass.quantise"]),
                      ignored=tuple(ignored), **top)  # fmt: skip
         return config._note_stage()
 

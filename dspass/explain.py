@@ -37,6 +37,7 @@ from dspass.owners import unwrap
 from dspass.passes import cost, devices
 from dspass.planner.record import BudgetError, Plan, Tensors
 from dspass.planner.saved import PlanError
+from dspass.quantising import quantised_tensors
 from dspass.report import (
     Direction,
     GraphRecord,
@@ -544,6 +545,7 @@ def _report(
         memory=memory,
         traffic=sorted(traffic, key=lambda t: (t.direction, t.kind)),
         host_copies=host_copies,
+        quantised=quantised_tensors(_graphs(engine), engine),
         step_seconds=seconds,
         plans=[_plan_record(c.name, c.plan, seconds) for c in engine.compilations if c.plan is not None],
         config=config.to_dict() if config is not None else {},

@@ -15,6 +15,7 @@ import functools
 import json
 import math
 import os
+import statistics
 import textwrap
 import types
 import typing
@@ -165,6 +166,21 @@ class HostCopy:
 
 
 @dataclass(frozen=True, kw_only=True)
+class QuantisedTensor:
+    """How one parameter, or one gradient, travels: as ``format``, or whole (None). Bytes are those of one rank's buffer, of
+    which ``(ranks - 1) / ranks`` go to others in a reduction, and all of them, to each, in a gather."""
+
+    name: str
+    kind: Literal["gather", "reduction"]
+    direction: Direction
+    format: str | None
+    whole_bytes: int
+    sent_bytes: int
+    relative_error: float | None = None
+    """What rounding changes, as a norm over the tensor's; None where it was not measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PlanPoint:
     """A plan that could be chosen. ``is_measured``: its peak is that of its code on fake tensors, not of the model."""
 
@@ -237,6 +253,8 @@ class Report:
     """One rank's, in one optimiser step."""
     host_copies: list[HostCopy] = field(default_factory=list)
     """One rank's, in one optimiser step; empty where nothing waits on the host."""
+    quantised: list[QuantisedTensor] = field(default_factory=list)
+    """Of one call of the model; empty where all travel whole."""
     step_seconds: float | None = None
     plans: list[PlanRecord] = field(default_factory=list)
     """What a memory budget decided, one a graph."""
@@ -515,6 +533,9 @@ def _lines(report: Report) -> Iterator[str]:
     if report.host_copies:
         yield from _host_lines(report)
         yield ""
+    if report.quantised:
+        yield from _quantised_lines(report)
+        yield ""
     for plan in report.plans:
         yield from _plan_lines(plan)
         yield ""
@@ -598,6 +619,33 @@ def _host_lines(report: Report) -> Iterator[str]:
     yield from _table(
         [(c.kind, c.direction, format_bytes(c.bytes), f"exposed {exposed_text(c)}") for c in copies], "<<><"
     )
+
+
+def _quantised_lines(report: Report) -> Iterator[str]:
+    sizes = [sum(t.whole_bytes for t in report.quantised), sum(t.sent_bytes for t in report.quantised)]
+    yield f"In few bits: one rank's buffers of a call, {format_bytes(sizes[1])} instead of {format_bytes(sizes[0])}"
+    yield from _table(quantised_rows(report), "<<<><<")
+
+
+def quantised_rows(report: Report) -> list[tuple[str, ...]]:
+    """A row for each way that tensors of one kind and direction travel: what, which way, as what, how many, from and to how
+    many bytes, and the median and the largest error."""
+    groups: dict[tuple[str, str, str | None], list[QuantisedTensor]] = {}
+    for one in report.quantised:
+        groups.setdefault((one.kind, one.direction, one.format), []).append(one)
+    rows = []
+    for (kind, direction, kept), some in groups.items():
+        whole, sent = sum(t.whole_bytes for t in some), sum(t.sent_bytes for t in some)
+        size = format_bytes(whole) + (f" → {format_bytes(sent)}" if kept else "")
+        rows.append((kind, direction, kept or "whole", _count(len(some), "tensor"), size, _errors(some)))
+    return rows
+
+
+def _errors(some: Sequence[QuantisedTensor]) -> str:
+    known = [t.relative_error for t in some if t.relative_error is not None]
+    if not known:
+        return "error not measured" if some[0].format else ""
+    return f"error {100 * statistics.median(known):.2g} %, {100 * max(known):.2g} % at most"
 
 
 def exposed_text(moved: Traffic | HostCopy) -> str:
@@ -690,6 +738,8 @@ def _diff_lines(old: Report, new: Report) -> Iterator[str]:
     yield from _section("Traffic of one step", _traffic_changes(old, new))
     copies = ({f"{c.kind} {c.direction}": _copied(c) for c in r.host_copies} for r in (old, new))
     yield from _section("Copies to and from the host", _changes(*copies))
+    packed = ({" ".join(row[:3]): ", ".join(row[3:]) for row in quantised_rows(r)} for r in (old, new))
+    yield from _section("In few bits", _changes(*packed))
     if old.step_seconds != new.step_seconds:
         figures = _figures(old.step_seconds, new.step_seconds, format_seconds, old.missing, new.missing)
         yield f"Step time: {figures}"

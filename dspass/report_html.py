@@ -43,7 +43,7 @@ def render_page(report: Report) -> str:
         "categories": _categories(report),
         "passes_note": escape(_passes_note(report)),
         "passes": _pass_table(report.passes),
-        "traffic": _traffic_table(report) + _host_table(report),
+        "traffic": _traffic_table(report) + _host_table(report) + _quantised_table(report),
         "plans": "\n".join(map(plan_html, report.plans)),
         "notes": _notes(report),
         "config": _config(report),
@@ -191,6 +191,25 @@ def _host_table(report: Report) -> str:
         return ""
     table = _table(("Copied", "Direction", "Size", "Exposed"), rows, numbers=[2, 3])
     return f'<h3 class="sub">Copies to and from the host</h3>{table}'
+
+
+def _quantised_table(report: Report) -> str:
+    rows = [
+        (
+            t.name,
+            t.kind,
+            t.direction,
+            t.format or "whole",
+            format_bytes(t.whole_bytes),
+            format_bytes(t.sent_bytes),
+            "-" if t.relative_error is None else f"{100 * t.relative_error:.2g} %",
+        )
+        for t in report.quantised
+    ]
+    if not rows:
+        return ""
+    head = ("Tensor", "Collective", "Direction", "Format", "Whole", "Sent", "Relative error")
+    return f'<h3 class="sub">In few bits, one call</h3>{_table(head, rows, numbers=[4, 5, 6])}'
 
 
 def _keyed(head: Sequence[str], rows: Iterable[tuple[str, str]], kind: str) -> str:

@@ -24,6 +24,7 @@ from dspass import steps
 from dspass.config import Config, ConfigError
 from dspass.engines import adopt, engine_of, new_engine
 from dspass.owners import Heap, exchange, refuse_stale, unwrap
+from dspass.quantising import measure_errors
 from dspass.runtime import compat
 from dspass.runtime.axis import Axis
 from dspass.runtime.engine import Engine
@@ -216,6 +217,7 @@ def place(
         module._parameters[name] = replaced[id(old)][1]
         attach(module, {name: specs[id(old)]})
     exchange(heap, replaced)
+    measure_errors(engine, specs.values(), config)
     return specs
 
 

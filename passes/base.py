@@ -155,7 +155,7 @@ def run_passes(
                     seconds=seconds,
                     ops_before=ops,
                     ops_after=_ops(gm.graph),
-                    keeps_numbers=item.keeps_numbers,
+                    keeps_numbers=item.keeps_numbers or text == before,
                     before=before,
                     after=text,
                 )

@@ -9,7 +9,7 @@ import torch.fx as fx
 
 from dspass.passes.base import Pass, PassContext
 from dspass.passes.buckets import Item, pack
-from dspass.passes.nodes import calls, gather_start, gather_wait, merge_pairs, specs_of
+from dspass.passes.nodes import gather_start, gather_wait, merge_pairs, open_starts, specs_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class BucketGathers(Pass):
     max_elements: int | None = None
 
     def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
-        starts = sorted(calls(graph, gather_start))
+        starts = open_starts(graph, gather_start)
         if len(starts) < 2:
             ctx.say(f"{len(starts)} gathers: nothing to join")
             return graph

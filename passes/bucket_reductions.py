@@ -10,7 +10,7 @@ import torch.fx as fx
 
 from dspass.passes.base import Pass, PassContext, Where
 from dspass.passes.buckets import Item, pack
-from dspass.passes.nodes import calls, merge_pairs, positions, reduce_start, reduce_wait, specs_of, wait_of
+from dspass.passes.nodes import merge_pairs, open_starts, positions, reduce_start, reduce_wait, specs_of, wait_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class BucketReductions(Pass):
     in_flight: int = 1
 
     def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
-        starts = sorted(calls(graph, reduce_start))
+        starts = open_starts(graph, reduce_start)
         if not starts:
             ctx.say("no reductions here")
             return graph

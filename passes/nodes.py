@@ -50,6 +50,12 @@ def is_packed(start: fx.Node) -> bool:
     return len(start.args) > 2 and start.args[2] is not None
 
 
+def open_starts(graph: fx.Graph, target: Any) -> list[fx.Node]:
+    """Each ``gather_start``, or ``reduce_start``, in order, that passes may still join, move or feed otherwise: the graph has
+    not quantised what it sends."""
+    return [start for start in sorted(calls(graph, target)) if not is_packed(start)]
+
+
 def wait_of(start: fx.Node) -> fx.Node:
     (wait,) = start.users
     return wait
@@ -119,6 +125,7 @@ __all__ = [
     "is_packed",
     "items_of",
     "merge_pairs",
+    "open_starts",
     "positions",
     "reduce_start",
     "reduce_wait",

@@ -11,7 +11,7 @@ import torch
 import torch.fx as fx
 
 from dspass.passes.base import Pass, PassContext
-from dspass.passes.nodes import ON_HOST, calls, gather_start, items_of, reduce_wait, specs_of
+from dspass.passes.nodes import ON_HOST, calls, gather_start, is_packed, items_of, open_starts, reduce_wait, specs_of
 from dspass.runtime.host import empty_on_host, offload_start, offload_wait, reload_start, reload_wait
 
 
@@ -32,9 +32,9 @@ class OffloadParameters(Pass):
 
     def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
         overlaps = ctx.target not in (None, "cpu")
-        starts = sorted(calls(graph, gather_start))
+        starts = open_starts(graph, gather_start)
         reloaded = [_reload(graph, start, starts[i - 1] if i and overlaps else start) for i, start in enumerate(starts)]
-        waits = sorted(calls(graph, reduce_wait))
+        waits = [wait for wait in sorted(calls(graph, reduce_wait)) if not is_packed(wait.args[0])]
         output = graph.find_nodes(op="output")[0]
         sent = [
             _offload(graph, wait, (waits[i + 1] if i + 1 < len(waits) else output) if overlaps else None)

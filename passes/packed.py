@@ -98,10 +98,12 @@ def shaped(graph: fx.Graph, source: fx.Node, index: int, shape: Sequence[int], m
     """The tensor of ``shape``, described by ``meta``, that result ``index`` of ``source`` begins with. Ranks fill their rows in
     order, so that what was filled up to be even stands at the end."""
     node = item_of(graph, source, index, source.meta["val"][index])
-    flat, count = node.meta["val"].view(-1), prod(shape)
-    chain = [(torch.ops.aten.view.default, ([-1],), flat)]
+    flat, count, chain = node.meta["val"].view(-1), prod(shape), []
     if count != flat.shape[0]:
-        chain.append((torch.ops.aten.slice.Tensor, (0, 0, count), flat[:count]))
+        chain = [
+            (torch.ops.aten.view.default, ([-1],), flat),
+            (torch.ops.aten.slice.Tensor, (0, 0, count), flat[:count]),
+        ]
     chain.append((torch.ops.aten.view.default, (list(shape),), meta["val"]))
     for target, args, value in chain:
         node = graph.call_function(target, (node, *args))

@@ -11,7 +11,7 @@ from dspass.passes.base import Pass, PassContext
 from dspass.passes.cost import collective_seconds
 from dspass.passes.devices import Device
 from dspass.passes.kernels import Stretch
-from dspass.passes.nodes import REDUCE_GRAD, calls, gather_start, positions, specs_of, wait_of
+from dspass.passes.nodes import REDUCE_GRAD, calls, gather_start, open_starts, positions, specs_of, wait_of
 from dspass.passes.schedule import as_late, clock_of, kernel_ends, last_before
 
 
@@ -36,7 +36,7 @@ class PrefetchGathers(Pass):
     hidden_by: Device | None = None
 
     def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
-        starts = sorted(calls(graph, gather_start))
+        starts = open_starts(graph, gather_start)
         if starts and self.hidden_by is not None and self.hidden_by.overlaps:
             moved = _start_as_late_as_hides(graph, starts, self.hidden_by)
             ctx.say(f"{moved} of {len(starts)} gathers start early, each as late as {self.hidden_by.name} hides it")

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch.fx as fx
 
 from dspass.passes.base import PassContext
-from dspass.passes.nodes import calls, gather_start, items_of, specs_of, wait_of
+from dspass.passes.nodes import gather_start, items_of, open_starts, specs_of, wait_of
 from dspass.passes.packed import DEQUANTISE, QUANTISE, QuantisingPass, item_of, nbytes, packed_values, shaped, sizes_of
 from dspass.runtime.params import lookup
 
@@ -27,12 +27,12 @@ class QuantiseGathers(QuantisingPass):
     """
 
     name: ClassVar[str] = "quantise_gathers"
-    requires: ClassVar[frozenset[str]] = frozenset({"bucketed gathers"})
+    requires: ClassVar[frozenset[str]] = frozenset({"gathers"})
 
     max_relative_error: float | None = None
 
     def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
-        starts = sorted(calls(graph, gather_start))
+        starts = open_starts(graph, gather_start)
         if self.format is None or not starts:
             ctx.say("switched off" if self.format is None else "no gathers here")
             return graph
@@ -74,4 +74,3 @@ class QuantiseGathers(QuantisingPass):
             if item is not None:
                 graph.erase_node(item)
         return sum(size * dtype.itemsize for size in sizes), nbytes(one)
-

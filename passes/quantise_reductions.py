@@ -8,15 +8,16 @@ from typing import ClassVar
 import torch.fx as fx
 
 from dspass.passes.base import PassContext, Where
-from dspass.passes.nodes import calls, items_of, reduce_start, specs_of, wait_of
+from dspass.passes.nodes import items_of, open_starts, reduce_start, specs_of, wait_of
 from dspass.passes.packed import QUANTISE, SUM, QuantisingPass, item_of, nbytes, packed_values, shaped, sizes_of
 from dspass.runtime.params import lookup
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantiseReductions(QuantisingPass):
-    """A bucket's gradients become codes and scales before ``reduce_start``, which exchanges them, each rank's rows to that rank;
-    behind ``reduce_wait`` the graph makes values of them, adds them in fp32 in the order of ranks, and divides by their number.
+    """A bucket's gradients become codes and scales before ``reduce_start``, which exchanges them, each rank's rows to that
+    rank; behind ``reduce_wait`` the graph makes values of them, adds them in fp32 in the order of ranks, and divides by their
+    number.
 
     So a value is rounded to few bits once, however many ranks there are; quantising around a ring would do so at each of them.
     A NaN or an infinity of any rank is a NaN in its whole block behind the sum, where loss scaling sees it.
@@ -27,7 +28,7 @@ class QuantiseReductions(QuantisingPass):
     where: ClassVar[frozenset[Where]] = frozenset({"backward"})
 
     def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
-        starts = sorted(calls(graph, reduce_start))
+        starts = open_starts(graph, reduce_start)
         if self.format is None or not starts:
             ctx.say("switched off" if self.format is None else "no reductions here")
             return graph

@@ -1,8 +1,8 @@
 """Blockwise quantisation: each block of a tensor's values becomes codes of few bits and one fp32 scale.
 
 The scale of a block is its largest magnitude over the format's (``absmax`` scaling; Dettmers et al., 8-bit optimizers via
-block-wise quantization, 2022). So the error of a value is at most half a step of its block's largest, and one outlier spoils one
-block alone. Defined for every input:
+block-wise quantization, 2022). So the error of a value is at most half a step of its block's largest, and one outlier spoils
+one block alone. Defined for every input:
 
 - A block with a NaN or an infinity has a NaN for its scale and zeros for codes, and comes back as NaNs: a sum over ranks shows
   it, and so does a check for finite gradients.

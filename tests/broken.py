@@ -35,7 +35,10 @@ from dspass.passes.nodes import (
 from dspass.passes.offload_parameters import OffloadParameters
 from dspass.passes.offload_saved import OffloadSaved
 from dspass.passes.onednn_products import OnednnProducts
+from dspass.passes.packed import DEQUANTISE, SUM
 from dspass.passes.prefetch_gathers import PrefetchGathers
+from dspass.passes.quantise_gathers import QuantiseGathers
+from dspass.passes.quantise_reductions import QuantiseReductions
 from dspass.passes.release_gathered import ReleaseGathered
 from dspass.passes.zero_gather import ZeroGather
 from dspass.passes.zero_reduce import ZeroReduce
@@ -368,6 +371,31 @@ class ShardsExchanged(OffloadParameters):
                     shards = [other if n is one else one if n is other else n for n in start.args[0]]
                     start.args = (shards, *start.args[1:])
                     return graph
+        return graph
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartsExchanged(QuantiseGathers):
+    """Two parameters of one shape are made of each other's codes."""
+
+    def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
+        graph = super().run(graph, ctx)
+        for whole in calls(graph, DEQUANTISE):
+            for one, other in itertools.combinations(whole.users, 2):
+                if one.meta["val"].shape == other.meta["val"].shape:
+                    one.args, other.args = other.args, one.args
+                    return graph
+        return graph
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodesSummed(QuantiseReductions):
+    """Gradients are summed over ranks, and their number is forgotten."""
+
+    def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
+        graph = super().run(graph, ctx)
+        for mean in calls(graph, SUM):
+            mean.args = (*mean.args[:5], 1.0, mean.args[6])
         return graph
 
 

@@ -35,11 +35,13 @@ from dspass.passes.nodes import (
     calls,
     gather_start,
     gather_wait,
+    is_packed,
     reduce_start,
     reduce_wait,
     wait_of,
 )
 from dspass.passes.offload_saved import OffloadSaved, mark_all
+from dspass.passes.packed import DEQUANTISE, QUANTISE, SUM
 from dspass.passes.partition import partition
 from dspass.pipeline import build
 from dspass.runtime import compat
@@ -143,6 +145,9 @@ class Wished(nn.Module):
 TOYS: Mapping[str, type[nn.Module]] = {
     "hosted": Mlp,
     "offloaded": Mlp,
+    "quantised": Mlp,
+    "quantised_uneven": Uneven,
+    "quantised_early": EarlyViews,
     "mlp": Mlp,
     "tied": Tied,
     "early_views": EarlyViews,
@@ -305,6 +310,39 @@ class Trace:
     reduced: Counter[str] = field(default_factory=Counter)
 
 
+def _pack(
+    tensors: Sequence[torch.Tensor], sizes: Sequence[int], chunks: int, *_: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As ``quantise_bucket``, but nothing is rounded: passes are tested for where values go, formats on their own
+    (``tests/test_quantise.py``)."""
+    rows = []
+    for tensor, size in zip(tensors, sizes, strict=True):
+        flat = torch.zeros(chunks * size)
+        flat[: tensor.numel()] = tensor.reshape(-1)
+        rows.append(flat.view(chunks, size))
+    return torch.cat(rows, dim=1), torch.ones(chunks, 1)
+
+
+def _unpack(codes: torch.Tensor, scales: torch.Tensor, sizes: Sequence[int], *rest: Any) -> list[torch.Tensor]:
+    return [part.contiguous().to(rest[-1]) for part in codes.split(list(sizes), dim=1)]
+
+
+def _sum(codes: torch.Tensor, scales: torch.Tensor, sizes: Sequence[int], *rest: Any) -> list[torch.Tensor]:
+    factor, dtype = rest[-2:]
+    return [(part.sum(0) * factor).to(dtype) for part in codes.split(list(sizes), dim=1)]
+
+
+#: What stands in for the operators that round.
+PACKING: dict[Any, Any] = {QUANTISE: _pack, DEQUANTISE: _unpack, SUM: _sum}
+
+
+def _rows(given: PerRank, gathers: bool) -> PerRank:
+    """Every rank's row on each rank, or each rank's rows for it."""
+    if gathers:
+        return PerRank(torch.cat(list(given)) for _ in given)
+    return PerRank(torch.stack([rows[r] for rows in given]) for r in range(len(given)))
+
+
 def rows_of(spec: ParamSpec, full: torch.Tensor, rank: int) -> torch.Tensor:
     if spec.layout != "shard":
         return full
@@ -375,8 +413,10 @@ def _call(node: fx.Node, values: Mapping[fx.Node, Any], world: int, trace: Trace
         assert isinstance(first, (list, tuple))
         gathers = node.target is gather_start
         (trace.gathered if gathers else trace.reduced).update(node.args[1])
-        work = _whole if gathers else _mean
         given = [PerRank(_of_rank(n, values, r) for r in range(world)) for n in first]
+        if is_packed(node):
+            return Flight("gather" if gathers else "reduce", [_rows(g, gathers) for g in given])
+        work = _whole if gathers else _mean
         return Flight("gather" if gathers else "reduce", [work(k, g) for k, g in zip(node.args[1], given, strict=True)])
     if node.target in (gather_wait, reduce_wait):
         flight = values[first]
@@ -390,9 +430,8 @@ def _call(node: fx.Node, values: Mapping[fx.Node, Any], world: int, trace: Trace
     if node.target is REDUCE_GRAD:
         trace.reduced[node.args[1]] += 1
         return _mean(node.args[1], values[first])
-    return PerRank(
-        node.target(*_of_rank(node.args, values, r), **_of_rank(node.kwargs, values, r)) for r in range(world)
-    )
+    target = PACKING.get(node.target, node.target)
+    return PerRank(target(*_of_rank(node.args, values, r), **_of_rank(node.kwargs, values, r)) for r in range(world))
 
 
 def inputs_of(toy: Toy) -> dict[str, PerRank]:
@@ -502,11 +541,18 @@ def check_numbers(toy: Toy, step: Step) -> None:
         if node in shards:
             spec = lookup(shards[node])
             for rank in range(toy.world):
+                wanted = rows_of(spec, toy.grads[spec.key], rank)
                 _close(
-                    grad[rank],
-                    rows_of(spec, toy.grads[spec.key], rank),
+                    own_rows(grad[rank], wanted, rank),
+                    wanted,
                     f"the gradient of {spec.name} on rank {rank}",
                 )
+
+
+def own_rows(found: Any, wanted: Any, rank: int) -> Any:
+    """A graph is rank 0's, which holds the most rows: where it names that number, another rank's are the first of them."""
+    is_longer = rank and isinstance(found, torch.Tensor) and found.dim() and found.shape[0] > wanted.shape[0]
+    return found[: wanted.shape[0]] if is_longer else found
 
 
 def check_wishes(toy: Toy, step: Step) -> None:
@@ -543,7 +589,7 @@ def aliases(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
         elif (
             isinstance(first, fx.Node)
             and first in found
-            and (node.target is operator.getitem or getattr(node.target, "is_view", False) is True)
+            and (node.target in (operator.getitem, DEQUANTISE) or getattr(node.target, "is_view", False) is True)
         ):
             found[node] = found[first]
     return found
@@ -589,5 +635,7 @@ def check_overlap(graph: fx.Graph) -> None:
         if use[start] == use[previous]:
             continue
         between = order[order.index(start) + 1 : order.index(wait_of(start))]
-        if all(n in shared or n.target is gather_start for n in between):
+        packs = {n for n in between if n.target is QUANTISE}
+        packs |= {user for n in packs for user in n.users}
+        if all(n in shared or n in packs or n.target is gather_start for n in between):
             raise CheckError(f"{start.name} starts too late: nothing is computed until its wait")

@@ -1,0 +1,106 @@
+"""How far quantised parameters are off, measured where they are sharded, and what a report says of what travels in few bits.
+
+Errors are measured once, on the values that are there then, each rank its own shard, and added over ranks, so that all ranks
+know the same and quantise the same buckets. Dropped: to measure at each step, which would go over all parameters once more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+import torch.fx as fx
+from torch._subclasses import FakeTensor
+
+from dspass.config import Config
+from dspass.passes.nodes import calls, gather_start, is_packed, reduce_start, specs_of
+from dspass.passes.packed import sizes_of
+from dspass.passes.quantise_gathers import QuantiseGathers
+from dspass.pipeline import build
+from dspass.report import Direction, QuantisedTensor
+from dspass.runtime.engine import Engine
+from dspass.runtime.formats import format_of
+from dspass.runtime.params import ParamSpec
+from dspass.runtime.quantise import blocks_of
+
+#: Values whose rounding is looked at together: what that takes is little beside a shard.
+_AT_A_TIME = 2**20
+
+
+def measure_errors(engine: Engine, specs: Iterable[ParamSpec], config: Config) -> None:
+    """Fill ``engine.quantised_errors`` for those of ``specs`` that may be gathered in few bits: ``|dequantised - p| / |p|``.
+
+    All ranks call it together. Nothing is measured where there are no values, as in a prediction.
+    """
+    found = next((p for p in build(config) if isinstance(p, QuantiseGathers)), None)
+    if found is None or found.format is None or engine.stage != 3:
+        return
+    sharded = [s for s in specs if s.layout == "shard" and s.dtype.is_floating_point and _local(s) is not None]
+    if not sharded or dist.get_backend() == "fake":
+        return
+    axis = sharded[0].shard_axis
+    assert axis is not None
+    sums = torch.stack([_squares(spec, found.format, found.block) for spec in sharded])
+    dist.all_reduce(sums, group=axis.group)
+    for spec, (off, all_of_it) in zip(sharded, sums.tolist(), strict=True):
+        engine.quantised_errors[spec.key] = (off / all_of_it) ** 0.5 if all_of_it else 0.0
+
+
+def _local(spec: ParamSpec) -> torch.Tensor | None:
+    param = spec.param()
+    local = param.to_local() if param is not None else None  # type: ignore[attr-defined]
+    return None if local is None or isinstance(local, FakeTensor) or local.is_meta else local
+
+
+@torch.no_grad()
+def _squares(spec: ParamSpec, format: str, block: int) -> torch.Tensor:
+    """Of this rank's shard the sum of squares of what rounding changes, and of the values, in fp64."""
+    local = _local(spec)
+    assert local is not None
+    sums = torch.zeros(2, dtype=torch.float64, device=local.device)
+    for part in local.reshape(-1).split(_AT_A_TIME // block * block):
+        codes, scales = torch.ops.dspass.quantise(part, format, block)
+        off = torch.ops.dspass.dequantise(codes, scales, part.shape, format, torch.float32) - part.float()
+        sums += torch.stack([t.double().square().sum() for t in (off, part)])
+    return sums.to(_collective_device(spec, local))
+
+
+def _collective_device(spec: ParamSpec, local: torch.Tensor) -> torch.device:
+    """Shards that wait on the host are on the CPU; what a collective sends lies where its back end wants it."""
+    assert spec.shard_axis is not None
+    return torch.device("cuda") if spec.shard_axis.backend == "nccl" else local.device
+
+
+def quantised_tensors(graphs: Iterable[tuple[Direction, fx.Graph]], engine: Engine) -> list[QuantisedTensor]:
+    """Each parameter, and each gradient, of the buckets that ``graphs`` send, where any of them travels in few bits."""
+    found = [one for direction, graph in graphs for one in _of_graph(direction, graph, engine)]
+    return found if any(one.format for one in found) or engine.quantised_errors else []
+
+
+def _of_graph(direction: Direction, graph: fx.Graph, engine: Engine) -> Iterator[QuantisedTensor]:
+    for start in [*sorted(calls(graph, gather_start)), *sorted(calls(graph, reduce_start))]:
+        gathers, specs = start.target is gather_start, specs_of(start)
+        if specs[0].engine is not engine or specs[0].layout != "shard":
+            continue
+        axis = specs[0].shard_axis
+        assert axis is not None
+        chunks = 1 if gathers else axis.size
+        for spec, size in zip(specs, sizes_of(specs), strict=True):
+            whole = chunks * size * (spec.compute_dtype if gathers else spec.reduce_dtype).itemsize
+            yield QuantisedTensor(
+                name=spec.name,
+                kind="gather" if gathers else "reduction",
+                direction=direction,
+                format=start.args[2] if is_packed(start) else None,  # type: ignore[arg-type]
+                whole_bytes=whole,
+                sent_bytes=chunks * _packed_bytes(start, size) if is_packed(start) else whole,
+                relative_error=engine.quantised_errors.get(spec.key) if gathers else None,
+            )
+
+
+def _packed_bytes(start: fx.Node, size: int) -> int:
+    sent: Sequence[fx.Node] = start.args[0]  # type: ignore[assignment]
+    block = sent[0].args[0].args[4]  # type: ignore[union-attr]
+    count = blocks_of(size, block)  # type: ignore[arg-type]
+    return format_of(start.args[2]).code_bytes(count * block) + 4 * count  # type: ignore[arg-type, operator]
