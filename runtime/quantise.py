@@ -6,7 +6,8 @@ one block alone. Defined for every input:
 
 - A block with a NaN or an infinity has a NaN for its scale and zeros for codes, and comes back as NaNs: a sum over ranks shows
   it, and so does a check for finite gradients.
-- Magnitudes under ``2**-100`` are zeros where nothing larger stands in their block; a block of zeros comes back as zeros.
+- A block's largest magnitude is taken for ``2**-100`` at least: what is less than half a step of that is a zero, and a block
+  of zeros comes back as zeros.
 - The last block of a tensor is filled up with zeros. An empty tensor has no blocks. Sizes are 64 bit throughout.
 
 All arithmetic is fp32 without fused multiply-adds, each operation rounded to nearest, ties to even, so that kernels
