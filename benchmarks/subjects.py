@@ -33,13 +33,15 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
 
 
-def _dspass(stage: int, *passes: str) -> Callable[[nn.Module, str], Training]:
+def _dspass(stage: int, *passes: str, **quantise: str | None) -> Callable[[nn.Module, str], Training]:
     def wrap(model: nn.Module, device: str) -> Training:
         import dspass  # noqa: F401  (registers the backend from a checkout)
 
         options: dict[str, Any] = {"zero_optimization": {"stage": stage}}
         if passes:
             options["dspass"] = {"passes": list(passes)}
+        if quantise:
+            options["dspass"] = {"quantise": quantise}
         return Training(torch.compile(model, backend="deepspeed", options=options), model, adamw(model))
 
     return wrap
@@ -146,6 +148,13 @@ _DS = (
     "stage3_param_persistence_threshold 0, stage3_max_reuse_distance 0"
 )
 
+#: Formats of gathers and of reductions.
+QUANTISED: dict[str, tuple[str | None, str | None]] = {
+    "dspass-3-qwz": ("int8", None),
+    "dspass-3-qgz": (None, "int4"),
+    "dspass-3-qwz-qgz": ("int8", "int4"),
+}
+
 SUBJECTS: dict[str, Subject] = {
     "inductor": Subject(
         _inductor, "torch.compile(model) in as many processes, without a group: for the compile time only, no turns"
@@ -167,6 +176,14 @@ SUBJECTS: dict[str, Subject] = {
         'as dspass-3, with "dspass": {"passes": ["...", "-onednn_products"]}: products by MKL, as the peers have them',
         usual=False,
     ),
+    **{
+        name: Subject(
+            _dspass(3, weights=weights, gradients=gradients),
+            f'as dspass-3, with "dspass": {{"quantise": {{"weights": {weights!r}, "gradients": {gradients!r}}}}}',
+            usual=False,
+        )
+        for name, (weights, gradients) in QUANTISED.items()
+    },
     "fsdp2-a2a": Subject(_fsdp2(False, True), f"{_FSDP2}; eager{_A2A}", usual=False),
     "fsdp2-compile-a2a": Subject(
         _fsdp2(True, True), f"block.compile(fullgraph=True), then {_FSDP2}{_A2A}", usual=False

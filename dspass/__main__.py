@@ -85,7 +85,7 @@ def _environment() -> int:
     for section, rows in describe():
         print(section)
         for name, value in rows:
-            print(f"  {name:<24} {value}")
+            print(f"  {name:<28} {value}")
     return 0
 
 

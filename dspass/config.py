@@ -814,7 +814,7 @@ class Config:
             reason=f"{_stages(key)}, and the stage is {stage}")
             for key in KEYS
             if key.section == "zero_optimization" and key.field and stage not in key.stages
-            and getattr(self.zero, key.field) is not None
+            and getattr(self.zero, key.field) not in (None, False)
         )  # fmt: skip
         return replace(self, ignored=self.ignored + notes)
 

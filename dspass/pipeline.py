@@ -51,7 +51,8 @@ def build(config: Config) -> tuple[Pass, ...]:
 
 def _options(cls: type[Pass], config: Config) -> dict[str, Any]:
     """What the configuration's own keys say about a pass. Absent keys leave the pass's defaults."""
-    zero, options = config.zero, {}
+    zero = config.zero
+    options: dict[str, Any] = {}
     if cls is BucketGathers:
         options["max_elements"] = zero.stage3_prefetch_bucket_size if zero.stage == 3 else zero.allgather_bucket_size
     if cls is BucketReductions:

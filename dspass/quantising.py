@@ -6,7 +6,8 @@ know the same and quantise the same buckets. Dropped: to measure at each step, w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -49,7 +50,7 @@ def measure_errors(engine: Engine, specs: Iterable[ParamSpec], config: Config) -
 
 def _local(spec: ParamSpec) -> torch.Tensor | None:
     param = spec.param()
-    local = param.to_local() if param is not None else None  # type: ignore[attr-defined]
+    local = param.to_local() if param is not None else None
     return None if local is None or isinstance(local, FakeTensor) or local.is_meta else local
 
 
@@ -88,19 +89,23 @@ def _of_graph(direction: Direction, graph: fx.Graph, engine: Engine) -> Iterator
         chunks = 1 if gathers else axis.size
         for spec, size in zip(specs, sizes_of(specs), strict=True):
             whole = chunks * size * (spec.compute_dtype if gathers else spec.reduce_dtype).itemsize
+            format, sent = _packed(start, size)
             yield QuantisedTensor(
                 name=spec.name,
                 kind="gather" if gathers else "reduction",
                 direction=direction,
-                format=start.args[2] if is_packed(start) else None,  # type: ignore[arg-type]
+                format=format,
                 whole_bytes=whole,
-                sent_bytes=chunks * _packed_bytes(start, size) if is_packed(start) else whole,
+                sent_bytes=whole if format is None else chunks * sent,
                 relative_error=engine.quantised_errors.get(spec.key) if gathers else None,
             )
 
 
-def _packed_bytes(start: fx.Node, size: int) -> int:
-    sent: Sequence[fx.Node] = start.args[0]  # type: ignore[assignment]
-    block = sent[0].args[0].args[4]  # type: ignore[union-attr]
-    count = blocks_of(size, block)  # type: ignore[arg-type]
-    return format_of(start.args[2]).code_bytes(count * block) + 4 * count  # type: ignore[arg-type, operator]
+def _packed(start: Any, size: int) -> tuple[str | None, int]:
+    """What the values of a bucket travel as, and the bytes of ``size`` of them with their scales."""
+    if not is_packed(start):
+        return None, 0
+    codes, format = start.args[0][0], start.args[2]
+    block = codes.args[0].args[4]
+    count = blocks_of(size, block)
+    return format, format_of(format).code_bytes(count * block) + 4 * count

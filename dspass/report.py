@@ -42,7 +42,7 @@ _WORTH_BUYING = 0.005
 Kind = Literal["measured", "predicted"]
 Stage = Literal["joint", "forward", "backward"]
 Phase = Literal["forward", "backward", "optimizer"]
-CollectiveKind = Literal["all-gather", "reduce-scatter", "all-reduce"]
+CollectiveKind = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all"]
 Direction = Literal["forward", "backward", "step"]
 HostCopyKind = Literal["offload", "reload", "optimizer states"]
 TimeUnit = Literal["seconds", "events"]
@@ -624,7 +624,7 @@ def _host_lines(report: Report) -> Iterator[str]:
 def _quantised_lines(report: Report) -> Iterator[str]:
     sizes = [sum(t.whole_bytes for t in report.quantised), sum(t.sent_bytes for t in report.quantised)]
     yield f"In few bits: one rank's buffers of a call, {format_bytes(sizes[1])} instead of {format_bytes(sizes[0])}"
-    yield from _table(quantised_rows(report), "<<<><<")
+    yield from _table(quantised_rows(report)[:_TRAFFIC_ROWS], "<<<><<")
 
 
 def quantised_rows(report: Report) -> list[tuple[str, ...]]:
@@ -633,11 +633,11 @@ def quantised_rows(report: Report) -> list[tuple[str, ...]]:
     groups: dict[tuple[str, str, str | None], list[QuantisedTensor]] = {}
     for one in report.quantised:
         groups.setdefault((one.kind, one.direction, one.format), []).append(one)
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for (kind, direction, kept), some in groups.items():
         whole, sent = sum(t.whole_bytes for t in some), sum(t.sent_bytes for t in some)
         size = format_bytes(whole) + (f" → {format_bytes(sent)}" if kept else "")
-        rows.append((kind, direction, kept or "whole", _count(len(some), "tensor"), size, _errors(some)))
+        rows.append((kind, direction, _line(kept or "whole"), _count(len(some), "tensor"), size, _errors(some)))
     return rows
 
 

@@ -50,12 +50,12 @@ def _write_out(graph: fx.Graph, node: fx.Node, reference: Any, patches: Mapping[
         traced = make_fx(call, decomposition_table=compat.inductor_decompositions(patches))(*values)
     with graph.inserting_before(node):
         copies: dict[fx.Node, fx.Node] = dict(zip(traced.graph.find_nodes(op="placeholder"), inputs, strict=True))
-        results = graph.graph_copy(traced.graph, copies)  # type: ignore[arg-type]
+        results = graph.graph_copy(traced.graph, copies)
     if isinstance(results, fx.Node):
         node.replace_all_uses_with(results)
     else:
         for item in list(node.users):
             assert item.target is operator.getitem, f"{node.name} is read by {item.format_node()}"
-            item.replace_all_uses_with(results[item.args[1]])  # type: ignore[index]
+            item.replace_all_uses_with(results[item.args[1]])
             graph.erase_node(item)
     graph.erase_node(node)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import offload, prefetch, solver
+from benchmarks import offload, prefetch, quantise, solver
 from benchmarks.memory_bench import Bench
 from benchmarks.memory_plot import plot, ticks
 from benchmarks.memory_points import PLENTY, Point, Ranks, Started, normalise, peers
@@ -420,3 +420,19 @@ def test_the_solver_table_says_whether_the_largest_graphs_are_in_time() -> None:
     rows[1].seconds = [21.0]
     assert "- missed: a hull of 20,000 values" in solver.table(rows)
     assert "met" not in solver.table(rows[:1])
+
+
+def test_the_table_of_few_bits_holds_rows_against_the_plain_one() -> None:
+    plain = quantise.Row(
+        "plain", seconds=[0.1, 0.2, 0.3], losses=[3.0, 2.0], sent={"all-gather": 2e6, "reduce-scatter": 1e6}
+    )
+    both = quantise.Row(
+        "both", "int8", "int4", [0.2, 0.2, 0.2], [3.0, 2.0], {"all-gather": 6e5, "all-to-all": 1.5e5}, 5e6
+    )
+    assert both.bound(plain.sent) == pytest.approx(2e6 * (8 + 32 / 256) / 32 + 1e6 * (4 + 32 / 256) / 32)
+    text = quantise.table([plain, both])
+    assert "| both | int8 | int4 | 0.75 MB | 0.250 |" in text
+    assert "| 200 ms | 1.000 | 5.0 MB | 2.0000 | +0.00% |" in text
+    assert "- met: the loss after 2 steps is within 0.5 % of the plain row's: 1 of 1" in text
+    both.losses[-1] = 2.02
+    assert "- missed: the loss after 2 steps" in quantise.table([plain, both])

@@ -367,7 +367,10 @@ def test_errors_name_the_key(options: dict, key: str, says: str) -> None:
     ("options", "key"),
     [
         ({"zero_optimization": {"cpu_offload": True}}, "zero_optimization.cpu_offload"),
-        ({"zero_optimization": {"zero_quantized_weights": True}}, "zero_optimization.zero_quantized_weights"),
+        (
+            {"zero_optimization": {"zero_quantized_nontrainable_weights": True}},
+            "zero_optimization.zero_quantized_nontrainable_weights",
+        ),
         ({"zero_optimization": {"zero_hpz_partition_size": 8}}, "zero_optimization.zero_hpz_partition_size"),
         ({"expert_parallel": {"enabled": True, "autoep_size": 2}}, "expert_parallel.enabled"),
         ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel.autotp_size"),
@@ -396,7 +399,7 @@ def test_what_is_not_built_may_be_off() -> None:
     options = {
         "zero_optimization": {
             "offload_param": None,
-            "zero_quantized_weights": False,
+            "zero_quantized_nontrainable_weights": False,
             "zero_hpz_partition_size": 1,
         },
         "elasticity": {"enabled": False},
@@ -481,6 +484,8 @@ def _values(key: Key) -> st.SearchStrategy:
     if key.choices:
         # "cpu" for parameters needs a stage, which is drawn apart.
         return st.sampled_from(key.choices) if key.field != "offload_param" else st.just("none")
+    if key.path == "dspass.quantise.block":
+        return st.integers(1, 64).map(lambda n: 16 * n)
     if key.path == "dspass.plan":
         return st.just("b.json")
     return st.floats(0, 1) if key.high == 1 and key.kind == "number" else VALID[key.kind]
@@ -553,3 +558,17 @@ def test_only_the_standard_library_is_imported() -> None:
     names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     names |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert {name.partition(".")[0] for name in names} <= set(sys.stdlib_module_names)
+
+
+def test_a_block_that_kernels_cannot_read_is_refused_with_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"dspass.quantise.block: 250 is no multiple of 16. Write 256"):
+        Config.load({"dspass": {"quantise": {"block": 250}}})
+    with pytest.raises(ConfigError, match=r'dspass.quantise.weights: "int7".* is not one of "int8", "int4"'):
+        Config.load({"dspass": {"quantise": {"weights": "int7"}}})
+
+
+def test_quantised_keys_at_another_stage_are_noted() -> None:
+    zero = {"stage": 2, "zero_quantized_weights": True, "zero_quantized_gradients": False}
+    (note,) = Config.load({"zero_optimization": zero}).ignored
+    assert note.key == "zero_optimization.zero_quantized_weights"
+    assert "stage 3" in note.reason

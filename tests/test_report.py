@@ -28,6 +28,7 @@ from dspass.report import (
     PlanPoint,
     PlanRecord,
     PlanTensors,
+    QuantisedTensor,
     Report,
     Traffic,
     format_bytes,
@@ -128,7 +129,7 @@ points = st.builds(
 )
 traffic = st.builds(
     Traffic,
-    kind=st.sampled_from(["all-gather", "reduce-scatter", "all-reduce"]),
+    kind=st.sampled_from(["all-gather", "reduce-scatter", "all-reduce", "all-to-all"]),
     direction=st.sampled_from(["forward", "backward", "step"]),
     group=text,
     group_size=number,
@@ -142,6 +143,16 @@ host_copies = st.builds(
     direction=st.sampled_from(["forward", "backward", "step"]),
     bytes=number,
     exposed_seconds=st.none() | real,
+)
+quantised = st.builds(
+    QuantisedTensor,
+    name=text,
+    kind=st.sampled_from(["gather", "reduction"]),
+    direction=st.sampled_from(["forward", "backward"]),
+    format=st.none() | text,
+    whole_bytes=number,
+    sent_bytes=number,
+    relative_error=st.none() | real,
 )
 reports = st.builds(
     Report,
@@ -159,6 +170,7 @@ reports = st.builds(
     ),
     traffic=st.lists(traffic, max_size=3),
     host_copies=st.lists(host_copies, max_size=3),
+    quantised=st.lists(quantised, max_size=3),
     step_seconds=st.none() | real,
     config=st.dictionaries(text, json_value, max_size=3),
     ignored=st.dictionaries(text, text, max_size=2),
@@ -364,6 +376,28 @@ def test_copies_to_and_from_the_host_are_shown_beside_collectives() -> None:
     assert "Copies to and from the host" not in str(a_report())
     assert "Copies to and from the host" in report.to_html()
     assert f"- offload forward: {format_bytes(5 * MB)}, exposed 2.10 ms" in report.diff(a_report())
+
+
+def test_what_travels_in_few_bits_is_shown_by_kind_and_format() -> None:
+    gather = {"kind": "gather", "direction": "forward", "whole_bytes": 4 * MB}
+    found = [
+        QuantisedTensor(name="a", format="int8", sent_bytes=MB, relative_error=0.004, **gather),
+        QuantisedTensor(name="b", format="int8", sent_bytes=MB, relative_error=0.008, **gather),
+        QuantisedTensor(name="c", format=None, sent_bytes=4 * MB, relative_error=0.5, **gather),
+        QuantisedTensor(
+            name="a", kind="reduction", direction="backward", format="int4", whole_bytes=8 * MB, sent_bytes=MB
+        ),
+    ]
+    report = a_report(quantised=found)
+    said = str(report)
+    assert "In few bits: one rank's buffers of a call, 7.00 MB instead of 20.0 MB" in said
+    assert "gather     forward   int8   2 tensors  8.00 MB → 2.00 MB  error 0.6 %, 0.8 % at most" in said
+    assert "gather     forward   whole   1 tensor  4.00 MB            error 50 %, 50 % at most" in said
+    assert "reduction  backward  int4    1 tensor  8.00 MB → 1.00 MB  error not measured" in said
+    assert "In few bits" in report.to_html()
+    assert "0.8 %" in report.to_html()
+    assert "In few bits" not in str(a_report())
+    assert "- gather forward int8: 2 tensors" in report.diff(a_report())
 
 
 def test_text_of_many_passes_stays_short() -> None:
