@@ -14,7 +14,7 @@ import torch.fx as fx
 
 from dspass.config import Config
 from dspass.lowering.segments import SegmentCompiler, lower, shared_order
-from dspass.passes.base import Pass, PassContext, PassResult, run_passes
+from dspass.passes.base import Pass, PassContext, PassResult, Where, run_passes
 from dspass.passes.offload_saved import OffloadSaved, mark_all
 from dspass.passes.partition import partition
 from dspass.passes.text import print_graph
@@ -72,9 +72,9 @@ def compile_graph(
     record = done.passes.append
     order = shared_order(int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
-    def prepare(graph: fx.GraphModule, where: str) -> fx.GraphModule:
+    def prepare(graph: fx.GraphModule, where: Where, trains: bool = True) -> fx.GraphModule:
         before = print_graph(graph.graph)
-        context = PassContext(graph=done.name, where=where, target=engine.target)  # type: ignore[arg-type]
+        context = PassContext(graph=done.name, where=where, target=engine.target, trains=trains)
         graph = run_passes(graph, passes, context, record)
         done.texts[where] = (before, print_graph(graph.graph))
         done.graphs[where] = graph
@@ -126,7 +126,7 @@ def compile_graph(
         def compile_one(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
             start = time.perf_counter()
             if is_inference:
-                graph = prepare(compat.joint_graph_passes(graph, patches), "forward")
+                graph = prepare(compat.joint_graph_passes(graph, patches), "forward", trains=False)
             program = lower(
                 graph, chosen, is_backward=is_backward, is_inference=is_inference, probe=engine.probe, order=order
             )

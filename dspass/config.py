@@ -249,6 +249,10 @@ KEYS: tuple[Key, ...] = (
          '`"cpu"`: shards wait on the host, with their gradients and optimiser states, are copied to the device where they are '
          "gathered, and are stepped on the host. Stage 3, ranks on CPUs: it has not run on a GPU and is refused there.",
          choices=("none", "cpu")),
+    _act("zero_optimization.zero_hpz_partition_size", "zero_hpz_partition_size", "integer", 1, "ranks",
+         "Ranks of a node, consecutive ones, that divide what the forward gathered a second time, and gather it from each "
+         "other in the backward. It takes the model in compute precision, divided by these ranks, on each rank. 1: no second shard.",
+         low=1, stages=(3,)),
     _act("zero_optimization.zero_quantized_weights", "zero_quantized_weights", "flag", None, "",
          "Gathers that compute does not hide travel as `dspass.quantise.weights`, which is `int8` unless written. Parameters "
          "are computed with as they arrive; shards and what the optimiser steps keep their precision.", stages=(3,)),
@@ -417,9 +421,6 @@ KEYS: tuple[Key, ...] = (
     _skip("zero_optimization.cpu_offload_use_pin_memory", "flag", None, _OWN_BUFFERS),
     _deny("zero_optimization.zenflow", "object", None, "ZenFlow's offloaded optimiser steps", "Remove it.",
           off=(None,)),
-    _deny("zero_optimization.zero_hpz_partition_size", "integer", 1,
-          "a second copy of the shards in each node",
-          "Set it to 1; mics_shard_size keeps gathers inside a group of ranks.", off=(0, 1)),
     _deny("zero_optimization.zero_quantized_nontrainable_weights", "flag", False,
           "frozen parameters stored quantised", _FIT),
     _deny("zero_optimization.zeropp_loco_param", "object", None, "LoCo's error feedback of quantised gradients",
@@ -644,6 +645,8 @@ class ZeroConfig:
     """Shard inside groups of this many ranks, replicate across them; None shards over all ranks."""
     sub_group_size: int | None = None
     """Most elements that the optimiser steps at a time where its states wait on the host."""
+    zero_hpz_partition_size: int = 1
+    """Ranks of a node that hold a second shard for the backward's gathers; 1 makes none."""
     zero_quantized_weights: bool | None = None
     """Gather parameters in few bits, see :class:`QuantiseConfig`; None is as that says."""
     zero_quantized_gradients: bool | None = None
@@ -748,6 +751,18 @@ class Config:
                 f'"cpu" needs stage 3, where a parameter is gathered for each use, and the stage is {self.zero.stage}.',
                 "Set zero_optimization.stage to 3, or offload the optimiser's states only.",
             )
+        if self.zero.zero_hpz_partition_size > 1 and self.zero.mics_shard_size is not None:
+            raise ConfigError(
+                "zero_optimization.zero_hpz_partition_size",
+                "a second shard in the node has no use where mics_shard_size already shards inside of a group.",
+                "Remove one of the two.",
+            )
+        if self.zero.zero_hpz_partition_size > 1 and self.offload_param == "cpu":
+            raise ConfigError(
+                "zero_optimization.zero_hpz_partition_size",
+                "a second shard on the device has no use where parameters wait on the host.",
+                "Set it to 1, or do not offload parameters.",
+            )
         if self.bf16 and self.fp16:
             raise ConfigError("fp16.enabled", "fp16 and bf16 are both enabled.", "Set one of them to false.")
 
@@ -814,7 +829,7 @@ class Config:
             reason=f"{_stages(key)}, and the stage is {stage}")
             for key in KEYS
             if key.section == "zero_optimization" and key.field and stage not in key.stages
-            and getattr(self.zero, key.field) not in (None, False)
+            and getattr(self.zero, key.field) not in (None, key.default, False)
         )  # fmt: skip
         return replace(self, ignored=self.ignored + notes)
 

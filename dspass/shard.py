@@ -139,6 +139,23 @@ def axes_of(mesh: DeviceMesh) -> tuple[Axis, Axis | None]:
     return _axis("shard", mesh, 1), _axis("replicate", mesh, 0)
 
 
+def node_axis_of(mesh: DeviceMesh, config: Config) -> Axis | None:
+    """The ranks of this rank's node, which hold what was gathered a second time; None where nobody does."""
+    size, world = config.zero.zero_hpz_partition_size, mesh.size()
+    if size == 1 or config.zero.stage != 3:
+        return None
+    if world % size:
+        divisors = [d for d in range(1, world + 1) if world % d == 0]
+        raise ConfigError(
+            "zero_optimization.zero_hpz_partition_size",
+            f"{size} does not divide the {world} ranks",
+            f"use one of {divisors}",
+        )
+    with compat.without_fake_mode():
+        nodes = init_device_mesh(mesh.device_type, (world // size, size), mesh_dim_names=("across", "node"))
+    return _axis("node", nodes, 1)
+
+
 _axes: weakref.WeakKeyDictionary[dist.ProcessGroup, Axis] = weakref.WeakKeyDictionary()
 
 
@@ -177,6 +194,7 @@ def place(
         )
     refuse_stale(heap, params.values())
     shard_axis, replicate_axis = axes_of(mesh)
+    node_axis = node_axis_of(mesh, config)
     replaced: dict[int, tuple[nn.Parameter, nn.Parameter, Any]] = {}
     specs: dict[int, ParamSpec] = {}
     for name, param in params.items():
@@ -202,6 +220,7 @@ def place(
             trains=param.requires_grad,
             engine=engine,
             on_host=on_host,
+            node_axis=node_axis if layout == "shard" else None,
             param=weakref.ref(new),
         )
         engine.add(spec)

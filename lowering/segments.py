@@ -26,7 +26,14 @@ from dspass.passes.kernels import REDUCTIONS, fuses, is_view, size_of
 from dspass.passes.packed import DEQUANTISE, SUM
 from dspass.passes.text import print_value
 from dspass.runtime import compat
-from dspass.runtime.collectives import RUNTIME_FUNCTIONS, gather_start, gather_wait, reduce_start, reduce_wait
+from dspass.runtime.collectives import (
+    RUNTIME_FUNCTIONS,
+    gather_start,
+    gather_wait,
+    keep_in_node,
+    reduce_start,
+    reduce_wait,
+)
 from dspass.runtime.host import offload_start, offload_wait, reload_start, reload_wait
 from dspass.runtime.ledger import HOST
 from dspass.runtime.program import Instruction, Probe, Program
@@ -149,7 +156,7 @@ def memory_categories(graph: fx.Graph, is_backward: bool) -> dict[str, str]:
     read, and gradients, whole or reduced."""
     found: dict[str, str] = {}
     for node in graph.nodes:
-        if node.target in (gather_start, gather_wait):
+        if node.target in (gather_start, gather_wait, keep_in_node):
             found[node.name] = "gathered"
         elif node.target is reduce_start:
             found |= dict.fromkeys((n.name for n in node.args[0]), "gradients")

@@ -38,11 +38,13 @@ class PassContext:
     """What a pass may know: where in the step its graph stands, and what it wants to tell the report.
 
     ``target`` is the kind of device that a prediction is for; None where a graph runs on the devices of its own tensors.
+    ``trains``: a backward follows this forward.
     """
 
     graph: str = "graph 0"
     where: Where = "forward"
     target: str | None = None
+    trains: bool = True
     said: list[str] = field(default_factory=list)
 
     def say(self, text: str) -> None:

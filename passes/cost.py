@@ -31,7 +31,7 @@ from dspass.passes.kernels import (
     leaves,
     size_of,
 )
-from dspass.passes.nodes import gather_start, gather_wait, is_packed, reduce_start, reduce_wait, specs_of
+from dspass.passes.nodes import gather_start, gather_wait, is_in_node, is_packed, reduce_start, reduce_wait, specs_of
 from dspass.passes.onednn_products import fits
 from dspass.runtime.host import offload_start, offload_wait, reload_start, reload_wait
 from dspass.runtime.linear import LINEAR
@@ -96,7 +96,7 @@ def _collectives(start: fx.Node, on: Device) -> list[tuple[str, str, float]]:
     elif start.target is reduce_start:
         costs = reduce_cost(specs)
     else:
-        cost = gather_cost(specs, "forward")
+        cost = gather_cost(specs, "forward", is_in_node(start))
         costs = [cost] if cost is not None else []
     return [(c.kind, c.direction, on.latency + c.bytes / on.link_of(c.group_size)) for c in costs]
 

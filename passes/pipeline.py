@@ -6,6 +6,7 @@ from dspass.passes.base import Pass
 from dspass.passes.bucket_gathers import BucketGathers
 from dspass.passes.bucket_reductions import BucketReductions
 from dspass.passes.expose_parameters import ExposeParameters
+from dspass.passes.gather_in_node import GatherInNode
 from dspass.passes.honour_wishes import HonourWishes
 from dspass.passes.offload_parameters import OffloadParameters
 from dspass.passes.offload_saved import OffloadSaved
@@ -27,6 +28,7 @@ DEFAULT: tuple[type[Pass], ...] = (
     ZeroReduce,  # gradients averaged as they are complete
     BucketReductions,  # joined into buckets
     OffloadParameters,  # shards come from the host and gradients go there, where a person says so
+    GatherInNode,  # backwards gather inside of the node, where a person says so
     QuantiseGathers,  # and what compute does not hide travels in few bits, where a person says so
     QuantiseReductions,
     OffloadSaved,  # saved values wait on the host, where the planner says so

@@ -59,18 +59,27 @@ def _unshard_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]
 torch.library.register_autograd("dspass::unshard", _unshard_backward, setup_context=_save)
 
 
-def gather_start(shards: list[torch.Tensor], keys: list[str], format: str | None = None) -> Gather | Exchange:
+def gather_start(
+    shards: list[torch.Tensor], keys: list[str], format: str | None = None, in_node: bool = False
+) -> Gather | Exchange:
     """Begin the all-gather of a bucket. Nothing may read the result before :func:`gather_wait`. With ``format`` the bucket
-    has been quantised: instead of shards there are its codes and its scales."""
+    has been quantised: instead of shards there are its codes and its scales. With ``in_node`` it is made of what the ranks of
+    this node kept (:func:`keep_in_node`)."""
     specs = [lookup(key) for key in keys]
     engine = specs[0].engine
-    return engine.start_gather(specs, shards) if format is None else engine.start_packed_gather(specs, shards)
+    return engine.start_gather(specs, shards, in_node) if format is None else engine.start_packed_gather(specs, shards)
 
 
 def gather_wait(gather: Gather | Exchange) -> list[torch.Tensor]:
     """The whole parameters of a bucket; each is freed after its last use in the graph. Of a quantised one the codes and the
     scales, a row of each rank."""
     return gather.wait()
+
+
+def keep_in_node(whole: list[torch.Tensor], keys: list[str]) -> list[torch.Tensor]:
+    """Keep this rank's rows of whole parameters, as they are divided inside of its node, until the optimiser steps."""
+    specs = [lookup(key) for key in keys]
+    return specs[0].engine.keep_in_node(specs, whole)
 
 
 def reduce_start(grads: list[torch.Tensor], keys: list[str], format: str | None = None) -> Reduction | Exchange:
@@ -88,5 +97,15 @@ def reduce_wait(reduction: Reduction | Exchange) -> list[torch.Tensor]:
 
 
 RUNTIME_FUNCTIONS = frozenset(
-    {gather_start, gather_wait, reduce_start, reduce_wait, offload_start, offload_wait, reload_start, reload_wait}
+    {
+        gather_start,
+        gather_wait,
+        keep_in_node,
+        reduce_start,
+        reduce_wait,
+        offload_start,
+        offload_wait,
+        reload_start,
+        reload_wait,
+    }
 )

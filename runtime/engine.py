@@ -95,6 +95,7 @@ class Engine:
     step_seconds: float | None = None
     _step_began: float | None = None
     _resident: dict[str, tuple[tuple[int, int], torch.Tensor]] = field(default_factory=dict)
+    _in_node: dict[str, tuple[tuple[int, int], torch.Tensor]] = field(default_factory=dict)
     _waiting: dict[str, tuple[int, torch.Tensor]] = field(default_factory=dict)  # with the run that began it
     _local: set[str] = field(default_factory=set)
     _averaged: set[str] = field(default_factory=set)  # by the graphs of the run at hand
@@ -110,8 +111,16 @@ class Engine:
 
     # -- gathers ---------------------------------------------------------------------------------------------------
 
-    def start_gather(self, specs: Sequence[ParamSpec], shards: Sequence[torch.Tensor]) -> Gather:
-        """Begin to make whole copies, in compute precision, of parameters that share an axis."""
+    def start_gather(
+        self, specs: Sequence[ParamSpec], shards: Sequence[torch.Tensor], in_node: bool = False
+    ) -> Gather | Exchange:
+        """Begin to make whole copies, in compute precision, of parameters that share an axis; with ``in_node`` of what the
+        ranks of this node kept, where each of ``specs`` was, and since the optimiser last stepped."""
+        if in_node:
+            kept = [self._in_node.get(spec.key) for spec in specs]
+            fresh = [k[1] for k, shard in zip(kept, shards, strict=True) if k is not None and k[0] == _state(shard)]
+            if len(fresh) == len(specs):
+                return self._gather_in_node(specs, fresh)
         ready: dict[str, torch.Tensor] = {}
         missing: list[tuple[ParamSpec, torch.Tensor]] = []
         for spec, shard in zip(specs, shards, strict=True):
@@ -136,6 +145,25 @@ class Engine:
                 cost = gather_cost([spec for spec, _ in missing], _direction())
                 counted = self.traffic.add(cost) if cost is not None else None
         return Gather(self, [s.key for s in specs], ready, missing, flight, counted)
+
+    def _gather_in_node(self, specs: Sequence[ParamSpec], kept: Sequence[torch.Tensor]) -> Exchange:
+        axis, cost = specs[0].node_axis, gather_cost(specs, _direction(), in_node=True)
+        assert axis is not None
+        assert cost is not None
+        flight = transport_for(axis, self.dry).all_gather(axis, kept, [spec.shape[0] for spec in specs])
+        return Exchange(self, flight, self.traffic.add(cost))
+
+    def keep_in_node(self, specs: Sequence[ParamSpec], whole: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Keep this rank's rows of whole copies, as they are divided over the ranks of a node."""
+        for spec, full in zip(specs, whole, strict=True):
+            param, axis = spec.param(), spec.node_axis
+            assert param is not None
+            assert axis is not None
+            state = _state(param.to_local())  # type: ignore[attr-defined]
+            known = self._in_node.get(spec.key)
+            if known is None or known[0] != state:
+                self._in_node[spec.key] = state, full.narrow(0, *axis.rows(spec.shape[0])).clone()
+        return [self._in_node[spec.key][1] for spec in specs]
 
     def start_packed_gather(self, specs: Sequence[ParamSpec], packed: Sequence[torch.Tensor]) -> Exchange:
         """Begin the all-gather of a bucket that the graph has quantised: each of ``packed`` is this rank's row."""
@@ -281,6 +309,7 @@ class Engine:
             )
         self._forget_calls()
         self._resident.clear()
+        self._in_node.clear()
         if self.probe.ledger is not None:
             self.probe.ledger.mark("optimizer.step", "optimizer")
 
@@ -299,7 +328,8 @@ class Engine:
     def forget(self) -> None:
         """Begin as an engine that has not run yet: no copies, no gradients, no counts, nobody who watches."""
         self.traffic, self.probe = TrafficCounter(), Probe()
-        self._resident, self._waiting, self._local, self._averaged = {}, {}, set(), set()
+        self._resident, self._in_node, self._waiting = {}, {}, {}
+        self._local, self._averaged = set(), set()
         self._run, self._calls, self._within_no_sync, self._last = -1, 0, False, True
 
     def params(self) -> dict[str, torch.Tensor]:
@@ -311,8 +341,8 @@ class Engine:
         return {**known, **{n: p for n, p in others if id(p) not in names}}
 
     def resident_copies(self) -> list[torch.Tensor]:
-        """Gathered copies that outlive their graph (stages 1 and 2)."""
-        return [copy for _, copy in self._resident.values()]
+        """Gathered copies that outlive their graph (stages 1 and 2), and rows of them that are kept in the node."""
+        return [copy for _, copy in (*self._resident.values(), *self._in_node.values())]
 
     def waiting_gradients(self) -> list[torch.Tensor]:
         """Whole gradients of earlier calls that wait to be reduced (stage 1)."""
@@ -364,7 +394,7 @@ class Gather:
 
 
 class Exchange:
-    """A quantised bucket under way, in either direction."""
+    """A bucket under way that arrives as the graph wants it: a quantised one in either direction, or one from this node."""
 
     def __init__(self, engine: Engine, flight: InFlight, counted: CollectiveKey) -> None:
         self._engine, self._flight, self._counted = engine, flight, counted
@@ -374,7 +404,7 @@ class Exchange:
         return self._flight.results
 
     def wait(self) -> list[torch.Tensor]:
-        """Codes and scales, a row of each rank."""
+        """Codes and scales, a row of each rank; or whole parameters."""
         arrived = self._flight.wait()
         self._engine.traffic.exposed[self._counted] += self._flight.exposed_seconds
         return arrived

@@ -29,8 +29,9 @@ class ParamSpec:
     ``shape`` is the full shape; ``layout`` says how ranks hold it: ``shard`` (rows divided over ``shard_axis``),
     ``replicate`` (a whole copy as a ``Replicate`` DTensor) or ``plain`` (a whole plain tensor). The graph computes in
     ``compute_dtype``, which is also what gathers send; gradients are reduced in ``reduce_dtype`` over ``shard_axis``
-    and, in hybrid sharding, over ``replicate_axis`` as well. ``on_host``: its shard waits on the host, with its gradient and
-    its optimiser's states.
+    and, in hybrid sharding, over ``replicate_axis`` as well. ``node_axis``: whole copies are divided a second time over
+    the ranks of a node, a part of ``shard_axis``, for the backward's gathers. ``on_host``: its shard waits on the host, with
+    its gradient and its optimiser's states.
     """
 
     key: str
@@ -45,6 +46,7 @@ class ParamSpec:
     trains: bool
     engine: Engine
     on_host: bool = False
+    node_axis: Axis | None = None
     param: Callable[[], torch.nn.Parameter | None] = field(default=lambda: None)
 
     @property

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Literal
 
 from dspass.runtime.axis import Axis
@@ -35,12 +36,13 @@ class Collective:
     bytes: int
 
 
-def gather_cost(specs: Sequence[ParamSpec], direction: Direction) -> Collective | None:
-    """The all-gather of a bucket of sharded parameters, or None where one rank holds everything."""
-    axis = specs[0].shard_axis
+def gather_cost(specs: Sequence[ParamSpec], direction: Direction, in_node: bool = False) -> Collective | None:
+    """The all-gather of a bucket of sharded parameters, over the ranks of a node with ``in_node``; None where one rank holds
+    everything."""
+    axis = specs[0].node_axis if in_node else specs[0].shard_axis
     if axis is None or axis.size == 1:
         return None
-    padded = sum(s.padded_numel * s.compute_dtype.itemsize for s in specs)
+    padded = sum(axis.padded_rows(s.shape[0]) * prod(s.shape[1:]) * s.compute_dtype.itemsize for s in specs)
     return Collective("all-gather", direction, axis.name, axis.size, padded * (axis.size - 1) // axis.size)
 
 

@@ -18,6 +18,7 @@ from dspass.passes.base import PassContext
 from dspass.passes.bucket_gathers import BucketGathers
 from dspass.passes.bucket_reductions import BucketReductions
 from dspass.passes.expose_parameters import ExposeParameters
+from dspass.passes.gather_in_node import GatherInNode
 from dspass.passes.honour_wishes import HonourWishes
 from dspass.passes.nodes import (
     REDUCE_GRAD,
@@ -27,6 +28,7 @@ from dspass.passes.nodes import (
     gather_wait,
     insert_pair,
     items_of,
+    keep_in_node,
     positions,
     reduce_start,
     reduce_wait,
@@ -371,6 +373,17 @@ class ShardsExchanged(OffloadParameters):
                     shards = [other if n is one else one if n is other else n for n in start.args[0]]
                     start.args = (shards, *start.args[1:])
                     return graph
+        return graph
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptUnderAnotherName(GatherInNode):
+    """Rows of two parameters of one shape are kept under each other's keys."""
+
+    def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
+        graph = super().run(graph, ctx)
+        for kept in calls(graph, keep_in_node):
+            kept.args = (kept.args[0], list(reversed(kept.args[1])))
         return graph
 
 

@@ -36,6 +36,7 @@ from dspass.passes.nodes import (
     gather_start,
     gather_wait,
     is_packed,
+    keep_in_node,
     reduce_start,
     reduce_wait,
     wait_of,
@@ -145,6 +146,7 @@ class Wished(nn.Module):
 TOYS: Mapping[str, type[nn.Module]] = {
     "hosted": Mlp,
     "offloaded": Mlp,
+    "in_node": Mlp,
     "quantised": Mlp,
     "quantised_uneven": Uneven,
     "quantised_early": EarlyViews,
@@ -226,8 +228,12 @@ OFFLOADED = {
 HOSTED = options()
 HOSTED["zero_optimization"]["offload_param"] = {"device": "cpu"}
 
+#: Nodes of two ranks, which divide what was gathered a second time.
+IN_NODE = options()
+IN_NODE["zero_optimization"]["zero_hpz_partition_size"] = 2
+
 #: The configuration that a toy needs, where it is not :func:`options`.
-CONFIGS = {"offloaded": OFFLOADED, "hosted": HOSTED}
+CONFIGS = {"offloaded": OFFLOADED, "hosted": HOSTED, "in_node": IN_NODE}
 
 
 def capture(name: str, world: int = 2, config: Mapping[str, Any] | None = None) -> Toy:
@@ -351,6 +357,13 @@ def rows_of(spec: ParamSpec, full: torch.Tensor, rank: int) -> torch.Tensor:
     return full.narrow(0, start, count)
 
 
+def rows_in_node(spec: ParamSpec, full: torch.Tensor, rank: int) -> torch.Tensor:
+    assert spec.node_axis is not None
+    if tuple(full.shape) != spec.shape:
+        raise CheckError(f"{spec.key} is kept from something else than its whole: {tuple(full.shape)}")
+    return full.narrow(0, *spec.node_axis.rows(spec.shape[0], rank % spec.node_axis.size))
+
+
 def _whole(key: str, shards: PerRank) -> PerRank:
     spec = lookup(key)
     full = torch.cat(list(shards)) if spec.layout == "shard" else shards[0]
@@ -418,6 +431,12 @@ def _call(node: fx.Node, values: Mapping[fx.Node, Any], world: int, trace: Trace
             return Flight("gather" if gathers else "reduce", [_rows(g, gathers) for g in given])
         work = _whole if gathers else _mean
         return Flight("gather" if gathers else "reduce", [work(k, g) for k, g in zip(node.args[1], given, strict=True)])
+    if node.target is keep_in_node:
+        whole = PerRank(_of_rank(first, values, r) for r in range(world))
+        kept = [
+            [rows_in_node(lookup(k), v, r) for k, v in zip(node.args[1], whole[r], strict=True)] for r in range(world)
+        ]
+        return PerRank(kept)
     if node.target in (gather_wait, reduce_wait):
         flight = values[first]
         kind = "gather" if node.target is gather_wait else "reduce"

@@ -47,6 +47,7 @@ MISTAKES: list[tuple[type[Pass], str, type[Exception], str]] = [
     (broken.ReadBeforeItsWait, "mlp", CheckError, r"reduce_start\w* is read before it has arrived"),
     (broken.BucketStartsEarly, "mlp", PassError, r"'bucket_reductions' left a graph that does not lint"),
     (broken.ShardsExchanged, "hosted/100000", CheckError, r"differs"),
+    (broken.KeptUnderAnotherName, "in_node", CheckError, r"is kept from something else than its whole"),
     (broken.PartsExchanged, "quantised_early", CheckError, r"differs"),
     (broken.CodesSummed, "quantised", CheckError, r"the gradient of .* differs"),
     (broken.HostValuesExchanged, "offloaded", CheckError, r"differs"),

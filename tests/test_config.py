@@ -371,7 +371,6 @@ def test_errors_name_the_key(options: dict, key: str, says: str) -> None:
             {"zero_optimization": {"zero_quantized_nontrainable_weights": True}},
             "zero_optimization.zero_quantized_nontrainable_weights",
         ),
-        ({"zero_optimization": {"zero_hpz_partition_size": 8}}, "zero_optimization.zero_hpz_partition_size"),
         ({"expert_parallel": {"enabled": True, "autoep_size": 2}}, "expert_parallel.enabled"),
         ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel.autotp_size"),
         ({"pipeline": {"stages": 2}}, "pipeline.stages"),
@@ -400,7 +399,7 @@ def test_what_is_not_built_may_be_off() -> None:
         "zero_optimization": {
             "offload_param": None,
             "zero_quantized_nontrainable_weights": False,
-            "zero_hpz_partition_size": 1,
+            "zeropp_loco_param": None,
         },
         "elasticity": {"enabled": False},
         "compression_training": {"weight_quantization": {"shared_parameters": {"enabled": False}}},

@@ -26,6 +26,7 @@ from dspass.passes.bucket_reductions import BucketReductions
 from dspass.passes.cost import compute_seconds, estimate
 from dspass.passes.devices import Device
 from dspass.passes.expose_parameters import ExposeParameters
+from dspass.passes.gather_in_node import GatherInNode
 from dspass.passes.honour_wishes import HonourWishes
 from dspass.passes.nodes import calls, gather_start, reduce_start, reduce_wait, wait_of
 from dspass.passes.offload_parameters import OffloadParameters
@@ -74,6 +75,8 @@ def toy_of(name: str, world: int = 2, bucket_bytes: int = 256) -> Toy:
     if name.startswith("quantised"):
         said["zero_optimization"] |= {"zero_quantized_weights": True, "zero_quantized_gradients": True}
         said["dspass"] |= {"quantise": {"block": 16}}
+    if name == "in_node":
+        said["zero_optimization"] |= {"zero_hpz_partition_size": 2}
     if name == "hosted":
         said["zero_optimization"] |= {"offload_param": {"device": "cpu"}}
     return replace(_captured(name, world), config=Config.load(said))
@@ -153,6 +156,10 @@ CASES: dict[type[Pass], Case] = {
         golden=(("hosted", "forward"), ("hosted", "backward")),
         declines=("mlp", "forward", "no shard waits on the host"),
     ),
+    GatherInNode: Case(
+        golden=(("in_node", "forward"), ("in_node", "backward")),
+        declines=("mlp", "forward", "no second shard in the node"),
+    ),
     QuantiseGathers: Case(
         golden=(("quantised", "forward"), ("quantised_uneven", "backward")), declines=("mlp", "forward", "switched off")
     ),
@@ -213,6 +220,7 @@ def test_the_numbers_stay(cls: type[Pass]) -> None:
         "wished",
         "offloaded",
         "hosted",
+        "in_node",
         "quantised",
         "quantised_uneven",
     ):

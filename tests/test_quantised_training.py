@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 import dspass
+from dspass.config import Config, ConfigError
 from dspass.engines import engine_of
 from dspass.runtime.axis import Axis
 from tests.models import MODELS
@@ -246,6 +247,88 @@ def test_a_prediction_for_a_gpu_leaves_hidden_buckets_whole() -> None:
     assert formats["all"] == {"int8"}
     assert "int8" in formats["exposed"]
     assert sum(t.bytes for t in reports["all"].traffic) <= sum(t.bytes for t in reports["exposed"].traffic)
+
+
+def _in_node(size: int, weights: str | None) -> dict[str, Any]:
+    config = few_bits(weights=weights) if weights else zero(3, dspass={"bucket_bytes": 20_000})
+    config["zero_optimization"] |= {"zero_hpz_partition_size": size, "zero_quantized_gradients": False}
+    return config
+
+
+@without_inductor
+def _with_a_second_shard(size: int, weights: str | None, calls: int = 2) -> dict[str, Any]:
+    torch.manual_seed(0)
+    build, batches = MODELS["gpt"]
+    model = build()
+    compiled: Any = torch.compile(model, backend="deepspeed", options=_in_node(size, weights))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    draw, losses = torch.Generator().manual_seed(1), []
+    for _ in range(3):
+        for _ in range(calls):
+            data = [batches(draw, r, 0) for r in range(dist.get_world_size())]
+            loss = call(compiled, data[dist.get_rank()])
+            loss.backward()
+            losses.append(loss.item())
+        with torch.no_grad():
+            losses.append(call(compiled, data[dist.get_rank()]).item())  # an evaluation in between
+        optimizer.step()
+        optimizer.zero_grad()
+    engine = engine_of(model)
+    assert engine is not None
+    traffic = {(t.kind, t.direction, t.group): t.bytes for t in dspass.explain(model).traffic}
+    return {"losses": losses, "traffic": traffic, "kept": sum(c.nbytes for c in engine.resident_copies())}
+
+
+@pytest.mark.parametrize(("ranks", "size"), [(4, 2), (2, 2)])
+@pytest.mark.parametrize("weights", [None, "int8"])
+def test_backwards_gather_in_the_node_and_numbers_stay(ranks: int, size: int, weights: str | None) -> None:
+    """Bitwise: what is kept is what was gathered."""
+    plain, kept = (run(ranks, _with_a_second_shard, n, weights) for n in (1, size))
+    for one, other in zip(plain, kept, strict=True):
+        assert one["losses"] == other["losses"]
+        assert other["kept"] == 0  # the optimiser's step has made it stale
+        backward = {
+            group: count
+            for (kind, way, group), count in other["traffic"].items()
+            if way == "backward" and kind == "all-gather"
+        }
+        assert set(backward) == {"node"}
+        whole = one["traffic"]["all-gather", "backward", "data"]
+        if weights is None:  # (size - 1) / size of a copy instead of (ranks - 1) / ranks; rows are filled up otherwise
+            assert backward["node"] <= 1.1 * whole * (size - 1) / size * ranks / (ranks - 1)
+
+
+def test_a_second_shard_is_predicted_as_it_is_measured() -> None:
+    config: dict[str, Any] = {
+        "zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2, "zero_quantized_weights": True},
+        "dspass": {"bucket_bytes": 400_000},
+    }
+    model, args, _ = gpt()
+    predicted = dspass.explain(model, *args, config=config, world_size=2)
+    torch._dynamo.reset()
+    for one in run(2, _measured, config):
+        assert abs(predicted.memory.peak_bytes / one["peak"] - 1) < 0.05
+        assert [(t.kind, t.direction, t.calls, t.bytes) for t in predicted.traffic] == one["traffic"]
+
+
+def test_a_node_that_does_not_divide_the_ranks_is_refused() -> None:
+    model, args, _ = gpt()
+    with pytest.raises(
+        ConfigError, match=r"zero_hpz_partition_size: 3 does not divide the 4 ranks use one of \[1, 2, 4\]"
+    ):
+        dspass.explain(model, *args, config=_in_node(3, None), world_size=4)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"mics_shard_size": 2}, "mics_shard_size already shards"),
+        ({"offload_param": {"device": "cpu"}}, "wait on the host"),
+    ],
+)
+def test_a_second_shard_is_refused_where_it_has_no_use(more: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Config.load({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2, **more}})
 
 
 def test_a_collective_in_few_bits_is_charged_with_codes_and_scales() -> None:
