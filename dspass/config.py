@@ -251,7 +251,8 @@ KEYS: tuple[Key, ...] = (
          choices=("none", "cpu")),
     _act("zero_optimization.zero_hpz_partition_size", "zero_hpz_partition_size", "integer", 1, "ranks",
          "Ranks of a node, consecutive ones, that divide what the forward gathered a second time, and gather it from each "
-         "other in the backward. It takes the model in compute precision, divided by these ranks, on each rank. 1: no second shard.",
+         "other in the backward. It takes the model in compute precision, divided by these ranks, on each rank. 1: no second "
+         "shard.",
          low=1, stages=(3,)),
     _act("zero_optimization.zero_quantized_weights", "zero_quantized_weights", "flag", None, "",
          "Gathers that compute does not hide travel as `dspass.quantise.weights`, which is `int8` unless written. Parameters "

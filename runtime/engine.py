@@ -159,7 +159,7 @@ class Engine:
             param, axis = spec.param(), spec.node_axis
             assert param is not None
             assert axis is not None
-            state = _state(param.to_local())  # type: ignore[attr-defined]
+            state = _state(param.to_local())
             known = self._in_node.get(spec.key)
             if known is None or known[0] != state:
                 self._in_node[spec.key] = state, full.narrow(0, *axis.rows(spec.shape[0])).clone()
