@@ -215,7 +215,9 @@ def _exposed_share(joint: fx.Graph, on: devices.Device) -> float:
     if not on.overlaps:
         return 1.0
     specs = [lookup(n.meta[GATHERED][0]) for n in joint.find_nodes(op="placeholder") if GATHERED in n.meta]
-    gathers = [gather_cost([s], "backward", in_node=s.node_axis is not None) for s in specs if is_gathered(s)]
+    gathers = [
+        gather_cost([s], "backward", "node" if s.node_axis is not None else None) for s in specs if is_gathered(s)
+    ]
     costs = [*(c for c in gathers if c is not None), *(c for s in specs if s.trains for c in reduce_cost([s]))]
     sent = sum(c.bytes / on.link_of(c.group_size) for c in costs)
     return max(0.0, 1.0 - cost.estimate(joint, on).compute * 2 / 3 / sent) if sent else 0.0

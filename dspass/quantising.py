@@ -7,6 +7,7 @@ know the same and quantise the same buckets. Dropped: to measure at each step, w
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from math import prod
 from typing import Any
 
 import torch
@@ -15,8 +16,8 @@ import torch.fx as fx
 from torch._subclasses import FakeTensor
 
 from dspass.config import Config
-from dspass.passes.nodes import calls, gather_start, is_packed, reduce_start, specs_of
-from dspass.passes.packed import sizes_of
+from dspass.passes.nodes import calls, gather_start, is_packed, over_of, reduce_start, specs_of
+from dspass.passes.packed import QUANTISE, sizes_of
 from dspass.passes.quantise_gathers import QuantiseGathers
 from dspass.pipeline import build
 from dspass.report import Direction, QuantisedTensor
@@ -84,28 +85,31 @@ def _of_graph(direction: Direction, graph: fx.Graph, engine: Engine) -> Iterator
         gathers, specs = start.target is gather_start, specs_of(start)
         if specs[0].engine is not engine or specs[0].layout != "shard":
             continue
-        axis = specs[0].shard_axis
-        assert axis is not None
-        chunks = 1 if gathers else axis.size
-        for spec, size in zip(specs, sizes_of(specs), strict=True):
+        axis, format = specs[0].axis(over_of(start)), start.args[2] if is_packed(start) else None
+        sizes = (
+            [axis.padded_rows(s.shape[0]) // axis.size * prod(s.shape[1:]) for s in specs]
+            if gathers
+            else sizes_of(specs)
+        )
+        for spec, size in zip(specs, sizes, strict=True):
+            chunks = 1 if gathers else axis.size
             whole = chunks * size * (spec.compute_dtype if gathers else spec.reduce_dtype).itemsize
-            format, sent = _packed(start, size)
             yield QuantisedTensor(
                 name=spec.name,
                 kind="gather" if gathers else "reduction",
                 direction=direction,
                 format=format,
                 whole_bytes=whole,
-                sent_bytes=whole if format is None else chunks * sent,
+                sent_bytes=whole if format is None else chunks * _packed_bytes(start, size),
                 relative_error=engine.quantised_errors.get(spec.key) if gathers else None,
             )
 
 
-def _packed(start: Any, size: int) -> tuple[str | None, int]:
-    """What the values of a bucket travel as, and the bytes of ``size`` of them with their scales."""
-    if not is_packed(start):
-        return None, 0
-    codes, format = start.args[0][0], start.args[2]
-    block = codes.args[0].args[4]
+def _packed_bytes(start: Any, size: int) -> int:
+    """Of ``size`` values of a bucket with their scales."""
+    packed = start.args[0][0]
+    while packed.target is not QUANTISE:
+        packed = packed.args[0]
+    format, block = packed.args[3:5]
     count = blocks_of(size, block)
-    return format, format_of(format).code_bytes(count * block) + 4 * count
+    return format_of(format).code_bytes(count * block) + 4 * count

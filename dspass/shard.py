@@ -139,11 +139,11 @@ def axes_of(mesh: DeviceMesh) -> tuple[Axis, Axis | None]:
     return _axis("shard", mesh, 1), _axis("replicate", mesh, 0)
 
 
-def node_axis_of(mesh: DeviceMesh, config: Config) -> Axis | None:
-    """The ranks of this rank's node, which hold what was gathered a second time; None where nobody does."""
+def node_axes_of(mesh: DeviceMesh, config: Config) -> tuple[Axis, Axis] | tuple[None, None]:
+    """The ranks of this rank's node, which hold what was gathered a second time, and those of its place in all nodes."""
     size, world = config.zero.zero_hpz_partition_size, mesh.size()
     if size == 1 or config.zero.stage != 3:
-        return None
+        return None, None
     if world % size:
         divisors = [d for d in range(1, world + 1) if world % d == 0]
         raise ConfigError(
@@ -153,7 +153,7 @@ def node_axis_of(mesh: DeviceMesh, config: Config) -> Axis | None:
         )
     with compat.without_fake_mode():
         nodes = init_device_mesh(mesh.device_type, (world // size, size), mesh_dim_names=("across", "node"))
-    return _axis("node", nodes, 1)
+    return _axis("node", nodes, 1), _axis("across", nodes, 0)
 
 
 _axes: weakref.WeakKeyDictionary[dist.ProcessGroup, Axis] = weakref.WeakKeyDictionary()
@@ -194,7 +194,7 @@ def place(
         )
     refuse_stale(heap, params.values())
     shard_axis, replicate_axis = axes_of(mesh)
-    node_axis = node_axis_of(mesh, config)
+    node_axis, across_axis = node_axes_of(mesh, config)
     replaced: dict[int, tuple[nn.Parameter, nn.Parameter, Any]] = {}
     specs: dict[int, ParamSpec] = {}
     for name, param in params.items():
@@ -221,6 +221,7 @@ def place(
             engine=engine,
             on_host=on_host,
             node_axis=node_axis if layout == "shard" else None,
+            across_axis=across_axis if layout == "shard" else None,
             param=weakref.ref(new),
         )
         engine.add(spec)

@@ -31,7 +31,7 @@ from dspass.passes.kernels import (
     leaves,
     size_of,
 )
-from dspass.passes.nodes import gather_start, gather_wait, is_in_node, is_packed, reduce_start, reduce_wait, specs_of
+from dspass.passes.nodes import gather_start, gather_wait, is_packed, over_of, reduce_start, reduce_wait, specs_of
 from dspass.passes.onednn_products import fits
 from dspass.runtime.host import offload_start, offload_wait, reload_start, reload_wait
 from dspass.runtime.linear import LINEAR
@@ -92,11 +92,13 @@ def _collectives(start: fx.Node, on: Device) -> list[tuple[str, str, float]]:
     if is_packed(start):
         sent = sum(map(size_of, start.args[0]))
         reduces = start.target is reduce_start
-        costs = [packed_reduce_cost(specs, sent) if reduces else packed_gather_cost(specs, sent, "forward")]
+        costs = [
+            packed_reduce_cost(specs, sent, over_of(start)) if reduces else packed_gather_cost(specs, sent, "forward")
+        ]
     elif start.target is reduce_start:
         costs = reduce_cost(specs)
     else:
-        cost = gather_cost(specs, "forward", is_in_node(start))
+        cost = gather_cost(specs, "forward", over_of(start))
         costs = [cost] if cost is not None else []
     return [(c.kind, c.direction, on.latency + c.bytes / on.link_of(c.group_size)) for c in costs]
 

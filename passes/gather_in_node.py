@@ -35,7 +35,7 @@ class GatherInNode(Pass):
             ctx.say("no second shard in the node")
         elif ctx.where == "backward":
             for start in starts:
-                start.args = (*start.args[:2], None, True)
+                start.args = (*start.args[:2], None, "node")
             ctx.say(f"{len(starts)} gathers stay in the node")
         elif not ctx.trains:
             ctx.say("no backward follows")

@@ -10,7 +10,7 @@ import torch
 import torch.fx as fx
 
 from dspass.runtime.collectives import gather_start, gather_wait, keep_in_node, reduce_start, reduce_wait
-from dspass.runtime.params import ParamSpec, lookup
+from dspass.runtime.params import Over, ParamSpec, lookup
 
 UNSHARD = torch.ops.dspass.unshard.default
 REDUCE_GRAD = torch.ops.dspass.reduce_grad.default
@@ -50,15 +50,15 @@ def is_packed(start: fx.Node) -> bool:
     return len(start.args) > 2 and start.args[2] is not None
 
 
-def is_in_node(start: fx.Node) -> bool:
-    """Whether a ``gather_start`` is made of what the ranks of this node keep."""
-    return len(start.args) > 3 and start.args[3] is True
+def over_of(start: fx.Node) -> Over:
+    """Which ranks a ``gather_start`` or ``reduce_start`` goes over, where that is a part of its axis."""
+    return start.args[3] if len(start.args) > 3 else None
 
 
 def open_starts(graph: fx.Graph, target: Any) -> list[fx.Node]:
     """Each ``gather_start``, or ``reduce_start``, in order, that passes may still join, move or feed otherwise: what it sends
     is whole, and is not kept in the node."""
-    return [start for start in sorted(calls(graph, target)) if not is_packed(start) and not is_in_node(start)]
+    return [start for start in sorted(calls(graph, target)) if not is_packed(start) and over_of(start) is None]
 
 
 def wait_of(start: fx.Node) -> fx.Node:
@@ -127,12 +127,12 @@ __all__ = [
     "gather_start",
     "gather_wait",
     "insert_pair",
-    "is_in_node",
     "is_packed",
     "items_of",
     "keep_in_node",
     "merge_pairs",
     "open_starts",
+    "over_of",
     "positions",
     "reduce_start",
     "reduce_wait",

@@ -94,6 +94,13 @@ def item_of(graph: fx.Graph, source: fx.Node, index: int, value: torch.Tensor) -
     return item
 
 
+def view_of(graph: fx.Graph, source: fx.Node, value: torch.Tensor) -> fx.Node:
+    """``source`` as a view that has the shape of ``value``, a matrix."""
+    view = graph.call_function(torch.ops.aten.view.default, (source, [value.shape[0], -1]))
+    view.meta["val"] = value
+    return view
+
+
 def shaped(graph: fx.Graph, source: fx.Node, index: int, shape: Sequence[int], meta: dict[str, Any]) -> fx.Node:
     """The tensor of ``shape``, described by ``meta``, that result ``index`` of ``source`` begins with. Ranks fill their rows in
     order, so that what was filled up to be even stands at the end."""

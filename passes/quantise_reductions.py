@@ -5,11 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 import torch.fx as fx
 
 from dspass.passes.base import PassContext, Where
-from dspass.passes.nodes import items_of, open_starts, reduce_start, specs_of, wait_of
-from dspass.passes.packed import QUANTISE, SUM, QuantisingPass, item_of, nbytes, packed_values, shaped, sizes_of
+from dspass.passes.nodes import items_of, open_starts, reduce_start, reduce_wait, specs_of, wait_of
+from dspass.passes.packed import (
+    QUANTISE,
+    SUM,
+    QuantisingPass,
+    item_of,
+    nbytes,
+    packed_values,
+    shaped,
+    sizes_of,
+    view_of,
+)
 from dspass.runtime.params import lookup
 
 
@@ -20,6 +31,9 @@ class QuantiseReductions(QuantisingPass):
     number.
 
     So a value is rounded to few bits once, however many ranks there are; quantising around a ring would do so at each of them.
+    Where there are nodes (``zero_hpz_partition_size``) it is rounded twice: gradients are summed inside of the node first, and
+    only their sums, divided over its ranks, go across. Chunks stand in the order that this needs from the start, which is
+    ZeRO++'s swizzle.
     A NaN or an infinity of any rank is a NaN in its whole block behind the sum, where loss scaling sees it.
     """
 
@@ -33,37 +47,85 @@ class QuantiseReductions(QuantisingPass):
             ctx.say("switched off" if self.format is None else "no reductions here")
             return graph
         taken, left = self.taken(graph, starts, ctx, _has_replicas)
-        sent = [self._quantise(graph, start, self.format) for start in taken]
+        ends = [wait_of(start) for start in taken[1:]] + graph.find_nodes(op="output")
+        sent = [self._quantise(graph, start, self.format, end) for start, end in zip(taken, ends, strict=False)]
         done = f"{len(taken)} of {len(starts)} reductions" + (f" as {self.smaller(sent)}" if sent else "")
         ctx.say("; ".join([done, *left]))
         return graph
 
-    def _quantise(self, graph: fx.Graph, start: fx.Node, format: str) -> tuple[int, int]:
-        """Rewrite one bucket; answers the bytes of what was sent before, and is now."""
+    def _quantise(self, graph: fx.Graph, start: fx.Node, format: str, later: fx.Node) -> tuple[int, int]:
+        """Rewrite one bucket, whose second step, if there is one, ends before ``later``; answers the bytes of what was sent
+        before, and is now."""
         grads, keys, wait = start.args[0], start.args[1], wait_of(start)
-        specs, items = specs_of(start), items_of(wait)
-        sizes, axis = sizes_of(specs), specs[0].shard_axis
-        assert axis is not None
-        like = start.meta["val"][0]
-        rows = packed_values(like, axis.size, sizes, format, self.block)
+        specs, items, like = specs_of(start), items_of(wait), start.meta["val"][0]
+        sizes, world = sizes_of(specs), specs[0].axis(None).size
+        node, across = specs[0].node_axis, specs[0].across_axis
+        nodes = across.size if node is not None and across is not None and node.size > 1 else 1
+        rows = packed_values(like, world, sizes, format, self.block)
         with graph.inserting_before(start):
-            packed = graph.call_function(QUANTISE, (list(grads), sizes, axis.size, format, self.block))
-            packed.meta["val"] = tuple(rows)
-            sent = [item_of(graph, packed, i, value) for i, value in enumerate(rows)]
-        start.args = (sent, keys, format)
+            swizzle = (nodes,) if nodes > 1 else ()
+            sent = self._packed(graph, list(grads), sizes, world, format, rows, swizzle)
+            if nodes > 1:
+                rows = [value.view(world // nodes, -1) for value in rows]
+                sent = [view_of(graph, one, value) for one, value in zip(sent, rows, strict=True)]
+        start.args = (sent, keys, format, *(["node"] if nodes > 1 else []))
         start.meta["val"] = wait.meta["val"] = rows
-        dtype = specs[0].dtype
-        with graph.inserting_before(wait.next):
-            arrived = [item_of(graph, wait, i, value) for i, value in enumerate(rows)]
-            mean = graph.call_function(SUM, (*arrived, sizes, format, self.block, 1 / axis.size, dtype))
-            mean.meta["val"] = [like.new_empty((size,), dtype=dtype) for size in sizes]
+        place, count = wait.next, nbytes(rows)
+        if nodes > 1:
+            with graph.inserting_before(place):
+                sums = self._sum(graph, wait, sizes * nodes, format, 1.0, torch.float32)
+                parts = [item_of(graph, sums, i, value) for i, value in enumerate(sums.meta["val"])]
+                joined = [_joined(graph, parts[i :: len(sizes)]) for i in range(len(sizes))]
+                rows = packed_values(like, nodes, sizes, format, self.block)
+                sent = self._packed(graph, joined, sizes, nodes, format, rows)
+                second = graph.call_function(reduce_start, (sent, keys, format, "across"))
+            # Before the next bucket's: nothing is waited for right behind its start.
+            is_free = all(user.op == "output" for item in items if item is not None for user in item.users)
+            with graph.inserting_before(later if is_free else place):
+                wait = graph.call_function(reduce_wait, (second,))
+            second.meta["val"] = wait.meta["val"] = rows
+            place, count = wait.next, count + nbytes(rows)
+        with graph.inserting_before(place):
+            mean = self._sum(graph, wait, sizes, format, 1 / world, specs[0].dtype)
             for i, (key, item) in enumerate(zip(keys, items, strict=True)):
                 if item is not None:
                     item.replace_all_uses_with(shaped(graph, mean, i, lookup(key).local_shape, item.meta))
         for item in items:
             if item is not None:
                 graph.erase_node(item)
-        return sum(size * axis.size * specs[0].reduce_dtype.itemsize for size in sizes), nbytes(rows)
+        return sum(size * world * specs[0].reduce_dtype.itemsize for size in sizes), count
+
+    def _packed(
+        self,
+        graph: fx.Graph,
+        tensors: list[fx.Node],
+        sizes: list[int],
+        chunks: int,
+        format: str,
+        rows: list[torch.Tensor],
+        swizzle: tuple[int, ...] = (),
+    ) -> list[fx.Node]:
+        """Codes and scales of ``tensors``, in ``chunks`` rows."""
+        packed = graph.call_function(QUANTISE, (tensors, sizes, chunks, format, self.block, *swizzle))
+        packed.meta["val"] = tuple(rows)
+        return [item_of(graph, packed, i, value) for i, value in enumerate(rows)]
+
+    def _sum(
+        self, graph: fx.Graph, wait: fx.Node, sizes: list[int], format: str, factor: float, dtype: torch.dtype
+    ) -> fx.Node:
+        """Of what has arrived the sums over ranks, times ``factor``."""
+        values = wait.meta["val"]
+        arrived = [item_of(graph, wait, i, value) for i, value in enumerate(values)]
+        sums = graph.call_function(SUM, (*arrived, sizes, format, self.block, factor, dtype))
+        sums.meta["val"] = [values[1].new_empty((size,), dtype=dtype) for size in sizes]
+        return sums
+
+
+def _joined(graph: fx.Graph, parts: list[fx.Node]) -> fx.Node:
+    """Of one gradient what goes to each node, one after another."""
+    joined = graph.call_function(torch.ops.aten.cat.default, (parts,))
+    joined.meta["val"] = torch.cat([part.meta["val"] for part in parts])
+    return joined
 
 
 def _has_replicas(start: fx.Node) -> str | None:

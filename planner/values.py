@@ -177,7 +177,7 @@ def _gather_seconds(node: fx.Node, on: Device) -> float:
     """Of a whole parameter alone; its part of a bucket's latency is not counted."""
     if GATHERED not in node.meta or not is_gathered(spec := lookup(node.meta[GATHERED][0])):
         return 0.0
-    cost = gather_cost([spec], "backward", in_node=spec.node_axis is not None)
+    cost = gather_cost([spec], "backward", "node" if spec.node_axis is not None else None)
     return cost.bytes / on.link_of(cost.group_size) if cost is not None else 0.0
 
 

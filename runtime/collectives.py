@@ -16,7 +16,7 @@ import torch
 
 from dspass.runtime.engine import Exchange, Gather, Reduction
 from dspass.runtime.host import offload_start, offload_wait, reload_start, reload_wait
-from dspass.runtime.params import lookup
+from dspass.runtime.params import Over, lookup
 
 
 @torch.library.custom_op("dspass::unshard", mutates_args=())
@@ -60,14 +60,14 @@ torch.library.register_autograd("dspass::unshard", _unshard_backward, setup_cont
 
 
 def gather_start(
-    shards: list[torch.Tensor], keys: list[str], format: str | None = None, in_node: bool = False
+    shards: list[torch.Tensor], keys: list[str], format: str | None = None, over: Over = None
 ) -> Gather | Exchange:
     """Begin the all-gather of a bucket. Nothing may read the result before :func:`gather_wait`. With ``format`` the bucket
-    has been quantised: instead of shards there are its codes and its scales. With ``in_node`` it is made of what the ranks of
+    has been quantised: instead of shards there are its codes and its scales. ``over`` "node" it is made of what the ranks of
     this node kept (:func:`keep_in_node`)."""
     specs = [lookup(key) for key in keys]
     engine = specs[0].engine
-    return engine.start_gather(specs, shards, in_node) if format is None else engine.start_packed_gather(specs, shards)
+    return engine.start_gather(specs, shards, over) if format is None else engine.start_packed_gather(specs, shards)
 
 
 def gather_wait(gather: Gather | Exchange) -> list[torch.Tensor]:
@@ -82,12 +82,14 @@ def keep_in_node(whole: list[torch.Tensor], keys: list[str]) -> list[torch.Tenso
     return specs[0].engine.keep_in_node(specs, whole)
 
 
-def reduce_start(grads: list[torch.Tensor], keys: list[str], format: str | None = None) -> Reduction | Exchange:
+def reduce_start(
+    grads: list[torch.Tensor], keys: list[str], format: str | None = None, over: Over = None
+) -> Reduction | Exchange:
     """Begin the reduction of a bucket of gradients. With ``format`` the bucket has been quantised: its codes and its scales,
-    with a row for each rank, are exchanged, and the graph sums what arrives."""
+    with a row for each rank ``over`` which they go, are exchanged, and the graph sums what arrives."""
     specs = [lookup(key) for key in keys]
     engine = specs[0].engine
-    return engine.start_reduce(specs, grads) if format is None else engine.start_packed_reduce(specs, grads)
+    return engine.start_reduce(specs, grads) if format is None else engine.start_packed_reduce(specs, grads, over)
 
 
 def reduce_wait(reduction: Reduction | Exchange) -> list[torch.Tensor]:

@@ -34,7 +34,7 @@ import torch
 
 from dspass.runtime import compat
 from dspass.runtime.host_states import HostStates
-from dspass.runtime.params import ParamSpec, register
+from dspass.runtime.params import Over, ParamSpec, register
 from dspass.runtime.program import Probe
 from dspass.runtime.stepping import Optimizer
 from dspass.runtime.traffic import (
@@ -46,7 +46,6 @@ from dspass.runtime.traffic import (
     packed_reduce_cost,
     reduce_cost,
     reduction_steps,
-    shared_axis,
 )
 from dspass.runtime.transport import InFlight, transport_for
 
@@ -112,15 +111,15 @@ class Engine:
     # -- gathers ---------------------------------------------------------------------------------------------------
 
     def start_gather(
-        self, specs: Sequence[ParamSpec], shards: Sequence[torch.Tensor], in_node: bool = False
+        self, specs: Sequence[ParamSpec], shards: Sequence[torch.Tensor], over: Over = None
     ) -> Gather | Exchange:
-        """Begin to make whole copies, in compute precision, of parameters that share an axis; with ``in_node`` of what the
+        """Begin to make whole copies, in compute precision, of parameters that share an axis; ``over`` "node" of what the
         ranks of this node kept, where each of ``specs`` was, and since the optimiser last stepped."""
-        if in_node:
+        if over is not None:
             kept = [self._in_node.get(spec.key) for spec in specs]
             fresh = [k[1] for k, shard in zip(kept, shards, strict=True) if k is not None and k[0] == _state(shard)]
             if len(fresh) == len(specs):
-                return self._gather_in_node(specs, fresh)
+                return self._gather_kept(specs, fresh, over)
         ready: dict[str, torch.Tensor] = {}
         missing: list[tuple[ParamSpec, torch.Tensor]] = []
         for spec, shard in zip(specs, shards, strict=True):
@@ -146,9 +145,8 @@ class Engine:
                 counted = self.traffic.add(cost) if cost is not None else None
         return Gather(self, [s.key for s in specs], ready, missing, flight, counted)
 
-    def _gather_in_node(self, specs: Sequence[ParamSpec], kept: Sequence[torch.Tensor]) -> Exchange:
-        axis, cost = specs[0].node_axis, gather_cost(specs, _direction(), in_node=True)
-        assert axis is not None
+    def _gather_kept(self, specs: Sequence[ParamSpec], kept: Sequence[torch.Tensor], over: Over) -> Exchange:
+        axis, cost = specs[0].axis(over), gather_cost(specs, _direction(), over)
         assert cost is not None
         flight = transport_for(axis, self.dry).all_gather(axis, kept, [spec.shape[0] for spec in specs])
         return Exchange(self, flight, self.traffic.add(cost))
@@ -156,9 +154,8 @@ class Engine:
     def keep_in_node(self, specs: Sequence[ParamSpec], whole: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Keep this rank's rows of whole copies, as they are divided over the ranks of a node."""
         for spec, full in zip(specs, whole, strict=True):
-            param, axis = spec.param(), spec.node_axis
+            param, axis = spec.param(), spec.axis("node")
             assert param is not None
-            assert axis is not None
             state = _state(param.to_local())
             known = self._in_node.get(spec.key)
             if known is None or known[0] != state:
@@ -167,21 +164,23 @@ class Engine:
 
     def start_packed_gather(self, specs: Sequence[ParamSpec], packed: Sequence[torch.Tensor]) -> Exchange:
         """Begin the all-gather of a bucket that the graph has quantised: each of ``packed`` is this rank's row."""
-        axis = shared_axis(specs)
+        axis = specs[0].axis(None)
         flight = transport_for(axis, self.dry).all_gather(axis, packed, [axis.size] * len(packed))
         cost = packed_gather_cost(specs, sum(p.nbytes for p in packed), _direction())
         return Exchange(self, flight, self.traffic.add(cost))
 
     # -- reductions ------------------------------------------------------------------------------------------------
 
-    def start_packed_reduce(self, specs: Sequence[ParamSpec], packed: Sequence[torch.Tensor]) -> Exchange:
+    def start_packed_reduce(
+        self, specs: Sequence[ParamSpec], packed: Sequence[torch.Tensor], over: Over = None
+    ) -> Exchange:
         """Begin the all-to-all of a bucket of gradients that the graph has quantised, and sums once it has arrived: row ``r``
         of each of ``packed`` is for rank ``r``. Only at stage 3, where no gradient of an earlier call waits to be added."""
         assert self.stage == 3
         self._is_last_backward()
-        axis = shared_axis(specs)
+        axis = specs[0].axis(over)
         flight = transport_for(axis, self.dry).all_to_all(axis, packed)
-        return Exchange(self, flight, self.traffic.add(packed_reduce_cost(specs, sum(p.nbytes for p in packed))))
+        return Exchange(self, flight, self.traffic.add(packed_reduce_cost(specs, sum(p.nbytes for p in packed), over)))
 
     def start_reduce(self, specs: Sequence[ParamSpec], grads: Sequence[torch.Tensor]) -> Reduction:
         """Begin to average gradients over ranks. Yields, for each, a gradient of the parameter's own local shape."""

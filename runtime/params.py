@@ -19,6 +19,9 @@ from dspass.runtime.axis import Axis
 if TYPE_CHECKING:
     from dspass.runtime.engine import Engine
 
+#: All ranks of a group, those of this rank's node, or those of its place in all nodes.
+Over = Literal["node", "across"] | None
+
 Layout = Literal["plain", "replicate", "shard"]
 
 
@@ -30,8 +33,8 @@ class ParamSpec:
     ``replicate`` (a whole copy as a ``Replicate`` DTensor) or ``plain`` (a whole plain tensor). The graph computes in
     ``compute_dtype``, which is also what gathers send; gradients are reduced in ``reduce_dtype`` over ``shard_axis``
     and, in hybrid sharding, over ``replicate_axis`` as well. ``node_axis``: whole copies are divided a second time over
-    the ranks of a node, a part of ``shard_axis``, for the backward's gathers. ``on_host``: its shard waits on the host, with
-    its gradient and its optimiser's states.
+    the ranks of a node, a part of ``shard_axis``, for the backward's gathers; ``across_axis`` are the ranks of the same place
+    in all nodes. ``on_host``: its shard waits on the host, with its gradient and its optimiser's states.
     """
 
     key: str
@@ -47,7 +50,14 @@ class ParamSpec:
     engine: Engine
     on_host: bool = False
     node_axis: Axis | None = None
+    across_axis: Axis | None = None
     param: Callable[[], torch.nn.Parameter | None] = field(default=lambda: None)
+
+    def axis(self, over: Over) -> Axis:
+        """The axis that a collective of a sharded parameter goes over."""
+        found = {None: self.shard_axis, "node": self.node_axis, "across": self.across_axis}[over]
+        assert found is not None, f"{self.name} is not divided over {over or 'any axis'}"
+        return found
 
     @property
     def local_shape(self) -> tuple[int, ...]:

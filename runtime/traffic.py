@@ -15,7 +15,7 @@ from math import prod
 from typing import Literal
 
 from dspass.runtime.axis import Axis
-from dspass.runtime.params import ParamSpec
+from dspass.runtime.params import Over, ParamSpec
 
 Kind = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all"]
 Direction = Literal["forward", "backward"]
@@ -36,10 +36,9 @@ class Collective:
     bytes: int
 
 
-def gather_cost(specs: Sequence[ParamSpec], direction: Direction, in_node: bool = False) -> Collective | None:
-    """The all-gather of a bucket of sharded parameters, over the ranks of a node with ``in_node``; None where one rank holds
-    everything."""
-    axis = specs[0].node_axis if in_node else specs[0].shard_axis
+def gather_cost(specs: Sequence[ParamSpec], direction: Direction, over: Over = None) -> Collective | None:
+    """The all-gather of a bucket of sharded parameters; None where one rank holds everything."""
+    axis = specs[0].shard_axis if over is None else specs[0].axis(over)
     if axis is None or axis.size == 1:
         return None
     padded = sum(axis.padded_rows(s.shape[0]) * prod(s.shape[1:]) * s.compute_dtype.itemsize for s in specs)
@@ -57,21 +56,14 @@ def reduce_cost(specs: Sequence[ParamSpec], direction: Direction = "backward") -
 
 def packed_gather_cost(specs: Sequence[ParamSpec], sent: int, direction: Direction) -> Collective:
     """The all-gather of a quantised bucket, of which this rank has ``sent`` bytes."""
-    axis = shared_axis(specs)
+    axis = specs[0].axis(None)
     return Collective("all-gather", direction, axis.name, axis.size, sent * (axis.size - 1))
 
 
-def packed_reduce_cost(specs: Sequence[ParamSpec], sent: int, direction: Direction = "backward") -> Collective:
+def packed_reduce_cost(specs: Sequence[ParamSpec], sent: int, over: Over = None) -> Collective:
     """The all-to-all of a quantised bucket of gradients, of ``sent`` bytes."""
-    axis = shared_axis(specs)
-    return Collective("all-to-all", direction, axis.name, axis.size, sent * (axis.size - 1) // axis.size)
-
-
-def shared_axis(specs: Sequence[ParamSpec]) -> Axis:
-    """The axis over which the parameters of a bucket are sharded."""
-    axis = specs[0].shard_axis
-    assert axis is not None, f"{specs[0].name} is not sharded"
-    return axis
+    axis = specs[0].axis(over)
+    return Collective("all-to-all", "backward", axis.name, axis.size, sent * (axis.size - 1) // axis.size)
 
 
 def reduction_steps(specs: Sequence[ParamSpec]) -> list[tuple[Axis, Kind, int]]:

@@ -37,6 +37,7 @@ from dspass.passes.nodes import (
     gather_wait,
     is_packed,
     keep_in_node,
+    over_of,
     reduce_start,
     reduce_wait,
     wait_of,
@@ -47,7 +48,7 @@ from dspass.passes.partition import partition
 from dspass.pipeline import build
 from dspass.runtime import compat
 from dspass.runtime.engine import Engine
-from dspass.runtime.params import ParamSpec, lookup
+from dspass.runtime.params import Over, ParamSpec, lookup
 from dspass.runtime.wish import WISH
 from dspass.shard import shard
 from dspass.wishes import keep, recompute
@@ -150,6 +151,7 @@ TOYS: Mapping[str, type[nn.Module]] = {
     "quantised": Mlp,
     "quantised_uneven": Uneven,
     "quantised_early": EarlyViews,
+    "in_nodes": Mlp,
     "mlp": Mlp,
     "tied": Tied,
     "early_views": EarlyViews,
@@ -233,7 +235,7 @@ IN_NODE = options()
 IN_NODE["zero_optimization"]["zero_hpz_partition_size"] = 2
 
 #: The configuration that a toy needs, where it is not :func:`options`.
-CONFIGS = {"offloaded": OFFLOADED, "hosted": HOSTED, "in_node": IN_NODE}
+CONFIGS = {"offloaded": OFFLOADED, "hosted": HOSTED, "in_node": IN_NODE, "in_nodes": IN_NODE}
 
 
 def capture(name: str, world: int = 2, config: Mapping[str, Any] | None = None) -> Toy:
@@ -317,7 +319,7 @@ class Trace:
 
 
 def _pack(
-    tensors: Sequence[torch.Tensor], sizes: Sequence[int], chunks: int, *_: Any
+    tensors: Sequence[torch.Tensor], sizes: Sequence[int], chunks: int, format: str, block: int, nodes: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As ``quantise_bucket``, but nothing is rounded: passes are tested for where values go, formats on their own
     (``tests/test_quantise.py``)."""
@@ -326,7 +328,9 @@ def _pack(
         flat = torch.zeros(chunks * size)
         flat[: tensor.numel()] = tensor.reshape(-1)
         rows.append(flat.view(chunks, size))
-    return torch.cat(rows, dim=1), torch.ones(chunks, 1)
+    codes = torch.cat(rows, dim=1)
+    order = [n * (chunks // nodes) + d for d in range(chunks // nodes) for n in range(nodes)]
+    return codes[order], torch.ones(chunks, 1)
 
 
 def _unpack(codes: torch.Tensor, scales: torch.Tensor, sizes: Sequence[int], *rest: Any) -> list[torch.Tensor]:
@@ -342,11 +346,21 @@ def _sum(codes: torch.Tensor, scales: torch.Tensor, sizes: Sequence[int], *rest:
 PACKING: dict[Any, Any] = {QUANTISE: _pack, DEQUANTISE: _unpack, SUM: _sum}
 
 
-def _rows(given: PerRank, gathers: bool) -> PerRank:
-    """Every rank's row on each rank, or each rank's rows for it."""
+def _together(spec: ParamSpec, over: Over, world: int) -> list[list[int]]:
+    """For each rank those that it exchanges with, in order, itself among them."""
+    if over is None:
+        return [list(range(world))] * world
+    node = spec.axis("node").size
+    if over == "node":
+        return [list(range(r // node * node, r // node * node + node)) for r in range(world)]
+    return [list(range(r % node, world, node)) for r in range(world)]
+
+
+def _rows(given: PerRank, gathers: bool, ranks: Sequence[Sequence[int]]) -> PerRank:
+    """Every rank's row on each rank, or each rank's rows for it, of those that are together."""
     if gathers:
-        return PerRank(torch.cat(list(given)) for _ in given)
-    return PerRank(torch.stack([rows[r] for rows in given]) for r in range(len(given)))
+        return PerRank(torch.cat([given[r] for r in mine]) for mine in ranks)
+    return PerRank(torch.stack([given[r][mine.index(rank)] for r in mine]) for rank, mine in enumerate(ranks))
 
 
 def rows_of(spec: ParamSpec, full: torch.Tensor, rank: int) -> torch.Tensor:
@@ -425,10 +439,12 @@ def _call(node: fx.Node, values: Mapping[fx.Node, Any], world: int, trace: Trace
     if node.target in (gather_start, reduce_start):
         assert isinstance(first, (list, tuple))
         gathers = node.target is gather_start
-        (trace.gathered if gathers else trace.reduced).update(node.args[1])
+        if over_of(node) != "across":  # the second step of what is reduced inside of nodes first
+            (trace.gathered if gathers else trace.reduced).update(node.args[1])
         given = [PerRank(_of_rank(n, values, r) for r in range(world)) for n in first]
         if is_packed(node):
-            return Flight("gather" if gathers else "reduce", [_rows(g, gathers) for g in given])
+            ranks = _together(lookup(node.args[1][0]), over_of(node), world)
+            return Flight("gather" if gathers else "reduce", [_rows(g, gathers, ranks) for g in given])
         work = _whole if gathers else _mean
         return Flight("gather" if gathers else "reduce", [work(k, g) for k, g in zip(node.args[1], given, strict=True)])
     if node.target is keep_in_node:

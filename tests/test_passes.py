@@ -65,21 +65,22 @@ GOLDEN = Path(__file__).parent / "golden"
 _captured = functools.cache(capture)
 
 
-def toy_of(name: str, world: int = 2, bucket_bytes: int = 256) -> Toy:
-    """Captured once. Buckets hold about two of the toys' weights unless said otherwise: there are several."""
+def toy_of(name: str, world: int = 0, bucket_bytes: int = 256) -> Toy:
+    """Captured once. Unless said otherwise on two ranks, or on four of two nodes, and with buckets of about two of the toys'
+    weights: there are several."""
     offload = {"name": "offload_saved", "min_bytes": 0, "bucket_bytes": 100}
     passes = ["...", offload, {"name": "onednn_products", "min_operations": 0}]
     said = options(bucket_bytes=bucket_bytes, passes=passes)
     if name == "offloaded":
         said["compile"] = {"offload_activation": True}
-    if name.startswith("quantised"):
+    if name.startswith("quantised") or name == "in_nodes":
         said["zero_optimization"] |= {"zero_quantized_weights": True, "zero_quantized_gradients": True}
         said["dspass"] |= {"quantise": {"block": 16}}
-    if name == "in_node":
+    if name.startswith("in_node"):
         said["zero_optimization"] |= {"zero_hpz_partition_size": 2}
     if name == "hosted":
         said["zero_optimization"] |= {"offload_param": {"device": "cpu"}}
-    return replace(_captured(name, world), config=Config.load(said))
+    return replace(_captured(name, world or (4 if name == "in_nodes" else 2)), config=Config.load(said))
 
 
 def around(toy: Toy, cls: type[Pass], where: Where) -> tuple[fx.Graph, Pass]:
@@ -164,7 +165,7 @@ CASES: dict[type[Pass], Case] = {
         golden=(("quantised", "forward"), ("quantised_uneven", "backward")), declines=("mlp", "forward", "switched off")
     ),
     QuantiseReductions: Case(
-        golden=(("quantised_uneven", "backward"),),
+        golden=(("quantised_uneven", "backward"), ("in_nodes", "backward")),
         declines=("mlp", "backward", "switched off"),
     ),
     OffloadSaved: Case(
@@ -221,6 +222,7 @@ def test_the_numbers_stay(cls: type[Pass]) -> None:
         "offloaded",
         "hosted",
         "in_node",
+        "in_nodes",
         "quantised",
         "quantised_uneven",
     ):
@@ -298,7 +300,7 @@ def test_every_pass_of_the_pipeline_has_a_case() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "world"), [*((name, 2) for name in TOYS), ("uneven", 3), ("mlp", 3), ("tied", 4), ("uneven", 4)]
+    ("name", "world"), [*((name, 0) for name in TOYS), ("uneven", 3), ("mlp", 3), ("tied", 4), ("uneven", 4)]
 )
 def test_the_pipeline_trains_as_one_process(name: str, world: int) -> None:
     check_step(toy_of(name, world))

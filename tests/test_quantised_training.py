@@ -39,8 +39,9 @@ def rounded(tensor: torch.Tensor, format: str) -> torch.Tensor:
 
 
 @without_inductor
-def _beside_rounding_by_hand(name: str, weights: str, gradients: str) -> tuple[float, float, int]:
-    """The largest relative differences of losses and of parameters, and how many parameters are divided."""
+def _beside_rounding_by_hand(name: str, weights: str, gradients: str, node: int = 1) -> tuple[float, float, int]:
+    """The largest relative differences of losses and of parameters, and how many parameters are divided. Where nodes have
+    several ranks, their sum is rounded once more."""
     build, batches = MODELS[name]
     rank, ranks = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
@@ -48,6 +49,7 @@ def _beside_rounding_by_hand(name: str, weights: str, gradients: str) -> tuple[f
     torch.manual_seed(0)
     model = build()
     config = few_bits(weights=weights, gradients=gradients)
+    config["zero_optimization"]["zero_hpz_partition_size"] = node
     dspass.shard(model, config)
     compiled = torch.compile(model, backend="deepspeed", options=config)
     ours, theirs = (torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, reference))
@@ -63,14 +65,19 @@ def _beside_rounding_by_hand(name: str, weights: str, gradients: str) -> tuple[f
                 if n in divided:
                     p.copy_(rounded(p, weights))
         sums = {n: torch.zeros_like(p) for n, p in reference.named_parameters()}
+        of_node = {n: torch.zeros_like(p) for n, p in reference.named_parameters()}
         for r in range(ranks):
             wanted = call(reference, data[r])
             wanted.backward()
             if r == rank:
                 loss_off = max(loss_off, abs(loss.item() / wanted.item() - 1))
             for n, p in reference.named_parameters():
-                if p.grad is not None:
-                    sums[n] += rounded(p.grad, gradients) if n in divided else p.grad
+                if p.grad is None:
+                    continue
+                of_node[n] += rounded(p.grad, gradients) if n in divided else p.grad
+                if (r + 1) % node == 0:
+                    sums[n] += rounded(of_node[n], gradients) if n in divided and node > 1 else of_node[n]
+                    of_node[n].zero_()
             theirs.zero_grad()
         with torch.no_grad():
             for n, p in reference.named_parameters():
@@ -87,16 +94,19 @@ def _beside_rounding_by_hand(name: str, weights: str, gradients: str) -> tuple[f
 
 
 @pytest.mark.parametrize(
-    ("ranks", "name", "weights", "gradients"),
+    ("ranks", "name", "weights", "gradients", "node"),
     [
-        (2, "gpt", "int8", "int8"),
-        (2, "mlp", "int8", "int4"),
-        (4, "mlp", "fp8_e4m3", "fp6_e3m2"),
-        (2, "mlp", "int4", "fp8_e5m2"),
+        (2, "gpt", "int8", "int8", 1),
+        (2, "mlp", "int8", "int4", 1),
+        (4, "mlp", "fp8_e4m3", "fp6_e3m2", 1),
+        (4, "mlp", "int8", "int8", 2),
+        (2, "mlp", "int4", "fp8_e5m2", 1),
     ],
 )
-def test_the_numbers_are_those_of_rounding_by_hand(ranks: int, name: str, weights: str, gradients: str) -> None:
-    for loss, params, divided in run(ranks, _beside_rounding_by_hand, name, weights, gradients):
+def test_the_numbers_are_those_of_rounding_by_hand(
+    ranks: int, name: str, weights: str, gradients: str, node: int
+) -> None:
+    for loss, params, divided in run(ranks, _beside_rounding_by_hand, name, weights, gradients, node):
         assert divided
         assert loss < 1e-5
         assert params < 1e-4  # a value near the middle of two codes may be rounded to the other one
