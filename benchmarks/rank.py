@@ -91,6 +91,19 @@ class Rank:
                 watched["saved"] = max(p.bytes[CATEGORIES.index("saved")] for p in measured.points)
         return watched
 
+    def traffic(self) -> dict[tuple[str, str], int]:
+        """Bytes that this rank sent in the last step, by kind of collective and group, as dspass counts them."""
+        import dspass
+
+        found: dict[tuple[str, str], int] = {}
+        for entry in dspass.explain(self.model).traffic:
+            found[entry.kind, entry.group] = found.get((entry.kind, entry.group), 0) + entry.bytes
+        return found
+
+    def count(self) -> int:
+        """Parameters of the whole model."""
+        return sum(p.numel() for p in self.model.parameters())
+
     def saved(self) -> int | None:
         """Bytes that Inductor's forward keeps for its backward; None where the graph did not end in one function."""
         from benchmarks import measure

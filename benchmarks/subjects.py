@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -33,11 +34,11 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
 
 
-def _dspass(stage: int, *passes: str, **quantise: str | None) -> Callable[[nn.Module, str], Training]:
+def _dspass(stage: int, *passes: str, node: int = 1, **quantise: str | None) -> Callable[[nn.Module, str], Training]:
     def wrap(model: nn.Module, device: str) -> Training:
         import dspass  # noqa: F401  (registers the backend from a checkout)
 
-        options: dict[str, Any] = {"zero_optimization": {"stage": stage}}
+        options: dict[str, Any] = {"zero_optimization": {"stage": stage, "zero_hpz_partition_size": node}}
         if passes:
             options["dspass"] = {"passes": list(passes)}
         if quantise:
@@ -148,11 +149,13 @@ _DS = (
     "stage3_param_persistence_threshold 0, stage3_max_reuse_distance 0"
 )
 
-#: Formats of gathers and of reductions.
-QUANTISED: dict[str, tuple[str | None, str | None]] = {
-    "dspass-3-qwz": ("int8", None),
-    "dspass-3-qgz": (None, "int4"),
-    "dspass-3-qwz-qgz": ("int8", "int4"),
+#: Formats of gathers and of reductions, and the ranks of a node that hold a second shard.
+QUANTISED: dict[str, tuple[str | None, str | None, int]] = {
+    "dspass-3-qwz": ("int8", None, 1),
+    "dspass-3-qgz": (None, "int4", 1),
+    "dspass-3-qwz-qgz": ("int8", "int4", 1),
+    "dspass-3-hpz": (None, None, 2),
+    "dspass-3-qwz-qgz-hpz": ("int8", "int4", 2),
 }
 
 SUBJECTS: dict[str, Subject] = {
@@ -178,11 +181,12 @@ SUBJECTS: dict[str, Subject] = {
     ),
     **{
         name: Subject(
-            _dspass(3, weights=weights, gradients=gradients),
-            f'as dspass-3, with "dspass": {{"quantise": {{"weights": {weights!r}, "gradients": {gradients!r}}}}}',
+            _dspass(3, weights=weights, gradients=gradients, node=node),
+            f'as dspass-3, with "zero_hpz_partition_size": {node} and "dspass": {{"quantise": {{"weights": '
+            f'{json.dumps(weights)}, "gradients": {json.dumps(gradients)}}}}}',
             usual=False,
         )
-        for name, (weights, gradients) in QUANTISED.items()
+        for name, (weights, gradients, node) in QUANTISED.items()
     },
     "fsdp2-a2a": Subject(_fsdp2(False, True), f"{_FSDP2}; eager{_A2A}", usual=False),
     "fsdp2-compile-a2a": Subject(

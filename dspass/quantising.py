@@ -85,7 +85,8 @@ def _of_graph(direction: Direction, graph: fx.Graph, engine: Engine) -> Iterator
         gathers, specs = start.target is gather_start, specs_of(start)
         if specs[0].engine is not engine or specs[0].layout != "shard":
             continue
-        axis, format = specs[0].axis(over_of(start)), start.args[2] if is_packed(start) else None
+        axis = specs[0].axis(over_of(start))
+        format: Any = start.args[2] if is_packed(start) else None
         sizes = (
             [axis.padded_rows(s.shape[0]) // axis.size * prod(s.shape[1:]) for s in specs]
             if gathers

@@ -423,16 +423,32 @@ def test_the_solver_table_says_whether_the_largest_graphs_are_in_time() -> None:
 
 
 def test_the_table_of_few_bits_holds_rows_against_the_plain_one() -> None:
-    plain = quantise.Row(
-        "plain", seconds=[0.1, 0.2, 0.3], losses=[3.0, 2.0], sent={"all-gather": 2e6, "reduce-scatter": 1e6}
-    )
-    both = quantise.Row(
-        "both", "int8", "int4", [0.2, 0.2, 0.2], [3.0, 2.0], {"all-gather": 6e5, "all-to-all": 1.5e5}, 5e6
-    )
+    whole = {("all-gather", "data"): 2_000_000, ("reduce-scatter", "data"): 1_000_000}
+    plain = quantise.Row("plain", seconds=[0.1, 0.2, 0.3], losses=[3.0, 2.0], sent=whole)
+    few = {("all-gather", "data"): 600_000, ("all-to-all", "data"): 150_000}
+    both = quantise.Row("both", "int8", "int4", 1, [0.2, 0.2, 0.2], [3.0, 2.0], few, 5e6)
     assert both.bound(plain.sent) == pytest.approx(2e6 * (8 + 32 / 256) / 32 + 1e6 * (4 + 32 / 256) / 32)
-    text = quantise.table([plain, both])
+    text = quantise.table([plain, both], 2, 10**6)
     assert "| both | int8 | int4 | 0.75 MB | 0.250 |" in text
     assert "| 200 ms | 1.000 | 5.0 MB | 2.0000 | +0.00% |" in text
     assert "- met: the loss after 2 steps is within 0.5 % of the plain row's: 1 of 1" in text
+    assert "crosses" not in text
     both.losses[-1] = 2.02
-    assert "- missed: the loss after 2 steps" in quantise.table([plain, both])
+    assert "- missed: the loss after 2 steps" in quantise.table([plain, both], 2, 10**6)
+
+
+def test_what_crosses_nodes_is_counted_for_a_node() -> None:
+    """On four ranks of two nodes, of a model of a million parameters in fp32."""
+    plain = quantise.Row("plain", seconds=[0.1], losses=[2.0], sent={("all-gather", "data"): 6_000_000})
+    assert plain.across(4, 2) == 4_000_000  # two copies, half of each from the other node
+    sent = {("all-gather", "data"): 750_000, ("all-gather", "node"): 2_000_000, ("all-to-all", "across"): 125_000}
+    last = quantise.Row("last", "int8", "int4", 2, [0.1], [2.0], sent)
+    assert last.across(4, 2) == 500_000 + 250_000
+    text = quantise.table([plain, last], 4, 10**6)
+    assert (
+        "- met: last sends at most 0.26 of three times the parameters in bf16 from a node of 2 to the others: 0.250"
+        in text
+    )
+    assert "| plain | 4.00 MB | 1.333 |" in text
+    last.sent["all-to-all", "across"] *= 2
+    assert "- missed: last sends" in quantise.table([plain, last], 4, 10**6)
