@@ -6,8 +6,8 @@ each value as many bits as its format has and a share of one fp32 scale: what fi
 is the mean over ranks and over the last tenth of the steps.
 
 On more than two ranks nodes of two are supposed. What crosses nodes is counted for one node: of a collective over all ranks the
-share of its bytes that other nodes hold, of one across nodes what all ranks of a node send, of one inside of a node nothing. It is
-held against what ZeRO-3 sends in bf16: three times the parameters.
+share of its bytes that other nodes hold, of one across nodes what all ranks of a node send, of one inside of a node nothing. It
+is held against what ZeRO-3 sends in bf16: three times the parameters.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ _STARTING, _STEP = 1800.0, 600.0
 
 @dataclass
 class Row:
-    """``gathers`` and ``reductions`` are formats, None where they travel whole; ``node`` ranks hold a second shard; ``sent`` are
-    bytes of a step by kind of collective and group."""
+    """``gathers`` and ``reductions`` are formats, None where they travel whole; ``node`` ranks hold a second shard; ``sent``
+    are bytes of a step by kind of collective and group."""
 
     name: str
     gathers: str | None = None
@@ -110,8 +110,8 @@ def table(rows: Sequence[Row], ranks: int, parameters: int) -> str:
     """Markdown of what was measured."""
     plain = rows[0]
     lines = [
-        "| | gathers | reductions | sent a step | of plain | of bound | step, median | of plain, paired | peak | loss at the end "
-        "| of plain |",
+        "| | gathers | reductions | sent a step | of plain | of bound | step, median | of plain, paired | peak "
+        "| loss at the end | of plain |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -149,8 +149,8 @@ def _across(rows: Sequence[Row], ranks: int, node: int, parameters: int) -> list
     shares = {row.name: row.across(ranks, node) / reference for row in rows}
     last = rows[-1].name
     return [
-        f"- {'met' if shares[last] <= 0.26 else 'missed'}: {last} sends at most 0.26 of three times the parameters in bf16 from a "
-        f"node of {node} to the others: {shares[last]:.3f} ({reference / 1e6:.1f} MB are one)",
+        f"- {'met' if shares[last] <= 0.26 else 'missed'}: {last} sends at most 0.26 of three times the parameters in bf16 from "
+        f"a node of {node} to the others: {shares[last]:.3f} ({reference / 1e6:.1f} MB are one)",
         "",
         "| | crosses nodes, of one node | of three times the parameters in bf16 |",
         "|---|---|---|",
