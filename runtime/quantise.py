@@ -10,7 +10,9 @@ block alone. Defined for every input:
 - The last block of a tensor is filled up with zeros. An empty tensor has no blocks. Sizes are 64 bit throughout.
 
 All arithmetic is fp32 without fused multiply-adds, each operation rounded to nearest, ties to even, so that kernels
-(``cuda_src/portable/quantise.cuh``) and this reference agree to the last bit.
+(``cuda_src/portable/quantise.cuh``) and this reference agree to the last bit: a scale is the block's largest magnitude times
+``1 / largest``, rounded once to fp32, and a value is multiplied by ``(1 / magnitude) * largest``. Nothing is divided by a
+constant, which CUDA's eager kernels turn into a product and a CPU's do not.
 
 The operators for buckets do in one pass over memory what a collective needs: many tensors into one buffer and back, each tensor
 beginning a block of its own. ``chunks`` are the parts that go to, or come from, the ranks of a group.
@@ -139,14 +141,14 @@ def _dequantise_sum_fake(
     sizes: Sequence[int],
     format: str,
     block: int,
-    divisor: float,
+    factor: float,
     dtype: torch.dtype,
 ) -> list[torch.Tensor]:
     return [codes.new_empty((size,), dtype=dtype) for size in sizes]
 
 
 @operator(
-    "dequantise_sum(Tensor codes, Tensor scales, SymInt[] sizes, str format, int block, float divisor, ScalarType dtype) "
+    "dequantise_sum(Tensor codes, Tensor scales, SymInt[] sizes, str format, int block, float factor, ScalarType dtype) "
     "-> Tensor[]",
     fake=_dequantise_sum_fake,
 )
@@ -156,16 +158,16 @@ def dequantise_sum(
     sizes: Sequence[int],
     format: str,
     block: int,
-    divisor: float,
+    factor: float,
     dtype: torch.dtype,
 ) -> list[torch.Tensor]:
-    """Of each tensor of a bucket the sum over chunks, in their order and in fp32, over ``divisor``: ``dtype[sizes[i]]``."""
+    """Of each tensor of a bucket the sum over chunks, in their order and in fp32, times ``factor``: ``dtype[sizes[i]]``."""
     found = []
     for values in _decoded(codes, scales, sizes, format, block):
         total = values[0]
         for i in range(1, values.shape[0]):
             total = total + values[i]
-        found.append((total / divisor).to(dtype))
+        found.append((total * factor).to(dtype))
     return found
 
 
@@ -191,8 +193,8 @@ def _encode(blocks: torch.Tensor, format: Format) -> tuple[torch.Tensor, torch.T
     most = blocks.abs().amax(1) if blocks.shape[0] else blocks.new_empty((0,))
     is_finite = most.isfinite()
     most = most.clamp_min(SMALLEST)
-    scales = torch.where(is_finite, most / format.largest, float("nan"))
-    values = torch.where(is_finite[:, None], blocks * (format.largest / most)[:, None], 0.0)
+    scales = torch.where(is_finite, most * (1 / format.largest), float("nan"))
+    values = torch.where(is_finite[:, None], blocks * (most.reciprocal() * format.largest)[:, None], 0.0)
     if format.is_integer:
         return _packed(values.round().to(torch.int32) & (1 << format.bits) - 1, format), scales
     # Of value v = m * 2**e, 1 <= m < 2: steps of 2**(e - mantissa), e no less than the smallest normal's; a mantissa that is
