@@ -8,7 +8,8 @@
 // that not all of a warp take part in.
 //
 // Environment: DSP_EMU_SHUFFLE, a number, for random order; DSP_EMU_GRID, the most blocks of a launch, so that a small
-// case takes the path of a grid that has to be cut.
+// case takes the path of a grid that has to be cut; DSP_EMU_FIRST, the first block that is run, so that a test sees the
+// end of more memory than it could go through.
 //
 // Dropped: an operating-system thread a GPU thread, a hundred times slower. Dropped: blocks on several cores; tests are
 // small, and shared memory can be plain static variables, which the address sanitizer guards.

@@ -308,7 +308,8 @@ int launch(int64_t blocks, int64_t threads, size_t shared_bytes, const std::func
   // From the heap, and no more than asked for: the sanitizer guards its end.
   std::vector<unsigned char> shared;
   block = &own;
-  for (int64_t i = 0; i < blocks && own.error.empty(); ++i) {
+  const char* first = setting("DSP_EMU_FIRST");
+  for (int64_t i = first ? atoll(first) : 0; i < blocks && own.error.empty(); ++i) {
     own.index = static_cast<unsigned>(i);
     if (shared_bytes) {
       shared.assign(shared_bytes, 0xa5);  // what a block finds there is nothing it may count on
