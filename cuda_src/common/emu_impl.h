@@ -265,7 +265,7 @@ void barrier(Place here) {
   fiber.waits_at = here;
   ++block->at_barrier;
   finish_barrier();
-  if (fiber.state != State::kReady) leave(/*for_good=*/false);
+  leave(/*for_good=*/false);  // the last one to come too: after a barrier the first thread is the first again
 }
 
 uint64_t exchange(Exchange kind, uint64_t value, int lane, Place here) {
