@@ -1,8 +1,8 @@
 """Compiled kernels: where their libraries are, how they are built from ``cuda_src/``, and how they come to serve operators.
 
 A kernel library has a C interface and knows nothing of torch; one binding puts those of a GPU behind the operators of
-:mod:`dspass.runtime.operators`. Nothing is compiled unless :func:`build` is called (``make kernels``), and nothing is looked for
-unless :func:`serve` is: where no library is, the torch reference serves.
+:mod:`dspass.runtime.operators`. Nothing is compiled unless :func:`build` is called (``make kernels``), and nothing is looked
+for unless :func:`serve` is: where no library is, the torch reference serves.
 
 ========================= ========== ===================================================================
 target                    compiler   runs on
@@ -15,8 +15,8 @@ target                    compiler   runs on
 ``binding-emulator``      g++        torch on the CPU, for tests: the operators answered by an emulator
 ========================= ========== ===================================================================
 
-``DSPASS_KERNEL_DIR`` names a folder with libraries that were built elsewhere, ``dspass-<target>.so`` each. Without it they are in
-the user's cache, under a name that changes with the sources, the flags and the compiler, so that none is ever out of date.
+``DSPASS_KERNEL_DIR`` names a folder with libraries that were built elsewhere, ``dspass-<target>.so`` each. Without it they are
+in the user's cache, under a name that changes with the sources, the flags and the compiler, so that none is ever out of date.
 
 Dropped: ``torch.utils.cpp_extension``, which builds against one version of torch and takes minutes. Dropped: building when an
 operator is first called: a training job would compile on every rank.
@@ -44,12 +44,28 @@ FORMAT_CODES = {"int8": 0, "int4": 1, "fp8_e4m3": 2, "fp8_e5m2": 3, "fp6_e3m2": 
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 #: What keeps arithmetic the same everywhere: no fused multiply-add that the source does not ask for.
-_HOST = ("-std=c++17", "-g1", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden")
+_HOST = (
+    "-std=c++17",
+    "-g1",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unknown-pragmas",
+    "-ffp-contract=off",
+    "-fPIC",
+    "-fvisibility=hidden",
+)
 _SANITIZED = ("-O1", "-fsanitize=address", "-fno-omit-frame-pointer")
 _CUDA = ("-std=c++17", "-O3", "-fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden")
 _HIP = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden")
 #: The oldest torch whose stable ABI the binding needs: 2.11.
-_BINDING = ("-std=c++17", "-O2", "-Wall", "-fPIC", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020b000000000000ULL")
+_BINDING = (
+    "-std=c++17",
+    "-O2",
+    "-Wall",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-DTORCH_TARGET_VERSION=0x020b000000000000ULL",
+)
 
 #: Of ``nvcc``: what one compilation covers. The last also carries PTX, from which later devices compile their own.
 CUDA_ARCHITECTURES = {
@@ -76,9 +92,8 @@ class Target:
 
 
 _GXX = "install it (apt-get install g++)"
-_NVCC = (
-    "install CUDA 12.8 or later and put its bin folder into PATH, or build elsewhere and name the folder in DSPASS_KERNEL_DIR"
-)
+_NVCC = "install CUDA 12.8 or later and put its bin folder into PATH, "
+    "or build elsewhere and name the folder in DSPASS_KERNEL_DIR"
 _HIPCC = "install ROCm (or apt-get install hipcc) and put its bin folder into PATH"
 _gencode = tuple(part for code in CUDA_ARCHITECTURES.values() for part in ("-gencode", code))
 
@@ -171,7 +186,9 @@ def compiler_of(target: Target) -> str:
     """Its path. Raises :class:`KernelError`, with the way out, where it is missing."""
     found = shutil.which(target.compiler)
     if found is None:
-        raise KernelError(f"{target.compiler} is missing, which builds the kernel library {target.name!r}: {target.way_out}.")
+        raise KernelError(
+            f"{target.compiler} is missing, which builds the kernel library {target.name!r}: {target.way_out}."
+        )
     return found
 
 
@@ -261,6 +278,8 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
         *(_POINTER, _POINTER, _I64, _INT, _POINTER),
     ),
     "dsp_dequantise_bucket": (_POINTER, _POINTER, _POINTERS, _I64S, _I64, _I64, _INT, _I64, _INT, _POINTER),
+    "dsp_copy_in": (_POINTERS, _I64S, _I64S, _I64, _I64, _POINTER, _POINTER),
+    "dsp_copy_out": (_POINTER, _POINTERS, _I64S, _I64S, _I64, _I64, _POINTER),
     "dsp_dequantise_sum": (_POINTER, _POINTER, _POINTERS, _I64S, _I64, _I64, _FLOAT, _INT, _I64, _INT, _POINTER),
 }
 
@@ -276,8 +295,8 @@ def load(target: str) -> ctypes.CDLL:
 def serve() -> str | None:
     """Let the kernels of a GPU answer the operators from now on; the library's path, or None where nothing was built.
 
-    ``DSPASS_KERNELS=reference`` leaves kernels out. Raises :class:`KernelError` where one of the library and its binding is there
-    without the other, or will not load.
+    ``DSPASS_KERNELS=reference`` leaves kernels out. Raises :class:`KernelError` where one of the library and its binding is
+    there without the other, or will not load.
     """
     if os.environ.get("DSPASS_KERNELS") == "reference":
         return None
@@ -302,7 +321,9 @@ def bind(binding: str, kernels: str) -> str:
 def _existing(target: str) -> Path:
     path = library_path(target)
     if not path.is_file():
-        raise KernelError(f"the kernel library {target!r} is not built, or from other sources, at {path}: make kernels.")
+        raise KernelError(
+            f"the kernel library {target!r} is not built, or from other sources, at {path}: make kernels."
+        )
     return path
 
 

@@ -166,7 +166,7 @@ def numbers(count: int, dtype: torch.dtype, *, seed: int = 0) -> torch.Tensor:
 
 
 def odd_blocks(block: int, dtype: torch.dtype) -> torch.Tensor:
-    """Eleven blocks and a bit: zeros, negative zeros, NaNs of either sign, infinities, tiny and huge values, ties, ordinary ones."""
+    """Eleven blocks and a bit: zeros of either sign, NaNs, infinities, tiny and huge values, ties, ordinary ones."""
     rows = numbers(11 * block, dtype, seed=block).view(11, block)
     info = torch.finfo(dtype)
     rows[0] = 0

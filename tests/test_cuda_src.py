@@ -1,11 +1,8 @@
-"""The kernels: against their torch reference to the last bit, on the CPU, by the emulator; and whether every compiler takes them.
-
-Nothing here runs on a GPU. What the emulator can find is checked on kernels that are wrong on purpose.
-"""
+"""The kernels against their torch reference, to the last bit, on the CPU, by the emulator. Nothing here runs on a GPU."""
 
 from __future__ import annotations
 
-import itertools
+import ctypes
 
 import pytest
 import torch
@@ -14,7 +11,7 @@ from hypothesis import strategies as st
 
 from dspass.runtime import kernels, quantise
 from dspass.runtime.formats import FORMATS, format_of
-from tests.emulated import Emulator, garbage, numbers, odd_blocks, same, setting
+from tests.emulated import Emulator, garbage, int64s, numbers, odd_blocks, pointers, same, setting
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BLOCKS = (16, 48, 64, 256, 1024, 2048, 4096)
@@ -93,7 +90,7 @@ def check_bucket(
 
 @each_emulator
 @each_format
-@pytest.mark.parametrize("block", (16, 64, 256, 1024, 2048))
+@pytest.mark.parametrize("block", [16, 64, 256, 1024, 2048])
 def test_a_bucket(emulator: Emulator, format: str, block: int) -> None:
     """Chunks that begin at odd addresses, that end within a block, that are empty, and that no tensor reaches."""
     sizes = [1, 0, 2 * block + 3, block, 5, 3 * block]
@@ -101,9 +98,7 @@ def test_a_bucket(emulator: Emulator, format: str, block: int) -> None:
         lengths = [chunks, 0, chunks * sizes[2] - 7, chunks * block, 2, 0]
         tensors = [numbers(length, dtype, seed=i) for i, length in enumerate(lengths)]
         tensors[3][-1] = float("nan")
-        check_bucket(
-            emulator, tensors, sizes, chunks=chunks, nodes=nodes, format=format, block=block, dtype=dtype
-        )
+        check_bucket(emulator, tensors, sizes, chunks=chunks, nodes=nodes, format=format, block=block, dtype=dtype)
 
 
 @each_emulator
@@ -125,9 +120,7 @@ def test_a_bucket_at_odd_addresses(format: str, dtype: torch.dtype) -> None:
         found = buffer[shift:].view(codes.shape)
         args = (x.data_ptr(), x.numel(), kernels.DTYPE_CODES[dtype])
         made = torch.empty_like(scales)
-        emulator.call(
-            "dsp_quantise", *args, found.data_ptr(), made.data_ptr(), 48, kernels.FORMAT_CODES[format]
-        )
+        emulator.call("dsp_quantise", *args, found.data_ptr(), made.data_ptr(), 48, kernels.FORMAT_CODES[format])
         assert same(found, codes)
         assert same(made, scales)
         assert (buffer[:shift] == 0xA5).all()
@@ -135,7 +128,7 @@ def test_a_bucket_at_odd_addresses(format: str, dtype: torch.dtype) -> None:
         assert same(back, quantise.dequantise(codes, scales, x.shape, format, dtype))
 
 
-@pytest.mark.parametrize("grid", (1, 3))
+@pytest.mark.parametrize("grid", [1, 3])
 def test_a_grid_that_has_to_be_cut(grid: int) -> None:
     sizes = [2000, 77, 1300]
     tensors = [numbers(4 * size, torch.bfloat16, seed=size) for size in sizes]
@@ -201,9 +194,7 @@ def test_any_bucket(
         numbers(data.draw(st.integers(0, chunks * size), label="values"), data.draw(st.sampled_from(DTYPES)), seed=i)
         for i, size in enumerate(sizes)
     ]
-    check_bucket(
-        emulator, tensors, sizes, chunks=chunks, nodes=nodes, format=format, block=block, dtype=dtype
-    )
+    check_bucket(emulator, tensors, sizes, chunks=chunks, nodes=nodes, format=format, block=block, dtype=dtype)
 
 
 @pytest.mark.parametrize(
@@ -211,10 +202,6 @@ def test_any_bucket(
     [(24, 0, 0, 2, 1), (0, 0, 0, 2, 1), (16, 5, 0, 2, 1), (16, 0, 3, 2, 1), (16, 0, 0, 3, 2), (16, 0, 0, 2, 0)],
 )
 def test_what_no_kernel_can_be_launched_for(block: int, format: int, dtype: int, chunks: int, nodes: int) -> None:
-    import ctypes
-
-    from tests.emulated import int64s, pointers
-
     x, codes, scales = torch.zeros(64), garbage(128, dtype=torch.uint8), garbage(8)
     error = kernels.load("emulator-32").dsp_quantise_bucket(
         *(pointers([x]), int64s([64]), int64s([32]), (ctypes.c_int * 1)(dtype), 1, chunks, nodes),
@@ -222,3 +209,50 @@ def test_what_no_kernel_can_be_launched_for(block: int, format: int, dtype: int,
     )
     assert error == 1
     assert (codes == 0xA5).all()
+
+
+# -- copies --------------------------------------------------------------------------------------------------------------
+
+
+def check_copy(emulator: Emulator, tensors: list[torch.Tensor], bytes: list[int], chunks: int) -> None:
+    """Against slices; ``tensors`` are of bytes."""
+    whole, row = [t.numel() for t in tensors], sum(bytes)
+    buffer = garbage(chunks, row, dtype=torch.uint8)
+    emulator.call(
+        "dsp_copy_in", pointers(tensors), int64s(whole), int64s(bytes), len(tensors), chunks, buffer.data_ptr()
+    )
+    parts = [
+        torch.nn.functional.pad(t, (0, chunks * each - t.numel())).view(chunks, each)
+        for t, each in zip(tensors, bytes, strict=True)
+    ]
+    assert torch.equal(buffer, torch.cat([buffer[:, :0], *parts], dim=1))
+    back = [garbage(t.numel(), dtype=torch.uint8) for t in tensors]
+    emulator.call("dsp_copy_out", buffer.data_ptr(), pointers(back), int64s(whole), int64s(bytes), len(tensors), chunks)
+    assert all(torch.equal(found, t) for found, t in zip(back, tensors, strict=True))
+
+
+def some_bytes(count: int) -> torch.Tensor:
+    return torch.randint(0, 256, (count,), generator=torch.Generator().manual_seed(count)).to(torch.uint8)
+
+
+@each_emulator
+@pytest.mark.parametrize("grid", [None, 2])
+def test_copies(emulator: Emulator, grid: int | None) -> None:
+    """Tiles that are full, parts at odd addresses, chunks that no tensor reaches, empty ones, more than a launch takes."""
+    with setting(DSP_EMU_GRID=grid):
+        check_copy(emulator, [some_bytes(3 * 16384 + 5)], [16384 + 16], 3)
+        check_copy(emulator, [some_bytes(n) for n in (64, 0, 7, 999, 0)], [32, 0, 7, 333, 5], 3)
+        check_copy(emulator, [some_bytes(2 * (i + 1)) for i in range(130)], [i + 1 for i in range(130)], 2)
+        check_copy(emulator, [], [], 3)
+        check_copy(emulator, [some_bytes(40)[1:]], [13], 3)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    emulator=st.sampled_from(EMULATORS),
+    sizes=st.lists(st.tuples(st.integers(0, 2000), st.floats(0, 1)), max_size=6),
+    chunks=st.integers(1, 5),
+)
+def test_any_copy(emulator: Emulator, sizes: list[tuple[int, float]], chunks: int) -> None:
+    tensors = [some_bytes(round(share * chunks * each)) for each, share in sizes]
+    check_copy(emulator, tensors, [each for each, _ in sizes], chunks)

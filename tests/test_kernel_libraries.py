@@ -1,4 +1,4 @@
-"""Kernel libraries: every compiler takes the sources, arithmetic is rounded once, operators reach kernels, errors name the way out."""
+"""Kernel libraries: compilers take the sources, arithmetic is rounded once, operators reach kernels, errors help."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ def test_nvcc_compiles(name: str, architecture: str) -> None:
 def test_ptx(name: str) -> None:
     """No operation of fp32 that a compiler may contract or round otherwise, and no table that is copied to local memory."""
     source = kernels.source_folder() / "portable" / name
-    ptx = kernels.object_of("cuda", source, ("-std=c++17", "-O3", "-fmad=false", "-ptx", "-arch=compute_80")).read_text()
+    ptx = kernels.object_of(
+        "cuda", source, ("-std=c++17", "-O3", "-fmad=false", "-ptx", "-arch=compute_80")
+    ).read_text()
     assert ".local" not in ptx
     if name in BIT_EXACT:
         assert re.search(r"\bmul\.rn\.f32\b", ptx)
@@ -81,7 +83,9 @@ def test_every_kernel_is_there_for_hip_too() -> None:
 def test_the_library_for_cuda_loads_without_a_driver() -> None:
     kernels.build("cuda")
     assert kernels.load("cuda").dsp_quantise is not None
-    symbols = subprocess.run(["nm", "-D", kernels.library_path("cuda")], capture_output=True, text=True, check=True).stdout
+    symbols = subprocess.run(
+        ["nm", "-D", kernels.library_path("cuda")], capture_output=True, text=True, check=True
+    ).stdout
     assert set(re.findall(r" T (dsp_\w+)", symbols)) == set(kernels.SIGNATURES)
     assert "libtorch" not in symbols
 
@@ -181,7 +185,7 @@ def test_a_target_that_is_none() -> None:
 
 def test_what_is_not_built_is_not_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("DSPASS_KERNEL_DIR", str(tmp_path))
-    with pytest.raises(KernelError, match="'cuda' is not built.*make kernels"):
+    with pytest.raises(KernelError, match=r"'cuda' is not built.*make kernels"):
         kernels.load("cuda")
     assert kernels.serve() is None
     (tmp_path / "dspass-cuda.so").write_text("no library")
@@ -196,7 +200,7 @@ def test_what_is_not_built_is_not_loaded(monkeypatch: pytest.MonkeyPatch, tmp_pa
 def test_what_a_compiler_refuses_leaves_nothing(tmp_path: Path) -> None:
     source = tmp_path / "wrong.cpp"
     source.write_text("int f() { return wrong; }")
-    with pytest.raises(KernelError, match=r"out.so could not be built.*answered 1:\n[^$]*'wrong' was not declared|‘wrong’"):
+    with pytest.raises(KernelError, match=r"out\.so could not be built.*answered 1:\n.*wrong\.cpp"):
         kernels.compile_to(tmp_path / "out.so", (shutil.which("g++") or "", "-shared", "-fPIC"), [source])
     assert list(tmp_path.iterdir()) == [source]
 

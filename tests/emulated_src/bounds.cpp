@@ -1,4 +1,4 @@
-// Every quantisation kernel on memory that ends where it may be touched last, under the address sanitizer.
+// Every kernel on memory that ends where it may be touched last, under the address sanitizer.
 //
 // With an argument one of the buffers is that many bytes short, which has to be reported.
 #include <cstdint>
@@ -13,6 +13,8 @@ int dsp_dequantise_bucket(const void*, const void*, void* const*, const int64_t*
                           void*);
 int dsp_dequantise_sum(const void*, const void*, void* const*, const int64_t*, int64_t, int64_t, float, int, int64_t, int,
                        void*);
+int dsp_copy_in(const void* const*, const int64_t*, const int64_t*, int64_t, int64_t, void*, void*);
+int dsp_copy_out(const void*, void* const*, const int64_t*, const int64_t*, int64_t, int64_t, void*);
 }
 
 int main(int count, char** arguments) {
@@ -50,6 +52,18 @@ int main(int count, char** arguments) {
         free(scales);
       }
     }
+  }
+  const int64_t copied[] = {1, 16, 100, 16384, 16400};
+  for (int64_t bytes : copied) {
+    const int64_t whole = chunks * bytes - 1;
+    void *from = calloc(whole, 1), *buffer = malloc(chunks * bytes), *back = malloc(whole);
+    const int failed = dsp_copy_in(&from, &whole, &bytes, 1, chunks, buffer, nullptr) ||
+                       dsp_copy_out(buffer, &back, &whole, &bytes, 1, chunks, nullptr) || memcmp(from, back, whole);
+    if (failed) return 1;
+    calls += 2;
+    free(from);
+    free(buffer);
+    free(back);
   }
   printf("%d calls within bounds\n", calls);
 }
