@@ -92,8 +92,10 @@ class Target:
 
 
 _GXX = "install it (apt-get install g++)"
-_NVCC = "install CUDA 12.8 or later and put its bin folder into PATH, "
+_NVCC = (
+    "install CUDA 12.8 or later and put its bin folder into PATH, "
     "or build elsewhere and name the folder in DSPASS_KERNEL_DIR"
+)
 _HIPCC = "install ROCm (or apt-get install hipcc) and put its bin folder into PATH"
 _gencode = tuple(part for code in CUDA_ARCHITECTURES.values() for part in ("-gencode", code))
 
