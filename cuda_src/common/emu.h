@@ -1,4 +1,4 @@
-// A CPU emulator of the execution model that CUDA and HIP share, for tests: one fiber a GPU thread, one block at a time.
+// A CPU emulator of the execution model that CUDA and HIP share, for tests: one fiber a GPU thread, a block at a time.
 //
 // A fiber runs until it waits, at a barrier or for its warp; then another does. In order of their indices, or, where
 // DSP_EMU_SHUFFLE is set to a number, in a random order that follows from it, so that a missing barrier gives a wrong

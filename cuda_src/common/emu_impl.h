@@ -16,7 +16,7 @@ namespace {
 constexpr size_t kStackBytes = 256 << 10;  // reserved a fiber; a page is taken only once it is touched
 constexpr unsigned kMostThreads = 1024;
 
-// -- changing from one stack to another ----------------------------------------------------------------------------------
+// -- changing from one stack to another -----------------------------------------------------------------------------
 
 #if defined(__x86_64__)
 // What a function must leave as it found it, and nothing else: swapcontext also makes a system call for signals.
@@ -70,7 +70,7 @@ void prepare(Context& context, char* stack, void (*entry)()) {
 void change(Context& from, Context& to) { swapcontext(&from.context, &to.context); }
 #endif
 
-// -- one block -------------------------------------------------------------------------------------------------------------
+// -- one block ------------------------------------------------------------------------------------------------------
 
 enum class State : uint8_t { kReady, kAtBarrier, kInExchange, kLeft };
 

@@ -33,7 +33,8 @@ typedef void* dsp_stream;
 #define DSP_WARP DSP_EMU_WARP
 #endif
 
-// The smallest warp that host code may meet, from which it sizes shared memory: HIP's host pass does not know the device.
+// The smallest warp that host code may meet, from which it sizes shared memory: HIP's host pass does not know the
+// device.
 #if DSP_EMU
 #define DSP_SMALLEST_WARP DSP_EMU_WARP
 #else
@@ -85,7 +86,7 @@ inline int64_t grid_of(int64_t wanted) {
   return wanted < most ? wanted : most;
 }
 
-// -- fp32, each operation rounded once -------------------------------------------------------------------------------
+// -- fp32, each operation rounded once ------------------------------------------------------------------------------
 //
 // Compilers contract a * b + c into one operation unless told otherwise, and each in other places. With these, and with
 // -fmad=false or -ffp-contract=off, results are the same to the last bit everywhere.
@@ -124,7 +125,7 @@ constexpr uint32_t kMagnitude = 0x7fffffff;  // all but the sign
 constexpr uint32_t kInfinity = 0x7f800000;   // magnitudes above it are NaNs
 constexpr uint32_t kNaN = 0x7fc00000;        // the NaN that kernels write: devices differ in which one arithmetic makes
 
-// -- 16-bit floats, by their bits --------------------------------------------------------------------------------------
+// -- 16-bit floats, by their bits -----------------------------------------------------------------------------------
 
 struct bf16 {
   uint16_t bits;
@@ -175,7 +176,7 @@ __device__ __forceinline__ f16 from_float<f16>(float a) {
 #endif
 }
 
-// -- warps ---------------------------------------------------------------------------------------------------------------
+// -- warps ----------------------------------------------------------------------------------------------------------
 //
 // All threads of a warp must call these together.
 

@@ -3,8 +3,8 @@
 // What moves are bytes, so that one kernel serves every dtype. A row of the buffer is a chunk, and holds of each tensor
 // `bytes[i]` bytes one after another; beyond a tensor's end the buffer is filled with zeros, and nothing is taken back.
 //
-// Dropped: cudaMemcpyBatchAsync and a copy a tensor, whose cost a call is that of some hundred kilobytes. Dropped: a table of
-// tensors in device memory; quantise.cuh says why.
+// Dropped: cudaMemcpyBatchAsync and a copy a tensor, whose cost a call is that of some hundred kilobytes. Dropped: a
+// table of tensors in device memory; quantise.cuh says why.
 #pragma once
 
 #include "../common/gpu.h"

@@ -56,7 +56,7 @@ __host__ __device__ constexpr int64_t bytes_of_block(int64_t block) {
   return block * Format::kBits / 8;
 }
 
-// -- values ----------------------------------------------------------------------------------------------------------------
+// -- values ---------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ float power_of_two(int exponent) {
   return float_of(static_cast<uint32_t>(exponent + 127) << 23);
@@ -99,7 +99,7 @@ __device__ __forceinline__ float decode(uint32_t code) {
   }
 }
 
-// -- units of codes --------------------------------------------------------------------------------------------------------
+// -- units of codes -------------------------------------------------------------------------------------------------
 
 template <int kBytes>
 __device__ __forceinline__ void store_bytes(uint8_t* to, uint64_t bits, bool is_aligned) {
@@ -124,8 +124,8 @@ __device__ __forceinline__ uint64_t load_bytes(const uint8_t* from, bool is_alig
   return bits;
 }
 
-// Unit number `unit` of a block of `block` values, whose codes begin at `codes`. Aligned means to 8 bytes at the start of
-// the buffer: blocks are multiples of 16 values, so that each access then is aligned to its own size.
+// Unit number `unit` of a block of `block` values, whose codes begin at `codes`. Aligned means to 8 bytes at the
+// start of the buffer: blocks are multiples of 16 values, so that each access then is aligned to its own size.
 template <class Format>
 __device__ __forceinline__ void store_codes(uint8_t* codes, int block, int unit, const uint32_t (&values)[kUnit],
                                             bool is_aligned) {
@@ -158,7 +158,7 @@ __device__ __forceinline__ void load_codes(const uint8_t* codes, int block, int 
   }
 }
 
-// -- units of values -------------------------------------------------------------------------------------------------------
+// -- units of values ------------------------------------------------------------------------------------------------
 
 template <class T>
 union UnitBytes {

@@ -1,18 +1,19 @@
 // Blockwise quantisation: the operators of runtime/quantise.py, with which these agree to the last bit.
 //
-// A group of threads, a power of two and at most 32, takes one block of values: each thread units of eight. Blocks of up
-// to 2048 values stay in registers between the search for their largest magnitude and their encoding, so that memory is
-// read once; larger ones are read twice, the second time from a cache. Groups lie side by side in a warp, and a thread
-// block takes a tile of blocks that lie one after another in one chunk of one tensor: where it is is found once a tile.
-// What is quantised is bound by memory: each access is 16 bytes a thread where a tensor's chunk begins at a multiple.
+// A group of threads, a power of two and at most 32, takes one block of values: each thread units of eight. Blocks of
+// up to 2048 values stay in registers between the search for their largest magnitude and their encoding, so that
+// memory is read once; larger ones are read twice, the second time from a cache. Groups lie side by side in a warp,
+// and a thread block takes a tile of blocks that lie one after another in one chunk of one tensor: where it is is
+// found once a tile. What is quantised is bound by memory: each access is 16 bytes a thread where a tensor's chunk
+// begins at a multiple.
 //
-// A block's largest magnitude is found among the bits of its values, as integers: an infinity is above all numbers, and a
-// NaN above it, which no comparison of floats says.
+// A block's largest magnitude is found among the bits of its values, as integers: an infinity is above all numbers,
+// and a NaN above it, which no comparison of floats says.
 //
-// Dropped: a table of tensors in device memory, whose upload would cost a copy a call and cannot be captured in a graph; it
-// travels with the launch instead, and more tensors take more launches. Dropped: a thread block a block of values; small
-// blocks would leave most of it idle, and large ones wait for each other twice. Dropped: the chunk as the grid's second
-// dimension, which ends at 65535.
+// Dropped: a table of tensors in device memory, whose upload would cost a copy a call and cannot be captured in a
+// graph; it travels with the launch instead, and more tensors take more launches. Dropped: a thread block a block of
+// values; small blocks would leave most of it idle, and large ones wait for each other twice. Dropped: the chunk as
+// the grid's second dimension, which ends at 65535.
 #pragma once
 
 #include "formats.cuh"
@@ -96,7 +97,7 @@ __device__ __forceinline__ int64_t position(const Work& work, int64_t chunk) {
 
 __device__ __forceinline__ int64_t at_least_zero(int64_t a) { return a < 0 ? 0 : a; }
 
-// -- values to codes -------------------------------------------------------------------------------------------------------
+// -- values to codes ------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b) { return a < b ? b : a; }
 
@@ -210,7 +211,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// -- codes to values -------------------------------------------------------------------------------------------------------
+// -- codes to values ------------------------------------------------------------------------------------------------
 
 // Of `chunks` chunks that follow each other the sum of one unit, in their order; of one chunk its values.
 template <class Format>
@@ -267,7 +268,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// -- launches --------------------------------------------------------------------------------------------------------------
+// -- launches -------------------------------------------------------------------------------------------------------
 
 constexpr int64_t kGrain = 16;          // of blocks: runtime/formats.py
 constexpr int64_t kMostBlock = 1 << 30;  // positions inside of a block are 32 bit
@@ -280,8 +281,8 @@ inline int lanes_of(int64_t block) {
 
 inline int64_t blocks_of(int64_t values, int64_t block) { return (values + block - 1) / block; }
 
-// Tensors of a bucket. `values` is null where each has chunks * size; `dtypes` where all are to be taken, otherwise those
-// of `dtype` are.
+// Tensors of a bucket. `values` is null where each has chunks * size; `dtypes` where all are to be taken, otherwise
+// those of `dtype` are.
 struct Bucket {
   void* const* data;
   const int64_t* values;
@@ -391,10 +392,10 @@ int dequantise(const Bucket& bucket, int format, int dtype, float factor, int64_
 
 }  // namespace dsp
 
-// -- the C ABI -------------------------------------------------------------------------------------------------------------
+// -- the C ABI ------------------------------------------------------------------------------------------------------
 //
-// Formats and dtypes are numbered as in formats.cuh. All tensors are contiguous and on one device; lists are the host's and
-// are read before the call returns. Each answers the driver's error code, 0 for none.
+// Formats and dtypes are numbered as in formats.cuh. All tensors are contiguous and on one device; lists are the
+// host's and are read before the call returns. Each answers the driver's error code, 0 for none.
 
 // `values` values become ceil(values / block) blocks.
 DSP_EXPORT int dsp_quantise(const void* data, int64_t values, int dtype, void* codes, void* scales, int64_t block,

@@ -1,9 +1,9 @@
 // The operators of runtime/quantise.py answered by a kernel library, through torch's stable ABI.
 //
-// One binding serves every torch from TORCH_TARGET_VERSION on. Schemas are Python's (runtime/operators.py); this file says
-// only who answers for CUDA, which ROCm's builds of torch call by the same name. The kernel library is found at run time, by
-// dsp_bind, so that the binding is built without a GPU's compiler. With DSP_EMULATED the binding is for the CPU and the
-// library is an emulator: so the path from torch's dispatcher to a kernel is tested without a GPU.
+// One binding serves every torch from TORCH_TARGET_VERSION on. Schemas are Python's (runtime/operators.py); this file
+// says only who answers for CUDA, which ROCm's builds of torch call by the same name. The kernel library is found at
+// run time, by dsp_bind, so that the binding is built without a GPU's compiler. With DSP_EMULATED the binding is for
+// the CPU and the library is an emulator: so the path from torch's dispatcher to a kernel is tested without a GPU.
 //
 // Arguments are checked here: a kernel would read and write outside of what it was given.
 #include <dlfcn.h>
@@ -34,7 +34,7 @@ struct Kernels {
 Kernels kernels;
 std::string bind_error;
 
-// -- where a call runs -----------------------------------------------------------------------------------------------------
+// -- where a call runs ----------------------------------------------------------------------------------------------
 
 #ifdef DSP_EMULATED
 struct Device {
@@ -68,7 +68,7 @@ struct Device {
 };
 #endif
 
-// -- arguments -------------------------------------------------------------------------------------------------------------
+// -- arguments ------------------------------------------------------------------------------------------------------
 
 struct Format {
   const char* name;
@@ -123,7 +123,8 @@ void check_codes(const Tensor& codes, const Tensor& scales, int64_t blocks, int 
                   "codes are uint8 and scales are fp32.");
   const int64_t bytes = blocks * (block * kFormats[format].bits / 8);
   STD_TORCH_CHECK(codes.numel() == bytes && scales.numel() == blocks, blocks, " blocks have ", bytes,
-                  " bytes of codes and ", blocks, " scales, and these are ", codes.numel(), " and ", scales.numel(), ".");
+                  " bytes of codes and ", blocks, " scales, and these are ", codes.numel(), " and ", scales.numel(),
+                  ".");
 }
 
 std::vector<void*> addresses_of(const std::vector<Tensor>& tensors) {
@@ -132,11 +133,12 @@ std::vector<void*> addresses_of(const std::vector<Tensor>& tensors) {
   return found;
 }
 
-// -- operators -------------------------------------------------------------------------------------------------------------
+// -- operators ------------------------------------------------------------------------------------------------------
 
 std::tuple<Tensor, Tensor> quantise_into(const std::vector<Tensor>& tensors, const std::vector<int64_t>& sizes,
                                          int64_t chunks, int64_t nodes, const std::string& format, int64_t block,
-                                         const std::vector<int64_t>& code_shape, const std::vector<int64_t>& scale_shape) {
+                                         const std::vector<int64_t>& code_shape,
+                                         const std::vector<int64_t>& scale_shape) {
   std::vector<Tensor> contiguous;
   std::vector<int64_t> values;
   std::vector<int> dtypes;
@@ -165,8 +167,9 @@ std::tuple<Tensor, Tensor> quantise(const Tensor& x, const std::string& format, 
 std::tuple<Tensor, Tensor> quantise_bucket(const std::vector<Tensor>& tensors, const std::vector<int64_t>& sizes,
                                            int64_t chunks, const std::string& format, int64_t block, int64_t nodes) {
   check_block(block);
-  STD_TORCH_CHECK(!tensors.empty() && tensors.size() == sizes.size(), "a bucket has a size for each of its tensors, one ",
-                  "at least, and these are ", tensors.size(), " and ", sizes.size(), ".");
+  STD_TORCH_CHECK(!tensors.empty() && tensors.size() == sizes.size(),
+                  "a bucket has a size for each of its tensors, one at least, and these are ", tensors.size(), " and ",
+                  sizes.size(), ".");
   STD_TORCH_CHECK(chunks >= 1 && nodes >= 1 && chunks % nodes == 0, nodes, " nodes do not divide ", chunks, " chunks.");
   const int64_t blocks = row_blocks_of(sizes, block);
   const int64_t bytes = block * kFormats[format_code(format)].bits / 8;
@@ -195,7 +198,8 @@ std::vector<Tensor> dequantise_bucket(const Tensor& codes, const Tensor& scales,
                                       const std::string& format, int64_t block, ScalarType dtype) {
   const int code = format_code(format);
   check_block(block);
-  STD_TORCH_CHECK(codes.dim() == 2, "codes of a bucket have a row a chunk, and these have ", codes.dim(), " dimensions.");
+  STD_TORCH_CHECK(codes.dim() == 2, "codes of a bucket have a row a chunk, and these have ", codes.dim(),
+                  " dimensions.");
   const int64_t chunks = codes.size(0);
   check_codes(codes, scales, chunks * row_blocks_of(sizes, block), code, block);
   const Device device(codes);

@@ -7,12 +7,12 @@
 #include <cstring>
 
 extern "C" {
-int dsp_quantise_bucket(const void* const*, const int64_t*, const int64_t*, const int*, int64_t, int64_t, int64_t, void*,
-                        void*, int64_t, int, void*);
+int dsp_quantise_bucket(const void* const*, const int64_t*, const int64_t*, const int*, int64_t, int64_t, int64_t,
+                        void*, void*, int64_t, int, void*);
 int dsp_dequantise_bucket(const void*, const void*, void* const*, const int64_t*, int64_t, int64_t, int, int64_t, int,
                           void*);
-int dsp_dequantise_sum(const void*, const void*, void* const*, const int64_t*, int64_t, int64_t, float, int, int64_t, int,
-                       void*);
+int dsp_dequantise_sum(const void*, const void*, void* const*, const int64_t*, int64_t, int64_t, float, int, int64_t,
+                       int, void*);
 int dsp_copy_in(const void* const*, const int64_t*, const int64_t*, int64_t, int64_t, void*, void*);
 int dsp_copy_out(const void*, void* const*, const int64_t*, const int64_t*, int64_t, int64_t, void*);
 }

@@ -7,7 +7,8 @@ using namespace dsp;
 
 constexpr int kThreads = 128;
 
-// Each thread takes what the one before it wrote. Without the barrier that is there by luck: where threads run in order.
+// Each thread takes what the one before it wrote. Without the barrier that is there by luck: where threads run in
+// order.
 template <bool kHasBarrier>
 __global__ void neighbours(int* out) {
   __shared__ int written[kThreads];
