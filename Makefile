@@ -5,12 +5,13 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 RUN := OMP_NUM_THREADS=1 $(VENV)/bin/python
 
-.PHONY: help demo test lint types tests bench clean
+.PHONY: help demo test lint types tests bench kernels clean
 
 help:
 	@echo "make demo   train a small GPT on 2 processes with ZeRO-3, print and write the report (about 3 minutes)"
 	@echo "make test   lint, types and all tests"
 	@echo "make bench  side by side with DDP, FSDP2 and plain Inductor (about 15 minutes)"
+	@echo "make kernels  compile the CUDA kernels and their binding to torch (about 1 minute, needs nvcc and g++)"
 	@echo "make clean  remove .venv and what the demo wrote"
 
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -36,6 +37,9 @@ tests: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	$(VENV)/bin/python -m benchmarks zero
+
+kernels: $(VENV)/.ready
+	$(VENV)/bin/python -c "from dspass.runtime.kernels import build; print(build('cuda'), build('binding'), sep='\n')"
 
 clean:
 	rm -rf $(VENV) out

@@ -1,0 +1,264 @@
+// The operators of runtime/quantise.py answered by a kernel library, through torch's stable ABI.
+//
+// One binding serves every torch from TORCH_TARGET_VERSION on. Schemas are Python's (runtime/operators.py); this file
+// says only who answers for CUDA, which ROCm's builds of torch call by the same name. The kernel library is found at
+// run time, by dsp_bind, so that the binding is built without a GPU's compiler. With DSP_EMULATED the binding is for
+// the CPU and the library is an emulator: so the path from torch's dispatcher to a kernel is tested without a GPU.
+//
+// Arguments are checked here: a kernel would read and write outside of what it was given.
+#include <dlfcn.h>
+
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+struct Kernels {
+  int (*quantise_bucket)(const void* const*, const int64_t*, const int64_t*, const int*, int64_t, int64_t, int64_t,
+                         void*, void*, int64_t, int, void*);
+  int (*dequantise_bucket)(const void*, const void*, void* const*, const int64_t*, int64_t, int64_t, int, int64_t, int,
+                           void*);
+  int (*dequantise_sum)(const void*, const void*, void* const*, const int64_t*, int64_t, int64_t, float, int, int64_t,
+                        int, void*);
+};
+Kernels kernels;
+std::string bind_error;
+
+// -- where a call runs ----------------------------------------------------------------------------------------------
+
+#ifdef DSP_EMULATED
+struct Device {
+  explicit Device(const Tensor&) {}
+  void* stream() const { return nullptr; }
+};
+#else
+// torch's libraries are loaded where the linker does not look: the function is taken from the one that is there.
+using CurrentStream = AOTITorchError (*)(int32_t, void**);
+CurrentStream find_current_stream() {
+  for (const char* name : {"libtorch_cuda.so", "libtorch_hip.so"}) {
+    if (void* library = dlopen(name, RTLD_NOW | RTLD_NOLOAD))
+      return reinterpret_cast<CurrentStream>(dlsym(library, "aoti_torch_get_current_cuda_stream"));
+  }
+  return nullptr;
+}
+
+// The tensor's device is the current one as long as this lives.
+struct Device {
+  int32_t index;
+  torch::stable::accelerator::DeviceGuard guard;
+
+  explicit Device(const Tensor& tensor) : index(tensor.get_device_index()), guard(index) {}
+  void* stream() const {
+    static const CurrentStream current = find_current_stream();
+    STD_TORCH_CHECK(current != nullptr, "this torch has neither CUDA nor ROCm: its current stream cannot be found");
+    void* found = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(current(index, &found));
+    return found;
+  }
+};
+#endif
+
+// -- arguments ------------------------------------------------------------------------------------------------------
+
+struct Format {
+  const char* name;
+  int bits;
+};
+constexpr Format kFormats[] = {{"int8", 8}, {"int4", 4}, {"fp8_e4m3", 8}, {"fp8_e5m2", 8}, {"fp6_e3m2", 6}};
+
+int format_code(const std::string& name) {
+  for (int i = 0; i < 5; ++i)
+    if (name == kFormats[i].name) return i;
+  STD_TORCH_CHECK(false, "there is no format '", name, "': take one of int8, int4, fp8_e4m3, fp8_e5m2, fp6_e3m2.");
+  return -1;
+}
+
+int dtype_code(ScalarType dtype) {
+  if (dtype == ScalarType::Float) return 0;
+  if (dtype == ScalarType::Half) return 1;
+  STD_TORCH_CHECK(dtype == ScalarType::BFloat16,
+                  "a tensor of another dtype cannot be quantised: fp32, fp16 and bf16 can.");
+  return 2;
+}
+
+void check_block(int64_t block) {
+  STD_TORCH_CHECK(block >= 16 && block % 16 == 0, "a block of ", block,
+                  " values cannot be: take a multiple of 16, such as 256.");
+}
+
+void check_device(const Tensor& tensor, const Tensor& first) {
+  STD_TORCH_CHECK(tensor.device() == first.device(), "all tensors of a bucket are on one device, and these are not.");
+}
+
+void check_launch(int error) {
+  STD_TORCH_CHECK(error == 0, "a kernel of dspass could not be launched: the driver answered ", error, ".");
+}
+
+int64_t blocks_of(int64_t values, int64_t block) { return (values + block - 1) / block; }
+
+int64_t row_blocks_of(const std::vector<int64_t>& sizes, int64_t block) {
+  int64_t blocks = 0;
+  for (const int64_t size : sizes) {
+    STD_TORCH_CHECK(size >= 0, "a tensor of a bucket has ", size, " values a chunk: it has none at least.");
+    blocks += blocks_of(size, block);
+  }
+  return blocks;
+}
+
+// Codes and scales of `blocks` blocks in all.
+void check_codes(const Tensor& codes, const Tensor& scales, int64_t blocks, int format, int64_t block) {
+  check_block(block);
+  check_device(scales, codes);
+  STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Byte && scales.scalar_type() == ScalarType::Float,
+                  "codes are uint8 and scales are fp32.");
+  const int64_t bytes = blocks * (block * kFormats[format].bits / 8);
+  STD_TORCH_CHECK(codes.numel() == bytes && scales.numel() == blocks, blocks, " blocks have ", bytes,
+                  " bytes of codes and ", blocks, " scales, and these are ", codes.numel(), " and ", scales.numel(),
+                  ".");
+}
+
+std::vector<void*> addresses_of(const std::vector<Tensor>& tensors) {
+  std::vector<void*> found;
+  for (const Tensor& tensor : tensors) found.push_back(tensor.data_ptr());
+  return found;
+}
+
+// -- operators ------------------------------------------------------------------------------------------------------
+
+std::tuple<Tensor, Tensor> quantise_into(const std::vector<Tensor>& tensors, const std::vector<int64_t>& sizes,
+                                         int64_t chunks, int64_t nodes, const std::string& format, int64_t block,
+                                         const std::vector<int64_t>& code_shape,
+                                         const std::vector<int64_t>& scale_shape) {
+  std::vector<Tensor> contiguous;
+  std::vector<int64_t> values;
+  std::vector<int> dtypes;
+  for (const Tensor& tensor : tensors) {
+    check_device(tensor, tensors[0]);
+    contiguous.push_back(torch::stable::contiguous(tensor));
+    values.push_back(tensor.numel());
+    dtypes.push_back(dtype_code(tensor.scalar_type()));
+  }
+  const Device device(tensors[0]);
+  Tensor codes = torch::stable::new_empty(tensors[0], code_shape, ScalarType::Byte);
+  Tensor scales = torch::stable::new_empty(tensors[0], scale_shape, ScalarType::Float);
+  check_launch(kernels.quantise_bucket(addresses_of(contiguous).data(), values.data(), sizes.data(), dtypes.data(),
+                                       static_cast<int64_t>(tensors.size()), chunks, nodes, codes.data_ptr(),
+                                       scales.data_ptr(), block, format_code(format), device.stream()));
+  return {codes, scales};
+}
+
+std::tuple<Tensor, Tensor> quantise(const Tensor& x, const std::string& format, int64_t block) {
+  check_block(block);
+  const int64_t blocks = blocks_of(x.numel(), block);
+  const int64_t bytes = block * kFormats[format_code(format)].bits / 8;
+  return quantise_into({x}, {x.numel()}, 1, 1, format, block, {blocks, bytes}, {blocks});
+}
+
+std::tuple<Tensor, Tensor> quantise_bucket(const std::vector<Tensor>& tensors, const std::vector<int64_t>& sizes,
+                                           int64_t chunks, const std::string& format, int64_t block, int64_t nodes) {
+  check_block(block);
+  STD_TORCH_CHECK(!tensors.empty() && tensors.size() == sizes.size(),
+                  "a bucket has a size for each of its tensors, one at least, and these are ", tensors.size(), " and ",
+                  sizes.size(), ".");
+  STD_TORCH_CHECK(chunks >= 1 && nodes >= 1 && chunks % nodes == 0, nodes, " nodes do not divide ", chunks, " chunks.");
+  const int64_t blocks = row_blocks_of(sizes, block);
+  const int64_t bytes = block * kFormats[format_code(format)].bits / 8;
+  return quantise_into(tensors, sizes, chunks, nodes, format, block, {chunks, blocks * bytes}, {chunks, blocks});
+}
+
+Tensor dequantise(const Tensor& codes, const Tensor& scales, const std::vector<int64_t>& shape,
+                  const std::string& format, ScalarType dtype) {
+  const int code = format_code(format);
+  STD_TORCH_CHECK(codes.dim() == 2, "codes have a row a block, and these have ", codes.dim(), " dimensions.");
+  const int64_t block = codes.size(1) * 8 / kFormats[code].bits;
+  check_codes(codes, scales, codes.size(0), code, block);
+  const Device device(codes);
+  Tensor values = torch::stable::new_empty(codes, shape, dtype);
+  STD_TORCH_CHECK(values.numel() <= codes.size(0) * block, "a tensor of ", values.numel(), " values has more than the ",
+                  codes.size(0), " blocks of ", block, " that are given.");
+  const Tensor from = torch::stable::contiguous(codes), by = torch::stable::contiguous(scales);
+  const int64_t size = values.numel();
+  void* const data = values.data_ptr();
+  check_launch(kernels.dequantise_bucket(from.data_ptr(), by.data_ptr(), &data, &size, 1, 1, dtype_code(dtype), block,
+                                         code, device.stream()));
+  return values;
+}
+
+std::vector<Tensor> dequantise_bucket(const Tensor& codes, const Tensor& scales, const std::vector<int64_t>& sizes,
+                                      const std::string& format, int64_t block, ScalarType dtype) {
+  const int code = format_code(format);
+  check_block(block);
+  STD_TORCH_CHECK(codes.dim() == 2, "codes of a bucket have a row a chunk, and these have ", codes.dim(),
+                  " dimensions.");
+  const int64_t chunks = codes.size(0);
+  check_codes(codes, scales, chunks * row_blocks_of(sizes, block), code, block);
+  const Device device(codes);
+  std::vector<Tensor> values;
+  for (const int64_t size : sizes) values.push_back(torch::stable::new_empty(codes, {chunks, size}, dtype));
+  const Tensor from = torch::stable::contiguous(codes), by = torch::stable::contiguous(scales);
+  check_launch(kernels.dequantise_bucket(from.data_ptr(), by.data_ptr(), addresses_of(values).data(), sizes.data(),
+                                         static_cast<int64_t>(sizes.size()), chunks, dtype_code(dtype), block, code,
+                                         device.stream()));
+  return values;
+}
+
+std::vector<Tensor> dequantise_sum(const Tensor& codes, const Tensor& scales, const std::vector<int64_t>& sizes,
+                                   const std::string& format, int64_t block, double factor, ScalarType dtype) {
+  const int code = format_code(format);
+  check_block(block);
+  STD_TORCH_CHECK(codes.dim() == 2 && codes.size(0) >= 1, "codes of a bucket have a row a chunk, one at least.");
+  const int64_t chunks = codes.size(0);
+  check_codes(codes, scales, chunks * row_blocks_of(sizes, block), code, block);
+  const Device device(codes);
+  std::vector<Tensor> values;
+  for (const int64_t size : sizes) values.push_back(torch::stable::new_empty(codes, {size}, dtype));
+  const Tensor from = torch::stable::contiguous(codes), by = torch::stable::contiguous(scales);
+  check_launch(kernels.dequantise_sum(from.data_ptr(), by.data_ptr(), addresses_of(values).data(), sizes.data(),
+                                      static_cast<int64_t>(sizes.size()), chunks, static_cast<float>(factor),
+                                      dtype_code(dtype), block, code, device.stream()));
+  return values;
+}
+
+template <class Function>
+bool take(void* library, const char* name, Function& function) {
+  function = reinterpret_cast<Function>(dlsym(library, name));
+  if (!function) bind_error = std::string("it has no ") + name;
+  return function != nullptr;
+}
+
+}  // namespace
+
+// Which kernel library answers: null, or why it cannot. To be called once, before the first operator is.
+extern "C" __attribute__((visibility("default"))) const char* dsp_bind(const char* path) {
+  void* library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+  if (!library) {
+    bind_error = dlerror();
+    return bind_error.c_str();
+  }
+  const bool is_whole = take(library, "dsp_quantise_bucket", kernels.quantise_bucket) &&
+                        take(library, "dsp_dequantise_bucket", kernels.dequantise_bucket) &&
+                        take(library, "dsp_dequantise_sum", kernels.dequantise_sum);
+  return is_whole ? nullptr : bind_error.c_str();
+}
+
+#ifdef DSP_EMULATED
+STABLE_TORCH_LIBRARY_IMPL(dspass, CPU, m) {
+#else
+STABLE_TORCH_LIBRARY_IMPL(dspass, CUDA, m) {
+#endif
+  m.impl("quantise", TORCH_BOX(&quantise));
+  m.impl("dequantise", TORCH_BOX(&dequantise));
+  m.impl("quantise_bucket", TORCH_BOX(&quantise_bucket));
+  m.impl("dequantise_bucket", TORCH_BOX(&dequantise_bucket));
+  m.impl("dequantise_sum", TORCH_BOX(&dequantise_sum));
+}

@@ -1,0 +1,341 @@
+"""Compiled kernels: where their libraries are, how they are built from ``cuda_src/``, and how they come to serve operators.
+
+A kernel library has a C interface and knows nothing of torch; one binding puts those of a GPU behind the operators of
+:mod:`dspass.runtime.operators`. Nothing is compiled unless :func:`build` is called (``make kernels``), and nothing is looked
+for unless :func:`serve` is: where no library is, the torch reference serves.
+
+========================= ========== ===================================================================
+target                    compiler   runs on
+========================= ========== ===================================================================
+``cuda``                  nvcc       NVIDIA GPUs: sm_80, sm_90a, sm_100 and later ones
+``hip``                   hipcc      AMD GPUs: gfx90a, gfx942
+``binding``               g++        torch: the operators' CUDA and ROCm implementations
+``emulator-32``, ``-64``  g++        the CPU, for tests: warps of so many threads
+``…-sanitized``           g++        the same under the address sanitizer
+``binding-emulator``      g++        torch on the CPU, for tests: the operators answered by an emulator
+========================= ========== ===================================================================
+
+``DSPASS_KERNEL_DIR`` names a folder with libraries that were built elsewhere, ``dspass-<target>.so`` each. Without it they are
+in the user's cache, under a name that changes with the sources, the flags and the compiler, so that none is ever out of date.
+
+Dropped: ``torch.utils.cpp_extension``, which builds against one version of torch and takes minutes. Dropped: building when an
+operator is first called: a training job would compile on every rank.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+import dspass
+
+#: As ``cuda_src/portable/formats.cuh`` numbers them.
+FORMAT_CODES = {"int8": 0, "int4": 1, "fp8_e4m3": 2, "fp8_e5m2": 3, "fp6_e3m2": 4}
+DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+#: What keeps arithmetic the same everywhere: no fused multiply-add that the source does not ask for.
+_HOST = (
+    "-std=c++17",
+    "-g1",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unknown-pragmas",
+    "-ffp-contract=off",
+    "-fPIC",
+    "-fvisibility=hidden",
+)
+_SANITIZED = ("-O1", "-fsanitize=address", "-fno-omit-frame-pointer")
+_CUDA = ("-std=c++17", "-O3", "-fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden")
+_HIP = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden")
+#: The oldest torch whose stable ABI the binding needs: 2.11.
+_BINDING = (
+    "-std=c++17",
+    "-O2",
+    "-Wall",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-DTORCH_TARGET_VERSION=0x020b000000000000ULL",
+)
+
+#: Of ``nvcc``: what one compilation covers. The last also carries PTX, from which later devices compile their own.
+CUDA_ARCHITECTURES = {
+    "sm_80": "arch=compute_80,code=sm_80",
+    "sm_90a": "arch=compute_90a,code=sm_90a",
+    "sm_100": "arch=compute_100,code=[sm_100,compute_100]",
+}
+HIP_ARCHITECTURES = ("gfx90a", "gfx942")
+
+
+class KernelError(ValueError):
+    """A kernel library cannot be built or loaded; the message says why, and the way out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """``flags`` are without sources and output; ``way_out`` is what to do where there is no ``compiler``."""
+
+    name: str
+    compiler: str
+    flags: tuple[str, ...]
+    way_out: str
+    link: tuple[str, ...] = ()
+
+
+_GXX = "install it (apt-get install g++)"
+_NVCC = (
+    "install CUDA 12.8 or later and put its bin folder into PATH, "
+    "or build elsewhere and name the folder in DSPASS_KERNEL_DIR"
+)
+_HIPCC = "install ROCm (or apt-get install hipcc) and put its bin folder into PATH"
+_gencode = tuple(part for code in CUDA_ARCHITECTURES.values() for part in ("-gencode", code))
+
+TARGETS: dict[str, Target] = {
+    target.name: target
+    for target in (
+        Target(
+            name="cuda",
+            compiler="nvcc",
+            flags=(*_CUDA, *_gencode, "--compress-mode=size"),
+            way_out=_NVCC,
+        ),
+        Target(
+            name="hip",
+            compiler="hipcc",
+            flags=(*_HIP, *(f"--offload-arch={name}" for name in HIP_ARCHITECTURES)),
+            way_out=_HIPCC,
+        ),
+        Target(name="binding", compiler="g++", flags=_BINDING, link=("-ltorch_cpu", "-ldl"), way_out=_GXX),
+        Target(
+            name="binding-emulator",
+            compiler="g++",
+            flags=(*_BINDING, "-DDSP_EMULATED"),
+            link=("-ltorch_cpu", "-ldl"),
+            way_out=_GXX,
+        ),
+        *(
+            Target(
+                name=f"emulator-{warp}{'-sanitized' if sanitized else ''}",
+                compiler="g++",
+                flags=(*_HOST, f"-DDSP_EMU_WARP={warp}", *(_SANITIZED if sanitized else ("-O2",))),
+                way_out=_GXX,
+            )
+            for warp in (32, 64)
+            for sanitized in (False, True)
+        ),
+    )
+}
+
+
+# -- where things are ----------------------------------------------------------------------------------------------------
+
+
+def source_folder(name: str = "cuda_src") -> Path:
+    """Of ``cuda_src`` or ``hip_src``; beside the package, in a checkout and where it is installed."""
+    folder = Path(dspass.__file__).resolve().parent / name
+    if not folder.is_dir():
+        raise KernelError(f"the kernels' sources are not at {folder}: install dspass again, or work in a checkout.")
+    return folder.resolve()
+
+
+def library_folder() -> Path:
+    """Where libraries are looked for, and built to."""
+    if given := os.environ.get("DSPASS_KERNEL_DIR"):
+        return Path(given)
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "dspass" / "kernels"
+
+
+def library_path(target: str) -> Path:
+    """Of the library for ``target``, built or not.
+
+    Raises :class:`KernelError` where there is no such target, or no compiler whose version could be part of the name.
+    """
+    found = target_of(target)
+    if os.environ.get("DSPASS_KERNEL_DIR"):
+        return library_folder() / f"dspass-{target}.so"
+    return library_folder() / f"dspass-{target}-{_key(_command(found, found.link))}.so"
+
+
+def is_built(target: str) -> bool:
+    """Whether there is a library for ``target``."""
+    try:
+        return library_path(target).is_file()
+    except KernelError:
+        return False
+
+
+def target_of(name: str) -> Target:
+    """Raises :class:`KernelError` where there is no such target."""
+    if name not in TARGETS:
+        raise KernelError(f"there is no kernel library for {name!r}: take one of {', '.join(TARGETS)}.")
+    return TARGETS[name]
+
+
+# -- building ------------------------------------------------------------------------------------------------------------
+
+
+def compiler_of(target: Target) -> str:
+    """Its path. Raises :class:`KernelError`, with the way out, where it is missing."""
+    found = shutil.which(target.compiler)
+    if found is None:
+        raise KernelError(
+            f"{target.compiler} is missing, which builds the kernel library {target.name!r}: {target.way_out}."
+        )
+    return found
+
+
+def sources_of(target: Target) -> list[Path]:
+    """What its library is compiled from, each a translation unit of its own."""
+    if target.name.startswith("binding"):
+        return [source_folder() / "torch" / "bind.cpp"]
+    if target.name == "hip":
+        return sorted(source_folder("hip_src").glob("*.hip"))
+    kernels = sorted((source_folder() / "portable").glob("*.cu"))
+    return [source_folder() / "common" / "emu.cpp", *kernels] if target.name.startswith("emulator") else kernels
+
+
+def build(target: str) -> Path:
+    """Compile the library for ``target`` unless it is there; its path.
+
+    Raises :class:`KernelError` where the compiler is missing, or fails.
+    """
+    found = target_of(target)
+    path = library_path(target)
+    if not path.is_file() or os.environ.get("DSPASS_KERNEL_DIR"):
+        compile_to(path, (*_command(found), "-shared"), sources_of(found), found.link)
+    return path
+
+
+def object_of(target: str, source: Path, flags: Sequence[str]) -> Path:
+    """Of one source of ``target``, compiled with these flags instead of the target's own, from the cache if it is there."""
+    command = (compiler_of(target_of(target)), *flags)
+    path = library_folder() / "objects" / f"{source.stem}-{_key((*command, source.name))}.o"
+    if not path.is_file():
+        compile_to(path, command, [source])
+    return path
+
+
+def compile_to(path: Path, command: Sequence[str], sources: Iterable[Path], link: Sequence[str] = ()) -> None:
+    """Run the compiler; ``path`` is there whole or not at all, whoever else builds the same."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    os.close(handle)
+    language = () if Path(command[0]).name != "g++" else ("-x", "c++")
+    try:
+        whole = [*command, "-o", scratch, *language, *map(str, sources), *link]
+        done = subprocess.run(whole, capture_output=True, text=True)
+        if done.returncode:
+            said = (done.stderr or done.stdout).strip()
+            raise KernelError(f"{path.name} could not be built. {' '.join(whole)} answered {done.returncode}:\n{said}")
+        os.chmod(scratch, 0o755)
+        os.replace(scratch, path)
+    finally:
+        Path(scratch).unlink(missing_ok=True)
+
+
+def _command(target: Target, link: tuple[str, ...] = ()) -> tuple[str, ...]:
+    command = (compiler_of(target), *target.flags)
+    if target.name.startswith("binding"):
+        home = Path(torch.__file__).parent
+        command = (*command, f"-isystem{home / 'include'}", f"-L{home / 'lib'}")
+    return command + link
+
+
+def _key(command: Sequence[str]) -> str:
+    """Changes with all sources, the command and the compiler's version."""
+    digest = hashlib.sha256("\0".join((*command, _version(command[0]))).encode())
+    for folder in (source_folder(), source_folder("hip_src")):
+        for path in sorted(folder.rglob("*")):
+            if path.suffix in (".cu", ".cuh", ".cpp", ".h", ".hip"):
+                digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@lru_cache
+def _version(compiler: str) -> str:
+    return subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+
+
+# -- serving -------------------------------------------------------------------------------------------------------------
+
+_I64, _INT, _FLOAT, _POINTER = ctypes.c_int64, ctypes.c_int, ctypes.c_float, ctypes.c_void_p
+_I64S, _INTS, _POINTERS = ctypes.POINTER(_I64), ctypes.POINTER(_INT), ctypes.POINTER(_POINTER)
+
+#: Arguments of each function of a kernel library; all answer the driver's error code.
+SIGNATURES: dict[str, tuple[type, ...]] = {
+    "dsp_quantise": (_POINTER, _I64, _INT, _POINTER, _POINTER, _I64, _INT, _POINTER),
+    "dsp_dequantise": (_POINTER, _POINTER, _POINTER, _I64, _INT, _I64, _INT, _POINTER),
+    "dsp_quantise_bucket": (
+        *(_POINTERS, _I64S, _I64S, _INTS, _I64, _I64, _I64),
+        *(_POINTER, _POINTER, _I64, _INT, _POINTER),
+    ),
+    "dsp_dequantise_bucket": (_POINTER, _POINTER, _POINTERS, _I64S, _I64, _I64, _INT, _I64, _INT, _POINTER),
+    "dsp_copy_in": (_POINTERS, _I64S, _I64S, _I64, _I64, _POINTER, _POINTER),
+    "dsp_copy_out": (_POINTER, _POINTERS, _I64S, _I64S, _I64, _I64, _POINTER),
+    "dsp_dequantise_sum": (_POINTER, _POINTER, _POINTERS, _I64S, _I64, _I64, _FLOAT, _INT, _I64, _INT, _POINTER),
+}
+
+
+def load(target: str) -> ctypes.CDLL:
+    """The library for ``target``, its functions declared.
+
+    Raises :class:`KernelError` where it is not built, or is of other sources than these.
+    """
+    return _declared(_existing(target))
+
+
+def serve() -> str | None:
+    """Let the kernels of a GPU answer the operators from now on; the library's path, or None where nothing was built.
+
+    ``DSPASS_KERNELS=reference`` leaves kernels out. Raises :class:`KernelError` where one of the library and its binding is
+    there without the other, or will not load.
+    """
+    if os.environ.get("DSPASS_KERNELS") == "reference":
+        return None
+    kernels = "hip" if torch.version.hip else "cuda"
+    if not is_built(kernels) and not is_built("binding"):
+        return None
+    return bind("binding", kernels)
+
+
+def bind(binding: str, kernels: str) -> str:
+    """Register the operators of ``binding`` over the library ``kernels``; the library's path."""
+    library, binder = _existing(kernels), _existing(binding)
+    torch.ops.load_library(str(binder))
+    loaded = ctypes.CDLL(str(binder))
+    loaded.dsp_bind.restype, loaded.dsp_bind.argtypes = ctypes.c_char_p, [ctypes.c_char_p]
+    error = loaded.dsp_bind(os.fsencode(library))
+    if error is not None:
+        raise KernelError(f"{library} cannot serve: {error.decode()}. Build it again: make kernels.")
+    return str(library)
+
+
+def _existing(target: str) -> Path:
+    path = library_path(target)
+    if not path.is_file():
+        raise KernelError(
+            f"the kernel library {target!r} is not built, or from other sources, at {path}: make kernels."
+        )
+    return path
+
+
+@lru_cache
+def _declared(path: Path) -> ctypes.CDLL:
+    try:
+        library = ctypes.CDLL(str(path))
+        for name, arguments in SIGNATURES.items():
+            function = getattr(library, name)
+            function.restype, function.argtypes = ctypes.c_int, arguments
+    except (OSError, AttributeError) as error:
+        raise KernelError(f"{path} cannot be loaded: {error}. Build it again: make kernels.") from error
+    return library

@@ -1,0 +1,258 @@
+"""The kernels against their torch reference, to the last bit, on the CPU, by the emulator. Nothing here runs on a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dspass.runtime import kernels, quantise
+from dspass.runtime.formats import FORMATS, format_of
+from tests.emulated import Emulator, garbage, int64s, numbers, odd_blocks, pointers, same, setting
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+BLOCKS = (16, 48, 64, 256, 1024, 2048, 4096)
+EMULATORS = [Emulator(warp, order) for warp in (32, 64) for order in ("in order", "random")]
+
+each_emulator = pytest.mark.parametrize("emulator", EMULATORS, ids=lambda e: f"{e.warp} {e.order}")
+each_format = pytest.mark.parametrize("format", FORMATS)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _built() -> None:
+    for warp in (32, 64):
+        kernels.build(f"emulator-{warp}")
+
+
+# -- one tensor ----------------------------------------------------------------------------------------------------------
+
+
+@each_emulator
+@each_format
+@pytest.mark.parametrize("block", BLOCKS)
+def test_a_tensor_there_and_back(emulator: Emulator, format: str, block: int) -> None:
+    for dtype in DTYPES:
+        odd = odd_blocks(block, dtype)
+        for x in (odd, odd[:0], odd[-1:], odd[7 * block : 9 * block - 1]):
+            codes, scales = quantise.quantise(x, format, block)
+            found = emulator.quantise(x, format, block)
+            assert same(found[0], codes), (dtype, x.numel())
+            assert same(found[1], scales), (dtype, x.numel())
+            back = emulator.dequantise(codes, scales, x.shape, format, dtype)
+            assert same(back, quantise.dequantise(codes, scales, x.shape, format, dtype)), (dtype, x.numel())
+
+
+@each_emulator
+@each_format
+def test_every_code_comes_back_in_every_dtype(emulator: Emulator, format: str) -> None:
+    codes = torch.arange(256, dtype=torch.uint8).repeat(3, 3)  # also those that quantise never makes
+    scales = torch.tensor([1.0, 3.1e-5, float("nan")])
+    shape = (3, codes.shape[1] * 8 // format_of(format).bits)
+    for dtype in DTYPES:
+        back = emulator.dequantise(codes, scales, shape, format, dtype)
+        assert same(back, quantise.dequantise(codes, scales, shape, format, dtype)), dtype
+
+
+# -- buckets -------------------------------------------------------------------------------------------------------------
+
+
+def check_bucket(
+    emulator: Emulator,
+    tensors: list[torch.Tensor],
+    sizes: list[int],
+    *,
+    chunks: int,
+    nodes: int,
+    format: str,
+    block: int,
+    dtype: torch.dtype,
+) -> None:
+    codes, scales = quantise.quantise_bucket(tensors, sizes, chunks, format, block, nodes)
+    found = emulator.quantise_bucket(tensors, sizes, chunks, format, block, nodes)
+    assert same(found[0], codes)
+    assert same(found[1], scales)
+    for back, expected in zip(
+        emulator.dequantise_bucket(codes, scales, sizes, format, block, dtype),
+        quantise.dequantise_bucket(codes, scales, sizes, format, block, dtype),
+        strict=True,
+    ):
+        assert same(back, expected)
+    for total, expected in zip(
+        emulator.dequantise_sum(codes, scales, sizes, format, block, 1 / 3, dtype),
+        quantise.dequantise_sum(codes, scales, sizes, format, block, 1 / 3, dtype),
+        strict=True,
+    ):
+        assert same(total, expected)
+
+
+@each_emulator
+@each_format
+@pytest.mark.parametrize("block", [16, 64, 256, 1024, 2048])
+def test_a_bucket(emulator: Emulator, format: str, block: int) -> None:
+    """Chunks that begin at odd addresses, that end within a block, that are empty, and that no tensor reaches."""
+    sizes = [1, 0, 2 * block + 3, block, 5, 3 * block]
+    for dtype, (chunks, nodes) in zip(DTYPES, ((1, 1), (4, 2), (6, 3)), strict=True):
+        lengths = [chunks, 0, chunks * sizes[2] - 7, chunks * block, 2, 0]
+        tensors = [numbers(length, dtype, seed=i) for i, length in enumerate(lengths)]
+        tensors[3][-1] = float("nan")
+        check_bucket(emulator, tensors, sizes, chunks=chunks, nodes=nodes, format=format, block=block, dtype=dtype)
+
+
+@each_emulator
+def test_a_bucket_of_more_tensors_than_a_launch_takes_and_of_all_dtypes(emulator: Emulator) -> None:
+    sizes = [1 + i * 7 % 40 for i in range(150)]
+    tensors = [numbers(2 * size, DTYPES[i % 3], seed=i) for i, size in enumerate(sizes)]
+    check_bucket(emulator, tensors, sizes, chunks=2, nodes=1, format="int4", block=16, dtype=torch.float32)
+
+
+@each_format
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_bucket_at_odd_addresses(format: str, dtype: torch.dtype) -> None:
+    """Also of the codes, which are a part of a larger buffer somewhere."""
+    emulator = Emulator(32)
+    x = numbers(301, dtype)[1:]
+    codes, scales = quantise.quantise(x, format, 48)
+    for shift in (1, 2, 4):
+        buffer = garbage(codes.numel() + shift, dtype=torch.uint8)
+        found = buffer[shift:].view(codes.shape)
+        args = (x.data_ptr(), x.numel(), kernels.DTYPE_CODES[dtype])
+        made = torch.empty_like(scales)
+        emulator.call("dsp_quantise", *args, found.data_ptr(), made.data_ptr(), 48, kernels.FORMAT_CODES[format])
+        assert same(found, codes)
+        assert same(made, scales)
+        assert (buffer[:shift] == 0xA5).all()
+        back = emulator.dequantise(found, scales, x.shape, format, dtype)
+        assert same(back, quantise.dequantise(codes, scales, x.shape, format, dtype))
+
+
+@pytest.mark.parametrize("grid", [1, 3])
+def test_a_grid_that_has_to_be_cut(grid: int) -> None:
+    sizes = [2000, 77, 1300]
+    tensors = [numbers(4 * size, torch.bfloat16, seed=size) for size in sizes]
+    with setting(DSP_EMU_GRID=grid):
+        check_bucket(
+            Emulator(32, "random"),
+            tensors,
+            sizes,
+            chunks=4,
+            nodes=2,
+            format="fp6_e3m2",
+            block=64,
+            dtype=torch.bfloat16,
+        )
+
+
+def test_beyond_31_bits() -> None:
+    """The last thread blocks over a tensor of more values than 31 bits count; of its memory only the end is ever touched."""
+    emulator, block, format = Emulator(32), 256, "int4"
+    count = 2**31 + 2**20 + 5
+    end = 3 * block + 5
+    whole = torch.empty(count, dtype=torch.bfloat16)
+    whole[-end:] = numbers(end, torch.bfloat16)
+    blocks = quantise.blocks_of(count, block)
+    codes = torch.empty((blocks, block // 2), dtype=torch.uint8)
+    scales = torch.empty(blocks)
+    tiles = quantise.blocks_of(blocks, 32)  # of eight groups, four blocks each
+    args = (codes.data_ptr(), scales.data_ptr(), block, kernels.FORMAT_CODES[format])
+    with setting(DSP_EMU_FIRST=tiles - 2):
+        emulator.call("dsp_quantise", whole.data_ptr(), count, kernels.DTYPE_CODES[whole.dtype], *args)
+        expected = quantise.quantise(whole[-end:], format, block)
+        assert same(codes[-4:], expected[0])
+        assert same(scales[-4:], expected[1])
+        whole[-end:] = 0
+        back = (codes.data_ptr(), scales.data_ptr(), whole.data_ptr(), count, kernels.DTYPE_CODES[whole.dtype])
+        emulator.call("dsp_dequantise", *back, block, kernels.FORMAT_CODES[format])
+    assert same(whole[-end:], quantise.dequantise(*expected, (end,), format, whole.dtype))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    data=st.data(),
+    emulator=st.sampled_from(EMULATORS),
+    format=st.sampled_from(list(FORMATS)),
+    block=st.integers(1, 40).map(lambda n: 16 * n),
+    sizes=st.lists(st.integers(0, 700), min_size=1, max_size=5),
+    devices=st.integers(1, 3),
+    nodes=st.integers(1, 3),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_any_bucket(
+    data: st.DataObject,
+    emulator: Emulator,
+    format: str,
+    block: int,
+    sizes: list[int],
+    devices: int,
+    nodes: int,
+    dtype: torch.dtype,
+) -> None:
+    chunks = devices * nodes
+    tensors = [
+        numbers(data.draw(st.integers(0, chunks * size), label="values"), data.draw(st.sampled_from(DTYPES)), seed=i)
+        for i, size in enumerate(sizes)
+    ]
+    check_bucket(emulator, tensors, sizes, chunks=chunks, nodes=nodes, format=format, block=block, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("block", "format", "dtype", "chunks", "nodes"),
+    [(24, 0, 0, 2, 1), (0, 0, 0, 2, 1), (16, 5, 0, 2, 1), (16, 0, 3, 2, 1), (16, 0, 0, 3, 2), (16, 0, 0, 2, 0)],
+)
+def test_what_no_kernel_can_be_launched_for(block: int, format: int, dtype: int, chunks: int, nodes: int) -> None:
+    x, codes, scales = torch.zeros(64), garbage(128, dtype=torch.uint8), garbage(8)
+    error = kernels.load("emulator-32").dsp_quantise_bucket(
+        *(pointers([x]), int64s([64]), int64s([32]), (ctypes.c_int * 1)(dtype), 1, chunks, nodes),
+        *(codes.data_ptr(), scales.data_ptr(), block, format, None),
+    )
+    assert error == 1
+    assert (codes == 0xA5).all()
+
+
+# -- copies --------------------------------------------------------------------------------------------------------------
+
+
+def check_copy(emulator: Emulator, tensors: list[torch.Tensor], bytes: list[int], chunks: int) -> None:
+    """Against slices; ``tensors`` are of bytes."""
+    whole, row = [t.numel() for t in tensors], sum(bytes)
+    buffer = garbage(chunks, row, dtype=torch.uint8)
+    emulator.call(
+        "dsp_copy_in", pointers(tensors), int64s(whole), int64s(bytes), len(tensors), chunks, buffer.data_ptr()
+    )
+    parts = [
+        torch.nn.functional.pad(t, (0, chunks * each - t.numel())).view(chunks, each)
+        for t, each in zip(tensors, bytes, strict=True)
+    ]
+    assert torch.equal(buffer, torch.cat([buffer[:, :0], *parts], dim=1))
+    back = [garbage(t.numel(), dtype=torch.uint8) for t in tensors]
+    emulator.call("dsp_copy_out", buffer.data_ptr(), pointers(back), int64s(whole), int64s(bytes), len(tensors), chunks)
+    assert all(torch.equal(found, t) for found, t in zip(back, tensors, strict=True))
+
+
+def some_bytes(count: int) -> torch.Tensor:
+    return torch.randint(0, 256, (count,), generator=torch.Generator().manual_seed(count)).to(torch.uint8)
+
+
+@each_emulator
+@pytest.mark.parametrize("grid", [None, 2])
+def test_copies(emulator: Emulator, grid: int | None) -> None:
+    """Tiles that are full, parts at odd addresses, chunks that no tensor reaches, empty ones, more than a launch takes."""
+    with setting(DSP_EMU_GRID=grid):
+        check_copy(emulator, [some_bytes(3 * 16384 + 5)], [16384 + 16], 3)
+        check_copy(emulator, [some_bytes(n) for n in (64, 0, 7, 999, 0)], [32, 0, 7, 333, 5], 3)
+        check_copy(emulator, [some_bytes(2 * (i + 1)) for i in range(130)], [i + 1 for i in range(130)], 2)
+        check_copy(emulator, [], [], 3)
+        check_copy(emulator, [some_bytes(40)[1:]], [13], 3)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    emulator=st.sampled_from(EMULATORS),
+    sizes=st.lists(st.tuples(st.integers(0, 2000), st.floats(0, 1)), max_size=6),
+    chunks=st.integers(1, 5),
+)
+def test_any_copy(emulator: Emulator, sizes: list[tuple[int, float]], chunks: int) -> None:
+    tensors = [some_bytes(round(share * chunks * each)) for each, share in sizes]
+    check_copy(emulator, tensors, [each for each, _ in sizes], chunks)

@@ -1,0 +1,213 @@
+"""Kernel libraries: compilers take the sources, arithmetic is rounded once, operators reach kernels, errors help."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dspass.runtime import kernels
+from dspass.runtime.kernels import KernelError
+
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc here")
+needs_hipcc = pytest.mark.skipif(shutil.which("hipcc") is None, reason="there is no hipcc here")
+
+CUDA = sorted(path.name for path in (kernels.source_folder() / "portable").glob("*.cu"))
+HIP = sorted(path.name for path in kernels.source_folder("hip_src").glob("*.hip"))
+#: Those whose results are the reference's to the last bit.
+BIT_EXACT = ("quantise.cu",)
+
+
+# -- compilers -----------------------------------------------------------------------------------------------------------
+
+
+@needs_nvcc
+@pytest.mark.parametrize("architecture", kernels.CUDA_ARCHITECTURES)
+@pytest.mark.parametrize("name", CUDA)
+def test_nvcc_compiles(name: str, architecture: str) -> None:
+    source = kernels.source_folder() / "portable" / name
+    flags = ("-std=c++17", "-O3", "-fmad=false", "-c", "-gencode", kernels.CUDA_ARCHITECTURES[architecture])
+    assert kernels.object_of("cuda", source, flags).stat().st_size > 0
+
+
+@needs_nvcc
+@pytest.mark.parametrize("name", CUDA)
+def test_ptx(name: str) -> None:
+    """No operation of fp32 that a compiler may contract or round otherwise, and no table that is copied to local memory."""
+    source = kernels.source_folder() / "portable" / name
+    ptx = kernels.object_of(
+        "cuda", source, ("-std=c++17", "-O3", "-fmad=false", "-ptx", "-arch=compute_80")
+    ).read_text()
+    assert ".local" not in ptx
+    if name in BIT_EXACT:
+        assert re.search(r"\bmul\.rn\.f32\b", ptx)
+        assert _loose(ptx) == []
+
+
+def test_what_the_check_of_ptx_finds() -> None:
+    assert _loose("fma.rn.f32 %f1, %f2, %f3, %f4;") == ["fma.rn.f32"]
+    assert _loose("mul.f32 %f1, %f2, %f3; mul.rn.f32 %f1, %f2, %f3; add.s64 %r1, %r2, %r3;") == ["mul.f32"]
+    assert _loose("div.approx.f32 a; div.full.f32 a; div.rn.f32 a; rcp.approx.ftz.f32 a; add.rn.ftz.f32 a") == [
+        *("div.approx.f32", "div.full.f32", "rcp.approx.ftz.f32", "add.rn.ftz.f32")
+    ]
+
+
+def _loose(ptx: str) -> list[str]:
+    operations: list[str] = re.findall(r"\b(?:fma|mad|mul|add|sub|div|rcp|sqrt)(?:\.\w+)*\.f32\b", ptx)
+    return [found for found in operations if not re.fullmatch(r"(?:mul|add|sub|div|rcp|sqrt)\.rn\.f32", found)]
+
+
+@needs_hipcc
+@pytest.mark.parametrize("architecture", kernels.HIP_ARCHITECTURES)
+@pytest.mark.parametrize("name", HIP)
+def test_hipcc_compiles(name: str, architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HIP_PLATFORM", "amd")
+    said = subprocess.run(["hipcc", "--version"], capture_output=True, text=True, check=True).stdout
+    if architecture == "gfx942" and (version := re.search(r"HIP version: (\d+)", said)) and int(version[1]) < 6:
+        pytest.skip(f"hipcc of ROCm {version[1]} does not know {architecture}, which came with 6")
+    source = kernels.source_folder("hip_src") / name
+    flags = ("-std=c++17", "-O3", "-ffp-contract=off", "-c", f"--offload-arch={architecture}")
+    assert kernels.object_of("hip", source, flags).stat().st_size > 0
+
+
+def test_every_kernel_is_there_for_hip_too() -> None:
+    assert [Path(name).stem for name in HIP] == [Path(name).stem for name in CUDA]
+
+
+@needs_nvcc
+def test_the_library_for_cuda_loads_without_a_driver() -> None:
+    kernels.build("cuda")
+    assert kernels.load("cuda").dsp_quantise is not None
+    symbols = subprocess.run(
+        ["nm", "-D", kernels.library_path("cuda")], capture_output=True, text=True, check=True
+    ).stdout
+    assert set(re.findall(r" T (dsp_\w+)", symbols)) == set(kernels.SIGNATURES)
+    assert "libtorch" not in symbols
+
+
+# -- operators -----------------------------------------------------------------------------------------------------------
+
+OPERATORS = """
+import torch
+from dspass.runtime import kernels, quantise
+from dspass.runtime.formats import FORMATS
+from dspass.runtime.operators import OPERATORS
+from tests.emulated import numbers, same
+
+kernels.build("emulator-32"), kernels.build("binding-emulator")
+assert OPERATORS["quantise"].server("cpu") == "torch reference"
+kernels.bind("binding-emulator", "emulator-32")
+assert {o.server("cpu") for o in OPERATORS.values() if o.name.removeprefix("de").startswith("quantise")} == {"kernel"}
+
+ops, count = torch.ops.dspass, 0
+x, y = numbers(1000, torch.float32).view(20, 50).t(), numbers(77, torch.float16)
+sizes = [260, 20]
+for format in FORMATS:
+    one = (x, format, 64)
+    bucket = ([x, y], sizes, 4, format, 48, 2)
+    codes, scales = quantise.quantise(*one)
+    back = (codes, scales, [50, 20], format, torch.bfloat16)
+    codes, scales = quantise.quantise_bucket(*bucket)
+    whole = (codes, scales, sizes, format, 48, torch.float32)
+    total = (codes, scales, sizes, format, 48, 0.3, torch.float16)
+    for name, args in (("quantise", one), ("dequantise", back), ("quantise_bucket", bucket), ("dequantise_bucket", whole),
+                       ("dequantise_sum", total)):
+        found, expected = getattr(ops, name)(*args), getattr(quantise, name)(*args)
+        if name == "dequantise":
+            found, expected = [found], [expected]
+        assert len(found) == len(expected)
+        assert all(same(a, b) for a, b in zip(found, expected)), (name, format)
+        torch.library.opcheck(getattr(ops, name).default, args, test_utils=("test_schema", "test_faketensor"))
+        count += 1
+
+def refused(function, *args):
+    try:
+        function(*args)
+    except RuntimeError as error:
+        return str(error)
+    raise AssertionError("not refused")
+
+codes, scales = quantise.quantise(x, "int8", 64)
+assert "no format 'int9'" in refused(ops.quantise, x, "int9", 64)
+assert "a multiple of 16" in refused(ops.quantise, x, "int8", 24)
+assert "fp32, fp16 and bf16 can" in refused(ops.quantise, x.double(), "int8", 64)
+assert "more than the 16 blocks of 64" in refused(ops.dequantise, codes, scales, [1025], "int8", torch.float32)
+assert "16 blocks have 1024 bytes" in refused(ops.dequantise, codes, scales[1:], [1000], "int8", torch.float32)
+assert "2 nodes do not divide 3 chunks" in refused(ops.quantise_bucket, [x], [400], 3, "int8", 64, 2)
+assert "and these are 1024 and 16" in refused(ops.dequantise_sum, codes, scales, [65], "int8", 64, 1.0, torch.float32)
+
+compiled = torch.compile(lambda x: ops.dequantise(*ops.quantise(x, "int8", 64), [50, 20], "int8", torch.float32),
+                         fullgraph=True, backend="aot_eager")
+assert same(compiled(x), quantise.dequantise(codes, scales, [50, 20], "int8", torch.float32))
+print(count, "calls")
+"""
+
+
+def test_operators_reach_kernels_through_torchs_dispatcher() -> None:
+    """In a process of its own, whose operators then are the emulator's."""
+    done = subprocess.run(
+        [sys.executable, "-c", OPERATORS], capture_output=True, text=True, cwd=Path(__file__).parent.parent
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "25 calls\n"
+
+
+def test_the_binding_for_gpus_loads_where_there_is_none() -> None:
+    """And needs nothing of torch but its stable ABI, in C."""
+    path = kernels.build("binding")
+    torch.ops.load_library(str(path))
+    symbols = subprocess.run(["nm", "-D", "--undefined-only", path], capture_output=True, text=True, check=True).stdout
+    needed = set(re.findall(r" U (\S+)", symbols))
+    assert {name for name in needed if name.startswith(("aoti_torch_", "torch_"))}
+    assert not {name for name in needed if re.match(r"_ZN?K?(2at|3c10|5torch)", name)}
+
+
+# -- finding and building ------------------------------------------------------------------------------------------------
+
+
+def test_a_missing_compiler_is_named_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(KernelError, match=r"nvcc is missing.*'cuda': install CUDA .* DSPASS_KERNEL_DIR"):
+        kernels.build("cuda")
+    assert not kernels.is_built("cuda")
+    assert kernels.serve() is None
+
+
+def test_a_target_that_is_none() -> None:
+    with pytest.raises(KernelError, match="'emulator-16': take one of cuda, hip, binding"):
+        kernels.build("emulator-16")
+
+
+def test_what_is_not_built_is_not_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DSPASS_KERNEL_DIR", str(tmp_path))
+    with pytest.raises(KernelError, match=r"'cuda' is not built.*make kernels"):
+        kernels.load("cuda")
+    assert kernels.serve() is None
+    (tmp_path / "dspass-cuda.so").write_text("no library")
+    with pytest.raises(KernelError, match=r"dspass-cuda.so cannot be loaded.*make kernels"):
+        kernels.load("cuda")
+    with pytest.raises(KernelError, match="'binding' is not built"):
+        kernels.serve()
+    monkeypatch.setenv("DSPASS_KERNELS", "reference")
+    assert kernels.serve() is None
+
+
+def test_what_a_compiler_refuses_leaves_nothing(tmp_path: Path) -> None:
+    source = tmp_path / "wrong.cpp"
+    source.write_text("int f() { return wrong; }")
+    with pytest.raises(KernelError, match=r"out\.so could not be built.*answered 1:\n.*wrong\.cpp"):
+        kernels.compile_to(tmp_path / "out.so", (shutil.which("g++") or "", "-shared", "-fPIC"), [source])
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_the_cache_knows_a_change_of_flags(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("DSPASS_KERNEL_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    paths = {kernels.library_path(f"emulator-{warp}") for warp in (32, 64)}
+    assert len({path.stem.rpartition("-")[2] for path in paths}) == 2
+    assert {path.parent for path in paths} == {tmp_path / "dspass" / "kernels"}
