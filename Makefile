@@ -39,7 +39,7 @@ bench: $(VENV)/.ready
 	$(VENV)/bin/python -m benchmarks zero
 
 kernels: $(VENV)/.ready
-	$(VENV)/bin/python -c "from dspass.runtime.kernels import build; print(build('cuda'), build('binding'), sep='\n')"
+	$(VENV)/bin/python -m dspass kernels
 
 clean:
 	rm -rf $(VENV) out

@@ -149,8 +149,8 @@ def _across(rows: Sequence[Row], ranks: int, node: int, parameters: int) -> list
     shares = {row.name: row.across(ranks, node) / reference for row in rows}
     last = rows[-1].name
     return [
-        f"- {'met' if shares[last] <= 0.26 else 'missed'}: {last} sends at most 0.26 of three times the parameters in bf16 from "
-        f"a node of {node} to the others: {shares[last]:.3f} ({reference / 1e6:.1f} MB are one)",
+        f"- {'met' if shares[last] <= 0.26 else 'missed'}: {last} sends at most 0.26 of three times the parameters in bf16 "
+        f"from a node of {node} to the others: {shares[last]:.3f} ({reference / 1e6:.1f} MB are one)",
         "",
         "| | crosses nodes, of one node | of three times the parameters in bf16 |",
         "|---|---|---|",

@@ -1,5 +1,5 @@
 """``python -m dspass``: what is here. ``python -m dspass explain``: predict a model named on the command line.
-``python -m dspass calibrate``: measure this device."""
+``python -m dspass calibrate``: measure this device. ``python -m dspass kernels``: compile kernels."""
 
 from __future__ import annotations
 
@@ -61,11 +61,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     calibrate.add_argument(
         "--ranks", type=int, help="processes for all-gathers on a CPU (default 2; 1 leaves them out)"
     )
+    commands.add_parser(
+        "kernels",
+        help="compile the kernels for a GPU",
+        description="Compile the CUDA kernels, or with ROCm's torch the HIP ones, and their binding to torch, unless they are "
+        "there; print where they are. Needs nvcc or hipcc, and g++. See docs/kernels.md.",
+    )
     options = parser.parse_args(argv)
     if options.command is None:
         return _environment()
+    run = {"explain": _explain, "calibrate": _calibrate, "kernels": _kernels}[options.command]
     try:
-        return _explain(options) if options.command == "explain" else _calibrate(options)
+        return run(options)
     except (ValueError, RuntimeError, ImportError, AttributeError) as error:
         print(f"dspass {options.command}: {error}", file=sys.stderr)
         return 2
@@ -75,6 +82,14 @@ def _calibrate(options: argparse.Namespace) -> int:
     from dspass.calibrate import main as measured
 
     measured(options.ranks)
+    return 0
+
+
+def _kernels(options: argparse.Namespace) -> int:
+    from dspass.runtime import kernels
+
+    for target in ("hip" if torch.version.hip else "cuda", "binding"):
+        print(f"{target}: {kernels.build(target)}")
     return 0
 
 

@@ -33,7 +33,7 @@ from dspass.engines import new_engine
 from dspass.explain import report_at_exit
 from dspass.owners import Heap
 from dspass.pipeline import build
-from dspass.runtime import compat
+from dspass.runtime import compat, kernels
 from dspass.runtime.engine import Engine
 from dspass.runtime.params import ParamSpec
 from dspass.shard import agree, axes_of, mesh_for, place, precision, refuse_wrapped
@@ -47,6 +47,8 @@ def deepspeed(
 ) -> Callable[..., Any]:
     """Compile one captured graph. See :func:`torch.compile`; ``options`` is DeepSpeed's configuration."""
     compat.check_torch()
+    if torch.cuda.is_available():
+        kernels.serve()
     config = Config.load(options).resolve_stage(dist.is_initialized())
     config = config.resolve_batch(dist.get_world_size() if dist.is_initialized() else 1)
     passes = build(config)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from dspass.passes import calibration
-from dspass.runtime import compat, quantise  # noqa: F401  (declares operators)
+from dspass.runtime import compat, kernels, quantise  # noqa: F401  (declares operators)
 from dspass.runtime.operators import OPERATORS
 
 
@@ -42,6 +42,8 @@ def describe() -> list[tuple[str, list[tuple[str, str]]]]:
         ("entry point", found[0] if found else "none: a checkout, which needs `import dspass` in the script"),
         ("registered", "yes" if registered else "no"),
     ]
+    if torch.cuda.is_available():
+        kernels.serve()
     here = torch.accelerator.current_accelerator() or torch.device("cpu")
     operators = [(f"dspass::{one.name}", f"{one.server(here.type)} on {here.type}") for one in OPERATORS.values()]
     return [

@@ -37,8 +37,6 @@ from pathlib import Path
 
 import torch
 
-import dspass
-
 #: As ``cuda_src/portable/formats.cuh`` numbers them.
 FORMAT_CODES = {"int8": 0, "int4": 1, "fp8_e4m3": 2, "fp8_e5m2": 3, "fp6_e3m2": 4}
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -141,7 +139,7 @@ TARGETS: dict[str, Target] = {
 
 def source_folder(name: str = "cuda_src") -> Path:
     """Of ``cuda_src`` or ``hip_src``; beside the package, in a checkout and where it is installed."""
-    folder = Path(dspass.__file__).resolve().parent / name
+    folder = Path(__file__).parent.parent / name
     if not folder.is_dir():
         raise KernelError(f"the kernels' sources are not at {folder}: install dspass again, or work in a checkout.")
     return folder.resolve()
@@ -294,8 +292,10 @@ def load(target: str) -> ctypes.CDLL:
     return _declared(_existing(target))
 
 
+@lru_cache
 def serve() -> str | None:
-    """Let the kernels of a GPU answer the operators from now on; the library's path, or None where nothing was built.
+    """Let the kernels of a GPU answer the operators from now on, in this process; the library's path, or None where nothing was
+    built.
 
     ``DSPASS_KERNELS=reference`` leaves kernels out. Raises :class:`KernelError` where one of the library and its binding is
     there without the other, or will not load.
