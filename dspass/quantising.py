@@ -24,7 +24,7 @@ from dspass.report import Direction, QuantisedTensor
 from dspass.runtime.engine import Engine
 from dspass.runtime.formats import format_of
 from dspass.runtime.params import ParamSpec
-from dspass.runtime.quantise import blocks_of
+from dspass.runtime.quantise import DTYPES, blocks_of
 
 #: Values whose rounding is looked at together: what that takes is little beside a shard.
 _AT_A_TIME = 2**20
@@ -38,7 +38,7 @@ def measure_errors(engine: Engine, specs: Iterable[ParamSpec], config: Config) -
     found = next((p for p in build(config) if isinstance(p, QuantiseGathers)), None)
     if found is None or found.format is None or engine.stage != 3:
         return
-    sharded = [s for s in specs if s.layout == "shard" and s.dtype.is_floating_point and _local(s) is not None]
+    sharded = [s for s in specs if s.layout == "shard" and s.dtype in DTYPES and _local(s) is not None]
     if not sharded or dist.get_backend() == "fake":
         return
     axis = sharded[0].shard_axis

@@ -17,7 +17,7 @@ from dspass.passes.cost import estimate
 from dspass.passes.nodes import specs_of
 from dspass.runtime.formats import check_block, format_of
 from dspass.runtime.params import ParamSpec
-from dspass.runtime.quantise import blocks_of
+from dspass.runtime.quantise import DTYPES, blocks_of
 
 Buckets = Literal["exposed", "all"]
 
@@ -128,8 +128,8 @@ def _impossible(specs: Sequence[ParamSpec]) -> str | None:
     first = specs[0]
     if first.layout != "shard" or first.shard_axis is None or first.shard_axis.size == 1:
         return "they are held whole"
-    if any(not spec.dtype.is_floating_point for spec in specs):
-        return "they are not real floating numbers"
+    if any(dtype not in DTYPES for spec in specs for dtype in (spec.dtype, spec.compute_dtype)):
+        return "they are not all fp32, fp16 or bf16"
     if first.engine.stage != 3:
         return f"ZeRO stage {first.engine.stage} keeps whole copies"
     return None

@@ -29,6 +29,9 @@ import torch.nn.functional as F
 from dspass.runtime.formats import Format, check_block, format_of
 from dspass.runtime.operators import operator
 
+#: What can be quantised.
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
 #: A block's largest magnitude is taken for no less: its inverse stays finite.
 SMALLEST = 2.0**-100
 
@@ -177,7 +180,7 @@ def dequantise_sum(
 
 def _check(x: torch.Tensor, block: int) -> None:
     check_block(block)
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+    if x.dtype not in DTYPES:
         raise ValueError(
             f"a tensor of {str(x.dtype).removeprefix('torch.')} cannot be quantised: fp32, fp16 and bf16 can."
         )

@@ -657,6 +657,15 @@ def test_passes_are_added_dropped_and_reordered() -> None:
     assert [p.name for p in build(Config.load(options()))] == names
 
 
+def test_shards_that_wait_on_the_host_travel_in_few_bits_as_well() -> None:
+    toy = toy_of("hosted", 2, 100_000)
+    said = toy.config.to_dict()
+    said["zero_optimization"] |= {"zero_quantized_weights": True, "zero_quantized_gradients": True}
+    step = check_step(replace(toy, config=Config.load(said)))
+    formats = [start.args[2] for graph in (step.forward, step.backward) for start in calls(graph, gather_start)]
+    assert formats == ["int8"] * len(formats)
+
+
 def test_a_quantised_bucket_is_joined_moved_and_fed_by_nobody() -> None:
     toy = toy_of("quantised")
     for where in ("forward", "backward"):

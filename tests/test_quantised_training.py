@@ -181,6 +181,29 @@ def test_other_stages_travel_whole_and_say_so() -> None:
     assert any("not: ZeRO stage 2 keeps whole copies" in said for said in found["said"])
 
 
+@without_inductor
+def _of_doubles() -> tuple[float, list[str]]:
+    torch.manual_seed(0)
+    build, batches = MODELS["mlp"]
+    model = build().double()
+    x, y = batches(torch.Generator().manual_seed(1), 0, 0)
+    compiled: Any = torch.compile(model, backend="deepspeed", options=few_bits())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        loss = compiled(x.double(), y.double() if y.is_floating_point() else y)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return loss.item(), [p.summary for p in dspass.explain(model).passes if p.name.startswith("quantise_")]
+
+
+def test_what_cannot_be_quantised_travels_whole_and_is_named() -> None:
+    for loss, said in run(2, _of_doubles):
+        assert loss == loss
+        assert all("0 of" in one and "not: they are not all fp32, fp16 or bf16" in one for one in said)
+        assert said
+
+
 def test_gradients_that_are_summed_over_replicas_travel_whole() -> None:
     config = few_bits()
     config["zero_optimization"]["mics_shard_size"] = 2
