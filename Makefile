@@ -33,7 +33,7 @@ types: $(VENV)/.ready
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
 tests: $(VENV)/.ready
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 --dist loadfile
 
 bench: $(VENV)/.ready
 	$(VENV)/bin/python -m benchmarks zero

@@ -111,10 +111,14 @@ def quantise_bucket(
     for tensor, size in zip(tensors, sizes, strict=True):
         _check(tensor, block)
         rows = _filled(tensor.reshape(-1), chunks * size).view(chunks, size)
-        rows = F.pad(rows, (0, blocks_of(size, block) * block - size))
-        codes, scales = _encode(rows.reshape(-1, block), format_of(format))
-        parts.append((codes.view(chunks, -1), scales.view(chunks, -1)))
-    codes, scales = (torch.cat(p, dim=1) for p in zip(*parts, strict=True))
+        # Whole blocks apart from what fills none: with both in one tensor, generated loops would ask of each value which it is.
+        whole = size // block * block
+        parts.append(_encode(rows[:, :whole].unflatten(1, (size // block, block)), format_of(format)))
+        if whole < size:
+            rest = F.pad(rows[:, whole:], (0, block - size + whole))
+            parts.append(_encode(rest[:, None], format_of(format)))
+    codes = torch.cat([codes.flatten(1) for codes, _ in parts], dim=1)
+    scales = torch.cat([scales for _, scales in parts], dim=1)
     if nodes > 1:
         codes, scales = (
             t.view(nodes, chunks // nodes, -1).transpose(0, 1).reshape(chunks, -1) for t in (codes, scales)
@@ -192,13 +196,13 @@ def _filled(flat: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def _encode(blocks: torch.Tensor, format: Format) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes and scales of rows of one block each."""
+    """Codes and scales of blocks, which are the last dim."""
     blocks = blocks.float()
-    most = blocks.abs().amax(1) if blocks.shape[0] else blocks.new_empty((0,))
+    most = blocks.abs().amax(-1)
     is_finite = most.isfinite()
     most = most.clamp_min(SMALLEST)
     scales = torch.where(is_finite, most * (1 / format.largest), float("nan"))
-    values = torch.where(is_finite[:, None], blocks * (most.reciprocal() * format.largest)[:, None], 0.0)
+    values = torch.where(is_finite[..., None], blocks * (most.reciprocal() * format.largest)[..., None], 0.0)
     if format.is_integer:
         return _packed(values.round().to(torch.int32) & (1 << format.bits) - 1, format), scales
     # Of value v = m * 2**e, 1 <= m < 2: steps of 2**(e - mantissa), e no less than the smallest normal's; a mantissa that is
@@ -212,7 +216,7 @@ def _encode(blocks: torch.Tensor, format: Format) -> tuple[torch.Tensor, torch.T
 
 
 def _decode(codes: torch.Tensor, format: Format) -> torch.Tensor:
-    """Rows of codes of one block each as fp32 values, before they are scaled."""
+    """Codes of blocks, which are the last dim, as fp32 values, before they are scaled."""
     codes = _unpacked(codes, format)
     if format.is_integer:
         half = 1 << format.bits - 1
@@ -230,28 +234,28 @@ def _power_of_two(exponent: torch.Tensor) -> torch.Tensor:
 
 
 def _packed(codes: torch.Tensor, format: Format) -> torch.Tensor:
-    """Rows of one block each: ``int32`` codes as bytes."""
+    """``int32`` codes of blocks, which are the last dim, as bytes."""
     if format.bits == 8:
         return codes.to(torch.uint8)
     if format.bits == 4:
         return _joined(codes, 4)
-    return torch.cat([_joined(codes >> 2, 4), _joined(codes & 3, 2)], dim=1)
+    return torch.cat([_joined(codes >> 2, 4), _joined(codes & 3, 2)], dim=-1)
 
 
 def _unpacked(codes: torch.Tensor, format: Format) -> torch.Tensor:
-    """Rows of one block each: bytes as ``int32`` codes."""
+    """Bytes of blocks, which are the last dim, as ``int32`` codes."""
     if format.bits == 8:
         return codes.to(torch.int32)
     if format.bits == 4:
         return _divided(codes, 4)
-    high = codes.shape[1] * 2 // 3
-    return _divided(codes[:, :high], 4) << 2 | _divided(codes[:, high:], 2)
+    high = codes.shape[-1] * 2 // 3
+    return _divided(codes[..., :high], 4) << 2 | _divided(codes[..., high:], 2)
 
 
 def _joined(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Neighbours in one byte, the first in the lowest bits."""
     each = 8 // bits
-    parts = codes.view(codes.shape[0], codes.shape[1] // each, each)
+    parts = codes.unflatten(-1, (-1, each))
     joined = parts[..., 0]
     for i in range(1, each):
         joined = joined | parts[..., i] << i * bits
@@ -261,20 +265,19 @@ def _joined(codes: torch.Tensor, bits: int) -> torch.Tensor:
 def _divided(codes: torch.Tensor, bits: int) -> torch.Tensor:
     codes = codes.to(torch.int32)
     parts = [codes >> i * bits & (1 << bits) - 1 for i in range(8 // bits)]
-    return torch.stack(parts, dim=-1).view(codes.shape[0], codes.shape[1] * len(parts))
+    return torch.stack(parts, dim=-1).flatten(-2)
 
 
 def _decoded(
     codes: torch.Tensor, scales: torch.Tensor, sizes: Sequence[int], format: str, block: int
 ) -> list[torch.Tensor]:
     """Of each tensor of a bucket ``float32[chunks, sizes[i]]``."""
-    chunks = codes.shape[0]
     counts = [blocks_of(size, block) for size in sizes]
     of_block = format_of(format).code_bytes(block)
     found = []
     for part, scale, size in zip(
         codes.split([count * of_block for count in counts], dim=1), scales.split(counts, dim=1), sizes, strict=True
     ):
-        values = _decode(part.reshape(-1, of_block), format_of(format)) * scale.reshape(-1)[:, None]
-        found.append(values.view(chunks, -1)[:, :size])
+        values = _decode(part.unflatten(1, (blocks_of(size, block), of_block)), format_of(format)) * scale[..., None]
+        found.append(values.flatten(1)[:, :size])
     return found
