@@ -48,7 +48,7 @@ def deepspeed(
     """Compile one captured graph. See :func:`torch.compile`; ``options`` is DeepSpeed's configuration."""
     compat.check_torch()
     if torch.cuda.is_available():
-        kernels.serve()
+        kernels.serve_once()
     config = Config.load(options).resolve_stage(dist.is_initialized())
     config = config.resolve_batch(dist.get_world_size() if dist.is_initialized() else 1)
     passes = build(config)

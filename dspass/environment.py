@@ -43,7 +43,7 @@ def describe() -> list[tuple[str, list[tuple[str, str]]]]:
         ("registered", "yes" if registered else "no"),
     ]
     if torch.cuda.is_available():
-        kernels.serve()
+        kernels.serve_once()
     here = torch.accelerator.current_accelerator() or torch.device("cpu")
     operators = [(f"dspass::{one.name}", f"{one.server(here.type)} on {here.type}") for one in OPERATORS.values()]
     return [

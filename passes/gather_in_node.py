@@ -47,12 +47,14 @@ class GatherInNode(Pass):
 
 def _keep(graph: fx.Graph, start: fx.Node) -> int:
     """Keep rows of what ``start`` brings, right behind its arrival; answers of how many parameters."""
-    arrived = {key: item for key, item in zip(start.args[1], items_of(wait_of(start)), strict=True) if item is not None}
+    items = items_of(wait_of(start))
+    arrived = {key: item for key, item in zip(start.args[1], items, strict=True) if item is not None}
+    shards = [shard for shard, item in zip(start.args[0], items, strict=True) if item is not None]
     last = max(arrived.values(), default=None)
     if last is None or last.next.target is keep_in_node:
         return 0
     with graph.inserting_before(last.next):
-        kept = graph.call_function(keep_in_node, (list(arrived.values()), list(arrived)))
+        kept = graph.call_function(keep_in_node, ([*arrived.values(), *shards], list(arrived)))
     specs = [lookup(key) for key in arrived]
     kept.meta["val"] = [
         item.meta["val"].narrow(0, *spec.node_axis.rows(spec.shape[0]))

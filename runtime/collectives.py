@@ -76,10 +76,11 @@ def gather_wait(gather: Gather | Exchange) -> list[torch.Tensor]:
     return gather.wait()
 
 
-def keep_in_node(whole: list[torch.Tensor], keys: list[str]) -> list[torch.Tensor]:
-    """Keep this rank's rows of whole parameters, as they are divided inside of its node, until the optimiser steps."""
+def keep_in_node(tensors: list[torch.Tensor], keys: list[str]) -> list[torch.Tensor]:
+    """Keep this rank's rows of whole parameters, as they are divided inside of its node, until the optimiser steps. ``tensors``
+    are the whole parameters, and behind them the shards that they were gathered from."""
     specs = [lookup(key) for key in keys]
-    return specs[0].engine.keep_in_node(specs, whole)
+    return specs[0].engine.keep_in_node(specs, tensors[: len(keys)], tensors[len(keys) :])
 
 
 def reduce_start(

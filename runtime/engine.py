@@ -151,15 +151,14 @@ class Engine:
         flight = transport_for(axis, self.dry).all_gather(axis, kept, [spec.shape[0] for spec in specs])
         return Exchange(self, flight, self.traffic.add(cost))
 
-    def keep_in_node(self, specs: Sequence[ParamSpec], whole: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Keep this rank's rows of whole copies, as they are divided over the ranks of a node."""
-        for spec, full in zip(specs, whole, strict=True):
-            param, axis = spec.param(), spec.axis("node")
-            assert param is not None
-            state = _state(param.to_local())
+    def keep_in_node(
+        self, specs: Sequence[ParamSpec], whole: Sequence[torch.Tensor], shards: Sequence[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """Keep this rank's rows of whole copies of ``shards``, as they are divided over the ranks of a node."""
+        for spec, full, shard in zip(specs, whole, shards, strict=True):
             known = self._in_node.get(spec.key)
-            if known is None or known[0] != state:
-                self._in_node[spec.key] = state, full.narrow(0, *axis.rows(spec.shape[0])).clone()
+            if known is None or known[0] != _state(shard):
+                self._in_node[spec.key] = _state(shard), full.narrow(0, *spec.axis("node").rows(spec.shape[0])).clone()
         return [self._in_node[spec.key][1] for spec in specs]
 
     def start_packed_gather(self, specs: Sequence[ParamSpec], packed: Sequence[torch.Tensor]) -> Exchange:

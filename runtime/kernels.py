@@ -293,9 +293,13 @@ def load(target: str) -> ctypes.CDLL:
 
 
 @lru_cache
+def serve_once() -> str | None:
+    """:func:`serve`, at its first call in this process."""
+    return serve()
+
+
 def serve() -> str | None:
-    """Let the kernels of a GPU answer the operators from now on, in this process; the library's path, or None where nothing was
-    built.
+    """Let the kernels of a GPU answer the operators from now on; the library's path, or None where nothing was built.
 
     ``DSPASS_KERNELS=reference`` leaves kernels out. Raises :class:`KernelError` where one of the library and its binding is
     there without the other, or will not load.

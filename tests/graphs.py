@@ -448,11 +448,11 @@ def _call(node: fx.Node, values: Mapping[fx.Node, Any], world: int, trace: Trace
         work = _whole if gathers else _mean
         return Flight("gather" if gathers else "reduce", [work(k, g) for k, g in zip(node.args[1], given, strict=True)])
     if node.target is keep_in_node:
-        whole = PerRank(_of_rank(first, values, r) for r in range(world))
-        kept = [
-            [rows_in_node(lookup(k), v, r) for k, v in zip(node.args[1], whole[r], strict=True)] for r in range(world)
-        ]
-        return PerRank(kept)
+        keys = node.args[1]
+        whole = [_of_rank(first[: len(keys)], values, r) for r in range(world)]
+        return PerRank(
+            [rows_in_node(lookup(k), v, r) for k, v in zip(keys, whole[r], strict=True)] for r in range(world)
+        )
     if node.target in (gather_wait, reduce_wait):
         flight = values[first]
         kind = "gather" if node.target is gather_wait else "reduce"

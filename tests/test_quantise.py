@@ -89,7 +89,7 @@ def test_eight_bit_floats_are_torch_s(name: str, dtype: torch.dtype) -> None:
     assert torch.equal(codes, x.to(dtype).view(torch.uint8))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     sizes=st.lists(st.integers(0, 70), min_size=1, max_size=3),
     format=st.sampled_from(sorted(FORMATS)),
@@ -247,7 +247,7 @@ def test_inductor_s_code_is_the_reference_to_the_last_bit(format: Format) -> Non
             assert torch.equal(one, other), name
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=2, deadline=None)
 @given(
     counts=st.lists(st.integers(1, 400), min_size=1, max_size=3),
     chunks=st.integers(1, 4),
