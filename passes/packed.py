@@ -63,10 +63,29 @@ class QuantisingPass(Pass):
                 left[reason] = left.get(reason, 0) + 1
         return taken, [f"{count} not: {reason}" for reason, count in left.items()]
 
-    def smaller(self, taken: Sequence[tuple[int, int]]) -> str:
-        """What was sent before and what is sent now, in bytes of one rank's buffers, as a share."""
-        before, after = (sum(column) for column in zip(*taken, strict=True))
-        return f"{self.format} in blocks of {self.block}, {after / before:.2f} of their bytes"
+    def told(self, sent: Sequence[tuple[int, int]], count: int, what: str, left: Sequence[str]) -> str:
+        """For the report: how many of ``count`` were taken, with the bytes of one rank's buffers before and now, and who was
+        ``left``."""
+        done = f"{len(sent)} of {count} {what}"
+        if sent:
+            before, after = (sum(column) for column in zip(*sent, strict=True))
+            done += f" as {self.format} in blocks of {self.block}, {after / before:.2f} of their bytes"
+        return "; ".join([done, *left])
+
+    def packed(
+        self,
+        graph: fx.Graph,
+        tensors: Sequence[fx.Node],
+        sizes: Sequence[int],
+        rows: Sequence[torch.Tensor],
+        nodes: int = 1,
+    ) -> list[fx.Node]:
+        """Nodes of the codes and of the scales of ``tensors``, which are ``rows``, at the graph's insertion point."""
+        swizzle = (nodes,) if nodes > 1 else ()
+        args = (list(tensors), list(sizes), rows[0].shape[0], self.format, self.block, *swizzle)
+        packed = graph.call_function(QUANTISE, args)
+        packed.meta["val"] = tuple(rows)
+        return [item_of(graph, packed, i, value) for i, value in enumerate(rows)]
 
 
 def sizes_of(specs: Sequence[ParamSpec]) -> list[int]:

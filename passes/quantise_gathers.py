@@ -9,7 +9,7 @@ import torch.fx as fx
 
 from dspass.passes.base import PassContext
 from dspass.passes.nodes import gather_start, items_of, open_starts, specs_of, wait_of
-from dspass.passes.packed import DEQUANTISE, QUANTISE, QuantisingPass, item_of, nbytes, packed_values, shaped, sizes_of
+from dspass.passes.packed import DEQUANTISE, QuantisingPass, item_of, nbytes, packed_values, shaped, sizes_of
 from dspass.runtime.params import lookup
 
 
@@ -38,8 +38,7 @@ class QuantiseGathers(QuantisingPass):
             return graph
         taken, left = self.taken(graph, starts, ctx, self._too_wrong)
         sent = [self._quantise(graph, start, self.format) for start in taken]
-        done = f"{len(taken)} of {len(starts)} gathers" + (f" as {self.smaller(sent)}" if sent else "")
-        ctx.say("; ".join([done, *left]))
+        ctx.say(self.told(sent, len(starts), "gathers", left))
         return graph
 
     def _too_wrong(self, start: fx.Node) -> str | None:
@@ -57,9 +56,7 @@ class QuantiseGathers(QuantisingPass):
         like = start.meta["val"][0]
         one, all_ranks = (packed_values(like, rows, sizes, format, self.block) for rows in (1, axis.size))
         with graph.inserting_before(start):
-            packed = graph.call_function(QUANTISE, (list(shards), sizes, 1, format, self.block))
-            packed.meta["val"] = tuple(one)
-            sent = [item_of(graph, packed, i, value) for i, value in enumerate(one)]
+            sent = self.packed(graph, shards, sizes, one)
         start.args = (sent, keys, format)
         start.meta["val"] = wait.meta["val"] = all_ranks
         dtype = specs[0].compute_dtype

@@ -11,7 +11,6 @@ import torch.fx as fx
 from dspass.passes.base import PassContext, Where
 from dspass.passes.nodes import items_of, open_starts, reduce_start, reduce_wait, specs_of, wait_of
 from dspass.passes.packed import (
-    QUANTISE,
     SUM,
     QuantisingPass,
     item_of,
@@ -49,8 +48,7 @@ class QuantiseReductions(QuantisingPass):
         taken, left = self.taken(graph, starts, ctx, _has_replicas)
         ends = [wait_of(start) for start in taken[1:]] + graph.find_nodes(op="output")
         sent = [self._quantise(graph, start, self.format, end) for start, end in zip(taken, ends, strict=False)]
-        done = f"{len(taken)} of {len(starts)} reductions" + (f" as {self.smaller(sent)}" if sent else "")
-        ctx.say("; ".join([done, *left]))
+        ctx.say(self.told(sent, len(starts), "reductions", left))
         return graph
 
     def _quantise(self, graph: fx.Graph, start: fx.Node, format: str, later: fx.Node) -> tuple[int, int]:
@@ -63,8 +61,7 @@ class QuantiseReductions(QuantisingPass):
         nodes = across.size if node is not None and across is not None and node.size > 1 else 1
         rows = packed_values(like, world, sizes, format, self.block)
         with graph.inserting_before(start):
-            swizzle = (nodes,) if nodes > 1 else ()
-            sent = self._packed(graph, list(grads), sizes, world, format, rows, swizzle)
+            sent = self.packed(graph, grads, sizes, rows, nodes)
             if nodes > 1:
                 rows = [value.view(world // nodes, -1) for value in rows]
                 sent = [view_of(graph, one, value) for one, value in zip(sent, rows, strict=True)]
@@ -77,7 +74,7 @@ class QuantiseReductions(QuantisingPass):
                 parts = [item_of(graph, sums, i, value) for i, value in enumerate(sums.meta["val"])]
                 joined = [_joined(graph, parts[i :: len(sizes)]) for i in range(len(sizes))]
                 rows = packed_values(like, nodes, sizes, format, self.block)
-                sent = self._packed(graph, joined, sizes, nodes, format, rows)
+                sent = self.packed(graph, joined, sizes, rows)
                 second = graph.call_function(reduce_start, (sent, keys, format, "across"))
             # Before the next bucket's: nothing is waited for right behind its start.
             is_free = all(user.op == "output" for item in items if item is not None for user in item.users)
@@ -94,21 +91,6 @@ class QuantiseReductions(QuantisingPass):
             if item is not None:
                 graph.erase_node(item)
         return sum(size * world * specs[0].reduce_dtype.itemsize for size in sizes), count
-
-    def _packed(
-        self,
-        graph: fx.Graph,
-        tensors: list[fx.Node],
-        sizes: list[int],
-        chunks: int,
-        format: str,
-        rows: list[torch.Tensor],
-        swizzle: tuple[int, ...] = (),
-    ) -> list[fx.Node]:
-        """Codes and scales of ``tensors``, in ``chunks`` rows."""
-        packed = graph.call_function(QUANTISE, (tensors, sizes, chunks, format, self.block, *swizzle))
-        packed.meta["val"] = tuple(rows)
-        return [item_of(graph, packed, i, value) for i, value in enumerate(rows)]
 
     def _sum(
         self, graph: fx.Graph, wait: fx.Node, sizes: list[int], format: str, factor: float, dtype: torch.dtype

@@ -37,9 +37,12 @@ from pathlib import Path
 
 import torch
 
+from dspass.runtime.formats import FORMATS
+from dspass.runtime.quantise import DTYPES
+
 #: As ``cuda_src/portable/formats.cuh`` numbers them.
-FORMAT_CODES = {"int8": 0, "int4": 1, "fp8_e4m3": 2, "fp8_e5m2": 3, "fp6_e3m2": 4}
-DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+FORMAT_CODES = {name: code for code, name in enumerate(FORMATS)}
+DTYPE_CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
 
 #: What keeps arithmetic the same everywhere: no fused multiply-add that the source does not ask for.
 _HOST = (

@@ -85,8 +85,9 @@ def dequantise(
 def _quantise_bucket_fake(
     tensors: Sequence[torch.Tensor], sizes: Sequence[int], chunks: int, format: str, block: int, nodes: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    for tensor in tensors:
+    for tensor, size in zip(tensors, sizes, strict=True):
         _check(tensor, block)
+        _check_room(tensor, chunks, size)
     first = tensors[0]
     count = sum(blocks_of(size, block) for size in sizes)
     codes = first.new_empty((chunks, count * format_of(format).code_bytes(block)), dtype=torch.uint8)
@@ -110,6 +111,7 @@ def quantise_bucket(
     parts = []
     for tensor, size in zip(tensors, sizes, strict=True):
         _check(tensor, block)
+        _check_room(tensor, chunks, size)
         rows = _filled(tensor.reshape(-1), chunks * size).view(chunks, size)
         # Whole blocks apart from what fills none: with both in one tensor, generated loops would ask of each value which it is.
         whole = size // block * block
@@ -187,6 +189,13 @@ def _check(x: torch.Tensor, block: int) -> None:
     if x.dtype not in DTYPES:
         raise ValueError(
             f"a tensor of {str(x.dtype).removeprefix('torch.')} cannot be quantised: fp32, fp16 and bf16 can."
+        )
+
+
+def _check_room(tensor: torch.Tensor, chunks: int, size: int) -> None:
+    if tensor.numel() > chunks * size:
+        raise ValueError(
+            f"a tensor of {tensor.numel()} values does not go into {chunks} chunks of {size}: make them larger."
         )
 
 

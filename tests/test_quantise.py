@@ -198,6 +198,17 @@ def test_what_cannot_be_is_refused(x: torch.Tensor, format: str, block: int, mes
             call()
 
 
+def test_a_tensor_that_its_chunks_cannot_hold_is_refused() -> None:
+    for call in (
+        ops.quantise_bucket,
+        lambda *args: _faked(lambda x, *rest: ops.quantise_bucket([x], *rest), args[0][0], *args[1:]),
+    ):
+        with pytest.raises(
+            ValueError, match="a tensor of 130 values does not go into 2 chunks of 64: make them larger"
+        ):
+            call([torch.ones(130)], [64], 2, "int8", 16)
+
+
 def _faked(op: Any, x: torch.Tensor, *rest: Any) -> Any:
     with FakeTensorMode() as mode:
         return op(mode.from_tensor(x), *rest)
