@@ -139,6 +139,7 @@ assert "fp32, fp16 and bf16 can" in refused(ops.quantise, x.double(), "int8", 64
 assert "more than the 16 blocks of 64" in refused(ops.dequantise, codes, scales, [1025], "int8", torch.float32)
 assert "16 blocks have 1024 bytes" in refused(ops.dequantise, codes, scales[1:], [1000], "int8", torch.float32)
 assert "2 nodes do not divide 3 chunks" in refused(ops.quantise_bucket, [x], [400], 3, "int8", 64, 2)
+assert "a tensor of 1000 values does not go into 2 chunks of 400" in refused(ops.quantise_bucket, [x], [400], 2, "int8", 64)
 assert "and these are 1024 and 16" in refused(ops.dequantise_sum, codes, scales, [65], "int8", 64, 1.0, torch.float32)
 
 compiled = torch.compile(lambda x: ops.dequantise(*ops.quantise(x, "int8", 64), [50, 20], "int8", torch.float32),

@@ -171,6 +171,9 @@ std::tuple<Tensor, Tensor> quantise_bucket(const std::vector<Tensor>& tensors, c
                   "a bucket has a size for each of its tensors, one at least, and these are ", tensors.size(), " and ",
                   sizes.size(), ".");
   STD_TORCH_CHECK(chunks >= 1 && nodes >= 1 && chunks % nodes == 0, nodes, " nodes do not divide ", chunks, " chunks.");
+  for (size_t i = 0; i < tensors.size(); ++i)
+    STD_TORCH_CHECK(tensors[i].numel() <= chunks * sizes[i], "a tensor of ", tensors[i].numel(),
+                    " values does not go into ", chunks, " chunks of ", sizes[i], ": make them larger.");
   const int64_t blocks = row_blocks_of(sizes, block);
   const int64_t bytes = block * kFormats[format_code(format)].bits / 8;
   return quantise_into(tensors, sizes, chunks, nodes, format, block, {chunks, blocks * bytes}, {chunks, blocks});
