@@ -19,6 +19,7 @@ from dspass.planner.saved import PlanError
 from dspass.report import Report
 from dspass.runtime import compat
 from dspass.shard import shard
+from dspass.weights import quantise
 from dspass.wishes import keep, recompute
 
 if "deepspeed" not in torch._dynamo.list_backends(exclude_tags=()):
@@ -39,6 +40,7 @@ __all__ = [
     "keep",
     "measure",
     "no_sync",
+    "quantise",
     "recompute",
     "shard",
 ]

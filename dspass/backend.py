@@ -38,6 +38,7 @@ from dspass.runtime.engine import Engine
 from dspass.runtime.params import ParamSpec
 from dspass.shard import agree, axes_of, mesh_for, place, precision, refuse_wrapped
 from dspass.sharded import ENGINE
+from dspass.weights import quantise, refuse_to_freeze, stored_of
 
 Options = None | str | os.PathLike[str] | Mapping[str, Any]
 
@@ -67,6 +68,10 @@ def deepspeed(
     if root is not None:
         refuse_wrapped(root)
     cast_inputs(gm, config)
+    if root is not None and config.layers.format is not None and not stored_of(root):
+        refuse_to_freeze(root)
+        compat.allow_compilations(1)  # this one, which runs once
+        return torch._dynamo.disable(_FirstStored(gm, root, config), reason="runs once, before weights are stored")
     if stage and any(not isinstance(p, DTensor) for p in params):
         compat.allow_compilations(2)  # this one, which runs once, and the sharded model's first
         return torch._dynamo.disable(_FirstCall(gm, params, root, config), reason="runs once, before sharding")
@@ -132,6 +137,25 @@ class _FirstCall:
                 value = torch.ops.dspass.unshard(value.to_local(), key)
             whole.append(value)
         return self.gm(*whole)
+
+
+class _FirstStored:
+    """Stores weights in few bits, then runs the captured graph by hand, once, with what they stand for."""
+
+    def __init__(self, gm: fx.GraphModule, root: nn.Module, config: Config) -> None:
+        self.gm, self.root, self.config = gm, root, config
+
+    def __call__(self, *inputs: Any) -> Any:
+        params = list(self.root.parameters())
+        agree(self.root, self.config, None, _kinds(inputs, params))
+        if dist.is_initialized() and dist.get_world_size() > 1 and dist.get_backend() != "fake":
+            with torch.no_grad():
+                for tensor in (*params, *self.root.buffers()):
+                    dist.broadcast(tensor.data, 0)
+        modules = {id(w): m for m in self.root.modules() if (w := m._parameters.get("weight")) is not None}
+        quantise(self.root, self.config)
+        stored = {key: module for key, module in modules.items() if "weight" not in module._parameters}
+        return self.gm(*(stored[id(v)].weight if id(v) in stored else v for v in inputs))
 
 
 class _Stage0:

@@ -13,6 +13,7 @@ something this version does not do. Nothing is dropped in silence, and an unknow
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import hashlib
 import json
 import math
@@ -298,6 +299,34 @@ KEYS: tuple[Key, ...] = (
     _act("dspass.quantise.max_relative_error", "max_relative_error", "number", None, "share",
          "A bucket of which one parameter's rounding error, as a norm over that of the parameter and measured when it is "
          "sharded, is larger, is gathered whole.", low=0),
+    _section("dspass.quantise.layers"),
+    _act("dspass.quantise.layers.format", "format", "text", None, "",
+         "What weights of linear layers are stored as, at the first call or by `dspass.quantise(model, config)`: for "
+         "inference, and for frozen weights beside ones that train. Absent: as they are.", choices=FORMATS),
+    _act("dspass.quantise.layers.group_size", "group_size", "integer", None, "columns",
+         "Columns of a weight that share a scale, a multiple of 16. Absent: one scale an output channel.", low=16),
+    _act("dspass.quantise.layers.activations", "activations", "text", None, "",
+         '`"int8"`: what is multiplied with such a weight is rounded to int8 as well, row by row, in each call. Weights are '
+         "int8 with one scale an output channel then. Absent: it stays as it is.", choices=("int8",)),
+    _act("dspass.quantise.layers.modules", "modules", "list", None, "",
+         "Names of the layers, or patterns of names such as `model.layers.*.mlp.*`. Absent: all."),
+    _act("dspass.quantise.layers.exclude", "exclude", "list", None, "",
+         "Names or patterns of layers whose weights stay as they are, such as `lm_head`."),
+    _act("dspass.quantise.layers.max_relative_error", "max_relative_error", "number", None, "share",
+         "A weight that would be off by more, as a norm over its own, stays as it is.", low=0),
+    _section("weight_quantization"),
+    _section("weight_quantization.quantized_initialization"),
+    _act("weight_quantization.quantized_initialization.num_bits", "num_bits", "integer", None, "bits",
+         "DeepSpeed's way to ask for `dspass.quantise.layers.format`: 8 is `int8`, 4 is `int4`. Takes effect where that is "
+         "absent.", low=4, high=8),
+    _act("weight_quantization.quantized_initialization.group_size", "group_size", "integer", None, "columns",
+         "As `dspass.quantise.layers.group_size`.", low=16),
+    _act("weight_quantization.quantized_initialization.group_dim", "group_dim", "integer", 1, "",
+         "The dimension that groups divide. Only 1: columns.", low=0, high=1),
+    _act("weight_quantization.quantized_initialization.symmetric", "symmetric", "flag", True, "",
+         "Only true: values are rounded around zero."),
+    _deny("weight_quantization.post_init_quant", "object", None, "other formats for single layers",
+          "Name the layers in dspass.quantise.layers.modules.", off=(None, {})),
     # --- the rest of DeepSpeed: batch, optimiser
     _deny("managed_gradient_accumulation", "flag", True,
           "accumulation boundaries that the script calls out itself",
@@ -516,8 +545,6 @@ KEYS: tuple[Key, ...] = (
              open=True),
     _section("compression_training", refused="pruning, distillation and quantised training",
              instead="Remove it, or set every enabled in it to false.", asks="enabled", open=True),
-    _section("weight_quantization", refused="quantised weights", instead="Remove it.", asks="present",
-             open=True),
     _section("data_efficiency", refused="DeepSpeed's data sampling and token dropping",
              instead="Set every enabled in it to false and choose the data in your DataLoader.",
              asks="enabled", open=True),
@@ -589,7 +616,13 @@ KEYS: tuple[Key, ...] = (
 _BY_PATH = {key.path: key for key in KEYS}
 _BY_SPELLING = _BY_PATH | {f"{key.section}.{key.also}".lstrip("."): key for key in KEYS if key.also}
 #: The sections that have a class of their own, and the field of :class:`Config` that holds it.
-_NESTED = {"zero_optimization": "zero", "dspass": "dspass", "dspass.quantise": "quantise"}
+_NESTED = {
+    "zero_optimization": "zero",
+    "dspass": "dspass",
+    "dspass.quantise": "quantise",
+    "dspass.quantise.layers": "own_layers",
+    "weight_quantization.quantized_initialization": "quantized_initialization",
+}
 #: The key of each field, by the section of its class: "" for :class:`Config`, which also holds other sections' fields.
 _INTO = {(key.section if key.section in _NESTED else "", key.field): key for key in KEYS if key.field}
 
@@ -706,6 +739,78 @@ class QuantiseConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LayersConfig:
+    """``dspass.quantise.layers``: weights that are stored in few bits."""
+
+    format: str | None = None
+    """Format; None stores none."""
+    group_size: int | None = None
+    """Columns that share a scale; None: all of a row."""
+    activations: str | None = None
+    """``"int8"`` rounds what is multiplied with them too; None does not."""
+    modules: tuple[str, ...] | None = None
+    """Names or patterns of the layers; None takes all."""
+    exclude: tuple[str, ...] | None = None
+    """Names or patterns of layers that stay whole."""
+    max_relative_error: float | None = None
+    """A weight that would be off by more stays whole; None takes all."""
+
+    def __post_init__(self) -> None:
+        section = "dspass.quantise.layers"
+        _check_fields(self, section)
+        for name in ("modules", "exclude"):
+            names = getattr(self, name)
+            if names is not None:
+                if not all(isinstance(n, str) for n in names):
+                    raise ConfigError(f"{section}.{name}", f"{_shown(list(names))} are not all names.", "Write texts.")
+                object.__setattr__(self, name, tuple(names))
+        if self.group_size is not None and self.group_size % 16:
+            raise ConfigError(
+                f"{section}.group_size",
+                f"{self.group_size} is no multiple of 16.",
+                f"Write {max(round(self.group_size / 16), 1) * 16}.",
+            )
+        if self.activations is not None and (self.format not in (None, "int8") or self.group_size is not None):
+            raise ConfigError(
+                f"{section}.activations",
+                "activations are rounded for int8 weights with one scale an output channel alone.",
+                'Set format to "int8" and remove group_size, or remove it.',
+            )
+
+    def takes(self, name: str) -> bool:
+        """Whether the layer called ``name`` is among them."""
+
+        def among(patterns: tuple[str, ...]) -> bool:
+            return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+        return (self.modules is None or among(self.modules)) and not among(self.exclude or ())
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizedInitialization:
+    """``weight_quantization.quantized_initialization``: the same as DeepSpeed says it."""
+
+    num_bits: int | None = None
+    """8 or 4; None asks for nothing."""
+    group_size: int | None = None
+    """Columns that share a scale; None: all of a row."""
+    group_dim: int = 1
+    """Always 1."""
+    symmetric: bool = True
+    """Always true."""
+
+    def __post_init__(self) -> None:
+        section = "weight_quantization.quantized_initialization"
+        _check_fields(self, section)
+        if self.num_bits not in (None, 4, 8):
+            raise ConfigError(f"{section}.num_bits", f"there is no integer format of {self.num_bits} bits.", "Write 8 or 4.")
+        if self.group_dim != 1:
+            raise ConfigError(f"{section}.group_dim", "groups of rows cannot be.", "Write 1, groups of columns.")
+        if not self.symmetric:
+            raise ConfigError(f"{section}.symmetric", "values are rounded around zero only.", "Write true.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """The whole configuration. Two are equal when they have the same effect; ``ignored`` does not count.
 
@@ -739,6 +844,10 @@ class Config:
     """The keys that are ours."""
     quantise: QuantiseConfig = field(default_factory=QuantiseConfig)
     """``dspass.quantise``."""
+    own_layers: LayersConfig = field(default_factory=LayersConfig)
+    """``dspass.quantise.layers``; see :attr:`layers`."""
+    quantized_initialization: QuantizedInitialization = field(default_factory=QuantizedInitialization)
+    """``weight_quantization.quantized_initialization``; see :attr:`layers`."""
     accumulation_open: bool = False
     """True while ``resolve_batch`` has still to derive the accumulation steps from both batch sizes."""
     ignored: tuple[Ignored, ...] = field(default=(), compare=False)
@@ -766,6 +875,14 @@ class Config:
             )
         if self.bf16 and self.fp16:
             raise ConfigError("fp16.enabled", "fp16 and bf16 are both enabled.", "Set one of them to false.")
+
+    @property
+    def layers(self) -> LayersConfig:
+        """Which weights are stored in few bits, by our section or, where that says nothing, by DeepSpeed's."""
+        asked = self.quantized_initialization
+        if self.own_layers.format is not None or asked.num_bits is None:
+            return self.own_layers
+        return replace(self.own_layers, format=f"int{asked.num_bits}", group_size=asked.group_size)
 
     @classmethod
     def load(cls, source: Config | str | os.PathLike[str] | Mapping[str, Any] | None = None) -> Config:
@@ -811,6 +928,9 @@ class Config:
         )
         config = cls(zero=ZeroConfig(**held["zero_optimization"]), dspass=DspassConfig(**held["dspass"]),
                      quantise=QuantiseConfig(**held["dspass.quantise"]),
+                     own_layers=LayersConfig(**held["dspass.quantise.layers"]),
+                     quantized_initialization=QuantizedInitialization(
+                         **held["weight_quantization.quantized_initialization"]),
                      ignored=tuple(ignored), **top)  # fmt: skip
         return config._note_stage()
 

@@ -62,6 +62,7 @@ from dspass.runtime.host_states import local_bytes, local_of
 from dspass.runtime.ledger import CATEGORIES, HOST, Ledger, Point
 from dspass.runtime.stepping import OPTIMIZERS
 from dspass.settings import step_moments
+from dspass.weights import stored_tensors
 
 #: Above this many parameters the graph is walked instead of having Inductor generate code for it.
 GENERATE_UP_TO = 500_000_000
@@ -221,8 +222,8 @@ def _predicted(
         with _unwrapped():
             steps.run()  # the one-line way holds the whole model once; makes the optimiser's states
             first_call = max(p.total for p in ledger.points)
-            if config.zero.stage:
-                steps.run()  # compiles
+            for _ in range(bool(config.zero.stage) + (config.layers.format is not None)):
+                steps.run()  # what the first ones do by hand, as weights are stored and sharded, the last one compiles
         ledger.points.clear()
         steps.run()
         exposed, seconds = _seconds(engine, fake, device, optimizer, train)
@@ -545,7 +546,7 @@ def _report(
         memory=memory,
         traffic=sorted(traffic, key=lambda t: (t.direction, t.kind)),
         host_copies=host_copies,
-        quantised=quantised_tensors(_graphs(engine), engine),
+        quantised=[*stored_tensors(model), *quantised_tensors(_graphs(engine), engine)],
         step_seconds=seconds,
         plans=[_plan_record(c.name, c.plan, seconds) for c in engine.compilations if c.plan is not None],
         config=config.to_dict() if config is not None else {},

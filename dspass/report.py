@@ -167,11 +167,11 @@ class HostCopy:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantisedTensor:
-    """How one parameter, or one gradient, travels: as ``format``, or whole (None). Bytes are those of one rank's buffer, of
-    which ``(ranks - 1) / ranks`` go to others in a reduction, and all of them, to each, in a gather."""
+    """How one parameter, or one gradient, travels, or a weight is stored: as ``format``, or whole (None). Bytes are those of
+    one rank's buffer, of which ``(ranks - 1) / ranks`` go to others in a reduction, and all of them, to each, in a gather."""
 
     name: str
-    kind: Literal["gather", "reduction"]
+    kind: Literal["gather", "reduction", "weight"]
     direction: Direction
     format: str | None
     whole_bytes: int
@@ -623,7 +623,7 @@ def _host_lines(report: Report) -> Iterator[str]:
 
 def _quantised_lines(report: Report) -> Iterator[str]:
     sizes = [sum(t.whole_bytes for t in report.quantised), sum(t.sent_bytes for t in report.quantised)]
-    yield f"In few bits: one rank's buffers of a call, {format_bytes(sizes[1])} instead of {format_bytes(sizes[0])}"
+    yield f"In few bits, on one rank: {format_bytes(sizes[1])} instead of {format_bytes(sizes[0])}"
     yield from _table(quantised_rows(report)[:_TRAFFIC_ROWS], "<<<><<")
 
 

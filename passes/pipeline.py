@@ -14,6 +14,7 @@ from dspass.passes.onednn_products import OnednnProducts
 from dspass.passes.prefetch_gathers import PrefetchGathers
 from dspass.passes.quantise_gathers import QuantiseGathers
 from dspass.passes.quantise_reductions import QuantiseReductions
+from dspass.passes.quantised_products import QuantisedProducts
 from dspass.passes.release_gathered import ReleaseGathered
 from dspass.passes.zero_gather import ZeroGather
 from dspass.passes.zero_reduce import ZeroReduce
@@ -32,5 +33,6 @@ DEFAULT: tuple[type[Pass], ...] = (
     QuantiseGathers,  # and what compute does not hide travels in few bits, where a person says so
     QuantiseReductions,
     OffloadSaved,  # saved values wait on the host, where the planner says so
+    QuantisedProducts,  # weights that are stored in few bits are read so
     OnednnProducts,  # the faster library on a CPU
 )

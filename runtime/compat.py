@@ -289,6 +289,16 @@ def onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
+def has_int8_product(dtype: torch.dtype) -> bool:
+    """Whether torch brings a kernel for products of ``dtype`` with int8 weights on CPUs. Its fp32 one is slow: not counted."""
+    return dtype in (torch.bfloat16, torch.float16)
+
+
+def int8_product(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """``x`` (m, k) times int8 ``weight`` (n, k), transposed, times ``scales`` (n) of ``x``'s dtype: (m, n)."""
+    return torch.ops.aten._weight_int8pack_mm(x, weight, scales)
+
+
 def placeholder_source(node: fx.Node) -> str | None:
     """Where Dynamo got a graph input from, such as ``L['self']._modules['0']._parameters['weight']``."""
     argument = node.meta.get("grapharg")

@@ -75,7 +75,7 @@ def dequantise(
     codes: torch.Tensor, scales: torch.Tensor, shape: Sequence[int], format: str, dtype: torch.dtype
 ) -> torch.Tensor:
     """The tensor of ``shape`` that :func:`quantise` answered ``codes`` and ``scales`` for, in ``dtype``."""
-    values = _decode(codes, format_of(format)) * scales[:, None]
+    values = decode(codes, format_of(format)) * scales[:, None]
     return values.reshape(-1)[: torch.Size(shape).numel()].reshape(shape).to(dtype)
 
 
@@ -224,8 +224,10 @@ def _encode(blocks: torch.Tensor, format: Format) -> tuple[torch.Tensor, torch.T
     return _packed(codes | sign << format.exponent + format.mantissa, format), scales
 
 
-def _decode(codes: torch.Tensor, format: Format) -> torch.Tensor:
+def decode(codes: torch.Tensor, format: Format) -> torch.Tensor:
     """Codes of blocks, which are the last dim, as fp32 values, before they are scaled."""
+    if format.name == "int8":
+        return codes.view(torch.int8).float()
     codes = _unpacked(codes, format)
     if format.is_integer:
         half = 1 << format.bits - 1
@@ -287,6 +289,6 @@ def _decoded(
     for part, scale, size in zip(
         codes.split([count * of_block for count in counts], dim=1), scales.split(counts, dim=1), sizes, strict=True
     ):
-        values = _decode(part.unflatten(1, (blocks_of(size, block), of_block)), format_of(format)) * scale[..., None]
+        values = decode(part.unflatten(1, (blocks_of(size, block), of_block)), format_of(format)) * scale[..., None]
         found.append(values.flatten(1)[:, :size])
     return found

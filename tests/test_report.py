@@ -390,7 +390,7 @@ def test_what_travels_in_few_bits_is_shown_by_kind_and_format() -> None:
     ]
     report = a_report(quantised=found)
     said = str(report)
-    assert "In few bits: one rank's buffers of a call, 7.00 MB instead of 20.0 MB" in said
+    assert "In few bits, on one rank: 7.00 MB instead of 20.0 MB" in said
     assert "gather     forward   int8   2 tensors  8.00 MB → 2.00 MB  error 0.6 %, 0.8 % at most" in said
     assert "gather     forward   whole   1 tensor  4.00 MB            error 50 %, 50 % at most" in said
     assert "reduction  backward  int4    1 tensor  8.00 MB → 1.00 MB  error not measured" in said

@@ -1,0 +1,176 @@
+"""Matrices whose rows are stored in few bits, and products with them.
+
+A weight ``(rows, columns)`` is stored row by row in groups of ``group`` columns, each with one fp32 scale, by
+:func:`dspass.runtime.quantise.quantise`; what is missing to a row's last group is filled up with zeros. One group a row is
+scaling per output channel (W8A16, as in LLM.int8; Dettmers et al., 2022), shorter ones per group (ZeroQuant; Yao et al., 2022).
+Nothing but codes and scales is kept: a product reads a quarter to a half of bf16's bytes.
+
+How a product is computed on a CPU depends on what is fastest there, and its docstring says which sums are rounded where.
+Dropped: a product per format in C++ for CPUs. A CPU is where this project is tried and tested, and int8, the one format that
+torch brings kernels for, is the one that is faster there than bf16; the others save memory and cost time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import register_flop_formula
+
+from dspass.runtime import compat, quantise
+from dspass.runtime.formats import GRAIN, format_of
+from dspass.runtime.operators import OPERATORS, operator
+
+#: Rows of the other operand up to which torch's int8 product beats one with the weight written out, on an AMD EPYC (Zen 5).
+FEW_ROWS = 4
+
+#: The number of codes of "int8" on each side of zero.
+_LARGEST = 127
+
+
+def group_of(columns: int, group: int | None) -> int:
+    """Values that share a scale in rows of ``columns``: ``group``, or a whole row, as a multiple of what a block must be."""
+    whole = -(-columns // GRAIN) * GRAIN
+    return whole if group is None else min(group, whole)
+
+
+def quantise_rows(x: torch.Tensor, format: str, group: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of a matrix ``x``, fp32, fp16 or bf16, ``uint8[rows, bytes of a row]`` codes and ``float32[rows, groups]`` scales.
+
+    Raises ``ValueError`` for a format or a group that cannot be, and for values that are not real floating numbers.
+    """
+    rows, columns = x.shape
+    block = group_of(columns, group)
+    groups = quantise.blocks_of(columns, block)
+    filled = _widened(x, groups * block)
+    codes, scales = torch.ops.dspass.quantise(filled, format, block)
+    return codes.view(rows, -1), scales.view(rows, groups)
+
+
+def _dequantise_rows_fake(
+    codes: torch.Tensor, scales: torch.Tensor, columns: int, format: str, dtype: torch.dtype
+) -> torch.Tensor:
+    return codes.new_empty((*codes.shape[:-1], columns), dtype=dtype)
+
+
+@operator(
+    "dequantise_rows(Tensor codes, Tensor scales, SymInt columns, str format, ScalarType dtype) -> Tensor",
+    fake=_dequantise_rows_fake,
+)
+def dequantise_rows(
+    codes: torch.Tensor, scales: torch.Tensor, columns: int, format: str, dtype: torch.dtype
+) -> torch.Tensor:
+    """Rows ``(..., columns)`` of ``dtype`` from codes ``(..., bytes of a row)`` and scales ``(..., groups)``."""
+    values = _groups(codes, scales, format) * scales[..., None]
+    return values.flatten(-2)[..., :columns].to(dtype).contiguous()
+
+
+def _quantised_linear_fake(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    bias: torch.Tensor | None,
+    columns: int,
+    format: str,
+    dynamic: bool = False,
+) -> torch.Tensor:
+    if dynamic and not _is_int8_by_row(scales, format):
+        raise ValueError(
+            "activations are quantised for int8 weights with one scale a row alone: leave the group size out."
+        )
+    return x.new_empty((x.shape[0], codes.shape[0]))
+
+
+@operator(
+    "quantised_linear(Tensor x, Tensor codes, Tensor scales, Tensor? bias, SymInt columns, str format, bool dynamic=False) "
+    "-> Tensor",
+    fake=_quantised_linear_fake,
+)
+def quantised_linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    bias: torch.Tensor | None,
+    columns: int,
+    format: str,
+    dynamic: bool = False,
+) -> torch.Tensor:
+    """``x`` (m, columns) times the weight (n, columns) of ``codes`` and ``scales``, transposed, plus ``bias`` (n): (m, n).
+
+    The weight is rounded to ``x``'s dtype and multiplied as any other. But up to :data:`FEW_ROWS` rows of bf16 or fp16 on a CPU
+    are multiplied with int8 codes as they are, and the sums scaled by the row's scale in ``x``'s dtype.
+
+    ``dynamic``: the rows of ``x`` are rounded to int8 too, each by its largest magnitude, multiplied as integers, summed
+    exactly, and scaled in fp32. A row of ``x`` with a NaN or an infinity becomes NaNs.
+    """
+    if dynamic:
+        return _integer_product(x, codes, scales, bias)
+    if reads_codes(x, x.device.type, _is_int8_by_row(scales, format)):
+        found = torch.ops.dspass.int8_product(_widened(x, codes.shape[1]), codes, scales[:, 0].to(x.dtype))
+        return found if bias is None else found + bias
+    weight = dequantise_rows(codes, scales, columns, format, x.dtype).t()
+    return x @ weight if bias is None else torch.addmm(bias, x, weight)
+
+
+# Opaque to Inductor: its own lowering of torch's operator (up to 2.13) takes no operand that it has yet to compute.
+torch.library.define("dspass::int8_product", "(Tensor x, Tensor codes, Tensor scales) -> Tensor")
+
+
+@torch.library.impl("dspass::int8_product", "CPU")
+def _int8_product(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    return compat.int8_product(x, codes.view(torch.int8), scales)
+
+
+@torch.library.register_fake("dspass::int8_product")
+def _(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    return x.new_empty((x.shape[0], codes.shape[0]))
+
+
+def reads_codes(x: torch.Tensor, device: str, by_row: bool) -> bool:
+    """Whether a product of ``x`` on ``device`` with a weight, int8 with one scale a row or not, writes no weight out."""
+    if OPERATORS["quantised_linear"].server(device) == "kernel":
+        return True
+    few = isinstance(x.shape[0], int) and x.shape[0] <= FEW_ROWS  # to compare an unknown number would add a guard
+    return device == "cpu" and by_row and few and compat.has_int8_product(x.dtype)
+
+
+def _is_int8_by_row(scales: torch.Tensor, format: str) -> bool:
+    return format == "int8" and scales.shape[-1] == 1
+
+
+def _integer_product(
+    x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    values = x.float()
+    most = values.abs().amax(1, keepdim=True)
+    is_finite = most.isfinite()
+    most = most.clamp_min(quantise.SMALLEST)
+    rounded = torch.where(is_finite, values * (most.reciprocal() * _LARGEST), 0.0).round().to(torch.int8)
+    of_rows = torch.where(is_finite, most * (1 / _LARGEST), float("nan"))
+    rounded = _widened(rounded, codes.shape[1])
+    found = torch._int_mm(rounded, codes.view(torch.int8).t()).float() * of_rows * scales[:, 0]
+    return (found if bias is None else found + bias.float()).to(x.dtype)
+
+
+def _widened(x: torch.Tensor, columns: int) -> torch.Tensor:
+    """With zeros to its right, as rows of codes have."""
+    return F.pad(x, (0, columns - x.shape[1])) if columns != x.shape[1] else x
+
+
+def _groups(codes: torch.Tensor, scales: torch.Tensor, format: str) -> torch.Tensor:
+    """Codes as fp32 values, not yet scaled: ``(..., groups, group)``."""
+    groups = scales.shape[-1]
+    return quantise.decode(codes.unflatten(-1, (groups, codes.shape[-1] // groups)), format_of(format))
+
+
+@register_flop_formula(torch.ops.dspass.quantised_linear)
+def _operations(
+    x: Sequence[int], codes: Sequence[int], scales: Any, bias: Any, columns: int, *_: Any, **__: Any
+) -> int:
+    return int(2 * x[0] * columns * codes[0])
+
+
+DEQUANTISE_ROWS = torch.ops.dspass.dequantise_rows.default
+QUANTISED_LINEAR = torch.ops.dspass.quantised_linear.default
