@@ -21,7 +21,8 @@ from dspass.passes.zero_reduce import ZeroReduce
 
 DEFAULT: tuple[type[Pass], ...] = (
     ExposeParameters,  # joint: whole parameters become inputs
-    HonourWishes,  # and what a person marked is tagged; then the partitioner splits the graph
+    HonourWishes,  # and what a person marked is tagged
+    QuantisedProducts,  # weights that are stored in few bits are read so; then the partitioner splits the graph
     ReleaseGathered,  # views of them are made where they are used, so that gathers come late and end early
     ZeroGather,  # gathers at first use
     BucketGathers,  # joined into buckets
@@ -33,6 +34,5 @@ DEFAULT: tuple[type[Pass], ...] = (
     QuantiseGathers,  # and what compute does not hide travels in few bits, where a person says so
     QuantiseReductions,
     OffloadSaved,  # saved values wait on the host, where the planner says so
-    QuantisedProducts,  # weights that are stored in few bits are read so
     OnednnProducts,  # the faster library on a CPU
 )

@@ -41,6 +41,7 @@ from dspass.passes.packed import DEQUANTISE, SUM
 from dspass.passes.prefetch_gathers import PrefetchGathers
 from dspass.passes.quantise_gathers import QuantiseGathers
 from dspass.passes.quantise_reductions import QuantiseReductions
+from dspass.passes.quantised_products import QuantisedProducts
 from dspass.passes.release_gathered import ReleaseGathered
 from dspass.passes.zero_gather import ZeroGather
 from dspass.passes.zero_reduce import ZeroReduce
@@ -426,6 +427,22 @@ class HostValuesExchanged(OffloadSaved):
                     place = graph.find_nodes(op="output")[0]
                     place.args = ([other if a is item else item if a is other else a for a in place.args[0]],)
                     return graph
+        return graph
+
+
+@dataclass(frozen=True, kw_only=True)
+class WrongRowsLookedUp(QuantisedProducts):
+    """Rows of codes are found by the tokens, and their scales in the order of the table."""
+
+    def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
+        graph = super().run(graph, ctx)
+        for rows in calls(graph, torch.ops.aten.index.Tensor):
+            if rows.meta["val"].dtype == torch.float32:
+                with graph.inserting_before(rows):
+                    first = graph.call_function(torch.ops.aten.slice.Tensor, (rows.args[0], 0, 0, 3))
+                first.meta["val"] = rows.meta["val"]
+                rows.replace_all_uses_with(first)
+                graph.erase_node(rows)
         return graph
 
 

@@ -48,6 +48,7 @@ from dspass.passes.partition import partition
 from dspass.pipeline import build
 from dspass.runtime import compat
 from dspass.runtime.engine import Engine
+from dspass.runtime.few_bits import QUANTISED_LINEAR, quantise_rows
 from dspass.runtime.params import Over, ParamSpec, lookup
 from dspass.runtime.wish import WISH
 from dspass.shard import shard
@@ -144,6 +145,20 @@ class Wished(nn.Module):
         return keep(self.down(x).sin()).cos().square().sum()
 
 
+class Stored(nn.Module):
+    """A table that is stored in few bits and is multiplied with, on both sides, and looked up in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, codes: torch.Tensor, scales: torch.Tensor, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        table = torch.ops.dspass.dequantise_rows(codes, scales, 4, "int8", torch.float32)
+        x = torch.tanh(self.first(x) @ table.t()) @ table
+        return self.head(x + nn.functional.embedding(ids, table)).square().sum()
+
+
 TOYS: Mapping[str, type[nn.Module]] = {
     "hosted": Mlp,
     "offloaded": Mlp,
@@ -153,6 +168,7 @@ TOYS: Mapping[str, type[nn.Module]] = {
     "quantised_early": EarlyViews,
     "in_nodes": Mlp,
     "mlp": Mlp,
+    "stored": Stored,
     "tied": Tied,
     "early_views": EarlyViews,
     "made": MadeOfParameters,
@@ -283,6 +299,8 @@ def as_written(gm: fx.GraphModule, **_: Any) -> Any:
 
 
 def _batch(name: str) -> tuple[torch.Tensor, ...]:
+    if name == "stored":
+        return *quantise_rows(torch.randn(8, 4), "int8"), torch.randn(3, 4), torch.randint(8, (3,))
     return (torch.randint(8, (3,)),) if name == "tied" else (torch.randn(3, 4),)
 
 
@@ -342,8 +360,13 @@ def _sum(codes: torch.Tensor, scales: torch.Tensor, sizes: Sequence[int], *rest:
     return [(part.sum(0) * factor).to(dtype) for part in codes.split(list(sizes), dim=1)]
 
 
+def _multiply(*args: Any) -> Any:
+    """As ``quantised_linear``, but only weights are rounded."""
+    return QUANTISED_LINEAR(*args[:6])
+
+
 #: What stands in for the operators that round.
-PACKING: dict[Any, Any] = {QUANTISE: _pack, DEQUANTISE: _unpack, SUM: _sum}
+PACKING: dict[Any, Any] = {QUANTISE: _pack, DEQUANTISE: _unpack, SUM: _sum, QUANTISED_LINEAR: _multiply}
 
 
 def _together(spec: ParamSpec, over: Over, world: int) -> list[list[int]]:

@@ -483,7 +483,11 @@ def _values(key: Key) -> st.SearchStrategy:
     if key.choices:
         # "cpu" for parameters needs a stage, which is drawn apart.
         return st.sampled_from(key.choices) if key.field != "offload_param" else st.just("none")
-    if key.path == "dspass.quantise.block":
+    if key.name in ("num_bits", "group_dim", "symmetric"):
+        return st.just({"num_bits": 8, "group_dim": 1, "symmetric": True}[key.name])
+    if key.name in ("modules", "exclude") and key.section == "dspass.quantise.layers":
+        return st.lists(st.sampled_from(["lm_head", "*.mlp.*"]), max_size=2)
+    if key.path == "dspass.quantise.block" or key.name == "group_size":
         return st.integers(1, 64).map(lambda n: 16 * n)
     if key.path == "dspass.plan":
         return st.just("b.json")
@@ -495,8 +499,8 @@ def options(draw: st.DrawFn) -> tuple[dict, list[Key]]:
     keys = draw(st.lists(st.sampled_from(LEAVES), unique=True, max_size=12))
     tree: dict = {}
     for key in keys:
-        if key.section == "sparse_attention" or key.path == "fp16.enabled":
-            continue
+        if key.section == "sparse_attention" or key.path in ("fp16.enabled", "dspass.quantise.layers.activations"):
+            continue  # the latter two exclude others
         if key.refused:
             value = draw(st.sampled_from(key.off))
         elif key.name == "enabled" and not key.field:

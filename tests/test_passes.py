@@ -37,6 +37,7 @@ from dspass.passes.pipeline import DEFAULT
 from dspass.passes.prefetch_gathers import PrefetchGathers
 from dspass.passes.quantise_gathers import QuantiseGathers
 from dspass.passes.quantise_reductions import QuantiseReductions
+from dspass.passes.quantised_products import QuantisedProducts
 from dspass.passes.release_gathered import ReleaseGathered
 from dspass.passes.text import print_graph
 from dspass.passes.zero_gather import ZeroGather
@@ -78,6 +79,8 @@ def toy_of(name: str, world: int = 0, bucket_bytes: int = 256) -> Toy:
         said["dspass"] |= {"quantise": {"block": 16}}
     if name.startswith("in_node"):
         said["zero_optimization"] |= {"zero_hpz_partition_size": 2}
+    if name == "stored":
+        said["dspass"] |= {"quantise": {"layers": {"activations": "int8"}}}
     if name == "hosted":
         said["zero_optimization"] |= {"offload_param": {"device": "cpu"}}
     return replace(_captured(name, world or (4 if name == "in_nodes" else 2)), config=Config.load(said))
@@ -172,6 +175,10 @@ CASES: dict[type[Pass], Case] = {
         golden=(("offloaded", "forward"), ("offloaded", "backward")),
         declines=("mlp", "forward", "every saved value stays on the device"),
     ),
+    QuantisedProducts: Case(
+        golden=(("stored", "joint"),),
+        declines=("mlp", "forward", "no weight is stored in few bits"),
+    ),
     OnednnProducts: Case(
         golden=(("mlp", "forward"), ("mlp", "backward")),
         declines=("mlp", "forward", "0 of 4 products by oneDNN"),
@@ -225,6 +232,7 @@ def test_the_numbers_stay(cls: type[Pass]) -> None:
         "in_nodes",
         "quantised",
         "quantised_uneven",
+        "stored",
     ):
         toy = toy_of(name)
         for where in sorted(cls.where):
