@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import offload, prefetch, quantise, solver
+from benchmarks import offload, prefetch, quantise, solver, weights
 from benchmarks.memory_bench import Bench
 from benchmarks.memory_plot import plot, ticks
 from benchmarks.memory_points import PLENTY, Point, Ranks, Started, normalise, peers
@@ -452,3 +452,13 @@ def test_what_crosses_nodes_is_counted_for_a_node() -> None:
     assert "| plain | 4.00 MB | 1.333 |" in text
     last.sent["all-to-all", "across"] *= 2
     assert "- missed: last sends" in quantise.table([plain, last], 4, 10**6)
+
+
+def test_weights_in_few_bits_are_held_against_bf16() -> None:
+    plain = weights.Row("bf16, Inductor", 2_000_000, 10.0, [0.2, 0.4], [2.0, 2.0])
+    few = weights.Row("int8", 1_000_000, 10.5, [0.1, 0.3], [2.0, 4.0])
+    text = weights.table([plain, few], 1e9)
+    assert "| int8 | 1.0 MB | 0.500 | 200.0 ms | 0.625 | 200.00 | 3000 ms | 1.500 | 10.5000 | +5.00% |" in text
+    assert "- met: a token with int8 weights takes at most 0.7 of bf16 by Inductor: 0.625" in text
+    few.token = [0.2, 0.4]
+    assert "- missed: a token" in weights.table([plain, few], 1e9)
