@@ -222,7 +222,8 @@ def run(options: argparse.Namespace) -> int:
         title="Weights in few bits",
         benchmark="weights",
         keys=("preset", "train", "context", "windows", "rounds", "calls", "threads"),
-        facts=f"{cpu()}, {options.threads} thread{'s' * (options.threads > 1)}, torch {torch.__version__}, Python {platform.python_version()}; Llama of "
+        facts=f"{cpu()}, {options.threads} thread{'s' * (options.threads > 1)}, torch {torch.__version__}, "
+        f"Python {platform.python_version()}; Llama of "
         f"{parameters / 1e6:.1f} M parameters, Python sources as text; {(time.time() - begin) / 60:.1f} minutes.",
         text=text,
     )
