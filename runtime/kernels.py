@@ -284,6 +284,10 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
     "dsp_copy_in": (_POINTERS, _I64S, _I64S, _I64, _I64, _POINTER, _POINTER),
     "dsp_copy_out": (_POINTER, _POINTERS, _I64S, _I64S, _I64, _I64, _POINTER),
     "dsp_dequantise_sum": (_POINTER, _POINTER, _POINTERS, _I64S, _I64, _I64, _FLOAT, _INT, _I64, _INT, _POINTER),
+    "dsp_sort_experts_space": (_I64, _I64, _I64S),
+    "dsp_sort_experts": (_POINTER, _INT, _I64, _I64, _POINTER, _POINTER, _POINTER, _POINTER),
+    "dsp_spread_experts": (_POINTER, _POINTER, _POINTER, _INT, _POINTER, _I64, _I64, _I64, _INT, _POINTER),
+    "dsp_unpermute_experts": (_POINTER, _POINTER, _POINTER, _INT, _POINTER, _I64, _I64, _I64, _INT, _POINTER),
 }
 
 

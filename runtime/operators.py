@@ -66,6 +66,12 @@ def operator(schema: str, *, fake: Callable[..., Any]) -> Callable[[_Function], 
     return declare
 
 
+def differentiable(name: str, *, backward: Callable[..., Any], keep: Callable[..., Any]) -> None:
+    """Give operator ``name`` a gradient: ``keep(ctx, inputs, output)`` at its call, and ``backward(ctx, *grads)``, which
+    answers one for each input; ``torch.library.register_autograd`` calls the first ``setup_context``."""
+    torch.library.register_autograd(f"dspass::{name}", backward, setup_context=keep, lib=_library)
+
+
 def operator_of(target: Any) -> Operator | None:
     """The operator that stands in a graph as ``target``; None where that is none of these."""
     if not isinstance(target, torch._ops.OpOverload) or target.namespace != "dspass":

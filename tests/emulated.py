@@ -129,6 +129,42 @@ class Emulator:
         )
         return values
 
+    def sort_experts(self, experts: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions and ends."""
+        space = ctypes.c_int64()
+        found = kernels.load(self.target).dsp_sort_experts_space(experts.numel(), num_experts, ctypes.byref(space))
+        assert found == 0, f"dsp_sort_experts_space answered {found}"
+        counts = garbage(space.value, dtype=torch.int32)
+        positions = garbage(*experts.shape, dtype=torch.int32)
+        ends = garbage(num_experts, dtype=torch.int32)
+        self.call(
+            "dsp_sort_experts",
+            *(experts.data_ptr(), experts.dtype == torch.int64, experts.numel(), num_experts),
+            *(counts.data_ptr(), positions.data_ptr(), ends.data_ptr()),
+        )
+        return positions, ends
+
+    def spread_experts(
+        self, x: torch.Tensor, positions: torch.Tensor, weights: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        rows = garbage(positions.numel(), x.shape[1], dtype=x.dtype)
+        self._move_rows("dsp_spread_experts", x, positions, weights, rows)
+        return rows
+
+    def unpermute_experts(
+        self, rows: torch.Tensor, positions: torch.Tensor, weights: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        x = garbage(positions.shape[0], rows.shape[1], dtype=rows.dtype)
+        self._move_rows("dsp_unpermute_experts", rows, positions, weights, x)
+        return x
+
+    def _move_rows(
+        self, name: str, values: torch.Tensor, positions: torch.Tensor, weights: torch.Tensor | None, to: torch.Tensor
+    ) -> None:
+        by = (None, 0) if weights is None else (weights.data_ptr(), DTYPE_CODES[weights.dtype])
+        shape = (*positions.shape, values.shape[1])
+        self.call(name, values.data_ptr(), positions.data_ptr(), *by, to.data_ptr(), *shape, DTYPE_CODES[values.dtype])
+
 
 def garbage(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """What a kernel has to write over: each byte the same odd one."""

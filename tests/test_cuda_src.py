@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dspass.runtime import kernels, quantise
+from dspass.runtime import experts, kernels, quantise
 from dspass.runtime.formats import FORMATS, format_of
 from tests.emulated import Emulator, garbage, int64s, numbers, odd_blocks, pointers, same, setting
 
@@ -256,3 +256,130 @@ def test_copies(emulator: Emulator, grid: int | None) -> None:
 def test_any_copy(emulator: Emulator, sizes: list[tuple[int, float]], chunks: int) -> None:
     tensors = [some_bytes(round(share * chunks * each)) for each, share in sizes]
     check_copy(emulator, tensors, [each for each, _ in sizes], chunks)
+
+
+# -- experts -------------------------------------------------------------------------------------------------------------
+
+
+def some_routing(tokens: int, top_k: int, num_experts: int, *, seed: int = 0) -> torch.Tensor:
+    """Half of it to few experts, so that a warp has many of one; some are none."""
+    generator = torch.Generator().manual_seed(seed)
+    any_of = torch.randint(-1, num_experts + 1, (tokens, top_k), generator=generator)
+    few = torch.randint(0, min(2, num_experts), (tokens, top_k), generator=generator)
+    return torch.where(torch.rand((tokens, top_k), generator=generator) < 0.5, any_of, few)
+
+
+def check_experts(
+    emulator: Emulator,
+    routing: torch.Tensor,
+    num_experts: int,
+    hidden: int,
+    dtype: torch.dtype,
+    weights_dtype: torch.dtype | None,
+) -> None:
+    tokens, top_k = routing.shape
+    x = numbers(tokens * hidden, dtype).view(tokens, hidden)
+    rows, positions, ends = experts.permute_experts(x, routing, num_experts)
+    found = emulator.sort_experts(routing, num_experts)
+    assert same(found[0], positions)
+    assert same(found[1], ends)
+    assert same(emulator.spread_experts(x, positions), rows)
+    weights = None if weights_dtype is None else numbers(tokens * top_k, weights_dtype, seed=1).view(tokens, top_k)
+    assert same(emulator.spread_experts(x, positions, weights), experts.spread_experts(x, positions, weights))
+    rows = numbers(rows.numel(), dtype, seed=2).view(rows.shape)
+    if rows.numel():
+        rows[0, 0] = float("nan")
+    assert same(
+        emulator.unpermute_experts(rows, positions, weights), experts.unpermute_experts(rows, positions, weights)
+    )
+
+
+@each_emulator
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_experts(emulator: Emulator, dtype: torch.dtype) -> None:
+    """One expert and many, one token, none, tiles that are full and that are not, rows at odd addresses, wide rows."""
+    for case, (tokens, top_k, num_experts, hidden) in enumerate(
+        [
+            (1, 1, 1, 8),
+            (128, 1, 3, 16),
+            (129, 3, 5, 7),
+            (200, 2, 300, 24),
+            (3, 8, 8, 2100),
+            (0, 2, 4, 8),
+            (4, 0, 2, 8),
+            (5, 2, 2, 0),
+        ]
+    ):
+        index = (torch.int32, torch.int64)[case % 2]
+        weights_dtype = (None, *DTYPES)[(case + DTYPES.index(dtype)) % 4]
+        routing = some_routing(tokens, top_k, num_experts).to(index)
+        check_experts(emulator, routing, num_experts, hidden, dtype, weights_dtype)
+
+
+@each_emulator
+def test_experts_all_of_one_and_all_dropped(emulator: Emulator) -> None:
+    for one in (0, 2, 3, -1, 2**40 + 1, -(2**40)):  # whose lower half would be an expert
+        check_experts(emulator, torch.full((70, 4), one), 3, 9, torch.bfloat16, torch.float32)
+
+
+def test_as_many_experts_as_there_may_be() -> None:
+    """A thread block then is two warps, or, of 64 threads, one or two."""
+    for warp in (32, 64):
+        check_experts(Emulator(warp, "random"), some_routing(90, 2, 8192), 8192, 8, torch.float32, None)
+
+
+@pytest.mark.parametrize("grid", [1, 3])
+def test_experts_of_a_grid_that_has_to_be_cut(grid: int) -> None:
+    with setting(DSP_EMU_GRID=grid):
+        check_experts(Emulator(32, "random"), some_routing(300, 3, 6), 6, 40, torch.bfloat16, torch.bfloat16)
+
+
+def test_rows_beyond_31_bits() -> None:
+    """The last token of more values than 31 bits count; of its memory only the end is ever touched."""
+    emulator, hidden = Emulator(32), 2048
+    tokens = 2**20 + 2
+    x, rows = (torch.empty((tokens, hidden), dtype=torch.bfloat16) for _ in range(2))
+    positions = torch.arange(tokens, dtype=torch.int32)[:, None]
+    x[-1] = numbers(hidden, torch.bfloat16)
+    shape = (tokens, 1, hidden, kernels.DTYPE_CODES[x.dtype])
+    with setting(DSP_EMU_FIRST=tokens - 1):
+        emulator.call("dsp_spread_experts", x.data_ptr(), positions.data_ptr(), None, 0, rows.data_ptr(), *shape)
+        assert same(rows[-1], x[-1])
+        x[-1] = 0
+        emulator.call("dsp_unpermute_experts", rows.data_ptr(), positions.data_ptr(), None, 0, x.data_ptr(), *shape)
+    assert same(x[-1], rows[-1])
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    emulator=st.sampled_from(EMULATORS),
+    shape=st.tuples(st.integers(0, 150), st.integers(0, 5)),
+    num_experts=st.integers(1, 70),
+    hidden=st.integers(0, 50),
+    dtype=st.sampled_from(DTYPES),
+    weights_dtype=st.sampled_from([None, *DTYPES]),
+    seed=st.integers(0, 2**16),
+)
+def test_any_experts(
+    emulator: Emulator,
+    shape: tuple[int, int],
+    num_experts: int,
+    hidden: int,
+    dtype: torch.dtype,
+    weights_dtype: torch.dtype | None,
+    seed: int,
+) -> None:
+    check_experts(emulator, some_routing(*shape, num_experts, seed=seed), num_experts, hidden, dtype, weights_dtype)
+
+
+@pytest.mark.parametrize(("count", "num_experts"), [(-1, 4), (2**31, 4), (4, 0), (4, 8193)])
+def test_what_no_experts_can_be_sorted_for(count: int, num_experts: int) -> None:
+    library, space, positions = kernels.load("emulator-32"), ctypes.c_int64(7), garbage(8, dtype=torch.int32)
+    assert library.dsp_sort_experts_space(count, num_experts, ctypes.byref(space)) == 1
+    address = positions.data_ptr()
+    assert library.dsp_sort_experts(address, 0, count, num_experts, address, address, address, None) == 1
+    assert library.dsp_spread_experts(address, address, None, 0, address, 1, -1, 1, 0, None) == 1
+    assert library.dsp_spread_experts(address, address, address, 3, address, 1, 1, 1, 0, None) == 1
+    assert library.dsp_unpermute_experts(address, address, None, 0, address, 1, 1, 1, 3, None) == 1
+    assert space.value == 7
+    assert (positions.view(torch.uint8) == 0xA5).all()

@@ -20,7 +20,7 @@ needs_hipcc = pytest.mark.skipif(shutil.which("hipcc") is None, reason="there is
 CUDA = sorted(path.name for path in (kernels.source_folder() / "portable").glob("*.cu"))
 HIP = sorted(path.name for path in kernels.source_folder("hip_src").glob("*.hip"))
 #: Those whose results are the reference's to the last bit.
-BIT_EXACT = ("quantise.cu",)
+BIT_EXACT = ("moe.cu", "quantise.cu")
 
 
 # -- compilers -----------------------------------------------------------------------------------------------------------
@@ -94,7 +94,7 @@ def test_the_library_for_cuda_loads_without_a_driver() -> None:
 
 OPERATORS = """
 import torch
-from dspass.runtime import kernels, quantise
+from dspass.runtime import experts, kernels, quantise
 from dspass.runtime.formats import FORMATS
 from dspass.runtime.operators import OPERATORS
 from tests.emulated import numbers, same
@@ -102,7 +102,7 @@ from tests.emulated import numbers, same
 kernels.build("emulator-32"), kernels.build("binding-emulator")
 assert OPERATORS["quantise"].server("cpu") == "torch reference"
 kernels.bind("binding-emulator", "emulator-32")
-assert {o.server("cpu") for o in OPERATORS.values() if o.name.removeprefix("de").startswith("quantise")} == {"kernel"}
+assert {o.server("cpu") for o in OPERATORS.values()} == {"kernel"}
 
 ops, count = torch.ops.dspass, 0
 x, y = numbers(1000, torch.float32).view(20, 50).t(), numbers(77, torch.float16)
@@ -125,6 +125,29 @@ for format in FORMATS:
         torch.library.opcheck(getattr(ops, name).default, args, test_utils=("test_schema", "test_faketensor"))
         count += 1
 
+routing = (torch.arange(60) % 7 - 1).view(3, 20).t()
+weights = numbers(60, torch.bfloat16).view(20, 3)
+for dtype in (torch.float32, torch.bfloat16):
+    rows, positions, _ = experts.permute_experts(x.t().to(dtype)[:20], routing[:50], 5)
+    for name, args in (("permute_experts", (x.t().to(dtype)[:20], routing[:50].int(), 5)),
+                       ("permute_experts", (x.t().to(dtype), routing, 5)),
+                       ("spread_experts", (x.t().to(dtype), positions, weights)),
+                       ("unpermute_experts", (rows, positions)),
+                       ("unpermute_experts", (rows, positions, weights))):
+        found, expected = getattr(ops, name)(*args), getattr(experts, name)(*args)
+        if name != "permute_experts":
+            found, expected = [found], [expected]
+        assert len(found) == len(expected)
+        assert all(same(a, b) for a, b in zip(found, expected)), (name, dtype)
+        torch.library.opcheck(getattr(ops, name).default, args, test_utils=("test_schema", "test_faketensor"))
+        count += 1
+tokens, by = x.t().clone().requires_grad_(), weights.float().requires_grad_()
+rows, positions, _ = ops.permute_experts(tokens, routing, 5)
+ops.unpermute_experts(rows, positions, by).sum().backward()
+kept = ((routing >= 0) & (routing < 5))
+assert torch.allclose(tokens.grad, (weights.float() * kept).sum(1)[:, None].expand(20, 50))
+assert torch.allclose(by.grad, x.t().sum(1)[:, None] * kept, rtol=1e-5, atol=1e-3)  # of fifty values up to some hundred
+
 def refused(function, *args):
     try:
         function(*args)
@@ -140,6 +163,14 @@ assert "more than the 16 blocks of 64" in refused(ops.dequantise, codes, scales,
 assert "16 blocks have 1024 bytes" in refused(ops.dequantise, codes, scales[1:], [1000], "int8", torch.float32)
 assert "2 nodes do not divide 3 chunks" in refused(ops.quantise_bucket, [x], [400], 3, "int8", 64, 2)
 assert "a tensor of 1000 values does not go into 2 chunks of 400" in refused(ops.quantise_bucket, [x], [400], 2, "int8", 64)
+assert "fp32, fp16 and bf16 do" in refused(ops.permute_experts, x.double(), routing, 5)
+assert "tokens [tokens, hidden] have experts" in refused(ops.permute_experts, x.t(), routing[1:], 5)
+assert "int32 or int64" in refused(ops.permute_experts, x.t(), routing.short(), 5)
+assert "8193 experts cannot be" in refused(ops.permute_experts, x.t(), routing, 8193)
+assert "those of permute_experts, int32" in refused(ops.spread_experts, x.t(), positions.long())
+assert "there are 20 of them" in refused(ops.spread_experts, x.t()[1:], positions)
+assert "for each of 60 positions" in refused(ops.unpermute_experts, rows[1:], positions)
+assert "a weight for each position" in refused(ops.unpermute_experts, rows, positions, weights[1:])
 assert "and these are 1024 and 16" in refused(ops.dequantise_sum, codes, scales, [65], "int8", 64, 1.0, torch.float32)
 
 compiled = torch.compile(lambda x: ops.dequantise(*ops.quantise(x, "int8", 64), [50, 20], "int8", torch.float32),
@@ -155,7 +186,7 @@ def test_operators_reach_kernels_through_torchs_dispatcher() -> None:
         [sys.executable, "-c", OPERATORS], capture_output=True, text=True, cwd=Path(__file__).parent.parent
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "25 calls\n"
+    assert done.stdout == "35 calls\n"
 
 
 def test_the_binding_for_gpus_loads_where_there_is_none() -> None:

@@ -248,7 +248,8 @@ def test_opcheck(name: str, format: str) -> None:
 
 
 def test_every_operator_is_checked_here() -> None:
-    assert set(OPERATORS) == set(cases("int8"))
+    ours = {o.name for o in OPERATORS.values() if o.reference.__module__ == reference.__name__}
+    assert ours == set(cases("int8"))
 
 
 @EVERY_FORMAT

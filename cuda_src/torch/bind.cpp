@@ -1,4 +1,4 @@
-// The operators of runtime/quantise.py answered by a kernel library, through torch's stable ABI.
+// The operators of runtime/quantise.py and runtime/experts.py answered by a kernel library, through torch's stable ABI.
 //
 // One binding serves every torch from TORCH_TARGET_VERSION on. Schemas are Python's (runtime/operators.py); this file
 // says only who answers for CUDA, which ROCm's builds of torch call by the same name. The kernel library is found at
@@ -8,6 +8,7 @@
 // Arguments are checked here: a kernel would read and write outside of what it was given.
 #include <dlfcn.h>
 
+#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -30,6 +31,10 @@ struct Kernels {
                            void*);
   int (*dequantise_sum)(const void*, const void*, void* const*, const int64_t*, int64_t, int64_t, float, int, int64_t,
                         int, void*);
+  int (*sort_experts_space)(int64_t, int64_t, int64_t*);
+  int (*sort_experts)(const void*, int, int64_t, int64_t, void*, void*, void*, void*);
+  int (*spread_experts)(const void*, const void*, const void*, int, void*, int64_t, int64_t, int64_t, int, void*);
+  int (*unpermute_experts)(const void*, const void*, const void*, int, void*, int64_t, int64_t, int64_t, int, void*);
 };
 Kernels kernels;
 std::string bind_error;
@@ -232,6 +237,91 @@ std::vector<Tensor> dequantise_sum(const Tensor& codes, const Tensor& scales, co
   return values;
 }
 
+// -- experts --------------------------------------------------------------------------------------------------------
+
+constexpr int64_t kMostExperts = 8192;  // runtime/experts.py
+
+int row_dtype_code(ScalarType dtype) {
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
+                  "rows of another dtype do not go to experts: fp32, fp16 and bf16 do.");
+  return dtype_code(dtype);
+}
+
+void check_same_device(const Tensor& tensor, const Tensor& first) {
+  STD_TORCH_CHECK(tensor.device() == first.device(), "tokens, their experts and weights are on one device.");
+}
+
+// Positions [tokens, top_k], and weights of the same shape where there are any.
+void check_positions(const Tensor& positions, const std::optional<Tensor>& weights, const Tensor& values) {
+  STD_TORCH_CHECK(positions.scalar_type() == ScalarType::Int && positions.dim() == 2,
+                  "positions are those of permute_experts, int32[tokens, top_k].");
+  check_same_device(positions, values);
+  if (!weights) return;
+  check_same_device(*weights, values);
+  STD_TORCH_CHECK(weights->dim() == 2 && weights->size(0) == positions.size(0) && weights->size(1) == positions.size(1),
+                  "there is a weight for each position, and the shapes differ.");
+}
+
+using MoveRows = decltype(Kernels::spread_experts);
+
+void move_rows(MoveRows move, const Tensor& from, const Tensor& positions, const std::optional<Tensor>& weights,
+               Tensor& to) {
+  const Tensor values = torch::stable::contiguous(from), places = torch::stable::contiguous(positions);
+  std::optional<Tensor> by;
+  if (weights) by = torch::stable::contiguous(*weights);
+  const Device device(from);
+  check_launch(move(values.data_ptr(), places.data_ptr(), by ? by->data_ptr() : nullptr,
+                    by ? row_dtype_code(by->scalar_type()) : 0, to.data_ptr(), positions.size(0), positions.size(1),
+                    from.size(1), row_dtype_code(from.scalar_type()), device.stream()));
+}
+
+Tensor spread_experts(const Tensor& x, const Tensor& positions, const std::optional<Tensor>& weights) {
+  check_positions(positions, weights, x);
+  row_dtype_code(x.scalar_type());
+  STD_TORCH_CHECK(x.dim() == 2 && x.size(0) == positions.size(0), "tokens [tokens, hidden] have positions ",
+                  "[tokens, top_k], and there are ", positions.size(0), " of them.");
+  Tensor rows = torch::stable::new_empty(x, {positions.numel(), x.size(1)});
+  move_rows(kernels.spread_experts, x, positions, weights, rows);
+  return rows;
+}
+
+Tensor unpermute_experts(const Tensor& rows, const Tensor& positions, const std::optional<Tensor>& weights) {
+  check_positions(positions, weights, rows);
+  row_dtype_code(rows.scalar_type());
+  STD_TORCH_CHECK(rows.dim() == 2 && rows.size(0) == positions.numel(), "there is a row [rows, hidden] for each of ",
+                  positions.numel(), " positions.");
+  Tensor x = torch::stable::new_empty(rows, {positions.size(0), rows.size(1)});
+  move_rows(kernels.unpermute_experts, rows, positions, weights, x);
+  return x;
+}
+
+std::tuple<Tensor, Tensor, Tensor> permute_experts(const Tensor& x, const Tensor& experts, int64_t num_experts) {
+  row_dtype_code(x.scalar_type());
+  STD_TORCH_CHECK(x.dim() == 2 && experts.dim() == 2 && x.size(0) == experts.size(0),
+                  "tokens [tokens, hidden] have experts [tokens, top_k].");
+  check_same_device(experts, x);
+  const bool is_wide = experts.scalar_type() == ScalarType::Long;
+  STD_TORCH_CHECK(is_wide || experts.scalar_type() == ScalarType::Int,
+                  "experts of another dtype cannot be: take their numbers as int32 or int64.");
+  STD_TORCH_CHECK(num_experts >= 1 && num_experts <= kMostExperts, num_experts, " experts cannot be: take 1 to ",
+                  kMostExperts, ".");
+  const int64_t count = experts.numel();
+  STD_TORCH_CHECK(count <= 0x7fffffff, count, " assignments are more than the 2**31 - 1 rows of a grouped product: ",
+                  "divide the tokens.");
+  const Tensor ids = torch::stable::contiguous(experts);
+  Tensor positions = torch::stable::new_empty(ids, {experts.size(0), experts.size(1)}, ScalarType::Int);
+  Tensor ends = torch::stable::new_empty(ids, {num_experts}, ScalarType::Int);
+  int64_t values = 0;
+  check_launch(kernels.sort_experts_space(count, num_experts, &values));
+  Tensor space = torch::stable::new_empty(ids, {values}, ScalarType::Int);
+  {
+    const Device device(x);
+    check_launch(kernels.sort_experts(ids.data_ptr(), is_wide, count, num_experts, space.data_ptr(),
+                                      positions.data_ptr(), ends.data_ptr(), device.stream()));
+  }
+  return {spread_experts(x, positions, std::nullopt), positions, ends};
+}
+
 template <class Function>
 bool take(void* library, const char* name, Function& function) {
   function = reinterpret_cast<Function>(dlsym(library, name));
@@ -250,7 +340,11 @@ extern "C" __attribute__((visibility("default"))) const char* dsp_bind(const cha
   }
   const bool is_whole = take(library, "dsp_quantise_bucket", kernels.quantise_bucket) &&
                         take(library, "dsp_dequantise_bucket", kernels.dequantise_bucket) &&
-                        take(library, "dsp_dequantise_sum", kernels.dequantise_sum);
+                        take(library, "dsp_dequantise_sum", kernels.dequantise_sum) &&
+                        take(library, "dsp_sort_experts_space", kernels.sort_experts_space) &&
+                        take(library, "dsp_sort_experts", kernels.sort_experts) &&
+                        take(library, "dsp_spread_experts", kernels.spread_experts) &&
+                        take(library, "dsp_unpermute_experts", kernels.unpermute_experts);
   return is_whole ? nullptr : bind_error.c_str();
 }
 
@@ -264,4 +358,7 @@ STABLE_TORCH_LIBRARY_IMPL(dspass, CUDA, m) {
   m.impl("quantise_bucket", TORCH_BOX(&quantise_bucket));
   m.impl("dequantise_bucket", TORCH_BOX(&dequantise_bucket));
   m.impl("dequantise_sum", TORCH_BOX(&dequantise_sum));
+  m.impl("permute_experts", TORCH_BOX(&permute_experts));
+  m.impl("spread_experts", TORCH_BOX(&spread_experts));
+  m.impl("unpermute_experts", TORCH_BOX(&unpermute_experts));
 }

@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 
 extern "C" {
 int dsp_quantise_bucket(const void* const*, const int64_t*, const int64_t*, const int*, int64_t, int64_t, int64_t,
@@ -15,6 +16,10 @@ int dsp_dequantise_sum(const void*, const void*, void* const*, const int64_t*, i
                        int, void*);
 int dsp_copy_in(const void* const*, const int64_t*, const int64_t*, int64_t, int64_t, void*, void*);
 int dsp_copy_out(const void*, void* const*, const int64_t*, const int64_t*, int64_t, int64_t, void*);
+int dsp_sort_experts_space(int64_t, int64_t, int64_t*);
+int dsp_sort_experts(const void*, int, int64_t, int64_t, void*, void*, void*, void*);
+int dsp_spread_experts(const void*, const void*, const void*, int, void*, int64_t, int64_t, int64_t, int, void*);
+int dsp_unpermute_experts(const void*, const void*, const void*, int, void*, int64_t, int64_t, int64_t, int, void*);
 }
 
 int main(int count, char** arguments) {
@@ -64,6 +69,27 @@ int main(int count, char** arguments) {
     free(from);
     free(buffer);
     free(back);
+  }
+  const int64_t shapes[][4] = {{1, 1, 1, 8}, {129, 3, 5, 7}, {30, 2, 400, 2100}};  // tokens, top_k, experts, hidden
+  for (const auto& [tokens, top_k, num_experts, hidden] : shapes) {
+    const int64_t assignments = tokens * top_k;
+    for (int dtype = 0; dtype < 3; ++dtype) {
+      const size_t bytes = dtype == 0 ? 4 : 2;
+      int64_t space_values = 0;
+      if (dsp_sort_experts_space(assignments, num_experts, &space_values)) return 1;
+      auto* experts = static_cast<int32_t*>(malloc(assignments * 4));
+      for (int64_t i = 0; i < assignments; ++i) experts[i] = static_cast<int32_t>(i % (num_experts + 2)) - 1;
+      void *space = malloc(space_values * 4), *positions = malloc(assignments * 4), *ends = malloc(num_experts * 4);
+      void *x = calloc(tokens * hidden, bytes), *rows = malloc(assignments * hidden * bytes);
+      void* weights = calloc(assignments, bytes);
+      const int failed =
+          dsp_sort_experts(experts, 0, assignments, num_experts, space, positions, ends, nullptr) ||
+          dsp_spread_experts(x, positions, weights, dtype, rows, tokens, top_k, hidden, dtype, nullptr) ||
+          dsp_unpermute_experts(rows, positions, weights, dtype, x, tokens, top_k, hidden, dtype, nullptr);
+      if (failed) return 1;
+      calls += 3;
+      for (void* buffer : {static_cast<void*>(experts), space, positions, ends, x, rows, weights}) free(buffer);
+    }
   }
   printf("%d calls within bounds\n", calls);
 }
