@@ -17,6 +17,7 @@ from dspass.passes.pipeline import DEFAULT
 from dspass.passes.prefetch_gathers import PrefetchGathers
 from dspass.passes.quantise_gathers import QuantiseGathers
 from dspass.passes.quantise_reductions import QuantiseReductions
+from dspass.passes.quantise_saved import QuantiseSaved
 
 
 def build(config: Config) -> tuple[Pass, ...]:
@@ -70,6 +71,8 @@ def _options(cls: type[Pass], config: Config) -> dict[str, Any]:
         options["max_relative_error"] = config.quantise.max_relative_error
     if cls is QuantiseReductions:
         options["format"] = _format(zero.zero_quantized_gradients, config.quantise.gradients, "int4")
+    if cls is QuantiseSaved:
+        options |= {"format": config.quantise.activations, "block": config.quantise.block}
     if cls is OffloadSaved:
         options["enabled"] = config.offload_activation
     if cls in (BucketGathers, BucketReductions) and config.dspass.bucket_bytes is not None:
