@@ -14,8 +14,9 @@ import torch.fx as fx
 
 from dspass.config import Config
 from dspass.lowering.segments import SegmentCompiler, lower, shared_order
+from dspass.passes import devices
 from dspass.passes.base import Pass, PassContext, PassResult, Where, run_passes
-from dspass.passes.offload_saved import OffloadSaved, mark_all
+from dspass.passes.held import mark_all, mark_static
 from dspass.passes.partition import partition
 from dspass.passes.text import print_graph
 from dspass.planner.record import Plan
@@ -24,6 +25,7 @@ from dspass.planning import in_buckets, planned, refine, scheduled
 from dspass.runtime import compat
 from dspass.runtime.engine import Engine
 from dspass.runtime.program import Program
+from dspass.settings import kind_of
 
 
 @dataclass(kw_only=True, eq=False)
@@ -92,6 +94,7 @@ def compile_graph(
         joint = compat.joint_graph_passes(joint, patches)
         joint = prepare(joint, "joint")
         free = static_lifetime_input_indices or ()
+        mark_static(joint.graph, free)
         if config.dspass.memory_budget is not None or config.dspass.plan is not None:
             earlier = [
                 (c.made_for, c.plan) for c in engine.compilations if c.made_for is not None and c.plan is not None
@@ -117,9 +120,7 @@ def compile_graph(
             forward, backward = partition(
                 joint, joint_inputs, num_fwd_outputs, free, recompute_pointwise=engine.stage == 3
             )
-            offload = next((p for p in passes if isinstance(p, OffloadSaved)), None)
-            if offload is not None and offload.enabled:
-                mark_all(forward.graph, backward.graph, num_fwd_outputs, offload)
+            mark_all(forward.graph, backward.graph, num_fwd_outputs, passes, devices.tabled(kind_of(engine)))
         return prepare(forward, "forward"), prepare(backward, "backward")
 
     def lowered(where: str, is_backward: bool, is_inference: bool) -> Callable[..., Any]:

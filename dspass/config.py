@@ -291,6 +291,9 @@ KEYS: tuple[Key, ...] = (
          "`zero_quantized_weights`.", choices=FORMATS),
     _act("dspass.quantise.gradients", "gradients", "text", None, "",
          "What gradients are reduced as. Absent: whole, or `int4` with `zero_quantized_gradients`.", choices=FORMATS),
+    _act("dspass.quantise.activations", "activations", "text", None, "",
+         "What saved activations may wait for the backward as: under a `memory_budget` those that the planner chooses, without "
+         "one all that can be. Absent: whole. Changes gradients, not the loss.", choices=FORMATS),
     _act("dspass.quantise.block", "block", "integer", 256, "values",
          "Values that share a scale, a multiple of 16. A smaller block is rounded less and sends more scales.", low=16),
     _act("dspass.quantise.buckets", "buckets", "text", "exposed", "",
@@ -298,7 +301,8 @@ KEYS: tuple[Key, ...] = (
          choices=("exposed", "all")),
     _act("dspass.quantise.max_relative_error", "max_relative_error", "number", None, "share",
          "A bucket of which one parameter's rounding error, as a norm over that of the parameter and measured when it is "
-         "sharded, is larger, is gathered whole.", low=0),
+         "sharded, is larger, is gathered whole. Gradients and activations are not known when that is decided: it does not "
+         "act on them.", low=0),
     _section("dspass.quantise.layers"),
     _act("dspass.quantise.layers.format", "format", "text", None, "",
          "What weights of linear layers are stored as, at the first call or by `dspass.quantise(model, config)`: for "
@@ -715,12 +719,14 @@ class DspassConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantiseConfig:
-    """``dspass.quantise``: what travels in few bits."""
+    """``dspass.quantise``: what travels, or is saved, in few bits."""
 
     weights: str | None = None
     """Format of gathers; None leaves it to ``zero_quantized_weights``."""
     gradients: str | None = None
     """Format of reductions; None leaves it to ``zero_quantized_gradients``."""
+    activations: str | None = None
+    """Format of saved activations; None saves them whole."""
     block: int = 256
     """Values that share a scale."""
     buckets: str = "exposed"

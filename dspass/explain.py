@@ -21,7 +21,7 @@ import sys
 import time
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -560,10 +560,8 @@ def _plan_record(graph: str, plan: Plan, step_seconds: float | None) -> PlanReco
     """A plan's own seconds are of its graph's forward and backward; here they are the whole step's."""
     rest = step_seconds - plan.seconds - plan.states_seconds if step_seconds is not None else 0.0
     kept = f"{format_bytes(plan.kept_bytes)} of gathered copies kept, " if plan.kept_bytes else ""
-    held = (
-        f"{format_bytes(plan.held_bytes)} by {_names(by for _, by in plan.decision.held)}, " if plan.held_bytes else ""
-    )
     decision = plan.decision
+    held = f"{format_bytes(plan.held_bytes)} in {decision.holders}, " if plan.held_bytes else ""
     states = f", {format_bytes(plan.states_bytes)} of optimiser states on the host" if plan.states_bytes else ""
     buckets = f", buckets of {format_bytes(decision.bucket_bytes)}" if decision.bucket_bytes else ""
     return PlanRecord(
@@ -580,10 +578,6 @@ def _plan_record(graph: str, plan: Plan, step_seconds: float | None) -> PlanReco
         classes=[_plan_tensors(t, "") for t in plan.classes],
         largest=[_plan_tensors(t, _reason(t)) for t in plan.largest],
     )
-
-
-def _names(found: Iterable[str]) -> str:
-    return " and ".join(sorted(set(found)))
 
 
 def _plan_tensors(tensors: Tensors, reason: str) -> PlanTensors:

@@ -17,6 +17,7 @@ from dspass.passes.pipeline import DEFAULT
 from dspass.passes.prefetch_gathers import PrefetchGathers
 from dspass.passes.quantise_gathers import QuantiseGathers
 from dspass.passes.quantise_reductions import QuantiseReductions
+from dspass.passes.quantise_saved import QuantiseSaved
 from dspass.passes.quantised_products import QuantisedProducts
 
 
@@ -73,6 +74,8 @@ def _options(cls: type[Pass], config: Config) -> dict[str, Any]:
         options["format"] = _format(zero.zero_quantized_gradients, config.quantise.gradients, "int4")
     if cls is QuantisedProducts:
         options["dynamic"] = config.layers.activations is not None
+    if cls is QuantiseSaved:
+        options |= {"format": config.quantise.activations, "block": config.quantise.block}
     if cls is OffloadSaved:
         options["enabled"] = config.offload_activation
     if cls in (BucketGathers, BucketReductions) and config.dspass.bucket_bytes is not None:

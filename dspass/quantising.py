@@ -2,6 +2,9 @@
 
 Errors are measured once, on the values that are there then, each rank its own shard, and added over ranks, so that all ranks
 know the same and quantise the same buckets. Dropped: to measure at each step, which would go over all parameters once more.
+
+Errors of saved activations are not measured: a value is whole no more when its codes are read, and to look at both in the
+forward would make code that is compiled answer more, and hold what is to be free.
 """
 
 from __future__ import annotations
@@ -16,9 +19,11 @@ import torch.fx as fx
 from torch._subclasses import FakeTensor
 
 from dspass.config import Config
+from dspass.passes.kernels import is_view, size_of
 from dspass.passes.nodes import calls, gather_start, is_packed, over_of, reduce_start, specs_of
 from dspass.passes.packed import QUANTISE, sizes_of
 from dspass.passes.quantise_gathers import QuantiseGathers
+from dspass.passes.quantise_saved import QUANTISE as QUANTISE_SAVED
 from dspass.pipeline import build
 from dspass.report import Direction, QuantisedTensor
 from dspass.runtime.engine import Engine
@@ -75,9 +80,32 @@ def _collective_device(spec: ParamSpec, local: torch.Tensor) -> torch.device:
 
 
 def quantised_tensors(graphs: Iterable[tuple[Direction, fx.Graph]], engine: Engine) -> list[QuantisedTensor]:
-    """Each parameter, and each gradient, of the buckets that ``graphs`` send, where any of them travels in few bits."""
-    found = [one for direction, graph in graphs for one in _of_graph(direction, graph, engine)]
-    return found if any(one.format for one in found) or engine.quantised_errors else []
+    """Each parameter, and each gradient, of the buckets that ``graphs`` send, where any of them travels in few bits; and the
+    values that they save in few bits."""
+    both = list(graphs)
+    found = [one for direction, graph in both for one in _of_graph(direction, graph, engine)]
+    saved = [one for direction, graph in both if direction == "forward" for one in _saved(graph)]
+    return [*(found if any(one.format for one in found) or engine.quantised_errors else []), *saved]
+
+
+def _saved(forward: fx.Graph) -> Iterator[QuantisedTensor]:
+    answers = set(forward.find_nodes(op="output")[0].all_input_nodes)
+    for quantised in sorted(calls(forward, QUANTISE_SAVED)):
+        if answers.isdisjoint(quantised.users):
+            continue  # the model's own
+        value: Any = quantised.args[0]
+        format: Any = quantised.args[1]
+        source = value
+        while is_view(source):  # in the order of memory
+            source = source.args[0]
+        yield QuantisedTensor(
+            name=source.name,
+            kind="saved",
+            direction="forward",
+            format=format,
+            whole_bytes=size_of(value),
+            sent_bytes=size_of(quantised),
+        )
 
 
 def _of_graph(direction: Direction, graph: fx.Graph, engine: Engine) -> Iterator[QuantisedTensor]:

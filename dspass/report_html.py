@@ -208,7 +208,7 @@ def _quantised_table(report: Report) -> str:
     ]
     if not rows:
         return ""
-    head = ("Tensor", "Collective", "Direction", "Format", "Whole", "Sent", "Relative error")
+    head = ("Tensor", "Use", "Direction", "Format", "Whole", "In few bits", "Relative error")
     return f'<h3 class="sub">In few bits, one call</h3>{_table(head, rows, numbers=[4, 5, 6])}'
 
 

@@ -54,10 +54,12 @@ class PassContext:
 
 @dataclass(frozen=True, kw_only=True)
 class Holding:
-    """What it takes to hold a value from the forward to the backward in a pass's way: ``bytes`` on the device and ``seconds``
-    beyond those of reading it, and ``link_seconds`` of copying to and from the host, which compute may hide."""
+    """What it takes to hold a value from the forward to the backward in a pass's way: ``bytes`` on the device and
+    ``host_bytes`` on the host, ``seconds`` beyond those of reading it, and ``link_seconds`` of copying to and from the host,
+    which compute may hide."""
 
     bytes: int
+    host_bytes: int = 0
     seconds: float = 0.0
     link_seconds: float = 0.0
 
@@ -86,6 +88,11 @@ class Pass(ABC):
         where it has no way of its own to hold it. Where the planner chooses that way, the node that is saved carries this
         pass's name under :data:`dspass.passes.nodes.HELD`, in the forward graph and in the backward graph."""
         return None
+
+    @property
+    def holds_all(self) -> bool:
+        """Whether all that this pass can hold is held in its way where no planner chooses."""
+        return False
 
     def options(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self)}

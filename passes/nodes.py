@@ -24,6 +24,9 @@ KEPT = "dspass_kept"
 #: On a placeholder of a parameter's shard: it lies on the host.
 ON_HOST = "dspass_on_host"
 
+#: On a placeholder of the joint graph that outlives the step: a parameter or a buffer.
+STATIC = "dspass_static"
+
 #: On a value that is saved for the backward, in both graphs: the name of the pass that holds it in its own way.
 HELD = "dspass_held"
 
@@ -121,6 +124,7 @@ __all__ = [
     "KEPT",
     "ON_HOST",
     "REDUCE_GRAD",
+    "STATIC",
     "UNSHARD",
     "calls",
     "first_user",

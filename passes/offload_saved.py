@@ -12,11 +12,11 @@ import torch.fx as fx
 
 from dspass.passes.base import Holding, Pass, PassContext
 from dspass.passes.devices import Device
-from dspass.passes.kernels import Stretch, ends_kernel, is_view
-from dspass.passes.nodes import GATHERED, HELD, positions
-from dspass.passes.partition import received_by
+from dspass.passes.held import bytes_of, flat, is_dense, last_read
+from dspass.passes.kernels import Stretch, ends_kernel
+from dspass.passes.nodes import HELD, positions
 from dspass.passes.schedule import as_late, as_soon, clock_of, first_after, kernel_ends, last_before
-from dspass.runtime.host import empty_on_host, extent, offload_start, offload_wait, reload_start, reload_wait
+from dspass.runtime.host import empty_on_host, offload_start, offload_wait, reload_start, reload_wait
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,12 +49,17 @@ class OffloadSaved(Pass):
     hidden_by: Device | None = None
 
     def hold(self, node: fx.Node, on: Device) -> Holding | None:
-        value = node.meta.get("val")
+        value: Any = node.meta.get("val")
         link = on.host_link or on.memory / 2
         enabled = on.has_own_memory if self.enabled is None else self.enabled
-        if not enabled or not _is_dense(node) or _bytes(value) < self.min_bytes:
+        if not enabled or not is_dense(node) or bytes_of(value) < self.min_bytes:
             return None
-        return Holding(bytes=0, seconds=0.0, link_seconds=2 * _bytes(value) / link)
+        size = bytes_of(value)
+        return Holding(bytes=0, host_bytes=size, link_seconds=2 * size / link)
+
+    @property
+    def holds_all(self) -> bool:
+        return bool(self.enabled)
 
     def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
         overlaps = (ctx.target or _device_type(graph)) != "cpu"
@@ -67,11 +72,11 @@ class OffloadSaved(Pass):
 
     def _offload(self, graph: fx.Graph, overlaps: bool) -> tuple[int, int]:
         output = graph.find_nodes(op="output")[0]
-        marked = [n for n in dict.fromkeys(_flat(output.args[0])) if n.meta.get(HELD) == self.name and _is_dense(n)]
+        marked = [n for n in dict.fromkeys(flat(output.args[0])) if n.meta.get(HELD) == self.name and is_dense(n)]
         order = positions(graph)
         ready: dict[int, list[fx.Node]] = {}  # by the place of the last reader
         for node in marked:
-            ready.setdefault(_last_read(node, order), []).append(node)
+            ready.setdefault(last_read(node, order), []).append(node)
         buckets: list[tuple[fx.Node, list[fx.Node]]] = []
         waiting: list[fx.Node] = []
         for node in list(graph.nodes):
@@ -153,21 +158,6 @@ class OffloadSaved(Pass):
         return [nodes[min(p, last_before(late.clock, places, at))] for p, at in zip(needed, late.starts, strict=True)]
 
 
-def mark_all(forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int, item: OffloadSaved) -> None:
-    """Without a planner: all that can be offloaded is."""
-    outputs = forward.find_nodes(op="output")[0].args[0]
-    own, saved = set(_flat(outputs[:num_fwd_outputs])), outputs[num_fwd_outputs:]
-    for node, placeholder in zip(saved, received_by(backward, saved), strict=True):
-        if (
-            isinstance(node, fx.Node)
-            and node not in own
-            and _is_dense(node)
-            and _bytes(node.meta["val"]) >= item.min_bytes
-        ):
-            node.meta = {**node.meta, HELD: item.name}
-            placeholder.meta = {**placeholder.meta, HELD: item.name}
-
-
 def _arrive(
     graph: fx.Graph,
     at: fx.Node,
@@ -196,36 +186,8 @@ def _all_but(node: fx.Node) -> Callable[[fx.Node], bool]:
     return lambda user: user is not node
 
 
-def _flat(outputs: Any) -> list[fx.Node]:
-    return [n for n in outputs if isinstance(n, fx.Node)]
-
-
-def _last_read(node: fx.Node, order: dict[fx.Node, int]) -> int:
-    """Where the last reader of a value, or of a view of it, stands; the graph's output does not count."""
-    last, readers = order[node], [node]
-    while readers:
-        for user in readers.pop().users:
-            if user.op != "output":
-                last = max(last, order[user])
-                if is_view(user):
-                    readers.append(user)
-    return last
-
-
-def _is_dense(node: fx.Node) -> bool:
-    """Whether a value is a tensor of its own whose elements lie without gaps, which a copy keeps as they are."""
-    value = node.meta.get("val")
-    if node.op != "call_function" or GATHERED in node.meta or not isinstance(value, torch.Tensor) or is_view(node):
-        return False
-    return all(isinstance(size, int) for size in value.shape) and extent(value) == _bytes(value)
-
-
 def _size(nodes: Sequence[fx.Node]) -> int:
-    return sum(_bytes(node.meta["val"]) for node in nodes)
-
-
-def _bytes(value: torch.Tensor) -> int:
-    return value.numel() * value.element_size()
+    return sum(bytes_of(node.meta["val"]) for node in nodes)
 
 
 def _device_type(graph: fx.Graph) -> str:

@@ -14,6 +14,7 @@ from dspass.passes.onednn_products import OnednnProducts
 from dspass.passes.prefetch_gathers import PrefetchGathers
 from dspass.passes.quantise_gathers import QuantiseGathers
 from dspass.passes.quantise_reductions import QuantiseReductions
+from dspass.passes.quantise_saved import QuantiseSaved
 from dspass.passes.quantised_products import QuantisedProducts
 from dspass.passes.release_gathered import ReleaseGathered
 from dspass.passes.zero_gather import ZeroGather
@@ -33,6 +34,7 @@ DEFAULT: tuple[type[Pass], ...] = (
     GatherInNode,  # backwards gather inside of the node, where a person says so
     QuantiseGathers,  # and what compute does not hide travels in few bits, where a person says so
     QuantiseReductions,
-    OffloadSaved,  # saved values wait on the host, where the planner says so
+    QuantiseSaved,  # saved values wait in few bits, where a person allows it and the planner says so
+    OffloadSaved,  # or on the host, where the planner says so
     OnednnProducts,  # the faster library on a CPU
 )

@@ -223,7 +223,7 @@ class Choices:
         return math.fsum(self.ways[i][k].holding.link_seconds for i, k in choice.ways)
 
     def _fits_host(self, choice: Choice) -> bool:
-        away = sum(self.values[i].bytes - self.values[i].saved_by(k).bytes for i, k in choice.ways)
+        away = sum(self.ways[i][k].holding.host_bytes for i, k in choice.ways)
         return not self.on.host_memory_bytes or away <= self.on.host_memory_bytes
 
     def _peak(self, choice: Choice, bucket_bytes: int | None = None) -> int:

@@ -31,7 +31,8 @@ from dspass.runtime.params import ParamSpec, lookup
 
 @dataclass(frozen=True)
 class Absence:
-    """Of a saved value that a pass holds in its way: ``bytes`` on the device after moment ``last`` and before ``back``."""
+    """Of a saved value that a pass holds in its way: ``bytes`` on the device from moment ``last`` to ``back``, in both of which
+    it is there whole as well."""
 
     bytes: int
     last: int
@@ -80,8 +81,7 @@ class Liveness:
                     continue
                 away = absent[node]
                 events += [(first.made[node], away.last, size), (away.back, last, size)]
-                if away.bytes and away.back - away.last > 1:
-                    events.append((away.last + 1, away.back - 1, away.bytes))
+                events.append((away.last, away.back, away.bytes))
         self._parameters(first, second, saved, middle, bucket_bytes, events)
         self._reductions(backward.nodes, middle, end, bucket_bytes, events)
         return _highest(events)

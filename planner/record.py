@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Self
@@ -48,6 +49,16 @@ class Decision:
     held: tuple[tuple[str, str], ...] = ()
     bucket_bytes: int | None = None
     states_on_host: tuple[str, ...] = ()
+
+    @property
+    def holders(self) -> str:
+        """How many values passes hold, and which: ``5 values by offload_saved``, ``9 values, 5 by offload_saved and 4 by
+        quantise_saved``."""
+        counts = sorted(Counter(by for _, by in self.held).items())
+        values = f"{len(self.held)} value{'s' * (len(self.held) != 1)}"
+        if len(counts) == 1:
+            return f"{values} by {counts[0][0]}"
+        return f"{values}, {' and '.join(f'{count} by {name}' for name, count in counts)}"
 
     @classmethod
     def from_json(cls, said: Mapping[str, Any]) -> Self:
@@ -123,8 +134,7 @@ class Plan:
         decision = self.decision
         kept = f", {size_text(self.kept_bytes)} of gathered copies kept" if self.kept_bytes else ""
         again = f", {len(decision.recomputed)} computed again in {self.again_seconds * 1e3:.3g} ms"
-        by = sorted({name for _, name in decision.held})
-        held = f", {size_text(self.held_bytes)} in {len(decision.held)} values by {' and '.join(by)}" if by else ""
+        held = f", {size_text(self.held_bytes)} in {decision.holders}" if decision.held else ""
         states = (
             f", {size_text(self.states_bytes)} of optimiser states on the host in {self.states_seconds * 1e3:.3g} ms a step"
             if self.states_bytes

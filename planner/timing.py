@@ -60,22 +60,20 @@ def _absences(
     forward, backward = halves
     middle = len(forward.nodes)
     first, second = reads_of(forward), reads_of(backward)
-    out = sorted(held, key=lambda n: first.last.get(n, first.made[n]))
-    ready = [first.last.get(n, first.made[n]) for n in out]
-    back = sorted(held, key=lambda n: second.first.get(n, len(backward.nodes)))
-    needed = [min(second.first.get(n, len(backward.nodes)), len(backward.nodes) - 1) for n in back]
-    if not overlaps:
-        there = zip(back, needed, strict=True)
-        away = dict(zip(out, ready, strict=True))
-        absent = {n: Absence(held[n].bytes, away[n], middle + p) for n, p in there}
-        return absent, math.fsum(holding.link_seconds for holding in held.values())
+    last = {n: first.last.get(n, first.made[n]) for n in held}
+    reads = {n: min(second.first.get(n, len(backward.nodes)), len(backward.nodes) - 1) for n in held}
+    absent = {n: Absence(holding.bytes, last[n], middle + reads[n]) for n, holding in held.items()}
+    copied = [n for n, holding in held.items() if holding.link_seconds]  # the others wait for no link
+    if not overlaps or not copied:
+        return absent, math.fsum(held[n].link_seconds for n in copied)
+    out, back = sorted(copied, key=last.__getitem__), sorted(copied, key=reads.__getitem__)
+    ready, needed = [last[n] for n in out], [reads[n] for n in back]
     arrive = as_soon(clocks[0], [p + 1 for p in ready], [held[n].link_seconds / 2 for n in out])
     away = {
         n: min(max(bisect.bisect_left(clocks[0], at) - 1, p), middle)
         for n, p, at in zip(out, ready, arrive, strict=True)
     }
     late = as_late(clocks[1], needed, [held[n].link_seconds / 2 for n in back])
-    absent = {}
     for n, p, start in zip(back, needed, late.starts, strict=True):
         place = min(max(bisect.bisect_right(late.clock, start) - 1, 0), p)
         absent[n] = Absence(held[n].bytes, away[n], middle + place)

@@ -41,6 +41,8 @@ from dspass.passes.packed import DEQUANTISE, SUM
 from dspass.passes.prefetch_gathers import PrefetchGathers
 from dspass.passes.quantise_gathers import QuantiseGathers
 from dspass.passes.quantise_reductions import QuantiseReductions
+from dspass.passes.quantise_saved import QUANTISE as QUANTISE_SAVED
+from dspass.passes.quantise_saved import QuantiseSaved
 from dspass.passes.quantised_products import QuantisedProducts
 from dspass.passes.release_gathered import ReleaseGathered
 from dspass.passes.zero_gather import ZeroGather
@@ -410,6 +412,23 @@ class CodesSummed(QuantiseReductions):
         graph = super().run(graph, ctx)
         for mean in calls(graph, SUM):
             mean.args = (*mean.args[:5], 1.0, mean.args[6])
+        return graph
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodesExchanged(QuantiseSaved):
+    """The codes of one saved value go to the backward in the place of another's of the same shape."""
+
+    def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
+        graph = super().run(graph, ctx)
+        by_shape: dict[tuple[int, ...], fx.Node] = {}
+        for both in calls(graph, QUANTISE_SAVED):
+            codes = min(both.users)
+            other = by_shape.setdefault(tuple(both.args[0].meta["val"].shape), codes)
+            if other is not codes:
+                place = graph.find_nodes(op="output")[0]
+                place.args = ([other if a is codes else codes if a is other else a for a in place.args[0]],)
+                return graph
         return graph
 
 

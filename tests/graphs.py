@@ -27,7 +27,9 @@ from torch import nn
 from dspass.compilation import compile_graph
 from dspass.config import Config
 from dspass.engines import new_engine
+from dspass.passes import devices
 from dspass.passes.base import Pass, PassContext, PassResult, Where, run_passes
+from dspass.passes.held import mark_all
 from dspass.passes.nodes import (
     GATHERED,
     REDUCE_GRAD,
@@ -42,9 +44,10 @@ from dspass.passes.nodes import (
     reduce_wait,
     wait_of,
 )
-from dspass.passes.offload_saved import OffloadSaved, mark_all
 from dspass.passes.packed import DEQUANTISE, QUANTISE, SUM
 from dspass.passes.partition import partition
+from dspass.passes.quantise_saved import DEQUANTISE as DEQUANTISE_SAVED
+from dspass.passes.quantise_saved import QUANTISE as QUANTISE_SAVED
 from dspass.pipeline import build
 from dspass.runtime import compat
 from dspass.runtime.engine import Engine
@@ -162,6 +165,7 @@ class Stored(nn.Module):
 TOYS: Mapping[str, type[nn.Module]] = {
     "hosted": Mlp,
     "offloaded": Mlp,
+    "few_bits": Mlp,
     "in_node": Mlp,
     "quantised": Mlp,
     "quantised_uneven": Uneven,
@@ -242,6 +246,9 @@ OFFLOADED = {
 }
 
 
+#: All that the forward saves is marked, to wait in few bits.
+FEW_BITS = options(passes=["...", {"name": "quantise_saved", "min_bytes": 0}], quantise={"activations": "int8"})
+
 #: Shards wait on the host.
 HOSTED = options()
 HOSTED["zero_optimization"]["offload_param"] = {"device": "cpu"}
@@ -251,7 +258,7 @@ IN_NODE = options()
 IN_NODE["zero_optimization"]["zero_hpz_partition_size"] = 2
 
 #: The configuration that a toy needs, where it is not :func:`options`.
-CONFIGS = {"offloaded": OFFLOADED, "hosted": HOSTED, "in_node": IN_NODE, "in_nodes": IN_NODE}
+CONFIGS = {"offloaded": OFFLOADED, "few_bits": FEW_BITS, "hosted": HOSTED, "in_node": IN_NODE, "in_nodes": IN_NODE}
 
 
 def capture(name: str, world: int = 2, config: Mapping[str, Any] | None = None) -> Toy:
@@ -365,8 +372,23 @@ def _multiply(*args: Any) -> Any:
     return QUANTISED_LINEAR(*args[:6])
 
 
+def _pack_one(tensor: torch.Tensor, format: str, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return tensor, torch.ones(1)
+
+
+def _unpack_one(codes: torch.Tensor, scales: torch.Tensor, shape: Sequence[int], *rest: Any) -> torch.Tensor:
+    return codes.reshape(shape)
+
+
 #: What stands in for the operators that round.
-PACKING: dict[Any, Any] = {QUANTISE: _pack, DEQUANTISE: _unpack, SUM: _sum, QUANTISED_LINEAR: _multiply}
+PACKING: dict[Any, Any] = {
+    QUANTISE: _pack,
+    DEQUANTISE: _unpack,
+    SUM: _sum,
+    QUANTISE_SAVED: _pack_one,
+    DEQUANTISE_SAVED: _unpack_one,
+    QUANTISED_LINEAR: _multiply,
+}
 
 
 def _together(spec: ParamSpec, over: Over, world: int) -> list[list[int]]:
@@ -522,6 +544,13 @@ def saved_of(backward: fx.Graph, outputs: Sequence[Any]) -> dict[str, Any]:
     )
 
 
+def without_scales(graph: fx.Graph, outputs: Sequence[Any]) -> list[Any]:
+    """What a forward graph answers, without the scales of saved values in few bits, which it does not without them."""
+    answers = graph.find_nodes(op="output")[0].args[0]
+    scales = {item for both in calls(graph, QUANTISE_SAVED) for item in both.users if item.args[1] == 1}
+    return [value for node, value in zip(answers, outputs, strict=True) if node not in scales]
+
+
 def _root(node: fx.Node) -> fx.Node:
     while node.op != "placeholder":
         node = node.args[0]  # type: ignore[assignment]
@@ -552,9 +581,7 @@ def run_pipeline(toy: Toy, passes: Sequence[Pass] | None = None, target: str | N
     joint = apply(fx.GraphModule(nn.Module(), copy_graph(toy.joint)), "joint")
     kept = copy_graph(joint.graph)
     forward, backward = partition(joint, [n.meta["val"] for n in joint.graph.find_nodes(op="placeholder")], 1)
-    for item in passes:
-        if isinstance(item, OffloadSaved) and item.enabled:
-            mark_all(forward.graph, backward.graph, 1, item)
+    mark_all(forward.graph, backward.graph, 1, passes, devices.CPU)
     return Step(
         joint=kept,
         forward=apply(forward, "forward").graph,

@@ -50,6 +50,7 @@ MISTAKES: list[tuple[type[Pass], str, type[Exception], str]] = [
     (broken.KeptUnderAnotherName, "in_node", CheckError, r"is kept from something else than its whole"),
     (broken.PartsExchanged, "quantised_early", CheckError, r"differs"),
     (broken.CodesSummed, "quantised", CheckError, r"the gradient of .* differs"),
+    (broken.CodesExchanged, "few_bits", CheckError, r"differs"),
     (broken.HostValuesExchanged, "offloaded", CheckError, r"differs"),
     (broken.WrongRowsLookedUp, "stored", CheckError, r"differs"),
     (broken.BiasForgotten, "mlp", CheckError, r"differs"),

@@ -501,6 +501,8 @@ def options(draw: st.DrawFn) -> tuple[dict, list[Key]]:
     for key in keys:
         if key.section == "sparse_attention" or key.path in ("fp16.enabled", "dspass.quantise.layers.activations"):
             continue  # the latter two exclude others
+        if key.field == "mics_shard_size" and any(other.field == "zero_hpz_partition_size" for other in keys):
+            continue  # they exclude each other
         if key.refused:
             value = draw(st.sampled_from(key.off))
         elif key.name == "enabled" and not key.field:

@@ -147,7 +147,7 @@ host_copies = st.builds(
 quantised = st.builds(
     QuantisedTensor,
     name=text,
-    kind=st.sampled_from(["gather", "reduction"]),
+    kind=st.sampled_from(["gather", "reduction", "saved"]),
     direction=st.sampled_from(["forward", "backward"]),
     format=st.none() | text,
     whole_bytes=number,
@@ -387,13 +387,15 @@ def test_what_travels_in_few_bits_is_shown_by_kind_and_format() -> None:
         QuantisedTensor(
             name="a", kind="reduction", direction="backward", format="int4", whole_bytes=8 * MB, sent_bytes=MB
         ),
+        QuantisedTensor(name="mm", kind="saved", direction="forward", format="int8", whole_bytes=4 * MB, sent_bytes=MB),
     ]
     report = a_report(quantised=found)
     said = str(report)
-    assert "In few bits, on one rank: 7.00 MB instead of 20.0 MB" in said
+    assert "In few bits, on one rank: 8.00 MB instead of 24.0 MB" in said
     assert "gather     forward   int8   2 tensors  8.00 MB → 2.00 MB  error 0.6 %, 0.8 % at most" in said
     assert "gather     forward   whole   1 tensor  4.00 MB            error 50 %, 50 % at most" in said
     assert "reduction  backward  int4    1 tensor  8.00 MB → 1.00 MB  error not measured" in said
+    assert "saved      forward   int8    1 tensor  4.00 MB → 1.00 MB  error not measured" in said
     assert "In few bits" in report.to_html()
     assert "0.8 %" in report.to_html()
     assert "In few bits" not in str(a_report())
