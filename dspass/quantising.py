@@ -17,7 +17,7 @@ from torch._subclasses import FakeTensor
 
 from dspass.config import Config
 from dspass.passes.nodes import calls, gather_start, is_packed, over_of, reduce_start, specs_of
-from dspass.passes.packed import QUANTISE, sizes_of
+from dspass.passes.packed import COMPENSATE, QUANTISE, sizes_of
 from dspass.passes.quantise_gathers import QuantiseGathers
 from dspass.pipeline import build
 from dspass.report import Direction, QuantisedTensor
@@ -109,7 +109,7 @@ def _of_graph(direction: Direction, graph: fx.Graph, engine: Engine) -> Iterator
 def _packed_bytes(start: Any, size: int) -> int:
     """Of ``size`` values of a bucket with their scales."""
     packed = start.args[0][0]
-    while packed.target is not QUANTISE:
+    while packed.target not in (QUANTISE, COMPENSATE):
         packed = packed.args[0]
     format, block = packed.args[3:5]
     count = blocks_of(size, block)

@@ -32,6 +32,7 @@ from dspass.passes.nodes import (
     positions,
     reduce_start,
     reduce_wait,
+    rounding_errors,
     wait_of,
 )
 from dspass.passes.offload_parameters import OffloadParameters
@@ -409,6 +410,17 @@ class CodesSummed(QuantiseReductions):
         graph = super().run(graph, ctx)
         for mean in calls(graph, SUM):
             mean.args = (*mean.args[:5], 1.0, mean.args[6])
+        return graph
+
+
+@dataclass(frozen=True, kw_only=True)
+class ErrorsExchanged(QuantiseReductions):
+    """What rounding a gradient has lost is added to another one."""
+
+    def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
+        graph = super().run(graph, ctx)
+        for errors in calls(graph, rounding_errors):
+            errors.args = ([], list(reversed(errors.args[1])), *errors.args[2:])
         return graph
 
 
