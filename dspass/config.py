@@ -261,6 +261,14 @@ KEYS: tuple[Key, ...] = (
     _act("zero_optimization.zero_quantized_gradients", "zero_quantized_gradients", "flag", None, "",
          "Reductions that compute does not hide travel as `dspass.quantise.gradients`, which is `int4` unless written: "
          "exchanged once and summed in fp32.", stages=(3,)),
+    _section("zero_optimization.zeropp_loco_param"),
+    _act("zero_optimization.zeropp_loco_param.err_beta", "loco_err_beta", "number", None, "share",
+         "Switches `dspass.quantise.error_feedback` on: the share of an error that stays when a new one comes, LoCo's moving "
+         "average (DeepSpeed's usual 0.8). Absent: 0, all that the last rounding lost is added to the next gradient.",
+         low=0, high=1, stages=(3,)),
+    _act("zero_optimization.zeropp_loco_param.reset_T", "loco_reset_steps", "integer", None, "steps",
+         "Switches `dspass.quantise.error_feedback` on: optimiser steps after which errors begin at zero again (usually 1024; "
+         "DeepSpeed counts reduced gradients instead). Absent: never.", low=1, stages=(3,)),
     # --- ours
     _section("dspass"),
     _act("dspass.passes", "passes", "passes", None, "",
@@ -299,6 +307,9 @@ KEYS: tuple[Key, ...] = (
     _act("dspass.quantise.buckets", "buckets", "text", "exposed", "",
          '`"exposed"`: only buckets that compute does not hide by the cost model, which on a CPU are all. `"all"`: all.',
          choices=("exposed", "all")),
+    _act("dspass.quantise.error_feedback", "error_feedback", "flag", None, "",
+         "Each rank keeps what rounding its gradients loses and adds it to the next ones. It takes two bytes of each value of "
+         "whole parameters on each rank. Absent: where `zeropp_loco_param` holds something.", stages=(3,)),
     _act("dspass.quantise.max_relative_error", "max_relative_error", "number", None, "share",
          "A bucket of which one parameter's rounding error, as a norm over that of the parameter and measured when it is "
          "sharded, is larger, is gathered whole. Gradients and activations are not known when that is decided: it does not "
@@ -457,8 +468,6 @@ KEYS: tuple[Key, ...] = (
           off=(None,)),
     _deny("zero_optimization.zero_quantized_nontrainable_weights", "flag", False,
           "frozen parameters stored quantised", _FIT),
-    _deny("zero_optimization.zeropp_loco_param", "object", None, "LoCo's error feedback of quantised gradients",
-          "Remove it."),
     # --- parallelism of other kinds
     _section("pipeline"),
     _deny("pipeline.stages", "any", "auto", "pipeline stages", 'Remove it, or set it to 1 or "auto".',
@@ -731,6 +740,8 @@ class QuantiseConfig:
     """Values that share a scale."""
     buckets: str = "exposed"
     """``"exposed"`` or ``"all"``."""
+    error_feedback: bool | None = None
+    """Add what rounding a gradient lost to the next one; None: where ``zeropp_loco_param`` holds something."""
     max_relative_error: float | None = None
     """A bucket with a parameter that is rounded by more is gathered whole; None takes all."""
 
@@ -842,6 +853,10 @@ class Config:
     """Most of the parameters, by bytes, whose states may wait on the host."""
     offload_param: str | None = None
     """``"cpu"``: shards wait on the host, with their gradients and states."""
+    loco_err_beta: float | None = None
+    """Share of a gradient's error that stays when a new one comes; None is 0."""
+    loco_reset_steps: int | None = None
+    """Steps after which errors of gradients begin at zero again; None: never."""
     train_micro_batch_size_per_gpu: int | None = None
     """Samples of one rank in one call."""
     train_batch_size: int | None = None
@@ -952,13 +967,36 @@ class Config:
         if stage is None:
             return self
         notes = tuple(
-            Ignored(key=key.path, value=getattr(self.zero, key.field),
+            Ignored(key=key.path, value=self._value(key),
             reason=f"{_stages(key)}, and the stage is {stage}")
             for key in KEYS
-            if key.section == "zero_optimization" and key.field and stage not in key.stages
-            and getattr(self.zero, key.field) not in (None, key.default, False)
+            if key.field and stage not in key.stages and (value := self._value(key)) not in (None, key.default)
+            and value is not False
         )  # fmt: skip
-        return replace(self, ignored=self.ignored + notes)
+        return replace(self, ignored=self.ignored + notes + self._notes_of_feedback())
+
+    def _notes_of_feedback(self) -> tuple[Ignored, ...]:
+        """Note what asks for error feedback where it has no use, or is switched off."""
+        if self.zero.stage != 3:
+            return ()
+        keys = [_BY_PATH[f"zero_optimization.zeropp_loco_param.{name}"] for name in ("err_beta", "reset_T")]
+        if self.quantise.error_feedback is not False:
+            reason = "gradients are reduced whole; it acts with zero_optimization.zero_quantized_gradients"
+            keys.append(_BY_PATH["dspass.quantise.error_feedback"])
+            if self.zero.zero_quantized_gradients or (
+                self.zero.zero_quantized_gradients is None and self.quantise.gradients is not None
+            ):
+                return ()
+        else:
+            reason = "dspass.quantise.error_feedback is false"
+        values = {key.path: self._value(key) for key in keys}
+        return tuple(Ignored(key=path, value=v, reason=reason) for path, v in values.items() if v is not None)
+
+    @property
+    def feeds_errors_back(self) -> bool:
+        """Whether what rounding a gradient loses is added to the next one."""
+        asked = self.loco_err_beta is not None or self.loco_reset_steps is not None
+        return asked if self.quantise.error_feedback is None else self.quantise.error_feedback
 
     def resolve_batch(self, world_size: int) -> Config:
         """The same with the batch sizes checked and the absent one derived, by DeepSpeed's rule.

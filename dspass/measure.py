@@ -54,7 +54,7 @@ def persistent(engine: Engine | None, model: nn.Module, ledger: Ledger) -> None:
         note([state for p, state in optimizer.state.items() if id(p) in known], "optimizer")
     if engine is not None:
         ledger.note(engine.resident_copies(), "gathered")
-        ledger.note(engine.waiting_gradients(), "gradients")
+        ledger.note([engine.waiting_gradients(), engine.kept_errors()], "gradients")
 
 
 @contextlib.contextmanager

@@ -72,6 +72,8 @@ def _options(cls: type[Pass], config: Config) -> dict[str, Any]:
         options["max_relative_error"] = config.quantise.max_relative_error
     if cls is QuantiseReductions:
         options["format"] = _format(zero.zero_quantized_gradients, config.quantise.gradients, "int4")
+        if config.feeds_errors_back:
+            options |= {"error_beta": config.loco_err_beta or 0.0, "error_reset": config.loco_reset_steps}
     if cls is QuantisedProducts:
         options["dynamic"] = config.layers.activations is not None
     if cls is QuantiseSaved:

@@ -21,7 +21,7 @@ from torch._subclasses import FakeTensor
 from dspass.config import Config
 from dspass.passes.kernels import is_view, size_of
 from dspass.passes.nodes import calls, gather_start, is_packed, over_of, reduce_start, specs_of
-from dspass.passes.packed import QUANTISE, sizes_of
+from dspass.passes.packed import COMPENSATE, QUANTISE, sizes_of
 from dspass.passes.quantise_gathers import QuantiseGathers
 from dspass.passes.quantise_saved import QUANTISE as QUANTISE_SAVED
 from dspass.pipeline import build
@@ -137,7 +137,7 @@ def _of_graph(direction: Direction, graph: fx.Graph, engine: Engine) -> Iterator
 def _packed_bytes(start: Any, size: int) -> int:
     """Of ``size`` values of a bucket with their scales."""
     packed = start.args[0][0]
-    while packed.target is not QUANTISE:
+    while packed.target not in (QUANTISE, COMPENSATE):
         packed = packed.args[0]
     format, block = packed.args[3:5]
     count = blocks_of(size, block)

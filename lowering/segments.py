@@ -33,6 +33,7 @@ from dspass.runtime.collectives import (
     keep_in_node,
     reduce_start,
     reduce_wait,
+    rounding_errors,
 )
 from dspass.runtime.host import offload_start, offload_wait, reload_start, reload_wait
 from dspass.runtime.ledger import HOST
@@ -161,7 +162,7 @@ def memory_categories(graph: fx.Graph, is_backward: bool) -> dict[str, str]:
         elif node.target is reduce_start:
             found |= dict.fromkeys((n.name for n in node.args[0]), "gradients")
             found[node.name] = "gradients"
-        elif node.target is reduce_wait:
+        elif node.target in (reduce_wait, rounding_errors):
             found[node.name] = "gradients"
         elif node.target in (offload_start, offload_wait):
             found[node.name] = HOST

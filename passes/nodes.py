@@ -9,7 +9,14 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from dspass.runtime.collectives import gather_start, gather_wait, keep_in_node, reduce_start, reduce_wait
+from dspass.runtime.collectives import (
+    gather_start,
+    gather_wait,
+    keep_in_node,
+    reduce_start,
+    reduce_wait,
+    rounding_errors,
+)
 from dspass.runtime.params import Over, ParamSpec, lookup
 
 UNSHARD = torch.ops.dspass.unshard.default
@@ -140,6 +147,7 @@ __all__ = [
     "positions",
     "reduce_start",
     "reduce_wait",
+    "rounding_errors",
     "specs_of",
     "wait_of",
 ]

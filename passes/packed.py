@@ -22,6 +22,7 @@ from dspass.runtime.quantise import DTYPES, blocks_of
 Buckets = Literal["exposed", "all"]
 
 QUANTISE = torch.ops.dspass.quantise_bucket.default
+COMPENSATE = torch.ops.dspass.compensated_bucket.default
 DEQUANTISE = torch.ops.dspass.dequantise_bucket.default
 SUM = torch.ops.dspass.dequantise_sum.default
 
@@ -79,11 +80,13 @@ class QuantisingPass(Pass):
         sizes: Sequence[int],
         rows: Sequence[torch.Tensor],
         nodes: int = 1,
+        compensation: tuple[list[fx.Node], float] | None = None,
     ) -> list[fx.Node]:
-        """Nodes of the codes and of the scales of ``tensors``, which are ``rows``, at the graph's insertion point."""
+        """Nodes of the codes and of the scales of ``tensors``, which are ``rows``, at the graph's insertion point; with
+        ``compensation``, of their errors and the share of these that stays."""
         swizzle = (nodes,) if nodes > 1 else ()
-        args = (list(tensors), list(sizes), rows[0].shape[0], self.format, self.block, *swizzle)
-        packed = graph.call_function(QUANTISE, args)
+        args = (list(tensors), list(sizes), rows[0].shape[0], self.format, self.block, *(compensation or ()), *swizzle)
+        packed = graph.call_function(QUANTISE if compensation is None else COMPENSATE, args)
         packed.meta["val"] = tuple(rows)
         return [item_of(graph, packed, i, value) for i, value in enumerate(rows)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,7 +10,7 @@ import torch
 import torch.fx as fx
 
 from dspass.passes.base import PassContext, Where
-from dspass.passes.nodes import items_of, open_starts, reduce_start, reduce_wait, specs_of, wait_of
+from dspass.passes.nodes import items_of, open_starts, reduce_start, reduce_wait, rounding_errors, specs_of, wait_of
 from dspass.passes.packed import (
     SUM,
     QuantisingPass,
@@ -34,11 +35,22 @@ class QuantiseReductions(QuantisingPass):
     only their sums, divided over its ranks, go across. Chunks stand in the order that this needs from the start, which is
     ZeRO++'s swizzle.
     A NaN or an infinity of any rank is a NaN in its whole block behind the sum, where loss scaling sees it.
+
+    With ``error_beta`` each rank keeps what rounding its own gradients loses, two bytes a value of whole parameters, and adds
+    it to them the next time, so that it arrives later (``dspass::compensated_bucket``). The graph reads the errors at its
+    begin, which costs nothing, and the operator that rounds replaces them in place. ``error_reset`` steps apart they become
+    zeros. Of the sums of nodes the second rounding is not compensated.
+
+    Dropped: errors as inputs and outputs of the graph, which AOTAutograd has fixed when passes run. Dropped: to add the error
+    in front of ``quantise_bucket`` and to dequantise its codes behind it, which goes over the bucket three times.
     """
 
     name: ClassVar[str] = "quantise_reductions"
     requires: ClassVar[frozenset[str]] = frozenset({"reductions"})
     where: ClassVar[frozenset[Where]] = frozenset({"backward"})
+
+    error_beta: float | None = None
+    error_reset: int | None = None
 
     def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
         starts = open_starts(graph, reduce_start)
@@ -48,8 +60,13 @@ class QuantiseReductions(QuantisingPass):
         taken, left = self.taken(graph, starts, ctx, _has_replicas)
         ends = [wait_of(start) for start in taken[1:]] + graph.find_nodes(op="output")
         sent = [self._quantise(graph, start, self.format, end) for start, end in zip(taken, ends, strict=False)]
-        ctx.say(self.told(sent, len(starts), "reductions", left))
+        ctx.say(self.told(sent, len(starts), "reductions", left) + self._told_of_errors(taken))
         return graph
+
+    def _told_of_errors(self, taken: Sequence[fx.Node]) -> str:
+        if self.error_beta is None or not taken:
+            return ""
+        return f"; {sum(spec.padded_numel for start in taken for spec in specs_of(start)):,} errors kept, as bf16"
 
     def _quantise(self, graph: fx.Graph, start: fx.Node, format: str, later: fx.Node) -> tuple[int, int]:
         """Rewrite one bucket, whose second step, if there is one, ends before ``later``; answers the bytes of what was sent
@@ -61,7 +78,7 @@ class QuantiseReductions(QuantisingPass):
         nodes = across.size if node is not None and across is not None and node.size > 1 else 1
         rows = packed_values(like, world, sizes, format, self.block)
         with graph.inserting_before(start):
-            sent = self.packed(graph, grads, sizes, rows, nodes)
+            sent = self.packed(graph, grads, sizes, rows, nodes, self._compensation(graph, keys, sizes, rows[0]))
             if nodes > 1:
                 rows = [value.view(world // nodes, -1) for value in rows]
                 sent = [view_of(graph, one, value) for one, value in zip(sent, rows, strict=True)]
@@ -91,6 +108,18 @@ class QuantiseReductions(QuantisingPass):
             if item is not None:
                 graph.erase_node(item)
         return sum(size * world * specs[0].reduce_dtype.itemsize for size in sizes), count
+
+    def _compensation(
+        self, graph: fx.Graph, keys: Sequence[str], sizes: Sequence[int], codes: torch.Tensor
+    ) -> tuple[list[fx.Node], float] | None:
+        """The errors of a bucket's gradients, read in front of all that is computed, where no segment is cut for them."""
+        if self.error_beta is None:
+            return None
+        with graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder")):
+            reset = () if self.error_reset is None else (self.error_reset,)
+            found = graph.call_function(rounding_errors, ([], list(keys), *reset))
+            found.meta["val"] = [codes.new_empty((codes.shape[0], size), dtype=torch.bfloat16) for size in sizes]
+            return [item_of(graph, found, i, value) for i, value in enumerate(found.meta["val"])], self.error_beta
 
     def _sum(
         self, graph: fx.Graph, wait: fx.Node, sizes: list[int], format: str, factor: float, dtype: torch.dtype

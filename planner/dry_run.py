@@ -17,7 +17,7 @@ import torch
 import torch.fx as fx
 
 from dspass.lowering.segments import lower
-from dspass.passes.nodes import ON_HOST
+from dspass.passes.nodes import ON_HOST, calls, rounding_errors
 from dspass.passes.partition import received_by
 from dspass.runtime import compat
 from dspass.runtime.engine import Engine
@@ -82,7 +82,10 @@ def peak_of_step(
         hosted = [ON_HOST in n.meta for n in forward.graph.find_nodes(op="placeholder")]
         for value, is_hosted in zip(inputs, hosted, strict=True):
             ledger.note(value, HOST if is_hosted else "parameters")
-        there = ledger.total  # shards and the batch
+        for node in calls(backward.graph, rounding_errors):  # there from the second step on
+            args: Any = node.args
+            ledger.note(rounding_errors(*args), "gradients")
+        there = ledger.total  # shards, errors of gradients, and the batch
         batch = max(there - state.here, 0)
         outputs = programs[0](list(inputs))
         between = ledger.total - there

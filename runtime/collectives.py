@@ -4,7 +4,7 @@
 parameter is used, so that Dynamo and AOTAutograd trace through them without knowing about ranks. Passes replace them by
 start and wait; only code that runs eagerly (the first call of the one-line way, graph breaks) ever executes a marker.
 
-``gather_start`` to ``reduce_wait`` are plain functions that stand in an ``fx`` graph as they are. They are no torch
+``gather_start`` to ``rounding_errors`` are plain functions that stand in an ``fx`` graph as they are. They are no torch
 operators since Inductor never sees them: :mod:`dspass.lowering` executes them between compiled segments.
 """
 
@@ -99,6 +99,12 @@ def reduce_wait(reduction: Reduction | Exchange) -> list[torch.Tensor]:
     return reduction.wait()
 
 
+def rounding_errors(tensors: list[torch.Tensor], keys: list[str], reset: int | None = None) -> list[torch.Tensor]:
+    """What rounding the last gradients of a bucket has lost, to be replaced in place; ``tensors`` are none."""
+    specs = [lookup(key) for key in keys]
+    return specs[0].engine.rounding_errors(specs, reset)
+
+
 RUNTIME_FUNCTIONS = frozenset(
     {
         gather_start,
@@ -106,6 +112,7 @@ RUNTIME_FUNCTIONS = frozenset(
         keep_in_node,
         reduce_start,
         reduce_wait,
+        rounding_errors,
         offload_start,
         offload_wait,
         reload_start,

@@ -108,24 +108,72 @@ def quantise_bucket(
     With ``nodes`` above 1 chunks stand in the order that an exchange inside of each node, and then across nodes, wants
     (ZeRO++'s swizzle; Wang et al., 2023): that of rank ``d`` of node ``n`` stands at ``d * nodes + n``.
     """
-    parts = []
     for tensor, size in zip(tensors, sizes, strict=True):
         _check(tensor, block)
         _check_room(tensor, chunks, size)
-        rows = _filled(tensor.reshape(-1), chunks * size).view(chunks, size)
-        # Whole blocks apart from what fills none: with both in one tensor, generated loops would ask of each value which it is.
+    parts = [
+        _encode(blocks, format_of(format))
+        for tensor, size in zip(tensors, sizes, strict=True)
+        for blocks in _blocks(_rows(tensor, size, chunks), block)
+    ]
+    return _bucket(parts, chunks, nodes)
+
+
+def _compensated_bucket_fake(
+    tensors: Sequence[torch.Tensor],
+    sizes: Sequence[int],
+    chunks: int,
+    format: str,
+    block: int,
+    errors: Sequence[torch.Tensor],
+    beta: float,
+    nodes: int = 1,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    for size, error in zip(sizes, errors, strict=True):
+        _check_error(error, chunks, size)
+    return _quantise_bucket_fake(tensors, sizes, chunks, format, block, nodes)
+
+
+@operator(
+    "compensated_bucket(Tensor[] tensors, SymInt[] sizes, SymInt chunks, str format, int block, Tensor(a!)[] errors, "
+    "float beta, SymInt nodes=1) -> (Tensor, Tensor)",
+    fake=_compensated_bucket_fake,
+)
+def compensated_bucket(
+    tensors: Sequence[torch.Tensor],
+    sizes: Sequence[int],
+    chunks: int,
+    format: str,
+    block: int,
+    errors: Sequence[torch.Tensor],
+    beta: float,
+    nodes: int = 1,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`quantise_bucket` of the sums of ``tensors`` and ``errors``, which are as tensors are divided, ``[chunks,
+    sizes[i]]`` of any floating dtype. In them it leaves what is to be added the next time: of error ``e`` and sum ``s``, which
+    arrives as ``q``, ``beta * e + (1 - beta) * (s - q)``.
+
+    With ``beta`` 0 that is all that this rounding has lost (error feedback; Seide et al., 1-bit stochastic gradient descent,
+    2014; Karimireddy et al., Error feedback fixes SignSGD, 2019), above it a moving average (LoCo; Xie et al., 2024). A block
+    with a NaN or an infinity leaves zeros: a step that is given up must not spoil those after it.
+    """
+    parts = []
+    for tensor, size, error in zip(tensors, sizes, errors, strict=True):
+        _check(tensor, block)
+        _check_room(tensor, chunks, size)
+        _check_error(error, chunks, size)
         whole = size // block * block
-        parts.append(_encode(rows[:, :whole].unflatten(1, (size // block, block)), format_of(format)))
-        if whole < size:
-            rest = F.pad(rows[:, whole:], (0, block - size + whole))
-            parts.append(_encode(rest[:, None], format_of(format)))
-    codes = torch.cat([codes.flatten(1) for codes, _ in parts], dim=1)
-    scales = torch.cat([scales for _, scales in parts], dim=1)
-    if nodes > 1:
-        codes, scales = (
-            t.view(nodes, chunks // nodes, -1).transpose(0, 1).reshape(chunks, -1) for t in (codes, scales)
-        )
-    return codes, scales
+        homes = [error[:, :whole].unflatten(1, (size // block, block)), error[:, whole:, None].transpose(1, 2)]
+        new, before = (_blocks(rows, block) for rows in (_rows(tensor, size, chunks), error))
+        for values, old, home in zip(new, before, homes[: len(new)], strict=True):
+            sums = values.float() + old.float()
+            codes, scales = _rounded(sums, format_of(format))
+            parts.append((_packed(codes, format_of(format)), scales))
+            # Of codes that are not packed yet: it needs no second pass over what is sent.
+            lost = sums - _values(codes, format_of(format)) * scales[..., None]
+            kept = torch.where(scales.isfinite()[..., None], beta * old.float() + (1 - beta) * lost, 0.0)
+            home.copy_(kept[..., : home.shape[2]])
+    return _bucket(parts, chunks, nodes)
 
 
 def _dequantise_bucket_fake(
@@ -199,6 +247,43 @@ def _check_room(tensor: torch.Tensor, chunks: int, size: int) -> None:
         )
 
 
+def _check_error(error: torch.Tensor, chunks: int, size: int) -> None:
+    if tuple(error.shape) != (chunks, size):
+        raise ValueError(
+            f"an error of {list(error.shape)} is none of {chunks} chunks of {size} values: give one of [{chunks}, {size}]."
+        )
+
+
+def _rows(tensor: torch.Tensor, size: int, chunks: int) -> torch.Tensor:
+    return _filled(tensor.reshape(-1), chunks * size).view(chunks, size)
+
+
+def _blocks(rows: torch.Tensor, block: int) -> list[torch.Tensor]:
+    """Blocks, the last dim, of each row of a matrix: whole ones, and apart from them what fills none.
+
+    With both in one tensor, generated loops would ask of each value which it is.
+    """
+    size = rows.shape[1]
+    whole = size // block * block
+    found = [rows[:, :whole].unflatten(1, (size // block, block))]
+    if whole < size:
+        found.append(F.pad(rows[:, whole:], (0, block - size + whole))[:, None])
+    return found
+
+
+def _bucket(
+    parts: Sequence[tuple[torch.Tensor, torch.Tensor]], chunks: int, nodes: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales of all ``parts`` side by side, chunks in the order that ``nodes`` ask for."""
+    codes = torch.cat([codes.flatten(1) for codes, _ in parts], dim=1)
+    scales = torch.cat([scales for _, scales in parts], dim=1)
+    if nodes > 1:
+        codes, scales = (
+            t.view(nodes, chunks // nodes, -1).transpose(0, 1).reshape(chunks, -1) for t in (codes, scales)
+        )
+    return codes, scales
+
+
 def _filled(flat: torch.Tensor, size: int) -> torch.Tensor:
     missing = size - flat.shape[0]
     return F.pad(flat, (0, missing)) if missing else flat
@@ -206,6 +291,12 @@ def _filled(flat: torch.Tensor, size: int) -> torch.Tensor:
 
 def _encode(blocks: torch.Tensor, format: Format) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and scales of blocks, which are the last dim."""
+    codes, scales = _rounded(blocks, format)
+    return _packed(codes, format), scales
+
+
+def _rounded(blocks: torch.Tensor, format: Format) -> tuple[torch.Tensor, torch.Tensor]:
+    """As :func:`_encode`, one ``int32`` a code."""
     blocks = blocks.float()
     most = blocks.abs().amax(-1)
     is_finite = most.isfinite()
@@ -213,7 +304,7 @@ def _encode(blocks: torch.Tensor, format: Format) -> tuple[torch.Tensor, torch.T
     scales = torch.where(is_finite, most * (1 / format.largest), float("nan"))
     values = torch.where(is_finite[..., None], blocks * (most.reciprocal() * format.largest)[..., None], 0.0)
     if format.is_integer:
-        return _packed(values.round().to(torch.int32) & (1 << format.bits) - 1, format), scales
+        return values.round().to(torch.int32) & (1 << format.bits) - 1, scales
     # Of value v = m * 2**e, 1 <= m < 2: steps of 2**(e - mantissa), e no less than the smallest normal's; a mantissa that is
     # rounded up to 2 carries into the exponent by itself.
     bits = values.view(torch.int32)
@@ -221,14 +312,18 @@ def _encode(blocks: torch.Tensor, format: Format) -> tuple[torch.Tensor, torch.T
     steps = (values.abs() * _power_of_two(format.mantissa - exponent)).round().to(torch.int32)
     codes = (exponent + (format.bias - 1) << format.mantissa) + steps
     sign = bits >> 31 & 1
-    return _packed(codes | sign << format.exponent + format.mantissa, format), scales
+    return codes | sign << format.exponent + format.mantissa, scales
 
 
 def decode(codes: torch.Tensor, format: Format) -> torch.Tensor:
     """Codes of blocks, which are the last dim, as fp32 values, before they are scaled."""
     if format.name == "int8":
         return codes.view(torch.int8).float()
-    codes = _unpacked(codes, format)
+    return _values(_unpacked(codes, format), format)
+
+
+def _values(codes: torch.Tensor, format: Format) -> torch.Tensor:
+    """As :func:`decode`, of one ``int32`` a code."""
     if format.is_integer:
         half = 1 << format.bits - 1
         return ((codes ^ half) - half).float()  # the sign bit extended

@@ -32,6 +32,7 @@ from dspass.passes.nodes import (
     positions,
     reduce_start,
     reduce_wait,
+    rounding_errors,
     wait_of,
 )
 from dspass.passes.offload_parameters import OffloadParameters
@@ -429,6 +430,17 @@ class CodesExchanged(QuantiseSaved):
                 place = graph.find_nodes(op="output")[0]
                 place.args = ([other if a is codes else codes if a is other else a for a in place.args[0]],)
                 return graph
+        return graph
+
+
+@dataclass(frozen=True, kw_only=True)
+class ErrorsExchanged(QuantiseReductions):
+    """What rounding a gradient has lost is added to another one."""
+
+    def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
+        graph = super().run(graph, ctx)
+        for errors in calls(graph, rounding_errors):
+            errors.args = ([], list(reversed(errors.args[1])), *errors.args[2:])
         return graph
 
 

@@ -42,9 +42,10 @@ from dspass.passes.nodes import (
     over_of,
     reduce_start,
     reduce_wait,
+    rounding_errors,
     wait_of,
 )
-from dspass.passes.packed import DEQUANTISE, QUANTISE, SUM
+from dspass.passes.packed import COMPENSATE, DEQUANTISE, QUANTISE, SUM
 from dspass.passes.partition import partition
 from dspass.passes.quantise_saved import DEQUANTISE as DEQUANTISE_SAVED
 from dspass.passes.quantise_saved import QUANTISE as QUANTISE_SAVED
@@ -170,6 +171,7 @@ TOYS: Mapping[str, type[nn.Module]] = {
     "quantised": Mlp,
     "quantised_uneven": Uneven,
     "quantised_early": EarlyViews,
+    "quantised_fed_back": Uneven,
     "in_nodes": Mlp,
     "mlp": Mlp,
     "stored": Stored,
@@ -380,8 +382,26 @@ def _unpack_one(codes: torch.Tensor, scales: torch.Tensor, shape: Sequence[int],
     return codes.reshape(shape)
 
 
+def _compensate(
+    tensors: Sequence[torch.Tensor],
+    sizes: Sequence[int],
+    chunks: int,
+    format: str,
+    block: int,
+    errors: Sequence[torch.Tensor],
+    beta: float,
+    nodes: int = 1,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As nothing is rounded, errors are zeros: whether each goes to its own gradient is all that is looked at."""
+    for tensor, size, error in zip(tensors, sizes, errors, strict=True):
+        if tuple(error.shape) != (chunks, size):
+            raise CheckError(f"the error of another gradient than {tuple(tensor.shape)} is added to it")
+    return _pack(tensors, sizes, chunks, format, block, nodes)
+
+
 #: What stands in for the operators that round.
 PACKING: dict[Any, Any] = {
+    COMPENSATE: _compensate,
     QUANTISE: _pack,
     DEQUANTISE: _unpack,
     SUM: _sum,
@@ -498,6 +518,9 @@ def _call(node: fx.Node, values: Mapping[fx.Node, Any], world: int, trace: Trace
         return PerRank(
             [rows_in_node(lookup(k), v, r) for k, v in zip(keys, whole[r], strict=True)] for r in range(world)
         )
+    if node.target is rounding_errors:
+        specs = [lookup(key) for key in node.args[1]]
+        return PerRank([torch.zeros(world, spec.padded_numel // world) for spec in specs] for _ in range(world))
     if node.target in (gather_wait, reduce_wait):
         flight = values[first]
         kind = "gather" if node.target is gather_wait else "reduce"

@@ -51,6 +51,7 @@ MISTAKES: list[tuple[type[Pass], str, type[Exception], str]] = [
     (broken.PartsExchanged, "quantised_early", CheckError, r"differs"),
     (broken.CodesSummed, "quantised", CheckError, r"the gradient of .* differs"),
     (broken.CodesExchanged, "few_bits", CheckError, r"differs"),
+    (broken.ErrorsExchanged, "quantised_fed_back", CheckError, r"the error of another gradient"),
     (broken.HostValuesExchanged, "offloaded", CheckError, r"differs"),
     (broken.WrongRowsLookedUp, "stored", CheckError, r"differs"),
     (broken.BiasForgotten, "mlp", CheckError, r"differs"),

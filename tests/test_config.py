@@ -399,7 +399,6 @@ def test_what_is_not_built_may_be_off() -> None:
         "zero_optimization": {
             "offload_param": None,
             "zero_quantized_nontrainable_weights": False,
-            "zeropp_loco_param": None,
         },
         "elasticity": {"enabled": False},
         "compression_training": {"weight_quantization": {"shared_parameters": {"enabled": False}}},
@@ -407,7 +406,7 @@ def test_what_is_not_built_may_be_off() -> None:
         "sparse_attention": {},
     }
     assert all("not in this version" in note.reason for note in Config.load(options).ignored)
-    assert len(Config.load(options).ignored) == 6
+    assert len(Config.load(options).ignored) == 5
 
 
 # --- what ranks compare
@@ -577,3 +576,38 @@ def test_quantised_keys_at_another_stage_are_noted() -> None:
     (note,) = Config.load({"zero_optimization": zero}).ignored
     assert note.key == "zero_optimization.zero_quantized_weights"
     assert "stage 3" in note.reason
+
+
+def test_error_feedback_where_it_has_no_use_is_noted() -> None:
+    loco = {"err_beta": 0.8, "reset_T": 1024}
+
+    def noted(zero: dict, **quantise: object) -> dict[str, str]:
+        config = Config.load(
+            {"zero_optimization": {"zeropp_loco_param": loco, **zero}, "dspass": {"quantise": quantise}}
+        )
+        return {note.key.rpartition(".")[2]: note.reason for note in config.ignored}
+
+    on = {"stage": 3, "zero_quantized_gradients": True}
+    assert noted(on) == noted(on, error_feedback=True) == noted({"stage": 3}, gradients="int8") == {}
+    assert set(noted({"stage": 3}, error_feedback=True)) == {"err_beta", "reset_T", "error_feedback"}
+    assert "zero_quantized_gradients" in noted({"stage": 3})["err_beta"]
+    assert "dspass.quantise.error_feedback is false" in noted(on, error_feedback=False)["reset_T"]
+    assert "stage 3" in noted({"stage": 2}, error_feedback=True)["error_feedback"]
+    with pytest.raises(ConfigError, match=r"zeropp_loco_param.reset_T: 0 is not a whole number of at least 1"):
+        Config.load({"zero_optimization": {"zeropp_loco_param": {"err_beta": 0.8, "reset_T": 0}}})
+
+
+def test_either_key_switches_error_feedback_on_and_ours_off() -> None:
+    def feeds(loco: dict | None, flag: bool | None) -> bool:
+        zero = {"stage": 3, "zero_quantized_gradients": True, "zeropp_loco_param": loco}
+        return Config.load(
+            {"zero_optimization": zero, "dspass": {"quantise": {"error_feedback": flag}}}
+        ).feeds_errors_back
+
+    assert [feeds(None, None), feeds({}, None), feeds({"err_beta": 0.0}, None), feeds(None, True)] == [
+        False,
+        False,
+        True,
+        True,
+    ]
+    assert not feeds({"err_beta": 0.8}, False)

@@ -82,6 +82,8 @@ def toy_of(name: str, world: int = 0, bucket_bytes: int = 256) -> Toy:
     if name.startswith("quantised") or name == "in_nodes":
         said["zero_optimization"] |= {"zero_quantized_weights": True, "zero_quantized_gradients": True}
         said["dspass"] |= {"quantise": {"block": 16}}
+    if name == "quantised_fed_back":
+        said["zero_optimization"] |= {"zeropp_loco_param": {"err_beta": 0.25, "reset_T": 8}}
     if name.startswith("in_node"):
         said["zero_optimization"] |= {"zero_hpz_partition_size": 2}
     if name == "stored":
@@ -173,7 +175,7 @@ CASES: dict[type[Pass], Case] = {
         golden=(("quantised", "forward"), ("quantised_uneven", "backward")), declines=("mlp", "forward", "switched off")
     ),
     QuantiseReductions: Case(
-        golden=(("quantised_uneven", "backward"), ("in_nodes", "backward")),
+        golden=(("quantised_uneven", "backward"), ("in_nodes", "backward"), ("quantised_fed_back", "backward")),
         declines=("mlp", "backward", "switched off"),
     ),
     QuantiseSaved: Case(
@@ -242,6 +244,7 @@ def test_the_numbers_stay(cls: type[Pass]) -> None:
         "quantised",
         "quantised_uneven",
         "stored",
+        "quantised_fed_back",
     ):
         toy = toy_of(name)
         for where in sorted(cls.where):

@@ -40,9 +40,11 @@ def rounded(tensor: torch.Tensor, format: str) -> torch.Tensor:
 
 
 @without_inductor
-def _beside_rounding_by_hand(name: str, weights: str, gradients: str, node: int = 1) -> tuple[float, float, int]:
+def _beside_rounding_by_hand(
+    name: str, weights: str, gradients: str, node: int = 1, feedback: tuple[float, int] | None = None
+) -> tuple[float, float, int]:
     """The largest relative differences of losses and of parameters, and how many parameters are divided. Where nodes have
-    several ranks, their sum is rounded once more."""
+    several ranks, their sum is rounded once more. With ``feedback``, LoCo's share and steps, errors are kept."""
     build, batches = MODELS[name]
     rank, ranks = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
@@ -51,12 +53,26 @@ def _beside_rounding_by_hand(name: str, weights: str, gradients: str, node: int 
     model = build()
     config = few_bits(weights=weights, gradients=gradients)
     config["zero_optimization"]["zero_hpz_partition_size"] = node
+    if feedback is not None:
+        config["zero_optimization"]["zeropp_loco_param"] = {"err_beta": feedback[0], "reset_T": feedback[1]}
     dspass.shard(model, config)
     compiled = torch.compile(model, backend="deepspeed", options=config)
     ours, theirs = (torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, reference))
     divided = {n for n, p in model.named_parameters() if isinstance(p, DTensor) and p.placements[0].is_shard()}
     draw, loss_off = torch.Generator().manual_seed(1), 0.0
-    for _ in range(5):
+    errors: dict[tuple[int, str], torch.Tensor] = {}
+
+    def sent(rank: int, name: str, grad: torch.Tensor) -> torch.Tensor:
+        if feedback is None:
+            return rounded(grad, gradients)
+        error = errors.get((rank, name), torch.zeros_like(grad))
+        arrives = rounded(grad + error, gradients)
+        errors[rank, name] = (feedback[0] * error + (1 - feedback[0]) * (grad + error - arrives)).bfloat16().float()
+        return arrives
+
+    for step in range(5):
+        if feedback is not None and step % feedback[1] == 0:
+            errors.clear()
         data = [batches(draw, r, 0) for r in range(ranks)]
         loss = call(compiled, data[rank])
         loss.backward()
@@ -75,7 +91,7 @@ def _beside_rounding_by_hand(name: str, weights: str, gradients: str, node: int 
             for n, p in reference.named_parameters():
                 if p.grad is None:
                     continue
-                of_node[n] += rounded(p.grad, gradients) if n in divided else p.grad
+                of_node[n] += sent(r, n, p.grad) if n in divided else p.grad
                 if (r + 1) % node == 0:
                     sums[n] += rounded(of_node[n], gradients) if n in divided and node > 1 else of_node[n]
                     of_node[n].zero_()
@@ -95,19 +111,23 @@ def _beside_rounding_by_hand(name: str, weights: str, gradients: str, node: int 
 
 
 @pytest.mark.parametrize(
-    ("ranks", "name", "weights", "gradients", "node"),
+    ("ranks", "name", "weights", "gradients", "node", "feedback"),
     [
-        (2, "gpt", "int8", "int8", 1),
-        (2, "mlp", "int8", "int4", 1),
-        (4, "mlp", "fp8_e4m3", "fp6_e3m2", 1),
-        (4, "mlp", "int8", "int8", 2),
-        (2, "mlp", "int4", "fp8_e5m2", 1),
+        (2, "gpt", "int8", "int8", 1, None),
+        (2, "mlp", "int8", "int4", 1, None),
+        (4, "mlp", "fp8_e4m3", "fp6_e3m2", 1, None),
+        (4, "mlp", "int8", "int8", 2, None),
+        (2, "mlp", "int4", "fp8_e5m2", 1, None),
+        (2, "gpt", "int8", "int8", 1, (0.0, 1000)),
+        (2, "mlp", "int8", "int4", 1, (0.0, 1000)),
+        (2, "mlp", "int8", "int4", 1, (0.8, 2)),
+        (4, "mlp", "int8", "int8", 2, (0.25, 3)),
     ],
 )
 def test_the_numbers_are_those_of_rounding_by_hand(
-    ranks: int, name: str, weights: str, gradients: str, node: int
+    ranks: int, name: str, weights: str, gradients: str, node: int, feedback: tuple[float, int] | None
 ) -> None:
-    for loss, params, divided in run(ranks, _beside_rounding_by_hand, name, weights, gradients, node):
+    for loss, params, divided in run(ranks, _beside_rounding_by_hand, name, weights, gradients, node, feedback):
         assert divided
         assert loss < 1e-5
         assert params < 1e-4  # a value near the middle of two codes may be rounded to the other one
@@ -151,6 +171,64 @@ def test_a_rank_s_infinite_gradient_is_seen_on_all() -> None:
     for one in run(2, _trained, few_bits(), poison=True):
         assert all(one["bad"].values())
         assert one["bad"]
+
+
+@without_inductor
+def _with_an_overflow() -> tuple[bool, bool, float, bool]:
+    """Whether all gradients of a step are spoilt where rank 1's loss is infinite, and after it errors are zeros or finite ones
+    and the next gradients finite."""
+    torch.manual_seed(0)
+    build, batches = MODELS["mlp"]
+    model = build()
+    compiled: Any = torch.compile(model, backend="deepspeed", options=few_bits(error_feedback=True))
+    draw = torch.Generator().manual_seed(1)
+    grads = []
+    for step in range(4):
+        data = [batches(draw, r, 0) for r in range(dist.get_world_size())]
+        loss = call(compiled, data[dist.get_rank()])
+        (loss * float("inf") if step == 2 and dist.get_rank() == 1 else loss).backward()
+        engine = engine_of(model)
+        assert engine is not None
+        if step == 2:
+            left = max(e.abs().max().item() for e in engine.kept_errors())
+        grads.append([whole(p.grad) for p in model.parameters() if p.grad is not None])
+        model.zero_grad()  # and no step, as after a GradScaler has found it
+    spoilt, after = (all(g.isfinite().all() == good for g in grads[i]) for i, good in ((2, False), (3, True)))
+    return spoilt, after, left, all(e.isfinite().all() for e in engine.kept_errors())
+
+
+def test_an_overflow_is_seen_on_all_ranks_and_spoils_no_later_gradient() -> None:
+    for rank, (spoilt, after, left, finite) in enumerate(run(2, _with_an_overflow)):
+        assert spoilt
+        assert after
+        assert finite
+        assert (left == 0) == (rank == 1)  # what the other rank sent was rounded as ever
+
+
+@without_inductor
+def _sum_of_gradients(config: dict[str, Any], calls: int = 24) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    build, batches = MODELS["mlp"]
+    model = build()
+    compiled: Any = torch.compile(model, backend="deepspeed", options=config)
+    data = batches(torch.Generator().manual_seed(1), dist.get_rank(), 0)
+    call(compiled, data)  # divides the model
+    for _ in range(calls):
+        call(compiled, data).backward()
+    return [whole(p.grad) for p in model.parameters() if p.grad is not None]
+
+
+def test_with_feedback_a_sum_of_many_gradients_is_off_by_one_rounding() -> None:
+    """Without it a gradient that stays the same is off by the same each time."""
+    off = {}
+    (true, _) = run(2, _sum_of_gradients, zero(3))
+    for feedback in (False, True):
+        config = few_bits(gradients="int4", error_feedback=feedback)
+        config["zero_optimization"]["zero_quantized_weights"] = False
+        (found, _) = run(2, _sum_of_gradients, config)
+        off[feedback] = max(((f - t).norm() / t.norm()).item() for f, t in zip(found, true, strict=True))
+    assert off[False] > 0.03
+    assert off[True] < off[False] / 10
 
 
 def test_a_budget_of_no_error_leaves_gathers_whole() -> None:
@@ -213,10 +291,10 @@ def test_gradients_that_are_summed_over_replicas_travel_whole() -> None:
         assert any("not: they are summed over replicas as well" in said for said in one["said"])
 
 
-@pytest.mark.parametrize("calls", [1, 3])
-def test_accumulated_calls_train(calls: int) -> None:
+@pytest.mark.parametrize(("calls", "feedback"), [(1, False), (3, False), (3, True)])
+def test_accumulated_calls_train(calls: int, feedback: bool) -> None:
     """Eight bits each way: near the reference, and the same on all ranks."""
-    config = few_bits(gradients="int8") | {"gradient_accumulation_steps": calls}
+    config = few_bits(gradients="int8", error_feedback=feedback) | {"gradient_accumulation_steps": calls}
     results = run(2, train, *MODELS["gpt"], config, steps=4, calls=calls)
     close(results, within=0.02)
     counts = results[0]["counts"]
@@ -224,8 +302,10 @@ def test_accumulated_calls_train(calls: int) -> None:
     assert "reduce-scatter" not in counts
 
 
-def test_inductor_s_code_trains_to_the_same_numbers() -> None:
-    plain, compiled = (run(2, _trained, few_bits(), inductor=inductor)[0]["losses"] for inductor in (False, True))
+@pytest.mark.parametrize(("name", "feedback"), [("gpt", False), ("mlp", True)])
+def test_inductor_s_code_trains_to_the_same_numbers(name: str, feedback: bool) -> None:
+    config = few_bits(error_feedback=feedback)
+    plain, compiled = (run(2, _trained, config, name, inductor=inductor)[0]["losses"] for inductor in (False, True))
     torch.testing.assert_close(torch.tensor(compiled), torch.tensor(plain), rtol=1e-4, atol=0)
 
 
@@ -254,11 +334,12 @@ def _measured(config: dict[str, Any]) -> dict[str, Any]:
     return {"peak": report.memory.peak_bytes, "traffic": traffic}
 
 
-@pytest.mark.parametrize("budget", [None, 8_000_000])
-def test_predicted_is_measured(budget: int | None) -> None:
+@pytest.mark.parametrize(("budget", "feedback"), [(None, False), (8_000_000, False), (9_000_000, True)])
+def test_predicted_is_measured(budget: int | None, feedback: bool) -> None:
     """All three together, and under a budget. Two ranks are one node here."""
     zero = {"stage": 3, "zero_quantized_weights": True, "zero_quantized_gradients": True, "zero_hpz_partition_size": 2}
-    own = {"bucket_bytes": 200_000} | ({"memory_budget": budget} if budget else {})
+    own: dict[str, Any] = {"bucket_bytes": 200_000, "quantise": {"error_feedback": feedback}}
+    own |= {"memory_budget": budget} if budget else {}
     config: dict[str, Any] = {"zero_optimization": zero, "dspass": own}
     model, args = small_gpt()
     predicted = dspass.explain(model, *args, config=config, world_size=2)
