@@ -11,6 +11,7 @@ from torch import nn
 
 import dspass
 from dspass.planner.record import BudgetError
+from examples.gpt import GPT, GPTConfig
 from tests.training import without_inductor
 
 SMALL: dict[str, Any] = {"name": "quantise_saved", "min_bytes": 1000}
@@ -193,3 +194,27 @@ def test_a_budget_that_nothing_else_reaches_holds_in_few_bits() -> None:
     assert report.memory.peak_bytes == pytest.approx(plan.peak_bytes, rel=0.05)
     assert losses[0] == pytest.approx(wanted[0], rel=1e-5)
     assert losses == pytest.approx(wanted, rel=1e-3)
+
+
+def test_a_prediction_for_a_gpu_weighs_few_bits_against_the_host() -> None:
+    """Copies that compute hides cost nothing; where the link is full, few bits are faster than waiting for it."""
+    with torch.device("meta"):
+        model = GPT(GPTConfig(context=512, layers=2, heads=8, width=1024))
+    tokens = torch.zeros(8, 512, dtype=torch.long)
+
+    def plan(format: str | None, budget: int) -> dspass.Report:
+        config = {"dspass": {"quantise": {"activations": format}}}
+        return dspass.explain(model, tokens, tokens, config=config, device="h100", memory_budget=budget)
+
+    with pytest.raises(BudgetError) as refused:
+        plan(None, 1000)
+    budget = refused.value.smallest
+    alone, helped = (plan(format, budget) for format in (None, "int8"))
+    assert not alone.quantised
+    assert helped.plans[0].peak_bytes <= budget
+    assert "quantise_saved" in helped.plans[0].summary
+    assert {t.kind for t in helped.quantised} == {"saved"}
+    assert all(t.sent_bytes < 0.3 * t.whole_bytes for t in helped.quantised)
+    assert alone.step_seconds is not None
+    assert helped.step_seconds is not None
+    assert helped.step_seconds < alone.step_seconds
