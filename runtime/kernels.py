@@ -269,7 +269,7 @@ def _version(compiler: str) -> str:
 
 # -- serving -------------------------------------------------------------------------------------------------------------
 
-_I64, _INT, _FLOAT, _POINTER = ctypes.c_int64, ctypes.c_int, ctypes.c_float, ctypes.c_void_p
+_I64, _INT, _FLOAT, _DOUBLE, _POINTER = ctypes.c_int64, ctypes.c_int, ctypes.c_float, ctypes.c_double, ctypes.c_void_p
 _I64S, _INTS, _POINTERS = ctypes.POINTER(_I64), ctypes.POINTER(_INT), ctypes.POINTER(_POINTER)
 
 #: Arguments of each function of a kernel library; all answer the driver's error code.
@@ -284,6 +284,10 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
     "dsp_copy_in": (_POINTERS, _I64S, _I64S, _I64, _I64, _POINTER, _POINTER),
     "dsp_copy_out": (_POINTER, _POINTERS, _I64S, _I64S, _I64, _I64, _POINTER),
     "dsp_dequantise_sum": (_POINTER, _POINTER, _POINTERS, _I64S, _I64, _I64, _FLOAT, _INT, _I64, _INT, _POINTER),
+    "dsp_adamw": (
+        *(_POINTERS, _POINTERS, _POINTERS, _POINTERS, _I64S, _INTS, _INTS, _I64),
+        *(_I64, _DOUBLE, _DOUBLE, _DOUBLE, _DOUBLE, _DOUBLE, _INT, _I64, _POINTER),
+    ),
     "dsp_sort_experts_space": (_I64, _I64, _I64S),
     "dsp_sort_experts": (_POINTER, _INT, _I64, _I64, _POINTER, _POINTER, _POINTER, _POINTER),
     "dsp_spread_experts": (_POINTER, _POINTER, _POINTER, _INT, _POINTER, _I64, _I64, _I64, _INT, _POINTER),

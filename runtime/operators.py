@@ -60,10 +60,27 @@ def operator(schema: str, *, fake: Callable[..., Any]) -> Callable[[_Function], 
         _library.define(schema)
         _library.impl(name, reference, "CompositeExplicitAutograd")
         torch.library.register_fake(f"dspass::{name}", fake, lib=_library)
+        if "!" in schema:
+            _tell_autograd_what_changes(name)
         OPERATORS[name] = Operator(name=name, schema=schema, reference=reference)
         return reference
 
     return declare
+
+
+def _tell_autograd_what_changes(name: str) -> None:
+    """Count versions of what ``name`` writes to, as ``torch.library.custom_op`` does: a kernel changes memory behind torch's
+    back, and a gradient that needs what was there before has to be refused, not wrong."""
+    overload = getattr(torch.ops.dspass, name).default
+    arguments = overload._schema.arguments
+    written = [i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
+
+    def count(keyset: torch._C.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
+        for i in written:
+            torch.autograd.graph.increment_version(args[i] if i < len(args) else kwargs[arguments[i].name])
+        return overload.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args, **kwargs)
+
+    _library.impl(name, count, "ADInplaceOrView", with_keyset=True)
 
 
 def differentiable(name: str, *, backward: Callable[..., Any], keep: Callable[..., Any]) -> None:

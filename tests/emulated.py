@@ -88,7 +88,7 @@ class Emulator:
         self.call(
             "dsp_quantise_bucket",
             *(pointers(tensors), int64s([t.numel() for t in tensors]), int64s(sizes)),
-            (ctypes.c_int * len(tensors))(*(DTYPE_CODES[t.dtype] for t in tensors)),
+            dtypes(tensors),
             *(len(tensors), chunks, nodes),
             *(codes.data_ptr(), scales.data_ptr(), block, FORMAT_CODES[format]),
         )
@@ -165,6 +165,23 @@ class Emulator:
         shape = (*positions.shape, values.shape[1])
         self.call(name, values.data_ptr(), positions.data_ptr(), *by, to.data_ptr(), *shape, DTYPE_CODES[values.dtype])
 
+    def adamw_(
+        self,
+        params: Sequence[torch.Tensor],
+        grads: Sequence[torch.Tensor],
+        exp_avgs: Sequence[torch.Tensor],
+        exp_avg_sqs: Sequence[torch.Tensor],
+        step: int,
+        *numbers: float,
+        seed: int | None = None,
+    ) -> None:
+        self.call(
+            "dsp_adamw",
+            *(pointers(params), pointers(grads), pointers(exp_avgs), pointers(exp_avg_sqs)),
+            *(int64s([t.numel() for t in params]), dtypes(params), dtypes(grads), len(params), step),
+            *(*numbers, seed is not None, seed or 0),
+        )
+
 
 def garbage(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """What a kernel has to write over: each byte the same odd one."""
@@ -174,6 +191,10 @@ def garbage(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 def pointers(tensors: Sequence[torch.Tensor]) -> ctypes.Array[ctypes.c_void_p]:
     return (ctypes.c_void_p * len(tensors))(*(t.data_ptr() for t in tensors))
+
+
+def dtypes(tensors: Sequence[torch.Tensor]) -> ctypes.Array[ctypes.c_int]:
+    return (ctypes.c_int * len(tensors))(*(DTYPE_CODES[t.dtype] for t in tensors))
 
 
 def int64s(values: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:

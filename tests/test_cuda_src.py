@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dspass.runtime import experts, kernels, quantise
+from dspass.runtime import adamw, experts, kernels, quantise
 from dspass.runtime.formats import FORMATS, format_of
 from tests.emulated import Emulator, garbage, int64s, numbers, odd_blocks, pointers, same, setting
 
@@ -383,3 +384,80 @@ def test_what_no_experts_can_be_sorted_for(count: int, num_experts: int) -> None
     assert library.dsp_unpermute_experts(address, address, None, 0, address, 1, 1, 1, 3, None) == 1
     assert space.value == 7
     assert (positions.view(torch.uint8) == 0xA5).all()
+
+
+# -- AdamW ---------------------------------------------------------------------------------------------------------------
+
+
+def check_adamw(
+    emulator: Emulator,
+    params: list[torch.Tensor],
+    grads: list[torch.Tensor],
+    *,
+    seed: int | None,
+    steps: tuple[int, ...] = (1, 2, 1000),
+) -> None:
+    """From the same states, which the first step finds as zeros."""
+    both: tuple[Callable[..., None], ...] = (adamw.adamw_, emulator.adamw_)
+    sides = []
+    for step_of in both:
+        own = [p.clone() for p in params]
+        states = [[torch.zeros(p.shape) for p in params] for _ in range(2)]
+        for step in steps:
+            step_of(own, grads, *states, step, 1e-2, 0.9, 0.99, 1e-8, 0.1, seed=seed)
+        sides.append([*own, *states[0], *states[1]])
+    assert all(same(found, expected) for expected, found in zip(*sides, strict=True))
+
+
+@each_emulator
+@pytest.mark.parametrize("seed", [None, 0, 2**62 + 5, -3])
+def test_adamw(emulator: Emulator, seed: int | None) -> None:
+    """Of both dtypes: tiles that are full and that are not, none, one value, odd addresses, what is not finite, ties."""
+    pairs = [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)]
+    sizes = [1, 0, 2048, 4100, 9]
+    params = [numbers(n, pairs[i % 3][0], seed=i) for i, n in enumerate(sizes)]
+    grads = [numbers(n, pairs[i % 3][1], seed=i + 9) for i, n in enumerate(sizes)]
+    params[3][:4] = torch.tensor([float("nan"), float("inf"), -float("inf"), torch.finfo(torch.bfloat16).max])
+    grads[3][4:8] = torch.tensor([float("nan"), float("inf"), 1e30, 1e-30])
+    check_adamw(emulator, params, grads, seed=seed)
+    buffer = [numbers(100, dtype, seed=3) for dtype in (torch.bfloat16, torch.float32)]
+    check_adamw(emulator, [t[1:] for t in buffer], [t[:-1] for t in reversed(buffer)], seed=seed)
+
+
+@pytest.mark.parametrize("grid", [None, 2])
+def test_adamw_of_more_tensors_than_a_launch_takes(grid: int | None) -> None:
+    sizes = [1 + i * 7 % 40 for i in range(130)]
+    params = [numbers(n, (torch.float32, torch.bfloat16)[i % 2], seed=i) for i, n in enumerate(sizes)]
+    grads = [numbers(n, torch.float32, seed=i + 500) for i, n in enumerate(sizes)]
+    with setting(DSP_EMU_GRID=grid):
+        check_adamw(Emulator(32, "random"), params, grads, seed=11)
+
+
+def test_adamw_beyond_32_bits() -> None:
+    """The last values of more than 32 bits count, and their random bits. Only they are there: the rest is never touched."""
+    count, end = 2**32 + 2053, 2048 + 5
+    expected = [
+        numbers(end, t, seed=i).abs() for i, t in enumerate((torch.bfloat16, torch.bfloat16, *[torch.float32] * 2))
+    ]
+    found = [t.clone() for t in expected]
+    begin = [(ctypes.c_void_p * 1)(t.data_ptr() - (count - end) * t.itemsize) for t in found]
+    code = (ctypes.c_int * 1)(kernels.DTYPE_CODES[torch.bfloat16])
+    with setting(DSP_EMU_FIRST=count // 2048 - 1):
+        Emulator(32).call("dsp_adamw", *begin, int64s([count]), code, code, 1, 3, 1e-2, 0.9, 0.99, 1e-8, 0.1, 1, 5)
+    whole = expected[0].float()
+    _, grad, first, second = expected
+    adamw.adamw_([whole], [grad], [first], [second], 3, 1e-2, 0.9, 0.99, 1e-8, 0.1)
+    expected[0] = adamw.rounded(whole, adamw.key_of(5, 3, 0), torch.arange(count - end, count))
+    assert all(same(*pair) for pair in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(("step", "param", "grad", "values"), [(0, 0, 0, 4), (1, 1, 0, 4), (1, 0, 3, 4), (1, 0, 0, -1)])
+def test_what_no_adamw_can_be_launched_for(step: int, param: int, grad: int, values: int) -> None:
+    one = garbage(4)
+    at, codes = pointers([one]), (ctypes.c_int * 1)
+    error = kernels.load("emulator-32").dsp_adamw(
+        *(at, at, at, at, int64s([values]), codes(param), codes(grad), 1, step),
+        *(1e-3, 0.9, 0.99, 1e-8, 0.1, 0, 0, None),
+    )
+    assert error == 1
+    assert same(one, garbage(4))

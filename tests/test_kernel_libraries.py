@@ -20,7 +20,7 @@ needs_hipcc = pytest.mark.skipif(shutil.which("hipcc") is None, reason="there is
 CUDA = sorted(path.name for path in (kernels.source_folder() / "portable").glob("*.cu"))
 HIP = sorted(path.name for path in kernels.source_folder("hip_src").glob("*.hip"))
 #: Those whose results are the reference's to the last bit.
-BIT_EXACT = ("moe.cu", "quantise.cu")
+BIT_EXACT = ("adamw.cu", "moe.cu", "quantise.cu")
 
 
 # -- compilers -----------------------------------------------------------------------------------------------------------
@@ -94,7 +94,7 @@ def test_the_library_for_cuda_loads_without_a_driver() -> None:
 
 OPERATORS = """
 import torch
-from dspass.runtime import experts, kernels, quantise
+from dspass.runtime import adamw, experts, kernels, quantise
 from dspass.runtime.formats import FORMATS
 from dspass.runtime.operators import OPERATORS
 from tests.emulated import numbers, same
@@ -148,6 +148,22 @@ kept = ((routing >= 0) & (routing < 5))
 assert torch.allclose(tokens.grad, (weights.float() * kept).sum(1)[:, None].expand(20, 50))
 assert torch.allclose(by.grad, x.t().sum(1)[:, None] * kept, rtol=1e-5, atol=1e-3)  # of fifty values up to some hundred
 
+def stepped(dtype):
+    params = [numbers(1000, dtype).view(20, 50), numbers(77, torch.float32)]
+    grads = [numbers(1000, torch.bfloat16, seed=1).view(50, 20).t(), numbers(77, torch.float32, seed=1)]
+    return params, grads, *([torch.zeros(p.shape) for p in params] for _ in range(2))
+
+for dtype, seed in ((torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, -5)):
+    one, other = stepped(dtype), stepped(dtype)
+    numbers_of = (1e-2, 0.9, 0.99, 1e-8, 0.1, seed)
+    for step in (1, 2):
+        before = one[0][0]._version
+        ops.adamw_(*one, step, *numbers_of), adamw.adamw_(*other, step, *numbers_of)
+        assert one[0][0]._version > before
+    assert all(same(a, b) for a, b in zip(sum(one, []), sum(other, []))), (dtype, seed)
+    torch.library.opcheck(ops.adamw_.default, (*one, 3, *numbers_of), test_utils=("test_schema", "test_faketensor"))
+    count += 1
+
 def refused(function, *args):
     try:
         function(*args)
@@ -171,6 +187,14 @@ assert "those of permute_experts, int32" in refused(ops.spread_experts, x.t(), p
 assert "there are 20 of them" in refused(ops.spread_experts, x.t()[1:], positions)
 assert "for each of 60 positions" in refused(ops.unpermute_experts, rows[1:], positions)
 assert "a weight for each position" in refused(ops.unpermute_experts, rows, positions, weights[1:])
+one, plain = stepped(torch.float32), (1e-2, 0.9, 0.99, 1e-8, 0.1)
+assert "a gradient and two states a parameter" in refused(ops.adamw_, one[0], one[1][1:], *one[2:], 1, *plain)
+assert "step 0 cannot be" in refused(ops.adamw_, *one, 0, *plain)
+assert "betas of 1" in refused(ops.adamw_, *one, 1, 1e-2, 1.0, 0.99, 1e-8, 0.1)
+assert "shapes differ" in refused(ops.adamw_, one[0], [g.t() for g in one[1]], *one[2:], 1, *plain)
+assert "not contiguous" in refused(ops.adamw_, [t.t() for t in one[0]], *([u.t() for u in t] for t in one[1:]), 1, *plain)
+assert "states are of fp32" in refused(ops.adamw_, *one[:2], [t.half() for t in one[2]], one[3], 1, *plain)
+assert "take fp32 or bf16" in refused(ops.adamw_, [t.half() for t in one[0]], *one[1:], 1, *plain)
 assert "and these are 1024 and 16" in refused(ops.dequantise_sum, codes, scales, [65], "int8", 64, 1.0, torch.float32)
 
 compiled = torch.compile(lambda x: ops.dequantise(*ops.quantise(x, "int8", 64), [50, 20], "int8", torch.float32),
@@ -186,7 +210,7 @@ def test_operators_reach_kernels_through_torchs_dispatcher() -> None:
         [sys.executable, "-c", OPERATORS], capture_output=True, text=True, cwd=Path(__file__).parent.parent
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "35 calls\n"
+    assert done.stdout == "38 calls\n"
 
 
 def test_the_binding_for_gpus_loads_where_there_is_none() -> None:

@@ -1,4 +1,4 @@
-// The operators of runtime/quantise.py and runtime/experts.py answered by a kernel library, through torch's stable ABI.
+// The operators of runtime/quantise.py, experts.py and adamw.py answered by a kernel library, through torch's stable ABI.
 //
 // One binding serves every torch from TORCH_TARGET_VERSION on. Schemas are Python's (runtime/operators.py); this file
 // says only who answers for CUDA, which ROCm's builds of torch call by the same name. The kernel library is found at
@@ -35,6 +35,8 @@ struct Kernels {
   int (*sort_experts)(const void*, int, int64_t, int64_t, void*, void*, void*, void*);
   int (*spread_experts)(const void*, const void*, const void*, int, void*, int64_t, int64_t, int64_t, int, void*);
   int (*unpermute_experts)(const void*, const void*, const void*, int, void*, int64_t, int64_t, int64_t, int, void*);
+  int (*adamw)(void* const*, const void* const*, void* const*, void* const*, const int64_t*, const int*, const int*,
+               int64_t, int64_t, double, double, double, double, double, int, int64_t, void*);
 };
 Kernels kernels;
 std::string bind_error;
@@ -322,6 +324,56 @@ std::tuple<Tensor, Tensor, Tensor> permute_experts(const Tensor& x, const Tensor
   return {spread_experts(x, positions, std::nullopt), positions, ends};
 }
 
+// -- AdamW ----------------------------------------------------------------------------------------------------------
+
+int stepped_dtype_code(ScalarType dtype) {
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16,
+                  "a tensor of another dtype cannot be stepped: take fp32 or bf16, gradients too, and states of fp32.");
+  return dtype_code(dtype);
+}
+
+bool have_one_shape(const Tensor& a, const Tensor& b) {
+  if (a.dim() != b.dim()) return false;
+  for (int64_t i = 0; i < a.dim(); ++i)
+    if (a.size(i) != b.size(i)) return false;
+  return true;
+}
+
+void adamw(const std::vector<Tensor>& params, const std::vector<Tensor>& grads, const std::vector<Tensor>& exp_avgs,
+           const std::vector<Tensor>& exp_avg_sqs, int64_t step, double lr, double beta1, double beta2, double eps,
+           double weight_decay, std::optional<int64_t> seed) {
+  const size_t count = params.size();
+  STD_TORCH_CHECK(grads.size() == count && exp_avgs.size() == count && exp_avg_sqs.size() == count,
+                  "lists do not go together: take a gradient and two states a parameter.");
+  STD_TORCH_CHECK(step >= 1, "step ", step, " cannot be: the first one is 1.");
+  STD_TORCH_CHECK(beta1 >= 0 && beta1 < 1 && beta2 >= 0 && beta2 < 1, "betas of ", beta1, " and ", beta2,
+                  " cannot be: each is at least 0 and below 1.");
+  if (count == 0) return;
+  std::vector<Tensor> contiguous;
+  std::vector<int64_t> values;
+  std::vector<int> param_dtypes, grad_dtypes;
+  for (size_t i = 0; i < count; ++i) {
+    for (const Tensor* tensor : {&params[i], &grads[i], &exp_avgs[i], &exp_avg_sqs[i]}) {
+      STD_TORCH_CHECK(tensor->device() == params[0].device(), "all tensors of a step are on one device.");
+      STD_TORCH_CHECK(have_one_shape(*tensor, params[i]),
+                      "shapes differ: a parameter, its gradient and its states have one.");
+    }
+    for (const Tensor* tensor : {&params[i], &exp_avgs[i], &exp_avg_sqs[i]})
+      STD_TORCH_CHECK(tensor->is_contiguous(), "a parameter, or a state of it, is not contiguous: make it so first.");
+    for (const Tensor* tensor : {&exp_avgs[i], &exp_avg_sqs[i]})
+      STD_TORCH_CHECK(tensor->scalar_type() == ScalarType::Float, "states are of fp32.");
+    contiguous.push_back(torch::stable::contiguous(grads[i]));
+    values.push_back(params[i].numel());
+    param_dtypes.push_back(stepped_dtype_code(params[i].scalar_type()));
+    grad_dtypes.push_back(stepped_dtype_code(grads[i].scalar_type()));
+  }
+  const Device device(params[0]);
+  check_launch(kernels.adamw(addresses_of(params).data(), addresses_of(contiguous).data(),
+                             addresses_of(exp_avgs).data(), addresses_of(exp_avg_sqs).data(), values.data(),
+                             param_dtypes.data(), grad_dtypes.data(), static_cast<int64_t>(count), step, lr, beta1,
+                             beta2, eps, weight_decay, seed.has_value(), seed.value_or(0), device.stream()));
+}
+
 template <class Function>
 bool take(void* library, const char* name, Function& function) {
   function = reinterpret_cast<Function>(dlsym(library, name));
@@ -344,7 +396,8 @@ extern "C" __attribute__((visibility("default"))) const char* dsp_bind(const cha
                         take(library, "dsp_sort_experts_space", kernels.sort_experts_space) &&
                         take(library, "dsp_sort_experts", kernels.sort_experts) &&
                         take(library, "dsp_spread_experts", kernels.spread_experts) &&
-                        take(library, "dsp_unpermute_experts", kernels.unpermute_experts);
+                        take(library, "dsp_unpermute_experts", kernels.unpermute_experts) &&
+                        take(library, "dsp_adamw", kernels.adamw);
   return is_whole ? nullptr : bind_error.c_str();
 }
 
@@ -361,4 +414,5 @@ STABLE_TORCH_LIBRARY_IMPL(dspass, CUDA, m) {
   m.impl("permute_experts", TORCH_BOX(&permute_experts));
   m.impl("spread_experts", TORCH_BOX(&spread_experts));
   m.impl("unpermute_experts", TORCH_BOX(&unpermute_experts));
+  m.impl("adamw_", TORCH_BOX(&adamw));
 }

@@ -16,6 +16,8 @@ int dsp_dequantise_sum(const void*, const void*, void* const*, const int64_t*, i
                        int, void*);
 int dsp_copy_in(const void* const*, const int64_t*, const int64_t*, int64_t, int64_t, void*, void*);
 int dsp_copy_out(const void*, void* const*, const int64_t*, const int64_t*, int64_t, int64_t, void*);
+int dsp_adamw(void* const*, const void* const*, void* const*, void* const*, const int64_t*, const int*, const int*,
+              int64_t, int64_t, double, double, double, double, double, int, int64_t, void*);
 int dsp_sort_experts_space(int64_t, int64_t, int64_t*);
 int dsp_sort_experts(const void*, int, int64_t, int64_t, void*, void*, void*, void*);
 int dsp_spread_experts(const void*, const void*, const void*, int, void*, int64_t, int64_t, int64_t, int, void*);
@@ -89,6 +91,18 @@ int main(int count, char** arguments) {
       if (failed) return 1;
       calls += 3;
       for (void* buffer : {static_cast<void*>(experts), space, positions, ends, x, rows, weights}) free(buffer);
+    }
+  }
+  const int64_t stepped[] = {1, 8, 2047, 2060};
+  for (int64_t values : stepped) {
+    for (int dtype : {0, 2}) {
+      void* lists[4];
+      for (int i = 0; i < 4; ++i) lists[i] = calloc(values, i < 2 && dtype == 2 ? 2 : 4);
+      if (dsp_adamw(lists, lists + 1, lists + 2, lists + 3, &values, &dtype, &dtype, 1, 1, 1e-3, 0.9, 0.99, 1e-8, 0.1,
+                    1, 7, nullptr))
+        return 1;
+      ++calls;
+      for (void* list : lists) free(list);
     }
   }
   printf("%d calls within bounds\n", calls);
