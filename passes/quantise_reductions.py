@@ -39,7 +39,8 @@ class QuantiseReductions(QuantisingPass):
     With ``error_beta`` each rank keeps what rounding its own gradients loses, two bytes a value of whole parameters, and adds
     it to them the next time, so that it arrives later (``dspass::compensated_bucket``). The graph reads the errors at its
     begin, which costs nothing, and the operator that rounds replaces them in place. ``error_reset`` steps apart they become
-    zeros. Of the sums of nodes the second rounding is not compensated.
+    zeros. Of the sums of nodes the second rounding is not compensated. A plan for a model with graph breaks counts only the
+    errors of the graph that it is for.
 
     Dropped: errors as inputs and outputs of the graph, which AOTAutograd has fixed when passes run. Dropped: to add the error
     in front of ``quantise_bucket`` and to dequantise its codes behind it, which goes over the bucket three times.

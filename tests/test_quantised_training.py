@@ -302,10 +302,10 @@ def test_accumulated_calls_train(calls: int, feedback: bool) -> None:
     assert "reduce-scatter" not in counts
 
 
-@pytest.mark.parametrize(("name", "feedback"), [("gpt", False), ("mlp", True)])
-def test_inductor_s_code_trains_to_the_same_numbers(name: str, feedback: bool) -> None:
-    config = few_bits(error_feedback=feedback)
-    plain, compiled = (run(2, _trained, config, name, inductor=inductor)[0]["losses"] for inductor in (False, True))
+def test_inductor_s_code_trains_to_the_same_numbers() -> None:
+    """With errors, which its code replaces in place; gathers are quantised without."""
+    config = few_bits(error_feedback=True)
+    plain, compiled = (run(2, _trained, config, inductor=inductor)[0]["losses"] for inductor in (False, True))
     torch.testing.assert_close(torch.tensor(compiled), torch.tensor(plain), rtol=1e-4, atol=0)
 
 
