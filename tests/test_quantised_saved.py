@@ -7,10 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.fx as fx
 from torch import nn
 
 import dspass
+from dspass.passes.base import Holding
+from dspass.passes.devices import DEVICES
+from dspass.passes.kernels import Stretch
+from dspass.planner.liveness import Absence
 from dspass.planner.record import BudgetError
+from dspass.planner.timing import times_of
 from examples.gpt import GPT, GPTConfig
 from tests.training import without_inductor
 
@@ -218,3 +224,26 @@ def test_a_prediction_for_a_gpu_weighs_few_bits_against_the_host() -> None:
     assert alone.step_seconds is not None
     assert helped.step_seconds is not None
     assert helped.step_seconds < alone.step_seconds
+
+
+def test_what_is_not_copied_waits_for_no_link() -> None:
+    """The other copy takes 50 s each way: what stands behind it in the queue would be there as long."""
+    graph = fx.Graph()
+
+    def product(*of: fx.Node) -> fx.Node:
+        node = graph.call_function(torch.ops.aten.mm.default, of) if of else graph.placeholder("x")
+        node.meta["val"] = torch.empty(64, 64, device="meta")
+        return node
+
+    x = product()
+    a = product(x, x)
+    b = product(a, a)
+    c = product(b, b)
+    d = product(c, b)  # the backward
+    e = product(d, a)
+    halves = Stretch([a, b, c], {x}, {a, b, c}), Stretch([d, e], {x, a, b, c}, {e})
+    held = {a: Holding(bytes=0, host_bytes=16384, link_seconds=100.0), b: Holding(bytes=10)}
+    times = times_of(halves, held, DEVICES["h100"])
+    assert times.absent[b] == Absence(10, 2, 3)
+    assert times.absent[a].last == 3
+    assert times.exposed > 99
