@@ -398,15 +398,15 @@ def check_adamw(
     steps: tuple[int, ...] = (1, 2, 1000),
 ) -> None:
     """From the same states, which the first step finds as zeros."""
-    both: tuple[Callable[..., None], ...] = (adamw.adamw_, emulator.adamw_)
-    sides = []
-    for step_of in both:
+
+    def stepped(step_of: Callable[..., None]) -> list[torch.Tensor]:
         own = [p.clone() for p in params]
-        states = [[torch.zeros(p.shape) for p in params] for _ in range(2)]
+        first, second = ([torch.zeros(p.shape) for p in params] for _ in range(2))
         for step in steps:
-            step_of(own, grads, *states, step, 1e-2, 0.9, 0.99, 1e-8, 0.1, seed=seed)
-        sides.append([*own, *states[0], *states[1]])
-    assert all(same(found, expected) for expected, found in zip(*sides, strict=True))
+            step_of(own, grads, first, second, step, 1e-2, 0.9, 0.99, 1e-8, 0.1, seed=seed)
+        return [*own, *first, *second]
+
+    assert all(map(same, stepped(emulator.adamw_), stepped(adamw.adamw_)))
 
 
 @each_emulator
