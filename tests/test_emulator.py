@@ -45,6 +45,17 @@ def test_a_missing_barrier_gives_a_wrong_result_in_random_order_only(wrong: ctyp
         assert torch.equal(out, right) == is_right, (name, seed)
 
 
+def test_a_warp_that_gets_ahead_finds_a_missing_barrier(wrong: ctypes.CDLL) -> None:
+    """All warps went in step in random order too: none was ever two exchanges before another one."""
+    found = {
+        name: [run(wrong, name, seed) for seed in range(8)] for name in ("ahead with barrier", "ahead without barrier")
+    }
+    assert all(error == 0 for runs in found.values() for error, _ in runs)
+    others = {name: torch.stack([out[64:] for _, out in runs]) for name, runs in found.items()}  # not of the first warp
+    assert (others["ahead with barrier"] == 1).all()
+    assert (others["ahead without barrier"] == 2).any()
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [

@@ -219,6 +219,35 @@ uint64_t next_random() {
   return block->random >> 33;
 }
 
+// Every thread that is ready, once each. Whether there was one.
+bool run_all(const std::vector<unsigned>& order) {
+  bool has_run = false;
+  for (unsigned thread : order) {
+    if (block->fibers[thread].state != State::kReady) continue;
+    has_run = true;
+    enter(thread);
+    if (!block->error.empty()) break;
+  }
+  return has_run;
+}
+
+// One warp, taken at random, as far as it comes alone, its threads in random order: it gets ahead of the others by as much as
+// barriers allow. Whether one was ready.
+bool run_a_warp(std::vector<unsigned>& order) {
+  for (unsigned i = block->threads - 1; i > 0; --i) std::swap(order[i], order[next_random() % (i + 1)]);
+  for (unsigned first : order) {
+    if (block->fibers[first].state != State::kReady) continue;
+    std::vector<unsigned> warp;
+    for (unsigned thread : order) {
+      if (thread / DSP_EMU_WARP == first / DSP_EMU_WARP) warp.push_back(thread);
+    }
+    while (block->error.empty() && run_all(warp)) {
+    }
+    return true;
+  }
+  return false;
+}
+
 void run_block(std::vector<unsigned>& order, bool is_shuffled) {
   block->left = block->at_barrier = 0;
   for (unsigned i = 0; i < block->threads; ++i) {
@@ -226,17 +255,7 @@ void run_block(std::vector<unsigned>& order, bool is_shuffled) {
     prepare(block->fibers[i].context, stack_of(i), run_fiber);
   }
   while (block->left < block->threads && block->error.empty()) {
-    bool has_run = false;
-    if (is_shuffled) {
-      for (unsigned i = block->threads - 1; i > 0; --i) std::swap(order[i], order[next_random() % (i + 1)]);
-    }
-    for (unsigned thread : order) {
-      if (block->fibers[thread].state != State::kReady) continue;
-      has_run = true;
-      enter(thread);
-      if (!block->error.empty()) return;
-    }
-    if (!has_run) fail_for_deadlock();
+    if (!(is_shuffled ? run_a_warp(order) : run_all(order))) fail_for_deadlock();
   }
 }
 

@@ -19,6 +19,20 @@ __global__ void neighbours(int* out) {
   out[threadIdx.x] = threadIdx.x > 0 ? written[threadIdx.x - 1] : -1;
 }
 
+// The first warp writes what the others read, after it has exchanged values more often than they. Without the barrier that
+// is there by luck: where no warp gets ahead.
+template <bool kHasBarrier>
+__global__ void ahead(int* out) {
+  __shared__ int shared;
+  if (threadIdx.x == 0) shared = 1;
+  __syncthreads();
+  const int exchanges = threadIdx.x < DSP_WARP ? 3 : 1;
+  for (int i = 0; i < exchanges; ++i) shuffle_xor(i, 1);
+  out[threadIdx.x] = shared;
+  if (kHasBarrier) __syncthreads();
+  if (threadIdx.x == 0) shared = 2;
+}
+
 __global__ void some_wait(int*) {
   if (threadIdx.x < 7) __syncthreads();  // line: some
 }
@@ -52,6 +66,8 @@ DSP_EXPORT int run(const char* name, int* out) {
   const auto is = [&](const char* other) { return !strcmp(name, other); };
   if (is("with barrier")) return DSP_LAUNCH(neighbours<true>, 1, kThreads, 0, nullptr, out);
   if (is("without barrier")) return DSP_LAUNCH(neighbours<false>, 1, kThreads, 0, nullptr, out);
+  if (is("ahead with barrier")) return DSP_LAUNCH(ahead<true>, 1, kThreads, 0, nullptr, out);
+  if (is("ahead without barrier")) return DSP_LAUNCH(ahead<false>, 1, kThreads, 0, nullptr, out);
   if (is("some wait")) return DSP_LAUNCH(some_wait, 1, kThreads, 0, nullptr, out);
   if (is("wait apart")) return DSP_LAUNCH(wait_apart, 1, kThreads, 0, nullptr, out);
   if (is("lane has left")) return DSP_LAUNCH(lane_has_left, 1, kThreads, 0, nullptr, out);
