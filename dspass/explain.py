@@ -247,7 +247,7 @@ def _predicted(
             f"{_rates(device)}."
         )
         copies = _host_copies(engine, 2 * _states_away(engine, fake), exposed)
-        return _report("predicted", engine, model, memory, traffic, copies, seconds, world, device, notes, config)
+        return _report("predicted", engine, fake, memory, traffic, copies, seconds, world, device, notes, config)
 
 
 def _first_call_notes(peak: int, on: devices.Device, stage: int) -> list[str]:

@@ -89,11 +89,13 @@ def quantise(
         raise ConfigError(_SECTION, *_nothing_found(root, settings))
     whole = []
     for name, module in tqdm(chosen.items(), desc="quantise", unit="layer", disable=not progress):
-        weight = module._parameters["weight"]
-        if weight is not None:  # else it was tied to one before it
+        weight = module._parameters.get("weight")
+        if weight is None:
+            continue  # it was tied to one before it
+        with torch.inference_mode(False), torch.no_grad():  # buffers that are made in it could be used in no training
             stored = _store(name, weight, module, owners[id(weight)], settings, precision(loaded, weight.dtype))
-            if not stored:
-                whole.append(name)
+        if not stored:
+            whole.append(name)
     if whole:
         log.warning(
             "%d of %d weights stay whole, as they would be off by more than %s: %s",
@@ -186,7 +188,6 @@ def _nothing_found(root: nn.Module, settings: LayersConfig) -> tuple[str, str]:
     )
 
 
-@torch.no_grad()
 def _store(
     name: str,
     weight: nn.Parameter,
@@ -210,7 +211,7 @@ def _store(
             f"{name}.weight, a Conv1D's, is tied to another module: put {name!r} under {_SECTION}.exclude."
         )
     assert settings.format is not None
-    rows = weight.t() if transposed else weight
+    rows = weight.t().contiguous() if transposed else weight
     codes, scales = quantise_rows(rows, settings.format, settings.group_size)
     stored = Stored(
         format=settings.format,
@@ -290,7 +291,7 @@ def _load(self: Any, state_dict: dict[str, Any], prefix: str, *args: Any) -> Non
     stored = self.__dict__[_STORED]
     if f"{prefix}weight" in state_dict and f"{prefix}weight_codes" not in state_dict:
         whole = state_dict.pop(f"{prefix}weight")
-        rows = whole.t() if stored.transposed else whole
+        rows = whole.t().contiguous() if stored.transposed else whole
         codes, scales = quantise_rows(rows.to(self.weight_scales.device), stored.format, stored.group)
         state_dict |= {f"{prefix}weight_codes": codes, f"{prefix}weight_scales": scales}
     type(self)._dspass_whole._load_from_state_dict(self, state_dict, prefix, *args)

@@ -323,6 +323,24 @@ def test_adapters_are_sharded_and_stored_weights_are_not() -> None:
     assert "0.base.weight_codes" in results[0][1]
 
 
+def test_a_prediction_stores_weights_first() -> None:
+    config = {**layers(format="int8"), "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+    report = dspass.explain(adapted(), torch.randn(8, 32), config=config, world_size=2)
+    assert {t.kind for t in report.quantised} == {"weight"}
+    summaries = {p.summary for p in report.passes if p.name == "quantised_products" and p.stage == "joint"}
+    assert any(summary.endswith("written out: 2") for summary in summaries)
+    assert report.memory.peak_bytes > 0
+
+
+def test_linear_layers_that_are_tied_are_stored_once() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    model[1].weight = model[0].weight
+    with torch.inference_mode():
+        dspass.quantise(model)
+    assert model[0].weight_codes is model[1].weight_codes
+    assert not model[0].weight_codes.is_inference()
+
+
 @torch.no_grad()
 def test_hugging_face_s_models_are_stored() -> None:
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
