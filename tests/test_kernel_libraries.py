@@ -102,7 +102,8 @@ from tests.emulated import numbers, same
 kernels.build("emulator-32"), kernels.build("binding-emulator")
 assert OPERATORS["quantise"].server("cpu") == "torch reference"
 kernels.bind("binding-emulator", "emulator-32")
-assert {o.server("cpu") for o in OPERATORS.values()} == {"kernel"}
+without = {o.name for o in OPERATORS.values() if o.server("cpu") != "kernel"}
+assert without == {"compensated_bucket", "dequantise_rows", "quantised_linear"}, without  # Inductor's code serves them
 
 ops, count = torch.ops.dspass, 0
 x, y = numbers(1000, torch.float32).view(20, 50).t(), numbers(77, torch.float16)
