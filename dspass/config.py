@@ -341,7 +341,7 @@ KEYS: tuple[Key, ...] = (
     _act("weight_quantization.quantized_initialization.symmetric", "symmetric", "flag", True, "",
          "Only true: values are rounded around zero."),
     _deny("weight_quantization.post_init_quant", "object", None, "other formats for single layers",
-          "Name the layers in dspass.quantise.layers.modules.", off=(None, {})),
+          "Name the layers in dspass.quantise.layers.modules."),
     # --- the rest of DeepSpeed: batch, optimiser
     _deny("managed_gradient_accumulation", "flag", True,
           "accumulation boundaries that the script calls out itself",
