@@ -95,7 +95,6 @@ def made(name: str, model: nn.Module) -> tuple[nn.Module, Callable[[torch.Tensor
     """A row's own model, and what answers its logits."""
     layers, own = ROWS[name], copy.deepcopy(model)
     if layers is None:
-        # Each row has a function of its own: Dynamo counts recompilations by code object.
         run: Any = torch.compile(own, dynamic=False, options={"freezing": True} if name == _FREEZING else None)
     else:
         options = {"dspass": {"quantise": {"layers": layers}}}
@@ -108,7 +107,7 @@ def made(name: str, model: nn.Module) -> tuple[nn.Module, Callable[[torch.Tensor
 @torch.no_grad()
 def measure(options: argparse.Namespace) -> tuple[list[Row], int, float]:
     """The rows, how many parameters the model has, and bytes a second that a copy of memory reads and writes."""
-    torch._dynamo.config.recompile_limit = 8 * len(ROWS)
+    torch._dynamo.config.recompile_limit = 8 * len(ROWS)  # Dynamo counts the rows' models together, as they are of one class
     text = text_corpus()
     held_out = len(text) * 9 // 10
     with torch.enable_grad():

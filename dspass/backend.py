@@ -15,6 +15,7 @@ Dropped: raising to have Dynamo trace again at once. It diverges.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -39,6 +40,8 @@ from dspass.runtime.params import ParamSpec
 from dspass.shard import agree, axes_of, mesh_for, place, precision, refuse_wrapped
 from dspass.sharded import ENGINE
 from dspass.weights import quantise, refuse_to_freeze, stored_of
+
+log = logging.getLogger(__name__)
 
 Options = None | str | os.PathLike[str] | Mapping[str, Any]
 
@@ -68,6 +71,8 @@ def deepspeed(
     if root is not None:
         refuse_wrapped(root)
     cast_inputs(gm, config)
+    if root is None and config.layers.format is not None and params:
+        log.warning("dspass.quantise.layers has no effect: a function was compiled, and not a module whose layers have names.")
     if root is not None and config.layers.format is not None and not stored_of(root):
         refuse_to_freeze(root)
         compat.allow_compilations(1)  # this one, which runs once
@@ -115,7 +120,7 @@ class _FirstCall:
             else {f"parameter_{len(engine.specs)}_{i}": p for i, p in enumerate(plain)}
         )
         if self.root is not None:
-            _broadcast_buffers(self.root, axes_of(mesh))
+            _hand_out(list(self.root.buffers()))
         ledger = engine.probe.ledger
         with ledger.watching() if ledger is not None else contextlib.nullcontext():
             return self._run(engine, heap, mesh, todo, inputs)
@@ -148,14 +153,17 @@ class _FirstStored:
     def __call__(self, *inputs: Any) -> Any:
         params = list(self.root.parameters())
         agree(self.root, self.config, None, _kinds(inputs, params))
-        if dist.is_initialized() and dist.get_world_size() > 1 and dist.get_backend() != "fake":
-            with torch.no_grad():
-                for tensor in (*params, *self.root.buffers()):
-                    dist.broadcast(tensor.data, 0)
+        _hand_out([*params, *self.root.buffers()])
         modules = {id(w): m for m in self.root.modules() if (w := m._parameters.get("weight")) is not None}
         quantise(self.root, self.config)
         stored = {key: module for key, module in modules.items() if "weight" not in module._parameters}
-        return self.gm(*(stored[id(v)].weight if id(v) in stored else v for v in inputs))
+
+        def whole(value: Any) -> Any:
+            if id(value) in stored:
+                return stored[id(value)].weight
+            return value.to(precision(self.config, value.dtype)) if isinstance(value, nn.Parameter) else value
+
+        return self.gm(*map(whole, inputs))
 
 
 class _Stage0:
@@ -178,11 +186,7 @@ class _Stage0:
             if dist.is_initialized():
                 params = [p for ref in self.params if (p := ref()) is not None]
                 agree(self.root, self.config, None, _kinds(inputs, params))
-                tensors = params if self.root is None else [*self.root.parameters(), *self.root.buffers()]
-                with torch.no_grad():
-                    for tensor in tensors:
-                        if dist.get_world_size() > 1:
-                            dist.broadcast(tensor.data, 0)
+                _hand_out(params if self.root is None else [*self.root.parameters(), *self.root.buffers()])
             begin(self.engine, self.root, self.config)
         return self.run(*inputs)
 
@@ -299,10 +303,12 @@ def _kinds(inputs: Sequence[Any], params: Sequence[nn.Parameter]) -> list[tuple[
     ]
 
 
-def _broadcast_buffers(root: nn.Module, axes: Any) -> None:
-    if dist.get_world_size() > 1 and dist.get_backend() != "fake":
-        for buffer in root.buffers():
-            dist.broadcast(buffer.data, 0)
+def _hand_out(tensors: Sequence[torch.Tensor]) -> None:
+    """Rank 0's values become those of every rank."""
+    if dist.is_initialized() and dist.get_world_size() > 1 and dist.get_backend() != "fake":
+        with torch.no_grad():
+            for tensor in tensors:
+                dist.broadcast(tensor.data, 0)
 
 
 __all__ = ["Compilation", "deepspeed"]

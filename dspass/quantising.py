@@ -50,8 +50,8 @@ def measure_errors(engine: Engine, specs: Iterable[ParamSpec], config: Config) -
     assert axis is not None
     sums = torch.stack([_squares(spec, found.format, found.block) for spec in sharded])
     dist.all_reduce(sums, group=axis.group)
-    for spec, (off, all_of_it) in zip(sharded, sums.tolist(), strict=True):
-        engine.quantised_errors[spec.key] = (off / all_of_it) ** 0.5 if all_of_it else 0.0
+    for spec, both in zip(sharded, sums, strict=True):
+        engine.quantised_errors[spec.key] = relative(both)
 
 
 def _local(spec: ParamSpec) -> torch.Tensor | None:
@@ -68,9 +68,19 @@ def _squares(spec: ParamSpec, format: str, block: int) -> torch.Tensor:
     sums = torch.zeros(2, dtype=torch.float64, device=local.device)
     for part in local.reshape(-1).split(_AT_A_TIME // block * block):
         codes, scales = torch.ops.dspass.quantise(part, format, block)
-        off = torch.ops.dspass.dequantise(codes, scales, part.shape, format, torch.float32) - part.float()
-        sums += torch.stack([t.double().square().sum() for t in (off, part)])
+        sums += squares(part, torch.ops.dspass.dequantise(codes, scales, part.shape, format, torch.float32))
     return sums.to(_collective_device(spec, local))
+
+
+def squares(values: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
+    """The sums of squares, in fp64, of what rounding has changed and of ``values``: ``float64[2]``."""
+    return torch.stack([t.double().square().sum() for t in (rounded - values.float(), values)])
+
+
+def relative(sums: torch.Tensor) -> float:
+    """An error as a norm over that of the values, from added :func:`squares`; 0 where there are but zeros."""
+    off, all_of_it = sums.tolist()
+    return float((off / all_of_it) ** 0.5) if all_of_it else 0.0
 
 
 def _collective_device(spec: ParamSpec, local: torch.Tensor) -> torch.device:

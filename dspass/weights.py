@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from dspass.config import Config, ConfigError, LayersConfig
 from dspass.owners import unwrap
+from dspass.quantising import relative, squares
 from dspass.report import QuantisedTensor
 from dspass.runtime import compat
 from dspass.runtime.few_bits import dequantise_rows, quantise_rows
@@ -233,14 +234,11 @@ def _store(
 
 def _error(rows: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, format: str) -> float:
     """Part by part: no second whole copy is made."""
-    off = all_of_it = 0.0
-    for some, code, scale in zip(rows.split(1024), codes.split(1024), scales.split(1024), strict=True):
-        whole = some.float()
-        off += (
-            (dequantise_rows(code, scale, rows.shape[1], format, torch.float32) - whole).double().square().sum().item()
-        )
-        all_of_it += whole.double().square().sum().item()
-    return float((off / all_of_it) ** 0.5) if all_of_it else 0.0
+    parts = zip(rows.split(1024), codes.split(1024), scales.split(1024), strict=True)
+    sums = [
+        squares(some, dequantise_rows(code, scale, rows.shape[1], format, torch.float32)) for some, code, scale in parts
+    ]
+    return relative(torch.stack(sums).sum(0))
 
 
 def _attach(module: nn.Module, stored: Stored, codes: torch.Tensor, scales: torch.Tensor) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.fx as fx
@@ -29,8 +29,9 @@ class QuantisedProducts(Pass):
     one; gradients, ``dy @ w``, are computed with weights that are written out.
 
     A product is taken where somebody computes it from codes: a kernel that is registered for the device, on CPUs torch's
-    own for a few rows of 16 bits with int8 weights, and ``dynamic`` ones, whose left side is rounded to int8 as well, anywhere.
-    Elsewhere the weight is written out and multiplied, and the graph shows what memory that takes.
+    own for a few rows of 16 bits with int8 weights, and ``dynamic`` ones, whose left side is rounded to int8 as well, where
+    torch multiplies integers of these sizes. Elsewhere the weight is written out and multiplied, and the graph shows what
+    memory that takes.
 
     Dropped: to take every product and let its lowering write out the weight. What is not in the graph no plan counts.
     """
@@ -51,9 +52,7 @@ class QuantisedProducts(Pass):
         for weight in weights:
             for transposed in _transposed(weight):
                 for product in [u for u in transposed.users if u not in gradients]:
-                    if self._takes(product, transposed, weight, ctx):
-                        _join(graph, product, weight, self.dynamic)
-                        products += 1
+                    products += self._join(graph, product, transposed, weight, ctx)
                 if not transposed.users:
                     graph.erase_node(transposed)
             for user in [u for u in weight.users if u.target is torch.ops.aten.embedding.default]:
@@ -67,16 +66,21 @@ class QuantisedProducts(Pass):
         ctx.say(f"{products} products and {embeddings} embeddings read codes; weights that are written out: {left}")
         return graph
 
-    def _takes(self, product: fx.Node, transposed: fx.Node, weight: fx.Node, ctx: PassContext) -> bool:
+    def _join(self, graph: fx.Graph, product: fx.Node, transposed: fx.Node, weight: fx.Node, ctx: PassContext) -> bool:
+        """Whether ``product``, a user of ``transposed``, reads codes from now on."""
         if product.target not in (_MM, _ADDMM) or product.args[-1] is not transposed or product.kwargs:
             return False
-        _, scales, _, format, dtype = weight.args
-        x: torch.Tensor = product.args[-2].meta["val"]
-        if x.dtype != dtype:
+        codes, scales, columns, format, dtype = weight.args
+        *bias, x, _ = product.args
+        value, all_codes, all_scales = (n.meta["val"] for n in (x, codes, scales))
+        device = ctx.target or value.device.type
+        dynamic = self.dynamic and few_bits.rounds_both(value, all_codes, all_scales, device, format)
+        if value.dtype != dtype or not (dynamic or few_bits.reads_codes(value, all_scales, device, format)):
             return False
-        by_row = format == "int8" and scales.meta["val"].shape[1] == 1
-        device = ctx.target or x.device.type
-        return (by_row and self.dynamic) or few_bits.reads_codes(x, device, by_row)
+        with graph.inserting_before(product):
+            args = (x, codes, scales, bias[0] if bias else None, columns, format, dynamic)
+            _replace(graph, product, graph.call_function(QUANTISED_LINEAR, args))
+        return True
 
 
 def _made_of_tangents(graph: fx.Graph) -> set[fx.Node]:
@@ -92,16 +96,6 @@ def _transposed(weight: fx.Node) -> list[fx.Node]:
     return [u for u in weight.users if u.target is _PERMUTE and list(u.args[1]) == [1, 0]]
 
 
-def _join(graph: fx.Graph, product: fx.Node, weight: fx.Node, dynamic: bool) -> None:
-    codes, scales, columns, format, _ = weight.args
-    *bias, x, _ = product.args
-    with graph.inserting_before(product):
-        new = graph.call_function(
-            QUANTISED_LINEAR, (x, codes, scales, bias[0] if bias else None, columns, format, dynamic)
-        )
-    _replace(graph, product, new)
-
-
 def _look_up(graph: fx.Graph, embedding: fx.Node, weight: fx.Node) -> None:
     codes, scales, columns, format, dtype = weight.args
     ids = embedding.args[1]
@@ -111,14 +105,11 @@ def _look_up(graph: fx.Graph, embedding: fx.Node, weight: fx.Node) -> None:
             assert isinstance(table, fx.Node)
             assert isinstance(ids, fx.Node)
             rows = graph.call_function(_INDEX, (table, [ids]))
-            rows.meta["val"] = _new(table.meta["val"], (*ids.meta["val"].shape, table.meta["val"].shape[1]))
+            value = table.meta["val"]
+            rows.meta["val"] = value.new_empty((*ids.meta["val"].shape, value.shape[1]))
             found.append(rows)
         new = graph.call_function(DEQUANTISE_ROWS, (*found, columns, format, dtype))
     _replace(graph, embedding, new)
-
-
-def _new(like: torch.Tensor, shape: tuple[Any, ...]) -> torch.Tensor:
-    return like.new_empty(shape)
 
 
 def _replace(graph: fx.Graph, old: fx.Node, new: fx.Node) -> None:

@@ -299,6 +299,19 @@ def int8_product(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) ->
     return torch.ops.aten._weight_int8pack_mm(x, weight, scales)
 
 
+def multiplies_integers(device: str, rows: Any, inner: int, columns: int) -> bool:
+    """Whether :func:`integer_product` takes int8 matrices of these sizes on ``device``. CUDA's kernels want more than 16 rows
+    and multiples of 8; an unknown number of rows may be less."""
+    if device == "cpu":
+        return True
+    return isinstance(rows, int) and rows > 16 and inner % 8 == 0 and columns % 8 == 0
+
+
+def integer_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """int8 ``x`` (m, k) times int8 ``weight`` (n, k), transposed: ``int32`` (m, n), exact."""
+    return torch._int_mm(x, weight.t())
+
+
 def placeholder_source(node: fx.Node) -> str | None:
     """Where Dynamo got a graph input from, such as ``L['self']._modules['0']._parameters['weight']``."""
     argument = node.meta.get("grapharg")

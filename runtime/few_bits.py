@@ -23,11 +23,8 @@ from dspass.runtime import compat, quantise
 from dspass.runtime.formats import GRAIN, format_of
 from dspass.runtime.operators import OPERATORS, operator
 
-#: Rows of the other operand up to which torch's int8 product beats one with the weight written out, on an AMD EPYC (Zen 5).
+#: Rows of the other operand up to which torch's int8 product was faster than one with the weight written out, on an AMD EPYC.
 FEW_ROWS = 4
-
-#: The number of codes of "int8" on each side of zero.
-_LARGEST = 127
 
 
 def group_of(columns: int, group: int | None) -> int:
@@ -76,10 +73,7 @@ def _quantised_linear_fake(
     format: str,
     dynamic: bool = False,
 ) -> torch.Tensor:
-    if dynamic and not _is_int8_by_row(scales, format):
-        raise ValueError(
-            "activations are quantised for int8 weights with one scale a row alone: leave the group size out."
-        )
+    _check(x, scales, columns, format, dynamic)
     return x.new_empty((x.shape[0], codes.shape[0]))
 
 
@@ -104,10 +98,14 @@ def quantised_linear(
 
     ``dynamic``: the rows of ``x`` are rounded to int8 too, each by its largest magnitude, multiplied as integers, summed
     exactly, and scaled in fp32. A row of ``x`` with a NaN or an infinity becomes NaNs.
+
+    Raises ``ValueError`` where ``x`` has other columns, and for ``dynamic`` products with weights that are not int8 with one
+    scale a row.
     """
+    _check(x, scales, columns, format, dynamic)
     if dynamic:
         return _integer_product(x, codes, scales, bias)
-    if reads_codes(x, x.device.type, _is_int8_by_row(scales, format)):
+    if reads_codes(x, scales, x.device.type, format):
         found = torch.ops.dspass.int8_product(_widened(x, codes.shape[1]), codes, scales[:, 0].to(x.dtype))
         return found if bias is None else found + bias
     weight = dequantise_rows(codes, scales, columns, format, x.dtype).t()
@@ -128,12 +126,30 @@ def _(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tenso
     return x.new_empty((x.shape[0], codes.shape[0]))
 
 
-def reads_codes(x: torch.Tensor, device: str, by_row: bool) -> bool:
-    """Whether a product of ``x`` on ``device`` with a weight, int8 with one scale a row or not, writes no weight out."""
+def _check(x: torch.Tensor, scales: torch.Tensor, columns: int, format: str, dynamic: bool) -> None:
+    if x.shape[1] != columns:
+        raise ValueError(
+            f"x of {x.shape[1]} columns is not multiplied with a weight of {columns}: take one of as many."
+        )
+    if dynamic and not _is_int8_by_row(scales, format):
+        raise ValueError(
+            "activations are rounded for int8 weights with one scale a row alone: leave the group size out."
+        )
+
+
+def rounds_both(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, device: str, format: str) -> bool:
+    """Whether a ``dynamic`` product of ``x`` with a weight can be computed on ``device``."""
+    return _is_int8_by_row(scales, format) and compat.multiplies_integers(
+        device, x.shape[0], codes.shape[1], codes.shape[0]
+    )
+
+
+def reads_codes(x: torch.Tensor, scales: torch.Tensor, device: str, format: str) -> bool:
+    """Whether a product of ``x`` with a weight on ``device`` writes no weight out."""
     if OPERATORS["quantised_linear"].server(device) == "kernel":
         return True
     few = isinstance(x.shape[0], int) and x.shape[0] <= FEW_ROWS  # to compare an unknown number would add a guard
-    return device == "cpu" and by_row and few and compat.has_int8_product(x.dtype)
+    return device == "cpu" and _is_int8_by_row(scales, format) and few and compat.has_int8_product(x.dtype)
 
 
 def _is_int8_by_row(scales: torch.Tensor, format: str) -> bool:
@@ -143,14 +159,9 @@ def _is_int8_by_row(scales: torch.Tensor, format: str) -> bool:
 def _integer_product(
     x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    values = x.float()
-    most = values.abs().amax(1, keepdim=True)
-    is_finite = most.isfinite()
-    most = most.clamp_min(quantise.SMALLEST)
-    rounded = torch.where(is_finite, values * (most.reciprocal() * _LARGEST), 0.0).round().to(torch.int8)
-    of_rows = torch.where(is_finite, most * (1 / _LARGEST), float("nan"))
-    rounded = _widened(rounded, codes.shape[1])
-    found = torch._int_mm(rounded, codes.view(torch.int8).t()).float() * of_rows * scales[:, 0]
+    left, of_left = quantise.encode(_widened(x, codes.shape[1]), format_of("int8"))
+    sums = compat.integer_product(left.view(torch.int8), codes.view(torch.int8))
+    found = sums.float() * of_left[:, None] * scales[:, 0]
     return (found if bias is None else found + bias.float()).to(x.dtype)
 
 

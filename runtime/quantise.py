@@ -58,7 +58,7 @@ def quantise(x: torch.Tensor, format: str, block: int) -> tuple[torch.Tensor, to
     Raises ``ValueError`` for a format or a block that cannot be, and for values that are not real floating numbers.
     """
     _check(x, block)
-    return _encode(_filled(x.reshape(-1), blocks_of(x.numel(), block) * block).view(-1, block), format_of(format))
+    return encode(_filled(x.reshape(-1), blocks_of(x.numel(), block) * block).view(-1, block), format_of(format))
 
 
 def _dequantise_fake(
@@ -112,7 +112,7 @@ def quantise_bucket(
         _check(tensor, block)
         _check_room(tensor, chunks, size)
     parts = [
-        _encode(blocks, format_of(format))
+        encode(blocks, format_of(format))
         for tensor, size in zip(tensors, sizes, strict=True)
         for blocks in _blocks(_rows(tensor, size, chunks), block)
     ]
@@ -289,14 +289,14 @@ def _filled(flat: torch.Tensor, size: int) -> torch.Tensor:
     return F.pad(flat, (0, missing)) if missing else flat
 
 
-def _encode(blocks: torch.Tensor, format: Format) -> tuple[torch.Tensor, torch.Tensor]:
+def encode(blocks: torch.Tensor, format: Format) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and scales of blocks, which are the last dim."""
     codes, scales = _rounded(blocks, format)
     return _packed(codes, format), scales
 
 
 def _rounded(blocks: torch.Tensor, format: Format) -> tuple[torch.Tensor, torch.Tensor]:
-    """As :func:`_encode`, one ``int32`` a code."""
+    """As :func:`encode`, one ``int32`` a code."""
     blocks = blocks.float()
     most = blocks.abs().amax(-1)
     is_finite = most.isfinite()

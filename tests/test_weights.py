@@ -185,6 +185,32 @@ def test_the_first_call_stores_the_weights() -> None:
     assert kind == ("weight", "int8")
 
 
+@torch.no_grad()
+def test_the_first_call_computes_in_the_precision_of_the_options() -> None:
+    options = {**layers(format="int8"), "bf16": {"enabled": True}}
+    model, ids = small(), torch.randint(50, (2, 7))
+    run = compiled(model, options)
+    first, second = run(ids), run(ids)
+    assert first.dtype == second.dtype == torch.bfloat16
+    assert off(second, first) < 0.02
+
+
+def test_a_function_has_no_layers_to_store(caplog: pytest.LogCaptureFixture) -> None:
+    weight = nn.Parameter(torch.randn(4, 4))
+    torch._dynamo.reset()
+    run = torch.compile(lambda x: x @ weight, backend="deepspeed", options=layers(format="int8"))
+    run(torch.randn(2, 4))
+    assert "dspass.quantise.layers has no effect" in caplog.text
+
+
+def test_products_that_cannot_be_are_refused() -> None:
+    codes, scales = quantise_rows(torch.randn(8, 40), "int8", 16)
+    with pytest.raises(ValueError, match="one scale a row alone"):
+        quantised_linear(torch.randn(2, 40), codes, scales, None, 40, "int8", True)
+    with pytest.raises(ValueError, match=r"x of 48 columns .* a weight of 40"):
+        quantised_linear(torch.randn(2, 48), codes, scales, None, 40, "int8")
+
+
 def test_deepspeed_s_keys_mean_the_same() -> None:
     said = {"weight_quantization": {"quantized_initialization": {"num_bits": 4, "group_size": 32}}}
     stored = stored_of(dspass.quantise(small(), said))["up"]
