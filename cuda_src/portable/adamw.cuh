@@ -10,6 +10,7 @@
 #include <cmath>
 
 #include "formats.cuh"
+#include "tiles.cuh"
 
 namespace dsp {
 namespace adamw {
@@ -74,16 +75,7 @@ __device__ __forceinline__ void load_either(const void* from, bool is_bf16, int6
 
 __global__ void __launch_bounds__(kThreads) adamw_kernel(DSP_BY_VALUE(Work) work) {
   for (int64_t number = blockIdx.x; number < work.tiles; number += gridDim.x) {
-    int low = 0, high = work.count;
-    while (high - low > 1) {
-      const int middle = (low + high) / 2;
-      if (work.parts[middle].first_tile <= number) {
-        low = middle;
-      } else {
-        high = middle;
-      }
-    }
-    const Part& part = work.parts[low];
+    const Part& part = work.parts[part_of(work, number)];
     const int64_t first = (number - part.first_tile) * kTile + static_cast<int64_t>(threadIdx.x) * kUnit;
     const int64_t there = part.values - first;
     if (there <= 0) continue;

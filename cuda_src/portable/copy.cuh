@@ -7,7 +7,7 @@
 // table of tensors in device memory; quantise.cuh says why.
 #pragma once
 
-#include "../common/gpu.h"
+#include "tiles.cuh"
 
 namespace dsp {
 namespace copying {
@@ -56,16 +56,7 @@ __device__ __forceinline__ void move(uint8_t* to, const uint8_t* from, int64_t c
 template <bool kIsIn>
 __global__ void __launch_bounds__(kThreads) copy_kernel(DSP_BY_VALUE(Work) work) {
   for (int64_t number = blockIdx.x; number < work.tiles; number += gridDim.x) {
-    int low = 0, high = work.count;
-    while (high - low > 1) {
-      const int middle = (low + high) / 2;
-      if (work.parts[middle].first_tile <= number) {
-        low = middle;
-      } else {
-        high = middle;
-      }
-    }
-    const Part& part = work.parts[low];
+    const Part& part = work.parts[part_of(work, number)];
     const int64_t local = number - part.first_tile;
     const int64_t chunk = local / part.tiles;
     const int64_t first = (local - chunk * part.tiles) * kTileBytes;

@@ -17,6 +17,7 @@
 #pragma once
 
 #include "formats.cuh"
+#include "tiles.cuh"
 
 namespace dsp {
 
@@ -72,19 +73,11 @@ __device__ __forceinline__ int64_t quotient(int64_t a, int64_t b) {
 }
 
 __device__ __forceinline__ Tile find(const Work& work, int64_t tile) {
-  int low = 0, high = work.count;
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    if (work.parts[middle].first_tile <= tile) {
-      low = middle;
-    } else {
-      high = middle;
-    }
-  }
-  const int64_t local = tile - work.parts[low].first_tile;
-  const int64_t tiles = work.parts[low].tiles;
+  const int part = part_of(work, tile);
+  const int64_t local = tile - work.parts[part].first_tile;
+  const int64_t tiles = work.parts[part].tiles;
   const int64_t chunk = quotient(local, tiles);
-  return {low, chunk, (local - chunk * tiles) * work.rounds * (kThreads / work.lanes)};
+  return {part, chunk, (local - chunk * tiles) * work.rounds * (kThreads / work.lanes)};
 }
 
 // Chunk of rank d of node n stands at d * nodes + n.
