@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from dspass.passes import calibration
-from dspass.runtime import adamw, compat, experts, kernels, quantise  # noqa: F401  (declares operators)
+from dspass.runtime import adamw, compat, experts, grouped, kernels, quantise  # noqa: F401  (declares operators)
 from dspass.runtime.operators import OPERATORS
 
 

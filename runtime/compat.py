@@ -289,6 +289,33 @@ def onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
+def multiplies_by_onednn(dtype: torch.dtype) -> bool:
+    """Whether ``torch.mm`` of 16-bit ``dtype`` on this CPU is oneDNN's; torch's own is some ten times slower."""
+    if not has_onednn():
+        return False
+    if dtype is torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype is torch.float16 and bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+
+
+def multiplies_grouped(*matrices: torch.Tensor) -> bool:
+    """Whether :func:`grouped_product` on a GPU takes these as they lie: bf16, without gaps in one of the last two dimensions,
+    all else at multiples of 16 bytes."""
+
+    def lies_well(matrix: torch.Tensor) -> bool:
+        *rest, row, column = matrix.stride()
+        others = [*rest, column if row == 1 else row]
+        return 1 in (row, column) and all(stride % 8 == 0 for stride in others) and matrix.data_ptr() % 16 == 0
+
+    return all(matrix.dtype is torch.bfloat16 and lies_well(matrix) for matrix in matrices)
+
+
+def grouped_product(left: torch.Tensor, right: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """Of rows ``left`` by matrices ``right``, or, both 2-D, of columns by rows: an expert's each. What no expert has is not
+    written."""
+    return torch._grouped_mm(left, right, offs=ends)
+
+
 def has_int8_product(dtype: torch.dtype) -> bool:
     """Whether torch brings a kernel for products of ``dtype`` with int8 weights on CPUs. Its fp32 one is slow: not counted."""
     return dtype in (torch.bfloat16, torch.float16)

@@ -83,6 +83,17 @@ def _tell_autograd_what_changes(name: str) -> None:
     _library.impl(name, count, "ADInplaceOrView", with_keyset=True)
 
 
+def implement(name: str, device: str) -> Callable[[_Function], _Function]:
+    """Have the decorated function answer operator ``name`` on ``device``, a dispatch key such as "CPU", in the reference's
+    place: there a graph calls it as it is, and nothing of it is fused."""
+
+    def register(function: _Function) -> _Function:
+        _library.impl(name, function, device)
+        return function
+
+    return register
+
+
 def differentiable(name: str, *, backward: Callable[..., Any], keep: Callable[..., Any]) -> None:
     """Give operator ``name`` a gradient: ``keep(ctx, inputs, output)`` at its call, and ``backward(ctx, *grads)``, which
     answers one for each input; ``torch.library.register_autograd`` calls the first ``setup_context``."""
