@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import offload, prefetch, quantise, solver, weights
+from benchmarks import grouped, offload, prefetch, quantise, solver, weights
 from benchmarks.memory_bench import Bench
 from benchmarks.memory_plot import plot, ticks
 from benchmarks.memory_points import PLENTY, Point, Ranks, Started, normalise, peers
@@ -462,3 +462,35 @@ def test_weights_in_few_bits_are_held_against_bf16() -> None:
     assert "- met: a token with int8 weights takes at most 0.7 of bf16 by Inductor: 0.625" in text
     few.token = [0.2, 0.4]
     assert "- missed: a token" in weights.table([plain, few], 1e9)
+
+
+def test_contenders_for_the_grouped_product_answer_one_thing_and_get_rows_of_all_tokens() -> None:
+    ends = grouped.routed(40, 5, 2, "skewed", torch.Generator().manual_seed(0))
+    counts = ends.diff(prepend=torch.zeros(1, dtype=torch.int32))
+    assert ends[-1] == 80
+    assert counts.max() <= 40  # no expert twice for a token
+    assert counts[0] > counts[4]
+    x, weight = torch.randn(80, 8), torch.randn(5, 8, 4)
+    contenders = grouped.products()
+    wanted = contenders["dspass"](x, weight, ends)
+    for name in ("fallback", "torch._grouped_mm", "loop"):
+        assert torch.allclose(contenders[name](x, weight, ends), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_the_grouped_product_is_held_against_its_peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(grouped.MODELS, "qwen3", (3, 8, 4, 2))
+    turns: list[None] = []
+    row = grouped.Row("qwen3", "fp32", "uniform", 0.0)
+    grouped.measure(row, 5, 2, lambda: turns.append(None))
+    assert len(turns) == 5
+    assert row.operations == 2 * 10 * 8 * 8
+    assert all(len(seconds) == 2 for by_name in (row.forward, row.both) for seconds in by_name.values())
+    for name in row.forward:
+        row.forward[name], row.both[name] = [2.0, 2.0], [8.0, 4.0]
+    row.forward["dspass"], row.both["dspass"], row.operations = [1.0, 1.0], [2.0, 4.0], 4e9
+    text = grouped.table([row])
+    assert "| qwen3 | 3 | fp32 | uniform | forward | 1000.0 ms | 0.500 | 0.500 | 0.500 | 4 | 2 |" in text
+    assert "| and backward | 3000.0 ms | 0.625 | 0.625 | 0.625 | 4 | 2 |" in text
+    assert "- met: at most the time of the fallback: at most 0.625 of it" in text
+    row.both["loop"] = [1.0, 1.0]
+    assert "- missed: at most the time of the loop: at most 3.000 of it" in grouped.table([row])
