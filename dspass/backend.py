@@ -31,6 +31,7 @@ from dspass import steps
 from dspass.compilation import Compilation, compile_graph
 from dspass.config import Config
 from dspass.engines import new_engine
+from dspass.expert_weights import alike, weights_in
 from dspass.explain import report_at_exit
 from dspass.owners import Heap
 from dspass.pipeline import build
@@ -63,7 +64,7 @@ def deepspeed(
             break
     if config.dspass.memory_budget is not None or config.dspass.plan is not None:
         compat.keep_shapes_static()
-    stage = config.zero.stage
+    stage = config.engine_stage
     if stage and not dist.is_initialized():
         mesh_for(config, "cpu")  # raises: a stage without a process group
     heap = Heap.scan()
@@ -79,7 +80,7 @@ def deepspeed(
         return torch._dynamo.disable(_FirstStored(gm, root, config), reason="runs once, before weights are stored")
     if stage and any(not isinstance(p, DTensor) for p in params):
         compat.allow_compilations(2)  # this one, which runs once, and the sharded model's first
-        return torch._dynamo.disable(_FirstCall(gm, params, root, config), reason="runs once, before sharding")
+        return torch._dynamo.disable(_FirstCall(gm, example_inputs, root, config), reason="runs once, before sharding")
     if stage:
         engine = _engine_of(heap, params) or Engine(stage=stage, accumulation_steps=config.gradient_accumulation_steps)
         return compile_graph(gm, example_inputs, engine, config, passes)
@@ -96,10 +97,9 @@ def deepspeed(
 class _FirstCall:
     """Shards the model, then runs the captured graph by hand, once."""
 
-    def __init__(
-        self, gm: fx.GraphModule, params: Sequence[nn.Parameter], root: nn.Module | None, config: Config
-    ) -> None:
+    def __init__(self, gm: fx.GraphModule, inputs: Sequence[Any], root: nn.Module | None, config: Config) -> None:
         self.gm, self.root, self.config = gm, root, config
+        self.experts = weights_in(gm.graph, inputs) if config.expert_parallel.enabled else []
 
     def __call__(self, *inputs: Any) -> Any:
         params = [p for p in inputs if isinstance(p, nn.Parameter)]
@@ -129,7 +129,8 @@ class _FirstCall:
         self, engine: Engine, heap: Heap, mesh: Any, todo: Mapping[str, nn.Parameter], inputs: Sequence[Any]
     ) -> Any:
         with torch.inference_mode(False):  # parameters that are made in it could never be trained
-            specs = place(engine, heap, todo, self.config, mesh)
+            weights = [inputs[i] for i in self.experts]
+            specs = place(engine, heap, todo, self.config, mesh, experts=alike(self.root, weights))
         begin(engine, self.root, self.config)
         whole = []
         for value in inputs:

@@ -139,6 +139,8 @@ def compile_graph(
 
         return compile_one
 
+    if any("captured" in item.where for item in passes):
+        gm = prepare(gm, "captured")
     backend = compat.aot_backend(
         fw_compiler=lowered("forward", False, False),
         bw_compiler=lowered("backward", True, False),

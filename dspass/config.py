@@ -150,6 +150,7 @@ _NO_DEEPCOMPILE = "is a choice inside DeepCompile's own executor, which is not u
 _NO_ENGINE_SAVE = "there is no engine that saves; torch.distributed.checkpoint saves shards and reshards on load"
 _NO_HOOKS = "gathers are nodes of the graph, not hooks on modules"
 _PLAIN_GATHER = "the pass that packs gathers decides this for each bucket"
+_OWN_ROUTING = "experts, their router and its scores stay as the model has them, recognised in its graph"
 _FIT = "Remove it, or set it to {off}."
 
 # Name, kind and default of keys that share one reason with their neighbours.
@@ -184,6 +185,17 @@ _DEEPCOMPILE: tuple[tuple[str, bool], ...] = (
     ("double_buffer", True), ("symmetric_memory", False), ("sync_before_reduce", False),
     ("sync_after_reduce", False), ("sync_before_allgather", False), ("sync_after_allgather", False),
     ("keep_int_input_tensors", True), ("keep_all_input_tensors", False),
+)  # fmt: skip
+
+_EXPERT_PARALLEL: tuple[tuple[str, Kind, object], ...] = (
+    ("async_split_plan", "flag", False), ("use_grouped_mm", "flag", True), ("disable_triton_grouped_mm", "flag", False),
+    ("route_norm", "flag", None), ("has_shared_experts", "flag", None), ("num_expert_groups", "integer", None),
+    ("num_limited_groups", "integer", None), ("preset_model", "text", None), ("moe_layer_pattern", "text", None),
+    ("router_pattern", "text", None), ("expert_pattern", "text", None), ("expert_w1", "text", None),
+    ("expert_w2", "text", None), ("expert_w3", "text", None), ("num_experts_attr", "text", None),
+    ("top_k_attr", "text", None), ("shared_experts_pattern", "text", None), ("comm_backend", "text", None),
+    ("route_scale", "number", 1.0), ("score_func", "any", "auto"), ("score_apply", "any", "auto"),
+    ("combine_impl", "any", "auto"), ("top_k", "any", "auto"), ("routed_scaling_factor", "any", "auto"),
 )  # fmt: skip
 
 # Read from top to bottom: what acts, then DeepSpeed's other keys in the order of its documentation.
@@ -481,19 +493,19 @@ KEYS: tuple[Key, ...] = (
           off=(0, 1)),
     *(_skip(f"tensor_parallel.{name}", kind, default, _NO_TENSOR)
       for name, kind, default in _TENSOR),
-    _section("expert_parallel", refused="expert parallelism",
-             instead="Set expert_parallel.enabled to false; experts are then sharded like other parameters.",
-             asks="enabled"),
-    *_inner("expert_parallel", "flag", enabled=False, async_split_plan=False, use_grouped_mm=True,
-            disable_triton_grouped_mm=False, route_norm=None, has_shared_experts=None),
-    *_inner("expert_parallel", "integer", autoep_size=1, expert_tensor_parallel_size=1,
-            num_expert_groups=None, num_limited_groups=None),
-    *_inner("expert_parallel", "text", preset_model=None, moe_layer_pattern=None, router_pattern=None,
-            expert_pattern=None, expert_w1=None, expert_w2=None, expert_w3=None, num_experts_attr=None,
-            top_k_attr=None, shared_experts_pattern=None, comm_backend=None),
-    *_inner("expert_parallel", "number", route_scale=1.0, load_balance_coeff=None),
-    *(Key(path=f"expert_parallel.{name}", kind="any", default="auto", off=("auto",))
-      for name in ("score_func", "score_apply", "combine_impl", "top_k", "routed_scaling_factor")),
+    # --- experts
+    _section("expert_parallel"),
+    _act("expert_parallel.enabled", "enabled", "flag", False, "",
+         "Divide the experts of mixtures of experts over ranks, and send tokens to them. What they are is recognised in the "
+         "graph: no preset and no names are needed."),
+    _act("expert_parallel.autoep_size", "autoep_size", "integer", None, "ranks",
+         "Consecutive ranks that the experts of a layer are divided over, a divisor of all ranks and of the experts; what "
+         "remains of the ranks divides each expert further, as the stage says, or holds it again. Absent: the largest number "
+         "that divides both.", low=1),
+    *(_skip(f"expert_parallel.{name}", kind, default, _OWN_ROUTING) for name, kind, default in _EXPERT_PARALLEL),
+    _deny("expert_parallel.expert_tensor_parallel_size", "integer", 1, "tensor parallelism of experts", _FIT),
+    _deny("expert_parallel.load_balance_coeff", "number", None, "a bias that balances the load of experts",
+          "Remove it; the model's own auxiliary loss or bias works as it does without it."),
     _deny("use_data_before_expert_parallelism", "flag", False, "an order of axes for expert parallelism",
           _FIT),
     _section("hybrid_engine", refused="switching between training and generation kernels",
@@ -632,6 +644,7 @@ _BY_SPELLING = _BY_PATH | {f"{key.section}.{key.also}".lstrip("."): key for key 
 _NESTED = {
     "zero_optimization": "zero",
     "dspass": "dspass",
+    "expert_parallel": "expert_parallel",
     "dspass.quantise": "quantise",
     "dspass.quantise.layers": "own_layers",
     "weight_quantization.quantized_initialization": "quantized_initialization",
@@ -804,6 +817,19 @@ class LayersConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExpertParallelConfig:
+    """``expert_parallel``: experts divided over ranks."""
+
+    enabled: bool = False
+    """Whether they are."""
+    autoep_size: int | None = None
+    """Ranks that a layer's experts are divided over; None: the most that divide them."""
+
+    def __post_init__(self) -> None:
+        _check_fields(self, "expert_parallel")
+
+
+@dataclass(frozen=True, kw_only=True)
 class QuantizedInitialization:
     """``weight_quantization.quantized_initialization``: the same as DeepSpeed says it."""
 
@@ -865,6 +891,8 @@ class Config:
     """The keys that are ours."""
     quantise: QuantiseConfig = field(default_factory=QuantiseConfig)
     """``dspass.quantise``."""
+    expert_parallel: ExpertParallelConfig = field(default_factory=ExpertParallelConfig)
+    """``expert_parallel``."""
     own_layers: LayersConfig = field(default_factory=LayersConfig)
     """``dspass.quantise.layers``; see :attr:`layers`."""
     quantized_initialization: QuantizedInitialization = field(default_factory=QuantizedInitialization)
@@ -894,8 +922,22 @@ class Config:
                 "a second shard on the device has no use where parameters wait on the host.",
                 "Set it to 1, or do not offload parameters.",
             )
+        if self.expert_parallel.enabled:
+            for key, asked in {
+                "zero_optimization.mics_shard_size": self.zero.mics_shard_size is not None,
+                "zero_optimization.offload_param.device": self.offload_param == "cpu",
+            }.items():
+                if asked:
+                    raise ConfigError(key, "it does not go together with expert_parallel yet.", "Remove one of the two.")
         if self.bf16 and self.fp16:
             raise ConfigError("fp16.enabled", "fp16 and bf16 are both enabled.", "Set one of them to false.")
+
+    @property
+    def engine_stage(self) -> int:
+        """The stage whose lifetimes hold. Experts that are divided over ranks are never plain tensors, so no parameter is: at
+        stage 0 the others are whole on every rank, and everything is reduced as at stage 1."""
+        assert self.zero.stage is not None, "the stage is not resolved"
+        return max(self.zero.stage, int(self.expert_parallel.enabled))
 
     @property
     def layers(self) -> LayersConfig:
@@ -949,6 +991,7 @@ class Config:
         )
         config = cls(zero=ZeroConfig(**held["zero_optimization"]), dspass=DspassConfig(**held["dspass"]),
                      quantise=QuantiseConfig(**held["dspass.quantise"]),
+                     expert_parallel=ExpertParallelConfig(**held["expert_parallel"]),
                      own_layers=LayersConfig(**held["dspass.quantise.layers"]),
                      quantized_initialization=QuantizedInitialization(
                          **held["weight_quantization.quantized_initialization"]),

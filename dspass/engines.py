@@ -29,8 +29,7 @@ def new_engine(root: nn.Module | None, config: Config) -> Engine:
     """The engine of ``root``, made now if there is none. Without a root (a compiled function) it belongs to nobody."""
     if root is not None and root in _engines:
         return _engines[root]
-    assert config.zero.stage is not None, "the stage is resolved before an engine is made"
-    engine = Engine(stage=config.zero.stage, accumulation_steps=config.gradient_accumulation_steps, config=config)
+    engine = Engine(stage=config.engine_stage, accumulation_steps=config.gradient_accumulation_steps, config=config)
     if root is not None:
         engine.model = _described(root)
         adopt(root, engine)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -23,10 +23,11 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from dspass import steps
 from dspass.config import Config, ConfigError
 from dspass.engines import adopt, engine_of, new_engine
+from dspass.expert_weights import ExpertMesh, likely_weights
 from dspass.owners import Heap, exchange, refuse_stale, unwrap
 from dspass.quantising import measure_errors
 from dspass.runtime import compat
-from dspass.runtime.axis import Axis
+from dspass.runtime.axis import Axis, axis_of
 from dspass.runtime.engine import Engine
 from dspass.runtime.host import empty_on_host
 from dspass.runtime.params import Layout, ParamSpec
@@ -60,7 +61,7 @@ def shard(
     config = config.resolve_stage(dist.is_initialized())
     root = unwrap(model)
     refuse_wrapped(root)
-    if config.zero.stage == 0:
+    if config.engine_stage == 0:
         if fill is not None:
             _materialise(root, fill, device)
         return model
@@ -77,7 +78,8 @@ def shard(
     agree(root, config, mesh)
     heap = Heap.scan()
     with torch.inference_mode(False):  # parameters that are made in it could never be trained
-        place(engine, heap, dict(root.named_parameters()), config, mesh, fill=fill, device=device)
+        experts = likely_weights(root) if config.expert_parallel.enabled else ()
+        place(engine, heap, dict(root.named_parameters()), config, mesh, fill=fill, device=device, experts=experts)
     steps.watch(engine, config)
     return model
 
@@ -135,8 +137,8 @@ def mesh_for(config: Config, device_type: str) -> DeviceMesh:
 def axes_of(mesh: DeviceMesh) -> tuple[Axis, Axis | None]:
     """The shard axis and, in hybrid sharding, the replicate axis."""
     if mesh.ndim == 1:
-        return _axis("data", mesh, 0), None
-    return _axis("shard", mesh, 1), _axis("replicate", mesh, 0)
+        return axis_of("data", mesh, 0), None
+    return axis_of("shard", mesh, 1), axis_of("replicate", mesh, 0)
 
 
 def node_axes_of(mesh: DeviceMesh, config: Config) -> tuple[Axis, Axis] | tuple[None, None]:
@@ -153,17 +155,7 @@ def node_axes_of(mesh: DeviceMesh, config: Config) -> tuple[Axis, Axis] | tuple[
         )
     with compat.without_fake_mode():
         nodes = init_device_mesh(mesh.device_type, (world // size, size), mesh_dim_names=("across", "node"))
-    return _axis("node", nodes, 1), _axis("across", nodes, 0)
-
-
-_axes: weakref.WeakKeyDictionary[dist.ProcessGroup, Axis] = weakref.WeakKeyDictionary()
-
-
-def _axis(name: str, mesh: DeviceMesh, dim: int) -> Axis:
-    group = mesh.get_group(dim)
-    if group not in _axes:
-        _axes[group] = Axis.of(name, group)
-    return _axes[group]
+    return axis_of("node", nodes, 1), axis_of("across", nodes, 0)
 
 
 def precision(config: Config, dtype: torch.dtype) -> torch.dtype:
@@ -184,8 +176,11 @@ def place(
     *,
     fill: Fill | None = None,
     device: torch.device | str | None = None,
+    experts: Collection[torch.Tensor] = (),
 ) -> dict[int, ParamSpec]:
-    """Replace ``params`` (name to parameter) by DTensors wherever they are held. Answers id of the old to its spec."""
+    """Replace ``params`` (name to parameter) by DTensors wherever they are held. Answers id of the old to its spec.
+
+    ``experts`` are those of ``params`` that are weights of experts, which are divided over ranks by expert first."""
     if config.offload_param == "cpu" and (engine.target or mesh.device_type) != "cpu":
         raise ConfigError(
             "zero_optimization.offload_param.device",
@@ -195,39 +190,48 @@ def place(
     refuse_stale(heap, params.values())
     shard_axis, replicate_axis = axes_of(mesh)
     node_axis, across_axis = node_axes_of(mesh, config)
+    divided = {id(p) for p in experts}
+    among = ExpertMesh.over(mesh, config, {n: p for n, p in params.items() if id(p) in divided}) if divided else None
     replaced: dict[int, tuple[nn.Parameter, nn.Parameter, Any]] = {}
     specs: dict[int, ParamSpec] = {}
     for name, param in params.items():
         if isinstance(param, DTensor) or id(param) in specs:
             continue
-        layout = layout_of(param, config, engine.stage)
+        mine = among if among is not None and id(param) in divided else None
+        layout = layout_of(param, config, config.zero.stage or 0) if mine is None else mine.layout(config)
         placements = [Shard(0)] if layout == "shard" else [Replicate()]
-        if replicate_axis is not None:
+        its_mesh, its_axis, shape = mesh, shard_axis, tuple(param.shape)
+        if mine is not None:
+            its_mesh, its_axis, placements = mine.mesh, mine.shard_axis, mine.placements(layout)
+            shape = (shape[0] // mine.axis.size, *shape[1:])
+        elif replicate_axis is not None:
             placements = [Replicate(), *placements]
         on_host = config.offload_param == "cpu" and layout == "shard"
-        new = _distribute(name, param, mesh, shard_axis, placements, layout, fill, device, on_host)
+        rows = _rows(param.shape, layout, its_axis, mine)
+        new = _distribute(name, param, its_mesh, rows, placements, fill, device, on_host)
         key = f"{engine.name}/{name}"
         spec = ParamSpec(
             key=key,
             name=name,
-            shape=tuple(param.shape),
+            shape=shape,
             dtype=param.dtype,
             compute_dtype=precision(config, param.dtype),
             reduce_dtype=_reduce_dtype(param.dtype),
             layout=layout,
-            shard_axis=shard_axis,
-            replicate_axis=replicate_axis,
+            shard_axis=its_axis,
+            replicate_axis=None if mine else replicate_axis,
             trains=param.requires_grad,
             engine=engine,
             on_host=on_host,
-            node_axis=node_axis if layout == "shard" else None,
-            across_axis=across_axis if layout == "shard" else None,
+            node_axis=node_axis if layout == "shard" and mine is None else None,
+            across_axis=across_axis if layout == "shard" and mine is None else None,
+            expert_axis=mine.axis if mine else None,
             param=weakref.ref(new),
         )
         engine.add(spec)
         specs[id(param)] = spec
 
-        def shard_like(state: torch.Tensor, placements: Any = placements) -> torch.Tensor:
+        def shard_like(state: torch.Tensor, mesh: Any = its_mesh, placements: Any = placements) -> torch.Tensor:
             return distribute_tensor(state, mesh, placements)
 
         replaced[id(param)] = (param, new, shard_like)
@@ -249,6 +253,8 @@ def layout_of(param: torch.Tensor, config: Config, stage: int) -> Layout:
     if stage == 3:
         return "replicate" if param.numel() < threshold else "shard"
     # Stages 1 and 2 keep a gathered copy anyway: sharding saves the optimiser's states, which a frozen one has not.
+    if stage == 0:
+        return "replicate"
     return "shard" if param.requires_grad else "replicate"
 
 
@@ -256,13 +262,21 @@ def _reduce_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype.is_floating_point and dtype.itemsize < 4 else dtype
 
 
+def _rows(shape: torch.Size, layout: Layout, axis: Axis | None, experts: ExpertMesh | None) -> tuple[int, int] | None:
+    """First row and count of those that this rank holds of a parameter; None where it has none, or all of them."""
+    if experts is not None:
+        here = shape[0] // experts.axis.size
+        start, count = axis.rows(here) if layout == "shard" and axis is not None else (0, here)
+        return experts.axis.rank * here + start, count
+    return axis.rows(shape[0]) if layout == "shard" and axis is not None else None
+
+
 def _distribute(
     name: str,
     param: nn.Parameter,
     mesh: DeviceMesh,
-    axis: Axis,
+    rows: tuple[int, int] | None,
     placements: Any,
-    layout: Layout,
     fill: Fill | None,
     device: torch.device | str | None,
     on_host: bool = False,
@@ -271,8 +285,7 @@ def _distribute(
         value = distribute_tensor(param.data, mesh, placements)
     else:
         whole = filled(fill, name, param)
-        start, count = axis.rows(param.shape[0]) if layout == "shard" else (0, param.shape[0] if param.dim() else 0)
-        local = whole.narrow(0, start, count) if layout == "shard" else whole
+        local = whole.narrow(0, *rows) if rows is not None else whole
         local = local.detach().to(device or mesh.device_type).clone()
         value = DTensor.from_local(
             local, mesh, placements, run_check=False, shape=param.shape, stride=_contiguous(param.shape)

@@ -374,31 +374,29 @@ def _has_constants(graph: fx.Graph) -> bool:
 
 
 def _runtime_instruction(node: fx.Node) -> Instruction:
-    first, *rest = node.args
-    target: Any = node.target
-    takes_list = isinstance(first, (list, tuple))
-    names = tuple(n.name for n in (first if takes_list else [first]))
-
-    def run(args: list[Any]) -> tuple[Any]:
-        return (target(args if takes_list else args[0], *rest),)
-
     return Instruction(
         label=node.name,
-        run=run,
-        inputs=names,
+        run=_caller(node),
+        inputs=tuple(n.name for n in node.all_input_nodes),
         outputs=(node.name,),
         boxed=False,
         is_runtime=True,
-        makes_host_memory=target is offload_start,
+        makes_host_memory=node.target is offload_start,
     )
 
 
 def _host_instruction(node: fx.Node) -> Instruction:
+    names = tuple(n.name for n in node.all_input_nodes)
+    return Instruction(label=node.name, run=_caller(node), inputs=names, outputs=(node.name,), boxed=False)
+
+
+def _caller(node: fx.Node) -> Callable[[list[Any]], Sequence[Any]]:
+    """What calls the node's own function with the values of its inputs, in their order."""
     target: Any = node.target
-    names = {n: i for i, n in enumerate(node.all_input_nodes)}
+    places = {n: i for i, n in enumerate(node.all_input_nodes)}
 
-    def run(args: list[Any]) -> tuple[Any]:
-        fill = lambda n: args[names[n]]  # noqa: E731
-        return (target(*fx.map_arg(node.args, fill), **fx.map_arg(node.kwargs, fill)),)
+    def run(values: list[Any]) -> tuple[Any]:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[places[n]])
+        return (target(*args, **kwargs),)
 
-    return Instruction(label=node.name, run=run, inputs=tuple(n.name for n in names), outputs=(node.name,), boxed=False)
+    return run

@@ -9,7 +9,7 @@ import torch
 import torch.fx as fx
 
 from dspass.passes.base import Pass, PassContext, Where
-from dspass.passes.nodes import GATHERED, REDUCE_GRAD, UNSHARD, calls
+from dspass.passes.nodes import GATHERED, REDUCE_GRAD, UNSHARD, UNSHARD_EXPERTS, calls
 
 _ALIASES = {
     torch.ops.aten.alias.default,
@@ -39,7 +39,7 @@ class ExposeParameters(Pass):
     where: ClassVar[frozenset[Where]] = frozenset({"joint", "forward"})
 
     def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
-        markers = calls(graph, UNSHARD)
+        markers = sorted([*calls(graph, UNSHARD), *calls(graph, UNSHARD_EXPERTS)])
         if not markers:
             ctx.say("no sharded parameter is read here")
             return graph

@@ -10,6 +10,10 @@ import torch
 import torch.fx as fx
 
 from dspass.runtime.collectives import (
+    combine_start,
+    counts_start,
+    dispatch_start,
+    exchange_wait,
     gather_start,
     gather_wait,
     keep_in_node,
@@ -20,6 +24,7 @@ from dspass.runtime.collectives import (
 from dspass.runtime.params import Over, ParamSpec, lookup
 
 UNSHARD = torch.ops.dspass.unshard.default
+UNSHARD_EXPERTS = torch.ops.dspass.unshard_experts.default
 REDUCE_GRAD = torch.ops.dspass.reduce_grad.default
 
 #: On a placeholder that stands for a whole parameter: its key and the name of the placeholder of its shard.
@@ -133,7 +138,12 @@ __all__ = [
     "REDUCE_GRAD",
     "STATIC",
     "UNSHARD",
+    "UNSHARD_EXPERTS",
     "calls",
+    "combine_start",
+    "counts_start",
+    "dispatch_start",
+    "exchange_wait",
     "first_user",
     "gather_start",
     "gather_wait",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dspass.passes.base import Pass
 from dspass.passes.bucket_gathers import BucketGathers
 from dspass.passes.bucket_reductions import BucketReductions
+from dspass.passes.divide_experts import DivideExperts
+from dspass.passes.exchange_rows import ExchangeRows
 from dspass.passes.expose_parameters import ExposeParameters
 from dspass.passes.gather_in_node import GatherInNode
 from dspass.passes.honour_wishes import HonourWishes
@@ -21,9 +23,11 @@ from dspass.passes.zero_gather import ZeroGather
 from dspass.passes.zero_reduce import ZeroReduce
 
 DEFAULT: tuple[type[Pass], ...] = (
+    DivideExperts,  # as captured: tokens go to the ranks that hold their experts
     ExposeParameters,  # joint: whole parameters become inputs
     HonourWishes,  # and what a person marked is tagged
     QuantisedProducts,  # weights that are stored in few bits are read so; then the partitioner splits the graph
+    ExchangeRows,  # and what went to experts is started and waited for
     ReleaseGathered,  # views of them are made where they are used, so that gathers come late and end early
     ZeroGather,  # gathers at first use
     BucketGathers,  # joined into buckets

@@ -25,19 +25,23 @@ _SHORT = {
 }
 
 
+def _value(node: fx.Node) -> Any:
+    return node.meta.get("val", node.meta.get("example_value"))
+
+
 def print_graph(graph: fx.Graph) -> str:
     return "\n".join(print_node(node) for node in graph.nodes)
 
 
 def print_node(node: fx.Node) -> str:
     if node.op == "placeholder":
-        return f"%{node.name} : {print_value(node.meta.get('val'))} = input"
+        return f"%{node.name} : {print_value(_value(node))} = input"
     if node.op == "output":
         return f"return {_argument(node.args[0])}"
     if node.op == "get_attr":
-        return f"%{node.name} : {print_value(node.meta.get('val'))} = constant {node.target}"
+        return f"%{node.name} : {print_value(_value(node))} = constant {node.target}"
     arguments = [_argument(a) for a in node.args] + [f"{k}={_argument(v)}" for k, v in node.kwargs.items()]
-    return f"%{node.name} : {print_value(node.meta.get('val'))} = {print_target(node)}({', '.join(arguments)})"
+    return f"%{node.name} : {print_value(_value(node))} = {print_target(node)}({', '.join(arguments)})"
 
 
 def print_target(node: fx.Node) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
 from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 #: What a fake process group, in which nothing is sent, stands for: the transport whose buffers are modelled.
 MODELLED: ContextVar[str] = ContextVar("modelled back end", default="modelled nccl")
@@ -47,3 +49,15 @@ class Axis:
 
     def padded_rows(self, total: int) -> int:
         return -(-total // self.size) * self.size
+
+
+_axes: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[str, Axis]] = weakref.WeakKeyDictionary()
+
+
+def axis_of(name: str, mesh: DeviceMesh, dim: int) -> Axis:
+    """The axis that dimension ``dim`` of ``mesh`` is, called ``name``: one for each group and name."""
+    group = mesh.get_group(dim)
+    known = _axes.setdefault(group, {})
+    if name not in known:
+        known[name] = Axis.of(name, group)
+    return known[name]

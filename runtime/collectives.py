@@ -24,6 +24,8 @@ def unshard(local: torch.Tensor, key: str) -> torch.Tensor:
     """The whole parameter ``key``, of which this rank holds ``local``, in compute precision."""
     spec = lookup(key)
     (full,) = spec.engine.start_gather([spec], [local]).wait()
+    if spec.expert_axis is not None:
+        return spec.engine.gather_experts(spec, full)
     # An operator's result may alias neither its input (one rank) nor a copy that stays (stages 1 and 2).
     return full.clone() if full.data_ptr() == local.data_ptr() else full.view_as(full)
 
@@ -31,13 +33,15 @@ def unshard(local: torch.Tensor, key: str) -> torch.Tensor:
 @unshard.register_fake
 def _(local: torch.Tensor, key: str) -> torch.Tensor:
     spec = lookup(key)
-    return local.new_empty(spec.shape, dtype=spec.compute_dtype)
+    return local.new_empty(spec.full_shape, dtype=spec.compute_dtype)
 
 
 @torch.library.custom_op("dspass::reduce_grad", mutates_args=())
 def reduce_grad(grad: torch.Tensor, key: str) -> torch.Tensor:
     """The mean over ranks of the gradient of parameter ``key``: this rank's rows, in the parameter's precision."""
     spec = lookup(key)
+    if spec.expert_axis is not None and grad.shape[0] != spec.shape[0]:  # of all experts, by unshard
+        grad = spec.engine.reduce_experts(spec, grad) / spec.expert_axis.size
     (local,) = spec.engine.start_reduce([spec], [grad]).wait()
     return local.clone() if local.data_ptr() == grad.data_ptr() else local
 
@@ -57,6 +61,59 @@ def _unshard_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]
 
 
 torch.library.register_autograd("dspass::unshard", _unshard_backward, setup_context=_save)
+
+
+@torch.library.custom_op("dspass::unshard_experts", mutates_args=())
+def unshard_experts(local: torch.Tensor, key: str) -> torch.Tensor:
+    """As :func:`unshard`, of a weight of experts only those of this rank's place on their axis. Its gradient has come from all
+    ranks of that axis, each of which has a loss of its own: it is divided by their number."""
+    spec = lookup(key)
+    (here,) = spec.engine.start_gather([spec], [local]).wait()
+    return here.clone() if here.data_ptr() == local.data_ptr() else here.view_as(here)
+
+
+@unshard_experts.register_fake
+def _(local: torch.Tensor, key: str) -> torch.Tensor:
+    spec = lookup(key)
+    return local.new_empty(spec.shape, dtype=spec.compute_dtype)
+
+
+def _unshard_experts_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+    return torch.ops.dspass.reduce_grad(grad / lookup(ctx.key).divided_over.size, ctx.key), None
+
+
+torch.library.register_autograd("dspass::unshard_experts", _unshard_experts_backward, setup_context=_save)
+
+
+@torch.library.custom_op("dspass::gather_experts", mutates_args=())
+def gather_experts(here: torch.Tensor, key: str) -> torch.Tensor:
+    """All experts' weights, of which ``here`` are those of this rank's place: where they are read otherwise than by products."""
+    spec = lookup(key)
+    return spec.engine.gather_experts(spec, here)
+
+
+@gather_experts.register_fake
+def _(here: torch.Tensor, key: str) -> torch.Tensor:
+    return here.new_empty(lookup(key).full_shape)
+
+
+@torch.library.custom_op("dspass::reduce_experts", mutates_args=())
+def reduce_experts(grad: torch.Tensor, key: str) -> torch.Tensor:
+    """The sum over ranks of gradients of all experts' weights, those of this rank's place."""
+    spec = lookup(key)
+    return spec.engine.reduce_experts(spec, grad)
+
+
+@reduce_experts.register_fake
+def _(grad: torch.Tensor, key: str) -> torch.Tensor:
+    return grad.new_empty(lookup(key).shape)
+
+
+def _gather_experts_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+    return torch.ops.dspass.reduce_experts(grad, ctx.key), None
+
+
+torch.library.register_autograd("dspass::gather_experts", _gather_experts_backward, setup_context=_save)
 
 
 def gather_start(
@@ -105,8 +162,35 @@ def rounding_errors(tensors: list[torch.Tensor], keys: list[str], reset: int | N
     return specs[0].engine.rounding_errors(specs, reset)
 
 
+def counts_start(ends: torch.Tensor, scores: torch.Tensor | None, key: str) -> Exchange:
+    """Begin :func:`dspass.runtime.exchange.exchange_counts`."""
+    spec = lookup(key)
+    return spec.engine.start_counts(spec, ends, scores)
+
+
+def dispatch_start(rows: torch.Tensor, ends: torch.Tensor, arriving: torch.Tensor, key: str) -> Exchange:
+    """Begin :func:`dspass.runtime.exchange.dispatch_rows`."""
+    spec = lookup(key)
+    return spec.engine.start_dispatch(spec, rows, ends, arriving)
+
+
+def combine_start(rows: torch.Tensor, ends: torch.Tensor, arriving: torch.Tensor, size: int, key: str) -> Exchange:
+    """Begin :func:`dspass.runtime.exchange.combine_rows`."""
+    spec = lookup(key)
+    return spec.engine.start_combine(spec, rows, ends, arriving, size)
+
+
+def exchange_wait(exchange: Exchange) -> list[torch.Tensor]:
+    """What the start of an exchange of counts or rows asked for, one tensor."""
+    return exchange.wait()
+
+
 RUNTIME_FUNCTIONS = frozenset(
     {
+        combine_start,
+        counts_start,
+        dispatch_start,
+        exchange_wait,
         gather_start,
         gather_wait,
         keep_in_node,

@@ -489,3 +489,42 @@ def reduce_overflow_of_mixed_placements() -> None:
         return theirs(op_call, (grads, *args[1:]), kwargs)
 
     handlers[operator] = ours
+
+
+def unknown_size(like: torch.Tensor, expected: Any) -> Any:
+    """A size that is known only when the graph runs, of which ``expected`` are likely; for the fake of an operator.
+
+    Dynamo's ``capture_scalar_outputs`` and ``capture_dynamic_output_shape_ops`` say whether a graph that it captures may have
+    such sizes; what is inserted behind it needs neither.
+    """
+    mode = getattr(like, "fake_mode", None)
+    if mode is None or mode.shape_env is None:  # tensors without values and without symbols
+        return expected
+    size = mode.shape_env.create_unbacked_symint()
+    torch._check(size >= 0)
+    return size
+
+
+def is_fake(tensor: torch.Tensor) -> bool:
+    """Whether it has a shape and no values."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(tensor, FakeTensor)
+
+
+def traced(function: Callable[..., Any], values: Sequence[Any]) -> fx.GraphModule:
+    """``function`` in ATen operators that write nothing in place, for fake ``values`` of another trace than the one at hand; no
+    guard comes of it."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch._guards.tracing(None))
+        stack.enter_context(without_fake_mode())
+        stack.enter_context(torch.no_grad())
+        mode = next((v.fake_mode for v in values if is_fake(v)), None)
+        if mode is not None:
+            stack.enter_context(mode)
+            if mode.shape_env is not None:
+                stack.enter_context(mode.shape_env.suppress_guards())
+        bare = [v.detach() if isinstance(v, torch.Tensor) else v for v in values]
+        return make_fx(torch.func.functionalize(function))(*bare)

@@ -26,8 +26,9 @@ from __future__ import annotations
 import itertools
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
@@ -36,8 +37,10 @@ from dspass.runtime import compat
 from dspass.runtime.host_states import HostStates
 from dspass.runtime.params import Over, ParamSpec, register
 from dspass.runtime.program import Probe
+from dspass.runtime.routing import Routing
 from dspass.runtime.stepping import Optimizer
 from dspass.runtime.traffic import (
+    Collective,
     CollectiveKey,
     Direction,
     TrafficCounter,
@@ -46,6 +49,7 @@ from dspass.runtime.traffic import (
     packed_reduce_cost,
     reduce_cost,
     reduction_steps,
+    rows_cost,
 )
 from dspass.runtime.transport import InFlight, transport_for
 
@@ -68,6 +72,8 @@ class Engine:
     model: str = ""
     specs: dict[str, ParamSpec] = field(default_factory=dict)
     traffic: TrafficCounter = field(default_factory=TrafficCounter)
+    #: What routers did in the last step, where experts are divided over ranks.
+    routing: Routing = field(default_factory=Routing)
     no_sync_depth: int = 0
     started: bool = False
     #: Holds buffers as ever and sends nothing: the planner runs a step on fake tensors through it.
@@ -168,6 +174,85 @@ class Engine:
         flight = transport_for(axis, self.dry).all_gather(axis, packed, [axis.size] * len(packed))
         cost = packed_gather_cost(specs, sum(p.nbytes for p in packed), _direction())
         return Exchange(self, flight, self.traffic.add(cost))
+
+    # -- experts ---------------------------------------------------------------------------------------------------
+
+    def start_counts(
+        self, spec: ParamSpec, ends: torch.Tensor, scores: torch.Tensor | None
+    ) -> Exchange:
+        """Begin to tell each rank how many rows come for each of its experts."""
+        axis = spec.divided_over
+        counts = ends.diff(prepend=ends.new_zeros(1)).to(torch.int32).view(axis.size, -1)
+        bad = counts.new_zeros(()) if scores is None else scores.isnan().any().to(torch.int32)
+        told = torch.cat([counts, bad.expand(axis.size, 1)], dim=1)
+        flight = transport_for(axis, self.dry).all_to_all(axis, [told])
+        counted = self.traffic.add(rows_cost(axis, told.nbytes // axis.size * (axis.size - 1), _direction()))
+
+        def arrived(results: list[torch.Tensor]) -> list[torch.Tensor]:
+            (all_told,) = results
+            if not compat.is_fake(all_told):
+                lost = all_told[:, -1].nonzero().flatten().tolist()
+                if lost:
+                    raise RuntimeError(
+                        f"the router of {spec.name} answers NaN on rank {axis.ranks[lost[0]]}: its tokens have no experts. Look "
+                        "for a loss or a gradient that was not finite in the step before (a lower learning rate, "
+                        "gradient_clipping, bf16 in place of fp16)."
+                    )
+                self.routing.arrived(spec, all_told[:, :-1])
+            return [all_told[:, :-1].contiguous()]
+
+        return Exchange(self, flight, counted, arrived)
+
+    def gather_experts(self, spec: ParamSpec, here: torch.Tensor) -> torch.Tensor:
+        """All experts' weights, of those of this rank's place."""
+        axis = spec.divided_over
+        (full,) = transport_for(axis, self.dry).all_gather(axis, [here], [spec.full_shape[0]]).wait()
+        self.traffic.add(Collective("all-gather", _direction(), axis.name, axis.size, here.nbytes * (axis.size - 1)))
+        return full
+
+    def reduce_experts(self, spec: ParamSpec, grad: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks of gradients of all experts' weights, those of this rank's place."""
+        axis = spec.divided_over
+        (here,) = transport_for(axis, self.dry).reduce_scatter(axis, [grad]).wait()
+        self.traffic.add(Collective("reduce-scatter", "backward", axis.name, axis.size, here.nbytes * (axis.size - 1)))
+        return here
+
+    def start_dispatch(
+        self, spec: ParamSpec, rows: torch.Tensor, ends: torch.Tensor, arriving: torch.Tensor
+    ) -> Exchange:
+        """Begin to send rows, in the order of experts, to the ranks that hold them."""
+        return self._start_rows(spec, rows, *self._splits(spec, rows.shape[0], ends, arriving))
+
+    def start_combine(
+        self, spec: ParamSpec, rows: torch.Tensor, ends: torch.Tensor, arriving: torch.Tensor, size: int
+    ) -> Exchange:
+        """Begin to send rows back; ``size`` is how many there were."""
+        sent, received = self._splits(spec, size, ends, arriving)
+        lost = size - sum(sent)
+        exchange = self._start_rows(spec, rows, received, sent)
+        if lost:
+            exchange.then = lambda results: [torch.cat([results[0], results[0].new_zeros((lost, *rows.shape[1:]))])]
+        return exchange
+
+    def _start_rows(
+        self, spec: ParamSpec, rows: torch.Tensor, sent: Sequence[int], received: Sequence[int]
+    ) -> Exchange:
+        axis = spec.divided_over
+        flight = transport_for(axis, self.dry).exchange(axis, rows, sent, received)
+        others = sum(sent) - sent[axis.rank]
+        cost = rows_cost(axis, others * prod(rows.shape[1:]) * rows.dtype.itemsize, _direction())
+        return Exchange(self, flight, self.traffic.add(cost))
+
+    def _splits(
+        self, spec: ParamSpec, size: int, ends: torch.Tensor, arriving: torch.Tensor
+    ) -> tuple[list[int], list[int]]:
+        """How many rows go to each rank and come from each; in a prediction each expert is given as many."""
+        axis = spec.divided_over
+        if compat.is_fake(ends):
+            even = [size // axis.size + (r < size % axis.size) for r in range(axis.size)]
+            return even, even
+        lasts = ends.view(axis.size, -1)[:, -1].tolist()
+        return [b - a for a, b in itertools.pairwise([0, *lasts])], arriving.sum(1).tolist()
 
     # -- reductions ------------------------------------------------------------------------------------------------
 
@@ -336,6 +421,7 @@ class Engine:
     def after_step(self) -> None:
         """A step has ended: its counters become those of the last whole step."""
         self.traffic.end_step()
+        self.routing.end_step()
         self.steps += 1
         now = time.perf_counter()
         # A step that is watched takes longer: it counts only where no other is known.
@@ -347,7 +433,7 @@ class Engine:
 
     def forget(self) -> None:
         """Begin as an engine that has not run yet: no copies, no gradients, no counts, nobody who watches."""
-        self.traffic, self.probe = TrafficCounter(), Probe()
+        self.traffic, self.routing, self.probe = TrafficCounter(), Routing(), Probe()
         self._resident, self._in_node, self._waiting, self._errors = {}, {}, {}, {}
         self._local, self._averaged = set(), set()
         self._run, self._calls, self._within_no_sync, self._last = -1, 0, False, True
@@ -418,20 +504,27 @@ class Gather:
 
 
 class Exchange:
-    """A bucket under way that arrives as the graph wants it: a quantised one in either direction, or one from this node."""
+    """What is under way and arrives as the graph wants it: a quantised bucket in either direction, one from this node, or rows
+    for experts."""
 
-    def __init__(self, engine: Engine, flight: InFlight, counted: CollectiveKey) -> None:
-        self._engine, self._flight, self._counted = engine, flight, counted
+    def __init__(
+        self,
+        engine: Engine,
+        flight: InFlight,
+        counted: CollectiveKey,
+        then: Callable[[list[torch.Tensor]], list[torch.Tensor]] | None = None,
+    ) -> None:
+        self._engine, self._flight, self._counted, self.then = engine, flight, counted, then
 
     def tensors(self) -> list[torch.Tensor]:
         """What is being filled."""
         return self._flight.results
 
     def wait(self) -> list[torch.Tensor]:
-        """Codes and scales, a row of each rank; or whole parameters."""
+        """Codes and scales, a row of each rank; or whole parameters; or rows of experts."""
         arrived = self._flight.wait()
         self._engine.traffic.exposed[self._counted] += self._flight.exposed_seconds
-        return arrived
+        return arrived if self.then is None else self.then(arrived)
 
 
 class Reduction:

@@ -35,6 +35,10 @@ class ParamSpec:
     and, in hybrid sharding, over ``replicate_axis`` as well. ``node_axis``: whole copies are divided a second time over
     the ranks of a node, a part of ``shard_axis``, for the backward's gathers; ``across_axis`` are the ranks of the same place
     in all nodes. ``on_host``: its shard waits on the host, with its gradient and its optimiser's states.
+
+    Weights of experts that are divided over ranks have an ``expert_axis`` (:mod:`dspass.passes.divide_experts`). Then ``shape``
+    is that of the experts of this rank's place on it, ``shard_axis`` the ranks that share that place, and what is said of a whole
+    parameter holds of those experts; :attr:`full_shape` is that of all.
     """
 
     key: str
@@ -51,6 +55,7 @@ class ParamSpec:
     on_host: bool = False
     node_axis: Axis | None = None
     across_axis: Axis | None = None
+    expert_axis: Axis | None = None
     param: Callable[[], torch.nn.Parameter | None] = field(default=lambda: None)
 
     def axis(self, over: Over) -> Axis:
@@ -58,6 +63,17 @@ class ParamSpec:
         found = {None: self.shard_axis, "node": self.node_axis, "across": self.across_axis}[over]
         assert found is not None, f"{self.name} is not divided over {over or 'any axis'}"
         return found
+
+    @property
+    def divided_over(self) -> Axis:
+        """The axis that experts are divided over, of a weight of experts."""
+        assert self.expert_axis is not None, f"{self.name} is no weight of experts that are divided"
+        return self.expert_axis
+
+    @property
+    def full_shape(self) -> tuple[int, ...]:
+        """Of the parameter as the model has it."""
+        return self.shape if self.expert_axis is None else (self.shape[0] * self.expert_axis.size, *self.shape[1:])
 
     @property
     def local_shape(self) -> tuple[int, ...]:

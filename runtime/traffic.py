@@ -66,6 +66,11 @@ def packed_reduce_cost(specs: Sequence[ParamSpec], sent: int, over: Over = None)
     return Collective("all-to-all", "backward", axis.name, axis.size, sent * (axis.size - 1) // axis.size)
 
 
+def rows_cost(axis: Axis, sent: int, direction: Direction) -> Collective:
+    """An all-to-all of rows to experts or back, of which this rank sends ``sent`` bytes to others."""
+    return Collective("all-to-all", direction, axis.name, axis.size, sent)
+
+
 def reduction_steps(specs: Sequence[ParamSpec]) -> list[tuple[Axis, Kind, int]]:
     """Axis, kind and bytes of the buffer of each step that reduces a bucket."""
     steps: list[tuple[Axis, Kind, int]] = []

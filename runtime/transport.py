@@ -71,6 +71,11 @@ class Transport(ABC):
     def all_to_all(self, axis: Axis, tensors: Sequence[torch.Tensor]) -> InFlight:
         """Row ``r`` of each tensor goes to rank ``r``; row ``r`` of a result came from there. One row a rank."""
 
+    @abstractmethod
+    def exchange(self, axis: Axis, rows: torch.Tensor, sent: Sequence[int], received: Sequence[int]) -> InFlight:
+        """The first ``sent[0]`` of ``rows`` go to rank 0, the next ``sent[1]`` to rank 1; ``received`` are the counts that come,
+        in the same order. Ranks may send and receive none."""
+
     def all_reduce(self, axis: Axis, tensors: Sequence[torch.Tensor]) -> InFlight:
         """The sum over ranks. Tensors of one call travel as one flat buffer, and the results are its views."""
         if len(tensors) == 1:
@@ -157,6 +162,16 @@ class PointToPoint(Transport):
         return InFlight(works, results, keep=keep)
 
 
+    def exchange(self, axis: Axis, rows: torch.Tensor, sent: Sequence[int], received: Sequence[int]) -> InFlight:
+        rows = rows.contiguous()
+        result = rows.new_empty((sum(received), *rows.shape[1:]))
+        leaving, arriving = rows[: sum(sent)].split(list(sent)), result.split(list(received))
+        arriving[axis.rank].copy_(leaving[axis.rank])
+        works = [self._receive(arriving[p], axis, p) for p in _others(axis) if arriving[p].numel()]
+        works += [self._send(leaving[p], axis, p) for p in _others(axis) if leaving[p].numel()]
+        return InFlight(works, [result], keep=[rows])
+
+
 class Coalesced(Transport):
     def all_gather(self, axis: Axis, shards: Sequence[torch.Tensor], rows: Sequence[int]) -> InFlight:
         padded, outputs = [], []
@@ -186,8 +201,14 @@ class Coalesced(Transport):
         works = [self._exchange(result, tensor, axis) for result, tensor in zip(results, sent, strict=True)]
         return InFlight(works, results, keep=sent)
 
-    def _exchange(self, result: torch.Tensor, tensor: torch.Tensor, axis: Axis) -> Any:
-        return dist.all_to_all_single(result, tensor, group=axis.group, async_op=True)
+    def exchange(self, axis: Axis, rows: torch.Tensor, sent: Sequence[int], received: Sequence[int]) -> InFlight:
+        leaving = rows.contiguous()[: sum(sent)]
+        result = rows.new_empty((sum(received), *rows.shape[1:]))
+        work = self._exchange(result, leaving, axis, list(received), list(sent))
+        return InFlight([work], [result], keep=[leaving])
+
+    def _exchange(self, result: torch.Tensor, tensor: torch.Tensor, axis: Axis, *splits: list[int]) -> Any:
+        return dist.all_to_all_single(result, tensor, *splits, group=axis.group, async_op=True)
 
     def _launch(
         self,
@@ -234,7 +255,7 @@ class DryCoalesced(Coalesced):
     ) -> list[Any]:
         return []
 
-    def _exchange(self, result: torch.Tensor, tensor: torch.Tensor, axis: Axis) -> Any:
+    def _exchange(self, result: torch.Tensor, tensor: torch.Tensor, axis: Axis, *splits: list[int]) -> Any:
         return _Done()
 
     def _sum(self, flat: torch.Tensor, axis: Axis) -> Any:

@@ -1,0 +1,113 @@
+"""Which parameters are weights of experts, and where they lie when experts are divided over ranks.
+
+The one-line way knows them from the graph that it captured, and takes those that other modules of the same class hold under the
+same name with them: another graph may read them, behind a graph break. :func:`dspass.shard` has no graph yet and goes by shapes
+(:func:`likely_weights`); what turns out to be something else is gathered from all ranks where it is read, which is right, and
+costs what ZeRO-3 costs.
+
+Ranks are divided as DeepSpeed does: ``autoep_size`` consecutive ones hold the experts of a layer between them, so that tokens
+travel inside of a node where it has as many; ranks of one place in each such group have the same experts, and divide those
+further as the stage says. Where one group has all ranks, weights lie as ZeRO has them: rows of the first dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import gcd
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Replicate, Shard
+
+from dspass.config import Config, ConfigError
+from dspass.passes.experts import find_experts
+from dspass.runtime import compat
+from dspass.runtime.axis import Axis, axis_of
+from dspass.runtime.params import Layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertMesh:
+    """``mesh`` of expert axis and, where ranks share experts, data axis; ``axis`` is the first, ``shard_axis`` the second."""
+
+    mesh: DeviceMesh
+    axis: Axis
+    shard_axis: Axis | None
+
+    @classmethod
+    def over(cls, data: DeviceMesh, config: Config, weights: Mapping[str, torch.Tensor]) -> ExpertMesh:
+        """Raises ``ConfigError`` where ranks cannot be divided so, or experts not over them."""
+        world = data.size()
+        size = config.expert_parallel.autoep_size
+        if size is None:
+            size = gcd(world, *(w.shape[0] for w in weights.values()))
+        key = "expert_parallel.autoep_size"
+        if world % size:
+            raise ConfigError(key, f"{size} does not divide the {world} ranks.", f"Use one of {_divisors(world)}.")
+        for name, weight in weights.items():
+            if weight.shape[0] % size:
+                raise ConfigError(
+                    key,
+                    f"{size} does not divide the {weight.shape[0]} experts of {name}.",
+                    f"Use one of {_divisors(gcd(world, weight.shape[0]))}.",
+                )
+        if size == world:
+            return cls(mesh=data, axis=axis_of("expert", data, 0), shard_axis=None)
+        with compat.without_fake_mode():
+            ranks = torch.arange(world).view(world // size, size).t().contiguous()
+            mesh = DeviceMesh(data.device_type, ranks, mesh_dim_names=("expert", "expert_data"))
+        return cls(mesh=mesh, axis=axis_of("expert", mesh, 0), shard_axis=axis_of("expert_data", mesh, 1))
+
+    def layout(self, config: Config) -> Layout:
+        """How ranks with the same experts hold them."""
+        return "replicate" if self.shard_axis is None or config.zero.stage == 0 else "shard"
+
+    def placements(self, layout: Layout) -> list[Any]:
+        """Of the whole parameter on :attr:`mesh`."""
+        if self.shard_axis is None:
+            return [Shard(0)]
+        return [Shard(0), Shard(0) if layout == "shard" else Replicate()]
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def weights_in(graph: fx.Graph, inputs: Sequence[Any]) -> list[int]:
+    """Which of a captured graph's ``inputs`` are weights of experts."""
+    placeholders = graph.find_nodes(op="placeholder")
+    params = {n for n, value in zip(placeholders, inputs, strict=True) if isinstance(value, nn.Parameter)}
+    layers, _ = find_experts(graph, params.__contains__)
+    found = {source for layer in layers for source in layer.weights.values()}
+    return [i for i, node in enumerate(placeholders) if node in found]
+
+
+def alike(root: nn.Module | None, weights: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """``weights`` and what other modules of their modules' classes hold under the same names."""
+    found = {id(w): w for w in weights}
+    if root is None or not found:
+        return list(found.values())
+    kinds = {(type(m), name) for m in root.modules() for name, p in m._parameters.items() if id(p) in found}
+    for module in root.modules():
+        for name, param in module._parameters.items():
+            if param is not None and (type(module), name) in kinds:
+                found[id(param)] = param
+    return list(found.values())
+
+
+def likely_weights(root: nn.Module) -> list[torch.Tensor]:
+    """By shape: matrices stacked along a first dimension, two or more of as many in one module that is not torch's own."""
+    found: dict[int, torch.Tensor] = {}
+    for module in root.modules():
+        if type(module).__module__.startswith("torch.nn"):
+            continue
+        stacks = [p for p in module._parameters.values() if p is not None and p.dim() == 3 and p.is_floating_point()]
+        for size in {p.shape[0] for p in stacks}:
+            same = [p for p in stacks if p.shape[0] == size]
+            if size > 1 and len(same) > 1:
+                found |= {id(p): p for p in same}
+    return list(found.values())

@@ -1,0 +1,45 @@
+"""Expert parallelism's exchanges as starts and waits."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch.fx as fx
+
+from dspass.passes.base import Pass, PassContext
+from dspass.passes.nodes import combine_start, counts_start, dispatch_start, exchange_wait
+from dspass.runtime.exchange import COMBINE, COUNTS, DISPATCH
+
+#: Of each marker what begins it, and which of its arguments that takes.
+_STARTS: dict[Any, tuple[Callable[..., Any], tuple[int, ...]]] = {
+    COUNTS: (counts_start, (0, 1, 2)),
+    DISPATCH: (dispatch_start, (0, 1, 2, 4)),
+    COMBINE: (combine_start, (0, 1, 2, 3, 4)),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExchangeRows(Pass):
+    """``exchange_counts``, ``dispatch_rows`` and ``combine_rows`` become a start, a wait and its item, where they stand."""
+
+    name: ClassVar[str] = "exchange_rows"
+
+    def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
+        markers = [n for n in graph.nodes if n.op == "call_function" and n.target in _STARTS]
+        for marker in markers:
+            begin, places = _STARTS[marker.target]
+            value = marker.meta["val"]
+            with graph.inserting_before(marker):
+                start = graph.call_function(begin, tuple(marker.args[i] for i in places))
+                wait = graph.call_function(exchange_wait, (start,))
+                item = graph.call_function(operator.getitem, (wait, 0))
+            start.meta["val"] = wait.meta["val"] = [value]
+            item.meta.update(marker.meta)
+            marker.replace_all_uses_with(item)
+            graph.erase_node(marker)
+        rows = sum(m.target is not COUNTS for m in markers)
+        ctx.say(f"{rows} all-to-alls of rows" if markers else "no rows go to experts on other ranks")
+        return graph

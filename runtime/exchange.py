@@ -1,0 +1,162 @@
+"""Tokens to the ranks that hold their experts, and back: the all-to-alls of expert parallelism.
+
+A grouped product takes rows in the order of experts, and rank ``r`` of ``N`` holds experts ``r * L`` to ``(r + 1) * L``, so
+rows in that order are also in the order of the ranks that they go to. What a pass inserts around the products of a layer
+(:mod:`dspass.passes.divide_experts`) is therefore only
+
+- :func:`exchange_counts`: from where each expert's rows end, how many arrive from each rank for each expert here;
+- :func:`dispatch_rows`: the rows themselves, each rank's one after another as they arrive;
+- :func:`arrival_positions`: where each of them stands in the order of experts (``spread_experts`` takes them there, and
+  ``unpermute_experts`` back);
+- :func:`combine_rows`: what the experts made of them, to where they came from.
+
+The last is the second's adjoint, so the backward has its own two (Lepikhin et al., GShard, 2020; dropless as in Gale et al.,
+MegaBlocks, 2023). Every rank may have another number of tokens, none too. How many rows arrive is known only when the counts
+have: the size is an unbacked symbol of the graph, made here and not by ``item()``, which Dynamo allows with
+``capture_scalar_outputs`` alone. A router that answers NaN says so in its counts, and every rank raises.
+
+Markers stand in the graph while it is differentiated; :mod:`dspass.passes.exchange_rows` makes a start and a wait of each.
+
+Dropped: rows padded to what each expert may hold at most, which needs no sizes, and sends and computes zeros: with the balance
+of a router that is not yet trained two to four times as many rows. Dropped: one all-gather of all tokens and a reduce-scatter
+of results, as tensor parallel servers do: N/k times the bytes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from dspass.runtime import compat
+from dspass.runtime.operators import differentiable, operator
+from dspass.runtime.params import lookup
+
+# -- counts --------------------------------------------------------------------------------------------------------------
+
+
+def _counts_fake(ends: torch.Tensor, scores: torch.Tensor | None, key: str) -> torch.Tensor:
+    ranks = lookup(key).divided_over.size
+    return ends.new_empty((ranks, ends.shape[0] // ranks), dtype=torch.int32)
+
+
+@operator("exchange_counts(Tensor ends, Tensor? scores, str key) -> Tensor", fake=_counts_fake)
+def exchange_counts(ends: torch.Tensor, scores: torch.Tensor | None, key: str) -> torch.Tensor:
+    """``int32[ranks, experts here]``: the rows that each rank has for each expert here. ``ends[experts]``: the row behind each
+    expert's last on this rank. ``scores``, the router's, are looked through for NaN. ``key``: a weight of the experts.
+
+    Raises ``RuntimeError`` on all ranks where one has NaN among its scores.
+    """
+    spec = lookup(key)
+    (arriving,) = spec.engine.start_counts(spec, ends, scores).wait()
+    return arriving
+
+
+# -- rows ----------------------------------------------------------------------------------------------------------------
+
+
+def _dispatch_fake(
+    rows: torch.Tensor, ends: torch.Tensor, arriving: torch.Tensor, received: Any, key: str
+) -> torch.Tensor:
+    if received is None:
+        received = expected_rows(rows, key)
+    return rows.new_empty((received, *rows.shape[1:]))
+
+
+def expected_rows(rows: torch.Tensor, key: str) -> Any:
+    """How many rows arrive where ``rows`` are sent: a symbol, or in a prediction as many as are sent."""
+    if lookup(key).engine.target is not None:
+        return rows.shape[0]
+    return compat.unknown_size(rows, rows.shape[0])
+
+
+@operator(
+    "dispatch_rows(Tensor rows, Tensor ends, Tensor arriving, SymInt? received, str key) -> Tensor", fake=_dispatch_fake
+)
+def dispatch_rows(
+    rows: torch.Tensor, ends: torch.Tensor, arriving: torch.Tensor, received: int | None, key: str
+) -> torch.Tensor:
+    """Of ``rows[rows, ...]``, in the order of all experts, those of the experts here from all ranks: ``[arriving.sum(), ...]``,
+    those of rank 0 first. Rows behind the last end go nowhere. ``received`` is the sum where it is known."""
+    spec = lookup(key)
+    (arrived,) = spec.engine.start_dispatch(spec, rows, ends, arriving).wait()
+    return arrived
+
+
+def _combine_fake(rows: torch.Tensor, ends: torch.Tensor, arriving: torch.Tensor, size: Any, key: str) -> torch.Tensor:
+    return rows.new_empty((size, *rows.shape[1:]))
+
+
+@operator(
+    "combine_rows(Tensor rows, Tensor ends, Tensor arriving, SymInt size, str key) -> Tensor", fake=_combine_fake
+)
+def combine_rows(
+    rows: torch.Tensor, ends: torch.Tensor, arriving: torch.Tensor, size: int, key: str
+) -> torch.Tensor:
+    """The way back: ``[size, ...]``, rows where :func:`dispatch_rows` took them, and zeros behind the last end."""
+    spec = lookup(key)
+    (arrived,) = spec.engine.start_combine(spec, rows, ends, arriving, size).wait()
+    return arrived
+
+
+def _keep_dispatch(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    rows, ends, arriving, _, ctx.key = inputs
+    ctx.size = rows.shape[0]
+    ctx.save_for_backward(ends, arriving)
+
+
+def _dispatch_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
+    ends, arriving = ctx.saved_tensors
+    return torch.ops.dspass.combine_rows(grad, ends, arriving, ctx.size, ctx.key), None, None, None, None
+
+
+def _keep_combine(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    rows, ends, arriving, _, ctx.key = inputs
+    ctx.received = rows.shape[0]
+    ctx.save_for_backward(ends, arriving)
+
+
+def _combine_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
+    ends, arriving = ctx.saved_tensors
+    return torch.ops.dspass.dispatch_rows(grad, ends, arriving, ctx.received, ctx.key), None, None, None, None
+
+
+differentiable("dispatch_rows", backward=_dispatch_backward, keep=_keep_dispatch)
+differentiable("combine_rows", backward=_combine_backward, keep=_keep_combine)
+
+
+# -- the order of experts ------------------------------------------------------------------------------------------------
+
+
+@operator(
+    "arrival_positions(Tensor arriving, SymInt rows) -> Tensor",
+    fake=lambda arriving, rows: arriving.new_empty((rows, 1), dtype=torch.int32),
+)
+def arrival_positions(arriving: torch.Tensor, rows: int) -> torch.Tensor:
+    """``int32[rows, 1]``: where each row that arrived, ``arriving[ranks, experts]`` of them, stands in the order of experts, and
+    with one expert in the order of ranks: positions as ``permute_experts`` answers them."""
+    numbers = torch.arange(rows, dtype=torch.int32, device=arriving.device)
+    counts = arriving.reshape(-1)
+    arrived = counts.cumsum(0, dtype=torch.int32)
+    by_expert = arriving.t().reshape(-1)
+    starts = (by_expert.cumsum(0, dtype=torch.int32) - by_expert).view(arriving.shape[1], arriving.shape[0])
+    shift = starts.t().reshape(-1) - (arrived - counts)
+    group = torch.bucketize(numbers, arrived, right=True)
+    return (numbers + shift[group])[:, None]
+
+
+@operator(
+    "experts_of_rows(Tensor ends, SymInt rows, int first) -> Tensor",
+    fake=lambda ends, rows, first: ends.new_empty((rows,), dtype=torch.int64),
+)
+def experts_of_rows(ends: torch.Tensor, rows: int, first: int) -> torch.Tensor:
+    """``int64[rows]``: the expert of each row, in the order of experts that ``end`` at ``int32[experts]``; the first is called
+    ``first``."""
+    numbers = torch.arange(rows, dtype=ends.dtype, device=ends.device)
+    return torch.bucketize(numbers, ends, right=True) + first
+
+
+#: What stands in a graph.
+COUNTS = torch.ops.dspass.exchange_counts.default
+DISPATCH = torch.ops.dspass.dispatch_rows.default
+COMBINE = torch.ops.dspass.combine_rows.default
