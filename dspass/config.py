@@ -305,6 +305,10 @@ KEYS: tuple[Key, ...] = (
     _act("dspass.report", "report", "text", None, "path",
          "Rank 0 writes the report to this .html or .json file at exit. May differ from rank to rank.",
          local=True),
+    _section("dspass.experts"),
+    _act("dspass.experts.global_aux_loss", "global_aux_loss", "flag", False, "",
+         "A router's auxiliary loss weighs each expert by the tokens of all ranks, as if their batches were one. Otherwise "
+         "each rank has that of its own tokens, and they are averaged. With ranks' parameters sharded, or experts divided."),
     _section("dspass.quantise"),
     _act("dspass.quantise.weights", "weights", "text", None, "",
          "What parameters are gathered as: a format of blocks with one fp32 scale each. Absent: whole, or `int8` with "
@@ -645,6 +649,7 @@ _NESTED = {
     "zero_optimization": "zero",
     "dspass": "dspass",
     "expert_parallel": "expert_parallel",
+    "dspass.experts": "experts",
     "dspass.quantise": "quantise",
     "dspass.quantise.layers": "own_layers",
     "weight_quantization.quantized_initialization": "quantized_initialization",
@@ -830,6 +835,17 @@ class ExpertParallelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExpertsConfig:
+    """``dspass.experts``: how experts that are divided over ranks are served."""
+
+    global_aux_loss: bool = False
+    """Whether an auxiliary loss is of all ranks' tokens."""
+
+    def __post_init__(self) -> None:
+        _check_fields(self, "dspass.experts")
+
+
+@dataclass(frozen=True, kw_only=True)
 class QuantizedInitialization:
     """``weight_quantization.quantized_initialization``: the same as DeepSpeed says it."""
 
@@ -846,7 +862,9 @@ class QuantizedInitialization:
         section = "weight_quantization.quantized_initialization"
         _check_fields(self, section)
         if self.num_bits not in (None, 4, 8):
-            raise ConfigError(f"{section}.num_bits", f"there is no integer format of {self.num_bits} bits.", "Write 8 or 4.")
+            raise ConfigError(
+                f"{section}.num_bits", f"there is no integer format of {self.num_bits} bits.", "Write 8 or 4."
+            )
         if self.group_dim != 1:
             raise ConfigError(f"{section}.group_dim", "groups of rows cannot be.", "Write 1, groups of columns.")
         if not self.symmetric:
@@ -893,6 +911,8 @@ class Config:
     """``dspass.quantise``."""
     expert_parallel: ExpertParallelConfig = field(default_factory=ExpertParallelConfig)
     """``expert_parallel``."""
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
+    """``dspass.experts``."""
     own_layers: LayersConfig = field(default_factory=LayersConfig)
     """``dspass.quantise.layers``; see :attr:`layers`."""
     quantized_initialization: QuantizedInitialization = field(default_factory=QuantizedInitialization)
@@ -928,7 +948,9 @@ class Config:
                 "zero_optimization.offload_param.device": self.offload_param == "cpu",
             }.items():
                 if asked:
-                    raise ConfigError(key, "it does not go together with expert_parallel yet.", "Remove one of the two.")
+                    raise ConfigError(
+                        key, "it does not go together with expert_parallel yet.", "Remove one of the two."
+                    )
         if self.bf16 and self.fp16:
             raise ConfigError("fp16.enabled", "fp16 and bf16 are both enabled.", "Set one of them to false.")
 
@@ -991,6 +1013,7 @@ class Config:
         )
         config = cls(zero=ZeroConfig(**held["zero_optimization"]), dspass=DspassConfig(**held["dspass"]),
                      quantise=QuantiseConfig(**held["dspass.quantise"]),
+                     experts=ExpertsConfig(**held["dspass.experts"]),
                      expert_parallel=ExpertParallelConfig(**held["expert_parallel"]),
                      own_layers=LayersConfig(**held["dspass.quantise.layers"]),
                      quantized_initialization=QuantizedInitialization(

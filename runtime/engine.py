@@ -177,9 +177,7 @@ class Engine:
 
     # -- experts ---------------------------------------------------------------------------------------------------
 
-    def start_counts(
-        self, spec: ParamSpec, ends: torch.Tensor, scores: torch.Tensor | None
-    ) -> Exchange:
+    def start_counts(self, spec: ParamSpec, ends: torch.Tensor, scores: torch.Tensor | None) -> Exchange:
         """Begin to tell each rank how many rows come for each of its experts."""
         axis = spec.divided_over
         counts = ends.diff(prepend=ends.new_zeros(1)).to(torch.int32).view(axis.size, -1)
@@ -194,14 +192,23 @@ class Engine:
                 lost = all_told[:, -1].nonzero().flatten().tolist()
                 if lost:
                     raise RuntimeError(
-                        f"the router of {spec.name} answers NaN on rank {axis.ranks[lost[0]]}: its tokens have no experts. Look "
-                        "for a loss or a gradient that was not finite in the step before (a lower learning rate, "
+                        f"the router of {spec.name} answers NaN on rank {axis.ranks[lost[0]]}: its tokens have no experts. "
+                        "Look for a loss or a gradient that was not finite in the step before (a lower learning rate, "
                         "gradient_clipping, bf16 in place of fp16)."
                     )
                 self.routing.arrived(spec, all_told[:, :-1])
             return [all_told[:, :-1].contiguous()]
 
         return Exchange(self, flight, counted, arrived)
+
+    def start_mean(self, spec: ParamSpec, values: torch.Tensor) -> Exchange:
+        """Begin to average small values over the data axis."""
+        axis = spec.shard_axis
+        assert axis is not None, f"{spec.name} is not on the data axis"
+        flight = transport_for(axis, self.dry).all_reduce(axis, [values])
+        sent = 2 * values.nbytes * (axis.size - 1) // axis.size
+        counted = self.traffic.add(Collective("all-reduce", _direction(), axis.name, axis.size, sent))
+        return Exchange(self, flight, counted, lambda sums: [sums[0] / axis.size])
 
     def gather_experts(self, spec: ParamSpec, here: torch.Tensor) -> torch.Tensor:
         """All experts' weights, of those of this rank's place."""

@@ -87,12 +87,8 @@ def _combine_fake(rows: torch.Tensor, ends: torch.Tensor, arriving: torch.Tensor
     return rows.new_empty((size, *rows.shape[1:]))
 
 
-@operator(
-    "combine_rows(Tensor rows, Tensor ends, Tensor arriving, SymInt size, str key) -> Tensor", fake=_combine_fake
-)
-def combine_rows(
-    rows: torch.Tensor, ends: torch.Tensor, arriving: torch.Tensor, size: int, key: str
-) -> torch.Tensor:
+@operator("combine_rows(Tensor rows, Tensor ends, Tensor arriving, SymInt size, str key) -> Tensor", fake=_combine_fake)
+def combine_rows(rows: torch.Tensor, ends: torch.Tensor, arriving: torch.Tensor, size: int, key: str) -> torch.Tensor:
     """The way back: ``[size, ...]``, rows where :func:`dispatch_rows` took them, and zeros behind the last end."""
     spec = lookup(key)
     (arrived,) = spec.engine.start_combine(spec, rows, ends, arriving, size).wait()
@@ -133,8 +129,8 @@ differentiable("combine_rows", backward=_combine_backward, keep=_keep_combine)
     fake=lambda arriving, rows: arriving.new_empty((rows, 1), dtype=torch.int32),
 )
 def arrival_positions(arriving: torch.Tensor, rows: int) -> torch.Tensor:
-    """``int32[rows, 1]``: where each row that arrived, ``arriving[ranks, experts]`` of them, stands in the order of experts, and
-    with one expert in the order of ranks: positions as ``permute_experts`` answers them."""
+    """``int32[rows, 1]``: where each row that arrived, ``arriving[ranks, experts]`` of them, stands in the order of experts,
+    and with one expert in the order of ranks: positions as ``permute_experts`` answers them."""
     numbers = torch.arange(rows, dtype=torch.int32, device=arriving.device)
     counts = arriving.reshape(-1)
     arrived = counts.cumsum(0, dtype=torch.int32)
@@ -156,7 +152,19 @@ def experts_of_rows(ends: torch.Tensor, rows: int, first: int) -> torch.Tensor:
     return torch.bucketize(numbers, ends, right=True) + first
 
 
+# -- shares of tokens ----------------------------------------------------------------------------------------------------
+
+
+@operator("mean_over_ranks(Tensor values, str key) -> Tensor", fake=lambda values, key: torch.empty_like(values))
+def mean_over_ranks(values: torch.Tensor, key: str) -> torch.Tensor:
+    """The mean of ``values`` over the ranks of parameter ``key``'s data axis; it has no gradient."""
+    spec = lookup(key)
+    (mean,) = spec.engine.start_mean(spec, values).wait()
+    return mean
+
+
 #: What stands in a graph.
 COUNTS = torch.ops.dspass.exchange_counts.default
 DISPATCH = torch.ops.dspass.dispatch_rows.default
 COMBINE = torch.ops.dspass.combine_rows.default
+MEAN = torch.ops.dspass.mean_over_ranks.default
