@@ -32,6 +32,7 @@ from dspass.compilation import Compilation, compile_graph
 from dspass.config import Config
 from dspass.engines import new_engine
 from dspass.explain import report_at_exit
+from dspass.fake_quantising import choose, round_layers
 from dspass.owners import Heap
 from dspass.pipeline import build
 from dspass.runtime import compat, kernels
@@ -70,9 +71,19 @@ def deepspeed(
     root = _root(heap, params)
     if root is not None:
         refuse_wrapped(root)
+    chosen = None
+    if config.trains_rounded and params:
+        if root is None:
+            log.warning(
+                "compression_training has no effect: a function was compiled, and not a module whose layers have names."
+            )
+        else:
+            chosen = choose(root, config)  # refuses what cannot be, before anything is shared or sharded
     cast_inputs(gm, config)
     if root is None and config.layers.format is not None and params:
-        log.warning("dspass.quantise.layers has no effect: a function was compiled, and not a module whose layers have names.")
+        log.warning(
+            "dspass.quantise.layers has no effect: a function was compiled, and not a module whose layers have names."
+        )
     if root is not None and config.layers.format is not None and not stored_of(root):
         refuse_to_freeze(root)
         compat.allow_compilations(1)  # this one, which runs once
@@ -82,6 +93,8 @@ def deepspeed(
         return torch._dynamo.disable(_FirstCall(gm, params, root, config), reason="runs once, before sharding")
     if stage:
         engine = _engine_of(heap, params) or Engine(stage=stage, accumulation_steps=config.gradient_accumulation_steps)
+        if chosen is not None:
+            round_layers(gm, {}, chosen, engine)
         return compile_graph(gm, example_inputs, engine, config, passes)
     engine = new_engine(root, config)
     if not engine.compilations:
@@ -89,6 +102,8 @@ def deepspeed(
     specs = _plain_specs(engine, root, params, config)
     engine.deferred |= compat.in_resumed_frame() or _used_outside(heap, root, params)
     mark_plain(gm, example_inputs, specs)
+    if chosen is not None:
+        round_layers(gm, {}, chosen, engine)
     run = compile_graph(gm, example_inputs, engine, config, passes)
     return torch._dynamo.disable(_Stage0(run, engine, root, config, params), reason="agrees with other ranks first")
 
@@ -132,15 +147,18 @@ class _FirstCall:
             specs = place(engine, heap, todo, self.config, mesh)
         begin(engine, self.root, self.config)
         whole = []
-        for value in inputs:
+        keys: dict[fx.Node, str] = {}
+        for node, value in zip(self.gm.graph.find_nodes(op="placeholder"), inputs, strict=True):
             spec = specs.get(id(value))
             if spec is not None:
                 new: Any = spec.param()
-                value = torch.ops.dspass.unshard(new.to_local(), spec.key)
+                keys[node], value = spec.key, torch.ops.dspass.unshard(new.to_local(), spec.key)
             elif isinstance(value, DTensor):
                 (key,) = [s.key for s in engine.specs.values() if s.param() is value]
-                value = torch.ops.dspass.unshard(value.to_local(), key)
+                keys[node], value = key, torch.ops.dspass.unshard(value.to_local(), key)
             whole.append(value)
+        if self.root is not None and self.config.trains_rounded:
+            round_layers(self.gm, keys, choose(self.root, self.config), engine)
         return self.gm(*whole)
 
 
@@ -224,9 +242,9 @@ def _used_outside(heap: Heap, root: nn.Module | None, params: Sequence[nn.Parame
 def _plain_specs(
     engine: Engine, root: nn.Module | None, params: Sequence[nn.Parameter], config: Config
 ) -> dict[int, ParamSpec]:
-    """Specs of whole parameters that are reduced or cast; none where neither is the case."""
+    """Specs of whole parameters that are reduced, cast or rounded; none where nothing of it is the case."""
     grouped = dist.is_initialized() and dist.get_world_size() > 1
-    if not grouped and not config.bf16 and not config.fp16:
+    if not grouped and not config.bf16 and not config.fp16 and not config.trains_rounded:
         return {}
     axis = axes_of(mesh_for(config, params[0].device.type))[0] if grouped and params else None
     names = {id(p): n for n, p in root.named_parameters()} if root is not None else {}
