@@ -365,10 +365,11 @@ KEYS: tuple[Key, ...] = (
     _section(_WEIGHTS),
     _section(f"{_WEIGHTS}.shared_parameters"),
     _act(f"{_WEIGHTS}.shared_parameters.enabled", "enabled", "flag", False, "",
-         "Quantisation-aware training: the weight of a layer among the groups is rounded to few bits wherever a graph reads it, "
-         "and its gradient is that of the rounded one. What the optimiser steps keeps its precision."),
+         "Quantisation-aware training: weights of layers among the groups are rounded to few bits wherever a graph reads them, "
+         "and their gradient is that of the rounded ones. What the optimiser steps keeps its precision."),
     _act(f"{_WEIGHTS}.shared_parameters.schedule_offset", "schedule_offset", "count", 0, "steps",
-         "Optimiser steps before the first rounding. They are counted from the start of the process.", low=0),
+         "Optimiser steps before the first rounding, counted from the start of the process, or on from `dspass.resume_at`.",
+         low=0),
     _act(f"{_WEIGHTS}.shared_parameters.quantize_groups", "quantize_groups", "count", None, "groups",
          "Scales of a weight, which divide its values in their order; DeepSpeed's default is 1. Absent: one scale an output "
          "channel, as `dspass.quantise` stores it, and one a row of an embedding.", low=1),
@@ -932,6 +933,7 @@ class RoundedActivations:
     """``different_groups``."""
 
     section: ClassVar[str] = _ACTIVATIONS
+    """Where it stands."""
 
     def __post_init__(self) -> None:
         _check_fields(self, self.section)
@@ -954,6 +956,7 @@ class RoundedWeights(RoundedActivations):
     """Scales of a weight; None: one an output channel."""
 
     section: ClassVar[str] = _WEIGHTS
+    """Where it stands."""
 
 
 @dataclass(frozen=True, kw_only=True)
