@@ -94,11 +94,14 @@ def _weights(root: nn.Module, config: Config) -> Iterator[tuple[int, Rounding]]:
             target_bits=group.target_bits,
             period=group.period,
         )
-        symmetric, channels = section.quantization_type == "symmetric", 1 if is_conv1d(module) else 0
-        yield (
-            id(weight),
-            Rounding(name=f"{name}.weight", schedule=schedule, symmetric=symmetric, scales=scales, channels=channels),
+        how = Rounding(
+            name=f"{name}.weight".lstrip("."),
+            schedule=schedule,
+            symmetric=section.quantization_type == "symmetric",
+            scales=scales,
+            channels=1 if is_conv1d(module) else 0,
         )
+        yield id(weight), how
 
 
 def _inputs(root: nn.Module, config: Config) -> Iterator[tuple[int, Rounding]]:
@@ -187,13 +190,17 @@ def _markers(graph: fx.Graph) -> dict[fx.Node, str]:
 
 
 def _bodies(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.GraphModule]]:
-    """Calls of graphs that stand in this one, as those of ``torch.utils.checkpoint``, which are given what these read."""
-    for node in gm.graph.nodes:
-        first = node.args[0] if node.op == "call_function" and node.args else None
-        if isinstance(first, fx.Node) and first.op == "get_attr":
-            body = getattr(gm, str(first.target), None)
-            if isinstance(body, fx.GraphModule) and len(body.graph.find_nodes(op="placeholder")) == len(node.args) - 1:
-                yield node, body
+    """Calls of graphs that stand in this one, as those of ``torch.utils.checkpoint``, which are given what these read. One that
+    is called twice reads what is rounded outside."""
+    calls: dict[str, list[fx.Node]] = {}
+    for node in gm.graph.find_nodes(op="get_attr"):
+        calls.setdefault(str(node.target), []).extend(node.users)
+    for name, users in calls.items():
+        body = getattr(gm, name, None)
+        if isinstance(body, fx.GraphModule) and len(users) == 1:
+            (call,) = users
+            if len(body.graph.find_nodes(op="placeholder")) == len(call.args) - 1:
+                yield call, body
 
 
 def _round_inputs(graph: fx.Graph, weight: fx.Node, key: str, how: Rounding, engine: Engine) -> None:
@@ -211,8 +218,7 @@ def _round_weight(
     graph: fx.Graph, weight: fx.Node, users: list[fx.Node], key: str, how: Rounding, engine: Engine
 ) -> None:
     shape = lookup(key).shape
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    with graph.inserting_before(min(users, key=order.__getitem__)):
+    with graph.inserting_before(min(users)):
         if how.scales is None:
             rounded = _rounded(graph, weight, key, how, [dim for dim in range(len(shape)) if dim != how.channels])
         else:

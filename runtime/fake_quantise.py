@@ -62,7 +62,7 @@ def levels(key: str, offset: int, start_bits: int, target_bits: int, period: int
     is that of a parameter, whose engine counts the steps of a :class:`Schedule`."""
     schedule = Schedule(offset=offset, start_bits=start_bits, target_bits=target_bits, period=period)
     bits = schedule.bits(lookup(key).engine.steps)
-    return torch.tensor(0.0 if bits is None else float(2 ** (bits - 1) - 1), device=device)
+    return torch.full((), 0.0 if bits is None else 2.0 ** (bits - 1) - 1, device=device)
 
 
 @torch.library.register_fake("dspass::levels")

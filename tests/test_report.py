@@ -426,9 +426,9 @@ def test_what_is_rounded_while_it_trains_is_shown_with_its_bits() -> None:
     report = a_report(rounded=rounded)
     said = str(report)
     assert "Rounded while it trains: 4 values" in said
-    assert "weight      6 bits now, 4 in the end                 2 of them  up.weight and on" in said
-    assert "weight      whole until step 100, then 8 to 4 bits   1 of them  head.weight" in said
-    assert "activation  8 bits now                               1 of them  up" in said
+    assert "weight      6 bits now, 4 in the end                2 of them  up.weight and on" in said
+    assert "weight      whole until step 100, then 8 to 4 bits  1 of them  head.weight" in said
+    assert "activation  8 bits now                              1 of them  up" in said
     assert "Rounded while it trains" not in str(a_report())
     assert "down.weight" in report.to_html()
     assert "- weight up.weight: 6 bits now, 4 in the end" in report.diff(a_report())
