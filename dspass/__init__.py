@@ -10,7 +10,7 @@ import torch._dynamo
 
 from dspass.backend import deepspeed
 from dspass.config import Config, ConfigError
-from dspass.engines import no_sync
+from dspass.engines import no_sync, resume_at
 from dspass.explain import explain
 from dspass.fit import Fit, fit
 from dspass.measure import measure
@@ -42,5 +42,6 @@ __all__ = [
     "no_sync",
     "quantise",
     "recompute",
+    "resume_at",
     "shard",
 ]

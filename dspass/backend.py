@@ -36,6 +36,7 @@ from dspass.config import Config
 from dspass.engines import new_engine
 from dspass.expert_weights import alike, weights_in
 from dspass.explain import report_at_exit
+from dspass.fake_quantising import choose, round_layers
 from dspass.owners import Heap
 from dspass.pipeline import build
 from dspass.runtime import compat, kernels
@@ -74,6 +75,14 @@ def deepspeed(
     root = _root(heap, params)
     if root is not None:
         refuse_wrapped(root)
+    chosen = None
+    if config.trains_rounded and params:
+        if root is None:
+            log.warning(
+                "compression_training has no effect: a function was compiled, and not a module whose layers have names."
+            )
+        else:
+            chosen = choose(root, config)  # refuses what cannot be, before anything is shared or sharded
     if root is None and config.layers.format is not None and params:
         log.warning(
             "dspass.quantise.layers has no effect: a function was compiled, and not a module whose layers have names."
@@ -89,6 +98,8 @@ def deepspeed(
     cast_inputs(gm, config)
     if stage:
         engine = _engine_of(heap, params) or Engine(stage=stage, accumulation_steps=config.gradient_accumulation_steps)
+        if chosen is not None:
+            round_layers(gm, {}, chosen, engine)
         return compile_graph(gm, example_inputs, engine, config, passes)
     engine = new_engine(root, config)
     if not engine.compilations:
@@ -96,6 +107,8 @@ def deepspeed(
     specs = _plain_specs(engine, root, params, config)
     engine.deferred |= compat.in_resumed_frame() or _used_outside(heap, root, params)
     mark_plain(gm, example_inputs, specs)
+    if chosen is not None:
+        round_layers(gm, {}, chosen, engine)
     run = compile_graph(gm, example_inputs, engine, config, passes)
     return torch._dynamo.disable(_Stage0(run, engine, root, config, params), reason="agrees with other ranks first")
 
@@ -193,16 +206,20 @@ class _FirstCall(_ByHand):
             specs = place(engine, heap, todo, self.config, mesh, experts=alike(self.root, weights))
         begin(engine, self.root, self.config)
 
-        def whole(value: Any) -> Any:
-            spec = specs.get(id(value))
-            if spec is not None:
-                new: Any = spec.param()
-                return torch.ops.dspass.unshard(new.to_local(), spec.key)
+        def spec_of(value: Any) -> ParamSpec | None:
             if isinstance(value, DTensor):
-                (key,) = [s.key for s in engine.specs.values() if s.param() is value]
-                return torch.ops.dspass.unshard(value.to_local(), key)
-            return value
+                return next(s for s in engine.specs.values() if s.param() is value)
+            return specs.get(id(value))
 
+        def whole(value: Any) -> Any:
+            spec = spec_of(value)
+            param: Any = spec.param() if spec is not None else None
+            return value if spec is None else torch.ops.dspass.unshard(param.to_local(), spec.key)
+
+        if self.root is not None and self.config.trains_rounded:
+            nodes = self.gm.graph.find_nodes(op="placeholder")
+            keys = {node: spec.key for node, v in zip(nodes, inputs, strict=True) if (spec := spec_of(v)) is not None}
+            round_layers(self.gm, keys, choose(self.root, self.config), engine)
         return self.run(inputs, whole)
 
 
@@ -283,9 +300,9 @@ def _used_outside(heap: Heap, root: nn.Module | None, params: Sequence[nn.Parame
 def _plain_specs(
     engine: Engine, root: nn.Module | None, params: Sequence[nn.Parameter], config: Config
 ) -> dict[int, ParamSpec]:
-    """Specs of whole parameters that are reduced or cast; none where neither is the case."""
+    """Specs of whole parameters that are reduced, cast or rounded; none where nothing of it is the case."""
     grouped = dist.is_initialized() and dist.get_world_size() > 1
-    if not grouped and not config.bf16 and not config.fp16:
+    if not grouped and not config.bf16 and not config.fp16 and not config.trains_rounded:
         return {}
     axis = axes_of(mesh_for(config, params[0].device.type))[0] if grouped and params else None
     names = {id(p): n for n, p in root.named_parameters()} if root is not None else {}

@@ -21,7 +21,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 PAGE = "docs/config.md"
 ENVIRONMENT = "DSPASS_CONFIG"
@@ -30,7 +30,19 @@ ENVIRONMENT = "DSPASS_CONFIG"
 FORMATS = ("int8", "int4", "fp8_e4m3", "fp8_e5m2", "fp6_e3m2")
 
 Kind = Literal[
-    "section", "flag", "integer", "count", "number", "text", "list", "object", "any", "bytes", "budget", "passes"
+    "section",
+    "flag",
+    "integer",
+    "count",
+    "number",
+    "text",
+    "list",
+    "object",
+    "any",
+    "bytes",
+    "budget",
+    "passes",
+    "groups",
 ]
 
 _KIND_TEXT: dict[Kind, str] = {
@@ -46,6 +58,7 @@ _KIND_TEXT: dict[Kind, str] = {
     "bytes": 'a whole number of bytes or text such as "25MB" or "24MiB"',
     "budget": 'a whole number of bytes, text such as "60GB" or "75%", or "auto"',
     "passes": "a list of passes",
+    "groups": 'a section of groups by name, each as {"params": {...}, "modules": [...]}',
 }
 
 _UNITS = {f"{letter}{suffix}": base**power
@@ -149,6 +162,8 @@ _NO_CHECKPOINTING = "tunes deepspeed.checkpointing; torch.utils.checkpoint in th
 _NO_DEEPCOMPILE = "is a choice inside DeepCompile's own executor, which is not used"
 _NO_ENGINE_SAVE = "there is no engine that saves; torch.distributed.checkpoint saves shards and reshards on load"
 _NO_HOOKS = "gathers are nodes of the graph, not hooks on modules"
+_NO_PRUNING = "Set every enabled in it to false, and prune the model before it is compiled."
+_IN_GRAPH = "weights are rounded in the graph, at each forward and whatever the precision, as if it were true"
 _PLAIN_GATHER = "the pass that packs gathers decides this for each bucket"
 _OWN_ROUTING = "experts, their router and its scores stay as the model has them, recognised in its graph"
 _FIT = "Remove it, or set it to {off}."
@@ -197,6 +212,8 @@ _EXPERT_PARALLEL: tuple[tuple[str, Kind, object], ...] = (
     ("route_scale", "number", 1.0), ("score_func", "any", "auto"), ("score_apply", "any", "auto"),
     ("combine_impl", "any", "auto"), ("top_k", "any", "auto"), ("routed_scaling_factor", "any", "auto"),
 )  # fmt: skip
+_WEIGHTS = "compression_training.weight_quantization"
+_ACTIVATIONS = "compression_training.activation_quantization"
 
 # Read from top to bottom: what acts, then DeepSpeed's other keys in the order of its documentation.
 KEYS: tuple[Key, ...] = (
@@ -358,6 +375,53 @@ KEYS: tuple[Key, ...] = (
          "Only true: values are rounded around zero."),
     _deny("weight_quantization.post_init_quant", "object", None, "other formats for single layers",
           "Name the layers in dspass.quantise.layers.modules."),
+    # --- quantisation-aware training
+    _section("compression_training"),
+    _section(_WEIGHTS),
+    _section(f"{_WEIGHTS}.shared_parameters"),
+    _act(f"{_WEIGHTS}.shared_parameters.enabled", "enabled", "flag", False, "",
+         "Quantisation-aware training: weights of layers among the groups are rounded to few bits wherever a graph reads them, "
+         "and their gradient is that of the rounded ones. What the optimiser steps keeps its precision."),
+    _act(f"{_WEIGHTS}.shared_parameters.schedule_offset", "schedule_offset", "count", 0, "steps",
+         "Optimiser steps before the first rounding, counted from the start of the process, or on from `dspass.resume_at`.",
+         low=0),
+    _act(f"{_WEIGHTS}.shared_parameters.quantize_groups", "quantize_groups", "count", None, "groups",
+         "Scales of a weight, which divide its values in their order; DeepSpeed's default is 1. Absent: one scale an output "
+         "channel, as `dspass.quantise` stores it, and one a row of an embedding.", low=1),
+    _act(f"{_WEIGHTS}.shared_parameters.quantization_type", "quantization_type", "text", "symmetric", "",
+         '`"symmetric"`: `2**bits - 1` values around zero, as `dspass.quantise` stores them. `"asymmetric"`: `2**bits` values '
+         "from the smallest to the largest, zero among them.", choices=("symmetric", "asymmetric")),
+    _deny(f"{_WEIGHTS}.shared_parameters.rounding", "text", "nearest", "weights that are rounded at random",
+          "Set it to {off}, which is what DeepSpeed does in the forward whatever is written."),
+    _skip(f"{_WEIGHTS}.shared_parameters.quantizer_kernel", "flag", False, "rounding is fused by the compiler"),
+    _skip(f"{_WEIGHTS}.shared_parameters.quantize_verbose", "flag", False, _REPORT),
+    _skip(f"{_WEIGHTS}.shared_parameters.quantize_weight_in_forward", "flag", False, _IN_GRAPH),
+    _section(f"{_WEIGHTS}.shared_parameters.fp16_mixed_quantize", refused="weights between whole and rounded",
+             instead="Set its enabled to false; start_bits begins with little rounding.", asks="enabled"),
+    *_inner(f"{_WEIGHTS}.shared_parameters.fp16_mixed_quantize", "flag", enabled=False),
+    *_inner(f"{_WEIGHTS}.shared_parameters.fp16_mixed_quantize", "number", quantize_change_ratio=0.001),
+    _act(f"{_WEIGHTS}.different_groups", "groups", "groups", None, "",
+         "Groups of layers by a name of their own. `params`: `start_bits`, `target_bits` (2 to 16) and `quantization_period` "
+         "(steps, 1): bits fall by one when that many steps have passed since the offset, and again when twice, four times as "
+         "many have, until they are `target_bits`. `modules`: regular expressions, found anywhere in the name of an "
+         '`nn.Linear`, `Conv1D`, `nn.Embedding` or convolution; absent, or `"*"`: all.'),
+    _section(_ACTIVATIONS),
+    _section(f"{_ACTIVATIONS}.shared_parameters"),
+    _act(f"{_ACTIVATIONS}.shared_parameters.enabled", "enabled", "flag", False, "",
+         "The same for what linear layers and convolutions are given: each row, or each sample of a convolution, is rounded by "
+         "a scale of its own."),
+    _act(f"{_ACTIVATIONS}.shared_parameters.schedule_offset", "schedule_offset", "count", 1000, "steps",
+         "Optimiser steps before the first rounding.", low=0),
+    _act(f"{_ACTIVATIONS}.shared_parameters.quantization_type", "quantization_type", "text", "symmetric", "",
+         "As for weights.", choices=("symmetric", "asymmetric")),
+    _deny(f"{_ACTIVATIONS}.shared_parameters.range_calibration", "text", "dynamic", "ranges that are kept from step to step",
+          "Set it to {off}: each row is rounded by its own largest value, as `dspass.quantise.layers.activations` does it."),
+    _act(f"{_ACTIVATIONS}.different_groups", "groups", "groups", None, "",
+         "As for weights, with `bits` alone under `params`."),
+    _section("compression_training.layer_reduction", refused="distillation into fewer layers",
+             instead="Set its enabled to false, and build the smaller model in the script.", asks="enabled", open=True),
+    *(_section(f"compression_training.{name}", refused="pruning", instead=_NO_PRUNING, asks="enabled", open=True)
+      for name in ("sparse_pruning", "row_pruning", "head_pruning", "channel_pruning")),
     # --- the rest of DeepSpeed: batch, optimiser
     _deny("managed_gradient_accumulation", "flag", True,
           "accumulation boundaries that the script calls out itself",
@@ -570,10 +634,8 @@ KEYS: tuple[Key, ...] = (
     *_inner("eigenvalue", "number", max_iter=100, tol=0.01, stability=1e-6),
     *_inner("eigenvalue", "count", gas_boundary_resolution=1, layer_num=0),
     *_inner("eigenvalue", "text", layer_name="bert.encoder.layer"),
-    _section("quantize_training", refused="quantised training", instead="Remove it.", asks="enabled",
-             open=True),
-    _section("compression_training", refused="pruning, distillation and quantised training",
-             instead="Remove it, or set every enabled in it to false.", asks="enabled", open=True),
+    _section("quantize_training", refused="quantised training by a key that DeepSpeed gave up",
+             instead="Write compression_training.weight_quantization.", asks="enabled", open=True),
     _section("data_efficiency", refused="DeepSpeed's data sampling and token dropping",
              instead="Set every enabled in it to false and choose the data in your DataLoader.",
              asks="enabled", open=True),
@@ -653,6 +715,10 @@ _NESTED = {
     "dspass.quantise": "quantise",
     "dspass.quantise.layers": "own_layers",
     "weight_quantization.quantized_initialization": "quantized_initialization",
+    _WEIGHTS: "rounded_weights",
+    f"{_WEIGHTS}.shared_parameters": "rounded_weights",
+    _ACTIVATIONS: "rounded_activations",
+    f"{_ACTIVATIONS}.shared_parameters": "rounded_activations",
 }
 #: The key of each field, by the section of its class: "" for :class:`Config`, which also holds other sections' fields.
 _INTO = {(key.section if key.section in _NESTED else "", key.field): key for key in KEYS if key.field}
@@ -872,6 +938,69 @@ class QuantizedInitialization:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RoundedGroup:
+    """One of ``different_groups``: layers whose weights, or inputs, are rounded alike while they train."""
+
+    name: str
+    """As it was written."""
+    start_bits: int
+    """Bits of the first rounding."""
+    target_bits: int
+    """Bits of the last one; of activations the same."""
+    period: int = 1
+    """Steps after which bits fall by one; then twice, four times as many."""
+    modules: tuple[str, ...] = ("*",)
+    """Regular expressions, found anywhere in a layer's name; ``"*"`` takes all."""
+
+    def to_json(self, weights: bool) -> dict[str, Any]:
+        """The group as it stands in a JSON file."""
+        if not weights:
+            return {"params": {"bits": self.target_bits}, "modules": list(self.modules)}
+        params = {"start_bits": self.start_bits, "target_bits": self.target_bits, "quantization_period": self.period}
+        return {"params": params, "modules": list(self.modules)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundedActivations:
+    """``compression_training.activation_quantization``: inputs of layers that are rounded while these train."""
+
+    enabled: bool = False
+    """Whether any is."""
+    schedule_offset: int = 1000
+    """Optimiser steps before the first rounding."""
+    quantization_type: str = "symmetric"
+    """``"symmetric"`` or ``"asymmetric"``."""
+    groups: tuple[RoundedGroup, ...] | None = None
+    """``different_groups``."""
+
+    section: ClassVar[str] = _ACTIVATIONS
+    """Where it stands."""
+
+    def __post_init__(self) -> None:
+        _check_fields(self, self.section)
+        _check_fields(self, f"{self.section}.shared_parameters")
+        if self.enabled and not self.groups:
+            raise ConfigError(
+                f"{self.section}.different_groups",
+                "it is enabled, and no group of layers is there.",
+                "Write one, or set shared_parameters.enabled to false.",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundedWeights(RoundedActivations):
+    """``compression_training.weight_quantization``: weights that are rounded while they train."""
+
+    schedule_offset: int = 0
+    """Optimiser steps before the first rounding."""
+    quantize_groups: int | None = None
+    """Scales of a weight; None: one an output channel."""
+
+    section: ClassVar[str] = _WEIGHTS
+    """Where it stands."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """The whole configuration. Two are equal when they have the same effect; ``ignored`` does not count.
 
@@ -917,6 +1046,10 @@ class Config:
     """``dspass.quantise.layers``; see :attr:`layers`."""
     quantized_initialization: QuantizedInitialization = field(default_factory=QuantizedInitialization)
     """``weight_quantization.quantized_initialization``; see :attr:`layers`."""
+    rounded_weights: RoundedWeights = field(default_factory=RoundedWeights)
+    """``compression_training.weight_quantization``."""
+    rounded_activations: RoundedActivations = field(default_factory=RoundedActivations)
+    """``compression_training.activation_quantization``."""
     accumulation_open: bool = False
     """True while ``resolve_batch`` has still to derive the accumulation steps from both batch sizes."""
     ignored: tuple[Ignored, ...] = field(default=(), compare=False)
@@ -953,6 +1086,17 @@ class Config:
                     )
         if self.bf16 and self.fp16:
             raise ConfigError("fp16.enabled", "fp16 and bf16 are both enabled.", "Set one of them to false.")
+        if self.trains_rounded and self.layers.format is not None:
+            raise ConfigError(
+                "dspass.quantise.layers.format",
+                "weights that are stored in few bits do not train, and compression_training is enabled.",
+                "Remove one of the two: first train, then call dspass.quantise(model).",
+            )
+
+    @property
+    def trains_rounded(self) -> bool:
+        """Whether some layers train with what they read rounded to few bits."""
+        return self.rounded_weights.enabled or self.rounded_activations.enabled
 
     @property
     def engine_stage(self) -> int:
@@ -1018,6 +1162,9 @@ class Config:
                      own_layers=LayersConfig(**held["dspass.quantise.layers"]),
                      quantized_initialization=QuantizedInitialization(
                          **held["weight_quantization.quantized_initialization"]),
+                     rounded_weights=RoundedWeights(**held[_WEIGHTS], **held[f"{_WEIGHTS}.shared_parameters"]),
+                     rounded_activations=RoundedActivations(
+                         **held[_ACTIVATIONS], **held[f"{_ACTIVATIONS}.shared_parameters"]),
                      ignored=tuple(ignored), **top)  # fmt: skip
         return config._note_stage()
 
@@ -1118,6 +1265,8 @@ class Config:
             return None
         holder = getattr(self, _NESTED[key.section]) if key.section in _NESTED else self
         value = getattr(holder, key.field)
+        if key.kind == "groups" and value is not None:
+            return {group.name: group.to_json(key.section == _WEIGHTS) for group in value}
         return [entry.to_json() for entry in value] if key.kind == "passes" and value is not None else value
 
     def digest(self) -> str:
@@ -1453,6 +1602,73 @@ def _pass(path: str, item: Any) -> PassEntry:
     return PassEntry(name=name, options=options, drop=drop)
 
 
+#: What ``params`` of a group holds, and what is taken where it is absent; None: it has to be there.
+_PARAMS: dict[str, dict[str, int | None]] = {
+    _WEIGHTS: {"start_bits": None, "target_bits": None, "quantization_period": 1},
+    _ACTIVATIONS: {"bits": None},
+}
+
+
+def _groups(key: Key, value: Any) -> tuple[RoundedGroup, ...]:
+    if isinstance(value, tuple) and all(isinstance(item, RoundedGroup) for item in value):
+        value = {item.name: item.to_json(key.section == _WEIGHTS) for item in value}
+    if not isinstance(value, Mapping):
+        raise _wrong(key, value)
+    return tuple(_group(f"{key.path}.{name}", name, item, _PARAMS[key.section]) for name, item in value.items())
+
+
+def _group(path: str, name: Any, item: Any, wanted: Mapping[str, int | None]) -> RoundedGroup:
+    example = f"Write {json.dumps({'params': dict.fromkeys(wanted, 8), 'modules': ['*']})}."
+    if not isinstance(name, str) or not isinstance(item, Mapping):
+        raise ConfigError(path, f"{_shown(item)} is not a group of layers.", example)
+    _refuse_unknown(path, item, ("params", "modules", "related_modules"))
+    params = item.get("params")
+    if not isinstance(params, Mapping):
+        raise ConfigError(f"{path}.params", f"{_shown(params)} is not a section.", example)
+    _refuse_unknown(f"{path}.params", params, tuple(wanted))
+    numbers = {}
+    for of, default in wanted.items():
+        range_ = (1, None) if of == "quantization_period" else (2, 16)
+        inner = Key(path=f"{path}.params.{of}", kind="integer", low=range_[0], high=range_[1])
+        if params.get(of, default) is None:
+            raise ConfigError(inner.path, "is not written.", example)
+        numbers[of] = _numeric(inner, params.get(of, default))
+    if item.get("related_modules") is not None:
+        raise ConfigError(
+            f"{path}.related_modules", "only concerns pruning, which this version does not do.", "Remove it."
+        )
+    target = numbers["target_bits"] if "target_bits" in numbers else numbers["bits"]
+    start = numbers.get("start_bits", target)
+    if start < target:
+        raise ConfigError(
+            f"{path}.params.start_bits", f"{start} bits cannot fall to {target}.", f"Write {target} or more."
+        )
+    return RoundedGroup(name=name, start_bits=start, target_bits=target, period=numbers.get("quantization_period", 1),
+                        modules=_patterns(f"{path}.modules", item.get("modules", ["*"])))  # fmt: skip
+
+
+def _patterns(path: str, value: Any) -> tuple[str, ...]:
+    if not isinstance(value, (list, tuple)) or not value or not all(isinstance(one, str) for one in value):
+        raise ConfigError(path, f"{_shown(value)} is not a list of names.", 'Write ["*"] for all layers.')
+    for one in value:
+        try:
+            re.compile("" if one == "*" else one)
+        except re.error as error:
+            raise ConfigError(
+                path, f"{_shown(one)} is not a regular expression: {error}.", 'Only "*" alone takes all layers.'
+            ) from None
+    return tuple(value)
+
+
+def _refuse_unknown(path: str, section: Mapping[Any, Any], known: tuple[str, ...]) -> None:
+    for name in section:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            raise ConfigError(
+                f"{path}.{name}", "is not a known key.", f"Did you mean {path}.{near[0]}?" if near else "Remove it."
+            )
+
+
 _KINDS: dict[Kind, Callable[[Key, Any], Any]] = {
     "section": _simple(Mapping),
     "flag": _simple(bool),
@@ -1466,6 +1682,7 @@ _KINDS: dict[Kind, Callable[[Key, Any], Any]] = {
     "bytes": _bytes,
     "budget": _budget,
     "passes": _passes,
+    "groups": _groups,
 }
 
 
@@ -1495,7 +1712,7 @@ def markdown_table(which: Literal["acts", "ignored", "refused"]) -> str:
     rows = ["| key | value | unit | default | effect |", "|---|---|---|---|---|"]
     for key in KEYS:
         if _fate(key) == which:
-            kind = "section" if key.kind in ("section", "object") else key.kind
+            kind = "section" if key.kind in ("section", "object", "groups") else key.kind
             default = "absent" if key.default is None else f"`{json.dumps(key.default)}`"
             cells = [f"`{key.path}`", kind + _range(key), key.unit or "-", default, _effect(key)]
             rows.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")

@@ -1,4 +1,4 @@
-"""Which engine belongs to which model, and ``dspass.no_sync``.
+"""Which engine belongs to which model, ``dspass.no_sync`` and ``dspass.resume_at``.
 
 The table is weak: an engine lives as long as its model. It is the one place where a module leads to what was made for it.
 """
@@ -18,6 +18,7 @@ from dspass.runtime.engine import Engine
 
 _engines: weakref.WeakKeyDictionary[nn.Module, Engine] = weakref.WeakKeyDictionary()
 _no_sync: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+_steps: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 
 
 def engine_of(model: nn.Module) -> Engine | None:
@@ -49,6 +50,7 @@ def adopt(root: nn.Module, engine: Engine) -> None:
     _engines[root] = engine
     engine.root = weakref.ref(root)
     engine.no_sync_depth = _no_sync.get(root, 0)
+    engine.steps = _steps.get(root, engine.steps)
 
 
 @contextlib.contextmanager
@@ -65,6 +67,20 @@ def no_sync(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         _shift(root, -1)
+
+
+def resume_at(model: nn.Module, step: int) -> None:
+    """Count the optimiser steps of ``model`` on from ``step``, those that earlier processes have taken.
+
+    What goes by the step goes on there: the bits of quantisation-aware training. May be called before the first forward, and
+    on every rank with the same number. Raises ``ValueError`` for a negative one.
+    """
+    if step < 0:
+        raise ValueError(f"step={step} is no number of steps: give those taken so far, 0 or more.")
+    root = unwrap(model)
+    _steps[root] = step
+    if root in _engines:
+        _engines[root].steps = step
 
 
 def _shift(root: nn.Module, by: int) -> None:

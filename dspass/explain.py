@@ -32,6 +32,7 @@ from torch import nn
 from dspass.compilation import inductor_settings
 from dspass.config import Config
 from dspass.engines import engine_of, new_engine
+from dspass.fake_quantising import rounded_layers
 from dspass.lowering.simulate import GraphSimulator, InductorSimulator
 from dspass.owners import unwrap
 from dspass.passes import cost, devices
@@ -547,6 +548,7 @@ def _report(
         traffic=sorted(traffic, key=lambda t: (t.direction, t.kind)),
         host_copies=host_copies,
         quantised=[*stored_tensors(model), *quantised_tensors(_graphs(engine), engine)],
+        rounded=rounded_layers(engine),
         step_seconds=seconds,
         plans=[_plan_record(c.name, c.plan, seconds) for c in engine.compilations if c.plan is not None],
         config=config.to_dict() if config is not None else {},

@@ -183,6 +183,20 @@ class QuantisedTensor:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RoundedLayer:
+    """A weight, or what a layer multiplies with it, that is rounded while it trains: to ``bits`` now, and to ``target_bits`` in
+    the end. ``begins``: optimiser steps before the first rounding."""
+
+    name: str
+    kind: Literal["weight", "activation"]
+    bits: int | None
+    """None: not yet rounded."""
+    start_bits: int
+    target_bits: int
+    begins: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class PlanPoint:
     """A plan that could be chosen. ``is_measured``: its peak is that of its code on fake tensors, not of the model."""
 
@@ -257,6 +271,8 @@ class Report:
     """One rank's, in one optimiser step; empty where nothing waits on the host."""
     quantised: list[QuantisedTensor] = field(default_factory=list)
     """Of one call of the model; empty where all travel whole."""
+    rounded: list[RoundedLayer] = field(default_factory=list)
+    """What is rounded while it trains."""
     step_seconds: float | None = None
     plans: list[PlanRecord] = field(default_factory=list)
     """What a memory budget decided, one a graph."""
@@ -538,6 +554,9 @@ def _lines(report: Report) -> Iterator[str]:
     if report.quantised:
         yield from _quantised_lines(report)
         yield ""
+    if report.rounded:
+        yield from _rounded_lines(report)
+        yield ""
     for plan in report.plans:
         yield from _plan_lines(plan)
         yield ""
@@ -650,6 +669,33 @@ def _errors(some: Sequence[QuantisedTensor]) -> str:
     return f"error {100 * statistics.median(known):.2g} %, {100 * max(known):.2g} % at most"
 
 
+def _rounded_lines(report: Report) -> Iterator[str]:
+    yield f"Rounded while it trains: {_count(len(report.rounded), 'value')}"
+    rows = rounded_rows(report)
+    yield from _table(rows[:_TRAFFIC_ROWS], "<<<<")
+    if len(rows) > _TRAFFIC_ROWS:
+        yield f"  and {len(rows) - _TRAFFIC_ROWS} more in .rounded"
+
+
+def rounded_rows(report: Report) -> list[tuple[str, ...]]:
+    """A row for all that is rounded alike: what, its bits now and in the end, how many, and the first's name."""
+    groups: dict[tuple[str, str], list[RoundedLayer]] = {}
+    for one in report.rounded:
+        groups.setdefault((one.kind, bits_text(one)), []).append(one)
+    return [
+        (kind, bits, f"{len(some)} of them", _line(some[0].name) + (" and on" if len(some) > 1 else ""))
+        for (kind, bits), some in groups.items()
+    ]
+
+
+def bits_text(one: RoundedLayer) -> str:
+    """``8 bits now, 4 in the end``; whole ones say when it begins."""
+    if one.bits is None:
+        falls = f" to {one.target_bits}" if one.target_bits != one.start_bits else ""
+        return f"whole until step {one.begins}, then {one.start_bits}{falls} bits"
+    return f"{one.bits} bits now" + (f", {one.target_bits} in the end" if one.bits != one.target_bits else "")
+
+
 def exposed_text(moved: Traffic | HostCopy) -> str:
     """``-`` where it was not measured."""
     return "-" if moved.exposed_seconds is None else format_seconds(moved.exposed_seconds)
@@ -742,6 +788,8 @@ def _diff_lines(old: Report, new: Report) -> Iterator[str]:
     yield from _section("Copies to and from the host", _changes(*copies))
     packed = ({" ".join(row[:3]): ", ".join(row[3:]) for row in quantised_rows(r)} for r in (old, new))
     yield from _section("In few bits", _changes(*packed))
+    rounded = ({f"{one.kind} {_line(one.name)}": bits_text(one) for one in r.rounded} for r in (old, new))
+    yield from _section("Rounded while it trains", _changes(*rounded))
     if old.step_seconds != new.step_seconds:
         figures = _figures(old.step_seconds, new.step_seconds, format_seconds, old.missing, new.missing)
         yield f"Step time: {figures}"

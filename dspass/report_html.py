@@ -18,6 +18,7 @@ from dspass.report import (
     MemoryPoint,
     PassRecord,
     Report,
+    bits_text,
     exposed_text,
     flat_config,
     format_bytes,
@@ -43,7 +44,7 @@ def render_page(report: Report) -> str:
         "categories": _categories(report),
         "passes_note": escape(_passes_note(report)),
         "passes": _pass_table(report.passes),
-        "traffic": _traffic_table(report) + _host_table(report) + _quantised_table(report),
+        "traffic": _traffic_table(report) + _host_table(report) + _quantised_table(report) + _rounded_table(report),
         "plans": "\n".join(map(plan_html, report.plans)),
         "notes": _notes(report),
         "config": _config(report),
@@ -210,6 +211,14 @@ def _quantised_table(report: Report) -> str:
         return ""
     head = ("Tensor", "Use", "Direction", "Format", "Whole", "In few bits", "Relative error")
     return f'<h3 class="sub">In few bits, one call</h3>{_table(head, rows, numbers=[4, 5, 6])}'
+
+
+def _rounded_table(report: Report) -> str:
+    rows = [(one.name, one.kind, bits_text(one)) for one in report.rounded]
+    if not rows:
+        return ""
+    table = _table(("Name", "What", "Rounded to"), rows, numbers=[])
+    return f'<h3 class="sub">Rounded while it trains</h3>{table}'
 
 
 def _keyed(head: Sequence[str], rows: Iterable[tuple[str, str]], kind: str) -> str:

@@ -417,7 +417,9 @@ def adopt_copy(original: nn.Module, new: nn.Module, memo: dict[int, Any]) -> Non
     for name, key in original.__dict__[KEYS].items():
         old = lookup(key)
         if old.engine not in engines:
-            engines[old.engine] = Engine(stage=old.engine.stage, accumulation_steps=old.engine.accumulation_steps)
+            engines[old.engine] = Engine(
+                stage=old.engine.stage, accumulation_steps=old.engine.accumulation_steps, steps=old.engine.steps
+            )
         engine, param = engines[old.engine], new._parameters[name]
         assert param is not None
         fresh = f"{engine.name}/{old.name}"

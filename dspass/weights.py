@@ -150,14 +150,14 @@ def stored_tensors(model: nn.Module) -> list[QuantisedTensor]:
     return list(found.values())
 
 
-def _is_conv1d(module: nn.Module) -> bool:
+def is_conv1d(module: nn.Module) -> bool:
     """Hugging Face's linear layer of GPT-2, whose weight is (inputs, outputs)."""
     return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)
 
 
 def _linears(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in root.named_modules():
-        if isinstance(module, nn.Linear) or _is_conv1d(module):
+        if isinstance(module, nn.Linear) or is_conv1d(module):
             yield name, module
 
 
@@ -200,13 +200,13 @@ def _store(
     """Whether it is stored; False where it would be off by more than is allowed."""
     if isinstance(weight, DTensor):
         raise RuntimeError(f"{name}.weight is sharded already: call dspass.quantise before dspass.shard.")
-    others = [o for o in owners if not (isinstance(o, (nn.Linear, nn.Embedding)) or _is_conv1d(o))]
+    others = [o for o in owners if not (isinstance(o, (nn.Linear, nn.Embedding)) or is_conv1d(o))]
     if others:
         raise RuntimeError(
             f"{name}.weight is tied to a {type(others[0]).__name__}, which is not known to read it alone: put "
             f"{name!r} under {_SECTION}.exclude."
         )
-    transposed = _is_conv1d(module)
+    transposed = is_conv1d(module)
     if transposed and len(owners) > 1:
         raise RuntimeError(
             f"{name}.weight, a Conv1D's, is tied to another module: put {name!r} under {_SECTION}.exclude."

@@ -91,7 +91,7 @@ def save_shards(forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int) -> 
     kept_said: list[Any] = []
     remade: dict[fx.Node, fx.Node] = {}  # value in the forward graph -> placeholder in the backward graph
     for value, placeholder, desc in zip(saved, places, said[num_fwd_outputs:], strict=True):
-        if isinstance(value, fx.Node) and _made_of_parameters(value):
+        if isinstance(value, fx.Node) and made_of_parameters(value):
             remade[value] = placeholder
             said_of_tensor = desc
         else:
@@ -184,7 +184,7 @@ def _leaves(value: fx.Node) -> list[fx.Node]:
     return list(found)
 
 
-def _made_of_parameters(value: fx.Node) -> bool:
+def made_of_parameters(value: fx.Node) -> bool:
     """Whether ``value`` depends on whole parameters and on nothing else, through operators that always answer alike."""
     leaves = _leaves(value)
     if not leaves or not all(GATHERED in leaf.meta for leaf in leaves):

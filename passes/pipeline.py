@@ -20,6 +20,7 @@ from dspass.passes.quantise_reductions import QuantiseReductions
 from dspass.passes.quantise_saved import QuantiseSaved
 from dspass.passes.quantised_products import QuantisedProducts
 from dspass.passes.release_gathered import ReleaseGathered
+from dspass.passes.share_roundings import ShareRoundings
 from dspass.passes.zero_gather import ZeroGather
 from dspass.passes.zero_reduce import ZeroReduce
 
@@ -28,6 +29,7 @@ DEFAULT: tuple[type[Pass], ...] = (
     GlobalAuxLoss,  # and their balance is that of all ranks, where a person says so
     ExposeParameters,  # joint: whole parameters become inputs
     HonourWishes,  # and what a person marked is tagged
+    ShareRoundings,  # what is rounded while it trains is rounded once
     QuantisedProducts,  # weights that are stored in few bits are read so; then the partitioner splits the graph
     ExchangeRows,  # and what went to experts is started and waited for
     ReleaseGathered,  # views of them are made where they are used, so that gathers come late and end early

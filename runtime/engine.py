@@ -29,7 +29,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -52,6 +52,9 @@ from dspass.runtime.traffic import (
     rows_cost,
 )
 from dspass.runtime.transport import InFlight, transport_for
+
+if TYPE_CHECKING:
+    from dspass.runtime.fake_quantise import Schedule
 
 _numbers = itertools.count()
 
@@ -89,6 +92,8 @@ class Engine:
     target: str | None = None
     #: By parameter, what its rounding is off by where it is gathered in few bits; see :mod:`dspass.quantising`.
     quantised_errors: dict[str, float] = field(default_factory=dict)
+    #: What is rounded while it trains, ("weight" or "activation", name); see :mod:`dspass.fake_quantising`.
+    roundings: dict[tuple[Literal["weight", "activation"], str], Schedule] = field(default_factory=dict)
     #: Parameters whose optimiser states wait on the host between steps.
     host_states: HostStates = field(default_factory=HostStates)
     compilations: list[Any] = field(default_factory=list)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import operator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.fx as fx
@@ -50,8 +51,10 @@ from dspass.passes.quantise_saved import QUANTISE as QUANTISE_SAVED
 from dspass.passes.quantise_saved import QuantiseSaved
 from dspass.passes.quantised_products import QuantisedProducts
 from dspass.passes.release_gathered import ReleaseGathered
+from dspass.passes.share_roundings import ShareRoundings
 from dspass.passes.zero_gather import ZeroGather
 from dspass.passes.zero_reduce import ZeroReduce
+from dspass.runtime.fake_quantise import FAKE_QUANTISE
 from dspass.runtime.host import offload_wait
 from dspass.runtime.linear import LINEAR
 from dspass.runtime.wish import KEEP, RECOMPUTE, WISH
@@ -539,6 +542,21 @@ class WrongRowsLookedUp(QuantisedProducts):
                 first.meta["val"] = rows.meta["val"]
                 rows.replace_all_uses_with(first)
                 graph.erase_node(rows)
+        return graph
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundingsMixed(ShareRoundings):
+    """What one layer reads in fewer bits another one reads so too."""
+
+    def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
+        graph = super().run(graph, ctx)
+        seen: dict[Any, fx.Node] = {}
+        for rounding in sorted(calls(graph, FAKE_QUANTISE)):
+            first = seen.setdefault(rounding.args[0], rounding)
+            if first is not rounding:
+                rounding.replace_all_uses_with(first)
+                graph.erase_node(rounding)
         return graph
 
 

@@ -18,15 +18,18 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 import torch.fx as fx
+import torch.nn.functional as F
 from torch import nn
 
 from dspass.compilation import compile_graph
 from dspass.config import Config
 from dspass.engines import new_engine
+from dspass.fake_quantising import choose, round_layers
 from dspass.passes import devices
 from dspass.passes.base import Pass, PassContext, PassResult, Where, run_passes
 from dspass.passes.held import mark_all
@@ -195,7 +198,7 @@ class Balanced(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.router = nn.Linear(6, 3, bias=False)
-        self.mix = nn.Linear(6, 3)
+        self.mix = nn.Linear(6, 3, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         scores = torch.softmax(self.router(x), -1)
@@ -204,7 +207,22 @@ class Balanced(nn.Module):
         return (self.mix(x) * scores).square().sum() + 3 * (shares * scores.mean(0)).sum()
 
 
+class Rounded(nn.Module):
+    """Three layers that read one input, in two ways; one of them reads another one too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = nn.Linear(4, 11, bias=False)
+        self.right = nn.Linear(4, 11, bias=False)
+        self.fine = nn.Linear(4, 12, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.tanh(self.left(x) + self.right(x))
+        return self.left(y[:, :4]).square().sum() + self.fine(x).square().sum()
+
+
 TOYS: Mapping[str, type[nn.Module]] = {
+    "rounded": Rounded,
     "hosted": Mlp,
     "offloaded": Mlp,
     "few_bits": Mlp,
@@ -307,6 +325,23 @@ HOSTED["zero_optimization"]["offload_param"] = {"device": "cpu"}
 IN_NODE = options()
 IN_NODE["zero_optimization"]["zero_hpz_partition_size"] = 2
 
+#: Weights are rounded to 4 bits while they train, and what they multiply to 5, but for one.
+ROUNDED = options() | {
+    "compression_training": {
+        "weight_quantization": {
+            "shared_parameters": {"enabled": True},
+            "different_groups": {"all": {"params": {"start_bits": 4, "target_bits": 4}}},
+        },
+        "activation_quantization": {
+            "shared_parameters": {"enabled": True, "schedule_offset": 0},
+            "different_groups": {
+                "coarse": {"params": {"bits": 3}, "modules": ["left", "right"]},
+                "fine": {"params": {"bits": 5}, "modules": ["fine"]},
+            },
+        },
+    }
+}
+
 #: Experts are divided over all ranks.
 ROUTED = {**options(), "expert_parallel": {"enabled": True}}
 
@@ -322,6 +357,7 @@ CONFIGS = {
     "in_nodes": IN_NODE,
     "routed": ROUTED,
     "balanced": BALANCED,
+    "rounded": ROUNDED,
 }
 
 
@@ -335,7 +371,8 @@ def capture(
     batches = [_batch(name) for _ in range(world)]
     if name == "balanced":  # with the same shares of tokens on each rank, and other probabilities
         batches = [(batches[0][0] * (1 + rank),) for rank in range(world)]
-    losses, grads = _reference(model, batches)
+    with mock.patch.object(F, "linear", _rounded_linear) if name == "rounded" else contextlib.nullcontext():
+        losses, grads = _reference(model, batches)
     whole = {n: p.detach().clone() for n, p in model.named_parameters()}
     settings = Config.load(config or CONFIGS.get(name, options()))
     kept: dict[str, fx.Graph] = {}
@@ -345,6 +382,8 @@ def capture(
         engine = new_engine(model, settings)
 
         def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+            if settings.trains_rounded:
+                round_layers(gm, {}, choose(model, settings), engine)
             compile_graph(gm, inputs, engine, settings, [Keep(into=kept), *(passes or build(settings))], as_written)
             return stop  # what no rank sent would be computed with
 
@@ -371,6 +410,31 @@ class StopCaptureError(Exception):
 
 def stop(*_: Any) -> Any:
     raise StopCaptureError
+
+
+def _rounded_linear(x: torch.Tensor, weight: torch.Tensor, bias: None) -> torch.Tensor:
+    """By hand what "rounded" asks for: the finer layer is the one with 12 rows."""
+    x = straight_through(x, 5 if len(weight) == 12 else 3)
+    return x @ straight_through(weight, 4).t()
+
+
+def straight_through(x: torch.Tensor, bits: int | None, over: Any = -1) -> torch.Tensor:
+    """By hand: to ``2**bits - 1`` values around zero, whose gradient is ``x``'s; as it is without bits."""
+    if bits is None:
+        return x
+    largest, steps = x.detach().abs().amax(over, keepdim=True), 2 ** (bits - 1) - 1
+    rounded = (x.detach() * (1 / largest * steps)).round() * (largest * (1 / steps))
+    return RoundedByHand.apply(x, rounded)  # type: ignore[no-any-return]
+
+
+class RoundedByHand(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
+        return rounded
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grads[0], None
 
 
 def as_written(gm: fx.GraphModule, **_: Any) -> Any:

@@ -58,6 +58,7 @@ MISTAKES: list[tuple[type[Pass], str, type[Exception], str]] = [
     (broken.ErrorsExchanged, "quantised_fed_back", CheckError, r"the error of another gradient"),
     (broken.HostValuesExchanged, "offloaded", CheckError, r"differs"),
     (broken.WrongRowsLookedUp, "stored", CheckError, r"differs"),
+    (broken.RoundingsMixed, "rounded", CheckError, r"differs"),
     (broken.BiasForgotten, "mlp", CheckError, r"differs"),
     (broken.NotTransposed, "early_views", CheckError, r"differs"),
     (broken.GradientsExchanged, "early_views", CheckError, r"the gradient of .* differs"),

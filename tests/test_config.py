@@ -378,7 +378,26 @@ def test_errors_name_the_key(options: dict, key: str, says: str) -> None:
         ({"pipeline": {"micro_batches": 4}}, "pipeline.micro_batches"),
         ({"amp": {"enabled": True}}, "amp.enabled"),
         ({"data_types": {"grad_accum_dtype": "bf16"}}, "data_types.grad_accum_dtype"),
-        ({"compression_training": {"a": {"shared_parameters": {"enabled": True}}}}, "compression_training"),
+        (
+            {"compression_training": {"head_pruning": {"shared_parameters": {"enabled": True}}}},
+            "compression_training.head_pruning",
+        ),
+        (
+            {"compression_training": {"layer_reduction": {"enabled": True, "keep_number_layer": 5}}},
+            "compression_training.layer_reduction",
+        ),
+        (
+            {
+                "compression_training": {
+                    "activation_quantization": {"shared_parameters": {"range_calibration": "static"}}
+                }
+            },
+            "compression_training.activation_quantization.shared_parameters.range_calibration",
+        ),
+        (
+            {"compression_training": {"weight_quantization": {"shared_parameters": {"rounding": "stochastic"}}}},
+            "compression_training.weight_quantization.shared_parameters.rounding",
+        ),
         ({"sparse_attention": {"mode": "fixed"}}, "sparse_attention"),
         (
             {"activation_checkpointing": {"cpu_checkpointing": True}},
@@ -401,7 +420,7 @@ def test_what_is_not_built_may_be_off() -> None:
             "zero_quantized_nontrainable_weights": False,
         },
         "elasticity": {"enabled": False},
-        "compression_training": {"weight_quantization": {"shared_parameters": {"enabled": False}}},
+        "compression_training": {"row_pruning": {"shared_parameters": {"enabled": False}, "different_groups": {}}},
         "pipeline": {"stages": "auto"},
         "sparse_attention": {},
     }
@@ -474,6 +493,7 @@ VALID: dict[str, st.SearchStrategy] = {
     "bytes": st.integers(1, 10**10) | st.sampled_from(["25MB", "1.5KiB"]),
     "budget": st.integers(1, 10**10) | st.sampled_from(["60GB", "75%", "auto"]),
     "passes": st.just(["...", "-a", {"name": "b", "x": [1]}]),
+    "groups": st.dictionaries(st.sampled_from(["x", "y"]), st.just({"params": {"bits": 8}, "modules": ["a.*b"]})),
 }
 LEAVES = [key for key in KEYS if key.kind != "section"]
 
@@ -488,6 +508,11 @@ def _values(key: Key) -> st.SearchStrategy:
         return st.lists(st.sampled_from(["lm_head", "*.mlp.*"]), max_size=2)
     if key.path == "dspass.quantise.block" or key.name == "group_size":
         return st.integers(1, 64).map(lambda n: 16 * n)
+    if key.path == "compression_training.weight_quantization.different_groups":
+        params = {"start_bits": 12, "target_bits": 4, "quantization_period": 3}
+        return st.dictionaries(st.sampled_from(["x", "y"]), st.just({"params": params, "modules": ["*"]}))
+    if key.section.startswith("compression_training.") and key.name == "enabled":
+        return st.just(False)  # true needs groups
     if key.path == "dspass.plan":
         return st.just("b.json")
     return st.floats(0, 1) if key.high == 1 and key.kind == "number" else VALID[key.kind]
@@ -611,3 +636,63 @@ def test_either_key_switches_error_feedback_on_and_ours_off() -> None:
         True,
     ]
     assert not feeds({"err_beta": 0.8}, False)
+
+
+def test_quantisation_aware_training_as_deepspeed_says_it() -> None:
+    shared = {
+        "enabled": True, "quantizer_kernel": True, "schedule_offset": 50, "quantize_groups": 1, "quantize_verbose": True,
+        "quantization_type": "asymmetric", "rounding": "nearest", "quantize_weight_in_forward": False,
+        "fp16_mixed_quantize": {"enabled": False, "quantize_change_ratio": 0.001},
+    }  # fmt: skip
+    weights = {"params": {"start_bits": 12, "target_bits": 4}, "modules": ["attention.self", "embeddings"]}
+    inputs = {"shared_parameters": {"enabled": True}, "different_groups": {"aq1": {"params": {"bits": 8}}}}
+    section = {"weight_quantization": {"shared_parameters": shared, "different_groups": {"wq1": weights}}}
+    config = Config.load({"compression_training": section | {"activation_quantization": inputs}})
+    (group,) = config.rounded_weights.groups or ()
+    assert (group.name, group.start_bits, group.target_bits, group.period) == ("wq1", 12, 4, 1)
+    assert group.modules == ("attention.self", "embeddings")
+    assert (config.rounded_weights.schedule_offset, config.rounded_weights.quantize_groups) == (50, 1)
+    (other,) = config.rounded_activations.groups or ()
+    assert (other.start_bits, other.target_bits, other.modules) == (8, 8, ("*",))
+    assert config.rounded_activations.schedule_offset == 1000
+    assert config.trains_rounded
+    assert Config.load(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(
+    ("group", "key", "says"),
+    [
+        (3, "g", "is not a group of layers"),
+        ({"modules": ["a"]}, "g.params", 'Write {"params": {"start_bits": 8'),
+        ({"params": {"start_bits": 8}}, "g.params.target_bits", "is not written"),
+        ({"params": {"start_bits": 17, "target_bits": 8}}, "g.params.start_bits", "from 2 to 16"),
+        ({"params": {"start_bits": 8, "target_bits": 1}}, "g.params.target_bits", "from 2 to 16"),
+        ({"params": {"start_bits": 4, "target_bits": 8}}, "g.params.start_bits", "4 bits cannot fall to 8. Write 8"),
+        ({"params": {"start_bit": 4}}, "g.params.start_bit", "g.params.start_bits?"),
+        (
+            {"params": {"start_bits": 8, "target_bits": 8, "quantization_period": 0}},
+            "g.params.quantization_period",
+            "1",
+        ),
+        ({"params": {"start_bits": 8, "target_bits": 8}, "modules": "*"}, "g.modules", 'Write ["*"]'),
+        (
+            {"params": {"start_bits": 8, "target_bits": 8}, "modules": ["*.mlp"]},
+            "g.modules",
+            "not a regular expression",
+        ),
+        ({"params": {"start_bits": 8, "target_bits": 8}, "related_modules": [["a"]]}, "g.related_modules", "pruning"),
+    ],
+)
+def test_wrong_groups_of_layers(group: object, key: str, says: str) -> None:
+    error = refused({"compression_training": {"weight_quantization": {"different_groups": {"g": group}}}})
+    assert error.key == f"compression_training.weight_quantization.different_groups.{key}"
+    assert says in str(error)
+
+
+def test_what_is_trained_rounded_is_not_stored_in_few_bits_at_once() -> None:
+    group = {"g": {"params": {"start_bits": 8, "target_bits": 8}}}
+    section = {"weight_quantization": {"shared_parameters": {"enabled": True}, "different_groups": group}}
+    error = refused({"compression_training": section, "dspass": {"quantise": {"layers": {"format": "int8"}}}})
+    assert "call dspass.quantise(model)" in str(error)
+    missing = {"weight_quantization": {"shared_parameters": {"enabled": True}}}
+    assert "no group of layers is there" in str(refused({"compression_training": missing}))

@@ -43,6 +43,7 @@ from dspass.passes.quantise_reductions import QuantiseReductions
 from dspass.passes.quantise_saved import QuantiseSaved
 from dspass.passes.quantised_products import QuantisedProducts
 from dspass.passes.release_gathered import ReleaseGathered
+from dspass.passes.share_roundings import ShareRoundings
 from dspass.passes.text import print_graph
 from dspass.passes.zero_gather import ZeroGather
 from dspass.passes.zero_reduce import ZeroReduce
@@ -95,6 +96,8 @@ def toy_of(name: str, world: int = 0, bucket_bytes: int = 256) -> Toy:
         said["expert_parallel"] = {"enabled": True}
     if name == "stored":
         said["dspass"] |= {"quantise": {"layers": {"activations": "int8"}}}
+    if name == "rounded":
+        said |= {"compression_training": graphs.ROUNDED["compression_training"]}
     if name == "hosted":
         said["zero_optimization"] |= {"offload_param": {"device": "cpu"}}
     return replace(_captured(name, world or (4 if name == "in_nodes" else 2)), config=Config.load(said))
@@ -207,6 +210,10 @@ CASES: dict[type[Pass], Case] = {
         golden=(("stored", "joint"),),
         declines=("mlp", "forward", "no weight is stored in few bits"),
     ),
+    ShareRoundings: Case(
+        golden=(("rounded", "joint"),),
+        declines=("mlp", "forward", "nothing is rounded while it trains"),
+    ),
     OnednnProducts: Case(
         golden=(("mlp", "forward"), ("mlp", "backward")),
         declines=("mlp", "forward", "0 of 4 products by oneDNN"),
@@ -264,6 +271,7 @@ def test_the_numbers_stay(cls: type[Pass]) -> None:
         "stored",
         "routed",
         "balanced",
+        "rounded",
         "quantised_fed_back",
     ):
         toy = toy_of(name)

@@ -30,6 +30,7 @@ from dspass.report import (
     PlanTensors,
     QuantisedTensor,
     Report,
+    RoundedLayer,
     Traffic,
     format_bytes,
     format_seconds,
@@ -171,6 +172,18 @@ reports = st.builds(
     traffic=st.lists(traffic, max_size=3),
     host_copies=st.lists(host_copies, max_size=3),
     quantised=st.lists(quantised, max_size=3),
+    rounded=st.lists(
+        st.builds(
+            RoundedLayer,
+            name=text,
+            kind=st.sampled_from(["weight", "activation"]),
+            bits=st.none() | number,
+            start_bits=number,
+            target_bits=number,
+            begins=number,
+        ),
+        max_size=3,
+    ),
     step_seconds=st.none() | real,
     config=st.dictionaries(text, json_value, max_size=3),
     ignored=st.dictionaries(text, text, max_size=2),
@@ -400,6 +413,25 @@ def test_what_travels_in_few_bits_is_shown_by_kind_and_format() -> None:
     assert "0.8 %" in report.to_html()
     assert "In few bits" not in str(a_report())
     assert "- gather forward int8: 2 tensors" in report.diff(a_report())
+
+
+def test_what_is_rounded_while_it_trains_is_shown_with_its_bits() -> None:
+    falls = {"kind": "weight", "start_bits": 8, "target_bits": 4, "begins": 100}
+    rounded = [
+        RoundedLayer(name="up.weight", bits=6, **falls),
+        RoundedLayer(name="down.weight", bits=6, **falls),
+        RoundedLayer(name="head.weight", bits=None, **falls),
+        RoundedLayer(name="up", kind="activation", bits=8, start_bits=8, target_bits=8, begins=0),
+    ]
+    report = a_report(rounded=rounded)
+    said = str(report)
+    assert "Rounded while it trains: 4 values" in said
+    assert "weight      6 bits now, 4 in the end                2 of them  up.weight and on" in said
+    assert "weight      whole until step 100, then 8 to 4 bits  1 of them  head.weight" in said
+    assert "activation  8 bits now                              1 of them  up" in said
+    assert "Rounded while it trains" not in str(a_report())
+    assert "down.weight" in report.to_html()
+    assert "- weight up.weight: 6 bits now, 4 in the end" in report.diff(a_report())
 
 
 def test_text_of_many_passes_stays_short() -> None:
