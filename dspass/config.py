@@ -494,6 +494,10 @@ KEYS: tuple[Key, ...] = (
     *(_skip(f"tensor_parallel.{name}", kind, default, _NO_TENSOR)
       for name, kind, default in _TENSOR),
     # --- experts
+    _section("dspass.experts"),
+    _act("dspass.experts.expected_imbalance", "expected_imbalance", "number", 1.0, "times the mean",
+         "How many tokens the busiest rank is expected to get for its experts, over the mean: a prediction and a memory budget "
+         "suppose it, for how many come is known in each step alone. The report shows what it is.", low=1.0),
     _section("expert_parallel"),
     _act("expert_parallel.enabled", "enabled", "flag", False, "",
          "Divide the experts of mixtures of experts over ranks, and send tokens to them. What they are is recognised in the "
@@ -645,6 +649,7 @@ _NESTED = {
     "zero_optimization": "zero",
     "dspass": "dspass",
     "expert_parallel": "expert_parallel",
+    "dspass.experts": "experts",
     "dspass.quantise": "quantise",
     "dspass.quantise.layers": "own_layers",
     "weight_quantization.quantized_initialization": "quantized_initialization",
@@ -830,6 +835,17 @@ class ExpertParallelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExpertsConfig:
+    """``dspass.experts``: what is supposed of mixtures of experts."""
+
+    expected_imbalance: float = 1.0
+    """Tokens at the busiest rank over the mean."""
+
+    def __post_init__(self) -> None:
+        _check_fields(self, "dspass.experts")
+
+
+@dataclass(frozen=True, kw_only=True)
 class QuantizedInitialization:
     """``weight_quantization.quantized_initialization``: the same as DeepSpeed says it."""
 
@@ -893,6 +909,8 @@ class Config:
     """``dspass.quantise``."""
     expert_parallel: ExpertParallelConfig = field(default_factory=ExpertParallelConfig)
     """``expert_parallel``."""
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
+    """``dspass.experts``."""
     own_layers: LayersConfig = field(default_factory=LayersConfig)
     """``dspass.quantise.layers``; see :attr:`layers`."""
     quantized_initialization: QuantizedInitialization = field(default_factory=QuantizedInitialization)
@@ -992,6 +1010,7 @@ class Config:
         config = cls(zero=ZeroConfig(**held["zero_optimization"]), dspass=DspassConfig(**held["dspass"]),
                      quantise=QuantiseConfig(**held["dspass.quantise"]),
                      expert_parallel=ExpertParallelConfig(**held["expert_parallel"]),
+                     experts=ExpertsConfig(**held["dspass.experts"]),
                      own_layers=LayersConfig(**held["dspass.quantise.layers"]),
                      quantized_initialization=QuantizedInitialization(
                          **held["weight_quantization.quantized_initialization"]),

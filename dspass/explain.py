@@ -235,7 +235,7 @@ def _predicted(
                 group_size=size,
                 calls=n,
                 bytes=b,
-                exposed_seconds=exposed.get((kind, direction), 0.0),
+                exposed_seconds=exposed.get((kind, direction, group), 0.0),
             )
             for (kind, direction, group, size), (n, b, _) in engine.traffic.last.items()
         ]
@@ -270,25 +270,26 @@ def _rates(device: str) -> str:
 
 def _seconds(
     engine: Engine, model: nn.Module, device: str, optimizer: str, train: bool
-) -> tuple[dict[tuple[str, str], float], float]:
-    """Exposed seconds of collectives and of copies to and from the host, by kind and direction, and the whole step's."""
+) -> tuple[dict[tuple[str, str, str], float], float]:
+    """Exposed seconds of collectives, by kind, direction and group, and of copies to and from the host, which have no group; and
+    the whole step's."""
     with compat.without_fake_mode():
         on = devices.device(device)
-    exposed: dict[tuple[str, str], float] = {}
+    exposed: dict[tuple[str, str, str], float] = {}
     total = 0.0
     for where, graph in _graphs(engine):
         one = cost.estimate(graph, on)
         total += one.seconds * engine.accumulation_steps
         if where == "forward" and train:
             total += cost.holding_seconds(graph, on) * engine.accumulation_steps
-        for (kind, _), seconds in one.exposed.items():
-            exposed[kind, where] = exposed.get((kind, where), 0.0) + seconds * engine.accumulation_steps
+        for (kind, group), seconds in one.exposed.items():
+            exposed[kind, where, group] = exposed.get((kind, where, group), 0.0) + seconds * engine.accumulation_steps
     if train:
         states = OPTIMIZERS[optimizer].states
         trained = [p for p in model.parameters() if p.requires_grad]
         total += cost.optimizer_seconds(sum(local_bytes(p) for p in trained), states, on)
-        exposed["optimizer states", "step"] = cost.states_seconds(_states_away(engine, model), on)
-        total += exposed["optimizer states", "step"]
+        exposed["optimizer states", "step", ""] = cost.states_seconds(_states_away(engine, model), on)
+        total += exposed["optimizer states", "step", ""]
     return exposed, total
 
 
@@ -308,7 +309,7 @@ def _states_away(engine: Engine, model: nn.Module) -> int:
 
 
 def _host_copies(
-    engine: Engine, states_bytes: int, exposed: Mapping[tuple[str, str], float] | None = None
+    engine: Engine, states_bytes: int, exposed: Mapping[tuple[str, str, str], float] | None = None
 ) -> list[HostCopy]:
     """What the graphs copy to the host and back, and ``states_bytes`` of the optimiser's; ``exposed`` None: not measured."""
     moved: Counter[tuple[HostCopyKind, Direction]] = Counter()
@@ -323,7 +324,7 @@ def _host_copies(
             kind=kind,
             direction=direction,
             bytes=count,
-            exposed_seconds=None if exposed is None else exposed.get((kind, direction), 0.0),
+            exposed_seconds=None if exposed is None else exposed.get((kind, direction, ""), 0.0),
         )
         for (kind, direction), count in moved.items()
         if count

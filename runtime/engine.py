@@ -44,6 +44,7 @@ from dspass.runtime.traffic import (
     CollectiveKey,
     Direction,
     TrafficCounter,
+    expected_splits,
     gather_cost,
     packed_gather_cost,
     packed_reduce_cost,
@@ -87,6 +88,8 @@ class Engine:
     supposed_optimizer: Optimizer | None = None
     #: The kind of device that a prediction is for; None where the model runs on the devices of its own tensors.
     target: str | None = None
+    #: How many rows the busiest rank of an expert axis is expected to get, over the mean.
+    expected_imbalance: float = 1.0
     #: By parameter, what its rounding is off by where it is gathered in few bits; see :mod:`dspass.quantising`.
     quantised_errors: dict[str, float] = field(default_factory=dict)
     #: Parameters whose optimiser states wait on the host between steps.
@@ -207,27 +210,29 @@ class Engine:
         """All experts' weights, of those of this rank's place."""
         axis = spec.divided_over
         (full,) = transport_for(axis, self.dry).all_gather(axis, [here], [spec.full_shape[0]]).wait()
-        self.traffic.add(Collective("all-gather", _direction(), axis.name, axis.size, here.nbytes * (axis.size - 1)))
+        self.traffic.add(Collective.on(axis, "all-gather", _direction(), here.nbytes * (axis.size - 1)))
         return full
 
     def reduce_experts(self, spec: ParamSpec, grad: torch.Tensor) -> torch.Tensor:
         """The sum over ranks of gradients of all experts' weights, those of this rank's place."""
         axis = spec.divided_over
         (here,) = transport_for(axis, self.dry).reduce_scatter(axis, [grad]).wait()
-        self.traffic.add(Collective("reduce-scatter", "backward", axis.name, axis.size, here.nbytes * (axis.size - 1)))
+        self.traffic.add(Collective.on(axis, "reduce-scatter", "backward", here.nbytes * (axis.size - 1)))
         return here
 
     def start_dispatch(
         self, spec: ParamSpec, rows: torch.Tensor, ends: torch.Tensor, arriving: torch.Tensor
     ) -> Exchange:
         """Begin to send rows, in the order of experts, to the ranks that hold them."""
-        return self._start_rows(spec, rows, *self._splits(spec, rows.shape[0], ends, arriving))
+        size = rows.shape[0]
+        arrivals = self.expected_arrivals(spec, size) if compat.is_fake(rows) else None
+        return self._start_rows(spec, rows, *self._splits(spec, size, ends, arriving, arrivals))
 
     def start_combine(
         self, spec: ParamSpec, rows: torch.Tensor, ends: torch.Tensor, arriving: torch.Tensor, size: int
     ) -> Exchange:
         """Begin to send rows back; ``size`` is how many there were."""
-        sent, received = self._splits(spec, size, ends, arriving)
+        sent, received = self._splits(spec, size, ends, arriving, rows.shape[0])
         lost = size - sum(sent)
         exchange = self._start_rows(spec, rows, received, sent)
         if lost:
@@ -243,14 +248,20 @@ class Engine:
         cost = rows_cost(axis, others * prod(rows.shape[1:]) * rows.dtype.itemsize, _direction())
         return Exchange(self, flight, self.traffic.add(cost))
 
+    def expected_arrivals(self, spec: ParamSpec, size: Any) -> Any:
+        """How many rows come to the busiest rank where each sends ``size``, which may be a symbol."""
+        axis = spec.divided_over
+        thousandths = round(1000 * min(self.expected_imbalance, axis.size))
+        return -(-size * thousandths // 1000)
+
     def _splits(
-        self, spec: ParamSpec, size: int, ends: torch.Tensor, arriving: torch.Tensor
+        self, spec: ParamSpec, size: int, ends: torch.Tensor, arriving: torch.Tensor, arrivals: int | None
     ) -> tuple[list[int], list[int]]:
-        """How many rows go to each rank and come from each; in a prediction each expert is given as many."""
+        """How many rows go to each rank and come from each; of fake tensors so that there are ``arrivals``."""
         axis = spec.divided_over
         if compat.is_fake(ends):
-            even = [size // axis.size + (r < size % axis.size) for r in range(axis.size)]
-            return even, even
+            assert arrivals is not None
+            return expected_splits(axis, size, arrivals)
         lasts = ends.view(axis.size, -1)[:, -1].tolist()
         return [b - a for a, b in itertools.pairwise([0, *lasts])], arriving.sum(1).tolist()
 
