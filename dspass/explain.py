@@ -40,6 +40,7 @@ from dspass.planner.saved import PlanError
 from dspass.quantising import quantised_tensors
 from dspass.report import (
     Direction,
+    ExpertLayer,
     GraphRecord,
     HostCopy,
     HostCopyKind,
@@ -548,13 +549,43 @@ def _report(
         traffic=sorted(traffic, key=lambda t: (t.direction, t.kind)),
         host_copies=host_copies,
         quantised=[*stored_tensors(model), *quantised_tensors(_graphs(engine), engine)],
+        experts=_experts(engine),
         step_seconds=seconds,
         plans=[_plan_record(c.name, c.plan, seconds) for c in engine.compilations if c.plan is not None],
         config=config.to_dict() if config is not None else {},
         ignored=ignored,
-        notes=notes,
+        notes=[
+            *dict.fromkeys(n for c in engine.compilations for p in c.passes for n in p.notes),
+            *_routing_notes(kind, engine),
+            *notes,
+        ],
         versions={"torch": torch.__version__, "python": platform.python_version(), "dspass": _version()},
     )
+
+
+def _routing_notes(kind: str, engine: Engine) -> list[str]:
+    """What figures suppose of routers, which nobody knows before the step."""
+    is_planned = any(c.plan is not None for c in engine.compilations)
+    if not any(spec.expert_axis is not None for spec in engine.specs.values()) or (kind == "measured" and not is_planned):
+        return []
+    return [
+        f"{'Figures are' if kind == 'predicted' else 'The plan is'} for {engine.expected_imbalance:g} times the mean of rows at "
+        "the experts of the busiest rank (dspass.experts.expected_imbalance). Less even routing takes more memory and time."
+    ]
+
+
+def _experts(engine: Engine) -> list[ExpertLayer]:
+    """What the routers of the last step did; here, and not in the step, it waits for a GPU to say so."""
+    specs = {spec.name: spec for spec in engine.specs.values()}
+    return [
+        ExpertLayer(
+            name=specs[name].layer,
+            ranks=specs[name].divided_over.size,
+            rows=routed.counts.sum(0).tolist(),
+            dropped=routed.dropped,
+        )
+        for name, routed in engine.routing.last.items()
+    ]
 
 
 def _plan_record(graph: str, plan: Plan, step_seconds: float | None) -> PlanRecord:

@@ -53,6 +53,7 @@ from dspass.runtime.linear import LINEAR
 from dspass.runtime.params import ParamSpec, lookup
 from dspass.runtime.traffic import (
     Collective,
+    counts_cost,
     expected_splits,
     gather_cost,
     packed_gather_cost,
@@ -139,7 +140,7 @@ def _exchange(start: fx.Node) -> Collective:
     axis = lookup(cast(str, start.args[-1])).divided_over
     sent, got = start.args[0], start
     if start.target is counts_start:
-        return rows_cost(axis, size_of(got) // axis.size * (axis.size - 1), "forward")
+        return counts_cost(axis, leaves(sent.meta["val"])[0].shape[0], "forward")
     if start.target is combine_start:
         sent, got = got, sent
     rows, arriving = (compat.expected(leaves(n.meta["val"])[0].shape[0]) or 0 for n in (sent, got))

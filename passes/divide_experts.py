@@ -35,19 +35,28 @@ class DivideExperts(Pass):
     name: ClassVar[str] = "divide_experts"
     where: ClassVar[frozenset[Where]] = frozenset({"captured"})
 
+    enabled: bool = True
+
     def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
-        layers, said = find_experts(graph, _is_divided)
+        if not self.enabled:
+            ctx.say("expert_parallel is not enabled")
+            return graph
+        layers, said = find_experts(graph, _is_parameter)
+        told: dict[str, list[str]] = {}
         for layer in layers:
-            specs = {spec_of(layer.weights[p]) for p in layer.products}
-            if len({id(s.expert_axis) for s in specs}) == 1:
+            specs = [spec_of(layer.weights[p]) for p in layer.products]
+            kind = f"of {layer.experts} experts, "
+            if any(spec.expert_axis is not specs[0].expert_axis for spec in specs) or specs[0].expert_axis is None:
+                kind += "whole on each rank"
+            else:
+                kind += f"{specs[0].shape[0]} on each of {specs[0].divided_over.size} ranks"
                 _divide(graph, layer)
-                spec = spec_of(layer.weights[layer.products[0]])
-                ctx.say(
-                    f"{spec.name} and {len(layer.products) - 1} more: {spec.shape[0]} of {layer.experts} experts on each of "
-                    f"{spec.divided_over.size} ranks"
-                )
+            told.setdefault(kind, []).append(specs[0].layer)
+        for kind, names in told.items():
+            ctx.say(f"{len(names)} layer{'s' * (len(names) > 1)} {kind}: {', '.join(names)}")
         for text in said:
             ctx.say(text)
+            ctx.note(f"{text}.")
         for marker in _markers(graph):
             if spec_of(marker).expert_axis is not None:
                 _gather_all(graph, marker)
@@ -65,9 +74,8 @@ def spec_of(marker: fx.Node) -> ParamSpec:
     return lookup(key)
 
 
-def _is_divided(node: fx.Node) -> bool:
-    is_marker = node.op == "call_function" and node.target in (_ops.unshard, _ops.unshard.default)
-    return is_marker and spec_of(node).expert_axis is not None
+def _is_parameter(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target in (_ops.unshard, _ops.unshard.default)
 
 
 def _divide(graph: fx.Graph, layer: Layer) -> None:

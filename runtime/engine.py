@@ -44,6 +44,7 @@ from dspass.runtime.traffic import (
     CollectiveKey,
     Direction,
     TrafficCounter,
+    counts_cost,
     expected_splits,
     gather_cost,
     packed_gather_cost,
@@ -183,13 +184,16 @@ class Engine:
     def start_counts(
         self, spec: ParamSpec, ends: torch.Tensor, scores: torch.Tensor | None
     ) -> Exchange:
-        """Begin to tell each rank how many rows come for each of its experts."""
+        """Begin to tell each rank how many rows come for each of its experts.
+
+        It is told of all experts, a few hundred numbers, for the report. Megatron-LM's dispatcher gathers as much.
+        """
         axis = spec.divided_over
-        counts = ends.diff(prepend=ends.new_zeros(1)).to(torch.int32).view(axis.size, -1)
-        bad = counts.new_zeros(()) if scores is None else scores.isnan().any().to(torch.int32)
-        told = torch.cat([counts, bad.expand(axis.size, 1)], dim=1)
+        counts = ends.diff(prepend=ends.new_zeros(1)).to(torch.int32)
+        bad = counts.new_zeros(1) if scores is None else scores.isnan().any().to(torch.int32)[None]
+        told = torch.cat([counts, bad]).expand(axis.size, -1)
         flight = transport_for(axis, self.dry).all_to_all(axis, [told])
-        counted = self.traffic.add(rows_cost(axis, told.nbytes // axis.size * (axis.size - 1), _direction()))
+        counted = self.traffic.add(counts_cost(axis, ends.shape[0], _direction()))
 
         def arrived(results: list[torch.Tensor]) -> list[torch.Tensor]:
             (all_told,) = results
@@ -201,8 +205,9 @@ class Engine:
                         "for a loss or a gradient that was not finite in the step before (a lower learning rate, "
                         "gradient_clipping, bf16 in place of fp16)."
                     )
-                self.routing.arrived(spec, all_told[:, :-1])
-            return [all_told[:, :-1].contiguous()]
+                self.routing.counted(spec, all_told[:, :-1])
+            here = ends.shape[0] // axis.size
+            return [all_told[:, axis.rank * here : (axis.rank + 1) * here].contiguous()]
 
         return Exchange(self, flight, counted, arrived)
 
@@ -226,7 +231,9 @@ class Engine:
         """Begin to send rows, in the order of experts, to the ranks that hold them."""
         size = rows.shape[0]
         arrivals = self.expected_arrivals(spec, size) if compat.is_fake(rows) else None
-        return self._start_rows(spec, rows, *self._splits(spec, size, ends, arriving, arrivals))
+        sent, received = self._splits(spec, size, ends, arriving, arrivals)
+        self.routing.dispatched(spec, size - sum(sent))
+        return self._start_rows(spec, rows, sent, received)
 
     def start_combine(
         self, spec: ParamSpec, rows: torch.Tensor, ends: torch.Tensor, arriving: torch.Tensor, size: int

@@ -76,6 +76,11 @@ def rows_cost(axis: Axis, sent: int, direction: Direction) -> Collective:
     return Collective.on(axis, "all-to-all", direction, sent)
 
 
+def counts_cost(axis: Axis, experts: int, direction: Direction) -> Collective:
+    """The exchange of how many rows each rank has for each of the ``experts``, and of a word more."""
+    return rows_cost(axis, (axis.size - 1) * (experts + 1) * 4, direction)
+
+
 def expected_splits(axis: Axis, size: int, received: int) -> tuple[list[int], list[int]]:
     """How many of ``size`` rows go to each rank, and how many of the ``received`` ones come from each, on the rank that gets the
     most: from all alike, itself one of them, and what it does not keep goes to the others alike."""
