@@ -83,13 +83,13 @@ def _divide(graph: fx.Graph, layer: Layer) -> None:
     key, axis, held = spec.key, spec.divided_over, set(layer.inside)
     entering, leaving = layer.entering(), layer.leaving()
 
+    first = layer.products[0].args[0]
+    assert isinstance(first, fx.Node)
     with graph.inserting_before(layer.inside[0]):
-        scores = layer.scores
+        scores, size = layer.scores, _rows_of(graph, first)
         arriving = graph.call_function(_ops.exchange_counts, (layer.ends, scores, key))
         here = graph.call_method("sum", (arriving, 0))
         ends = graph.call_function(torch.cumsum, (here,), {"dim": 0, "dtype": torch.int32})
-    first = layer.products[0].args[0]
-    assert isinstance(first, fx.Node)
     order: dict[str, fx.Node] = {}
 
     def enter(node: fx.Node) -> fx.Node:
@@ -140,7 +140,7 @@ def _divide(graph: fx.Graph, layer: Layer) -> None:
         with graph.inserting_after(node):
             back = graph.call_function(_ops.unpermute_experts, (node, order["positions"]))
         with graph.inserting_after(back):
-            result = graph.call_function(_ops.combine_rows, (back, layer.ends, arriving, _rows_of(graph, first), key))
+            result = graph.call_function(_ops.combine_rows, (back, layer.ends, arriving, size, key))
         node.replace_all_uses_with(
             result, delete_user_cb=lambda user, back=back: user is not back and user not in held
         )
