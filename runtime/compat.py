@@ -493,23 +493,26 @@ def reduce_overflow_of_mixed_placements() -> None:
     handlers[operator] = ours
 
 
-def unknown_size(like: torch.Tensor, expected: Any) -> Any:
-    """A size that is known only when the graph runs, of which ``expected`` are likely; for the fake of an operator.
+def unknown_size(like: torch.Tensor, likely: Any) -> Any:
+    """A size that is known only when the graph runs, and is ``likely`` so large; for the fake of an operator.
 
     Dynamo's ``capture_scalar_outputs`` and ``capture_dynamic_output_shape_ops`` say whether a graph that it captures may have
     such sizes; what is inserted behind it needs neither.
     """
     mode = getattr(like, "fake_mode", None)
     if mode is None or mode.shape_env is None:  # tensors without values and without symbols
-        return expected
+        return likely
     size = mode.shape_env.create_unbacked_symint()
     torch._check(size >= 0)
-    _expectations.setdefault(mode.shape_env, {})[size.node.expr] = expected
+    _expectations.setdefault(mode.shape_env, {})[size.node.expr] = likely
+    hints = mode.shape_env.__dict__.get("var_to_hint_override")  # which Inductor orders and tiles by, where torch has it
+    if hints is not None and (number := expected(likely)) is not None:
+        hints[size.node.expr] = number
     return size
 
 
-#: What is expected of the sizes that :func:`unknown_size` has made, by their symbols. torch's own place for such hints came and
-#: changed between the versions here, and its code for guards reads it too.
+#: What is expected of the sizes that :func:`unknown_size` has made, by their symbols. torch's own place for it takes numbers
+#: only, and is not in all versions.
 _expectations: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
 
 
