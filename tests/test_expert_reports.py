@@ -26,8 +26,6 @@ from tests.training import close, train, without_inductor, zero
 
 TOP_K = 2
 
-BUDGET = 6_000_000
-
 
 class Mixture(nn.Module):
     """Each token to two experts, sorted by them. Of ``skipped`` tokens, the first ones, rows stand behind the last end."""
@@ -275,8 +273,8 @@ def test_a_planned_model_trains_to_the_numbers_of_one_process() -> None:
     close(run(2, planned, 420_000))
 
 
-def peaks(budget: int, imbalance: float) -> tuple[int, int, Report]:
-    """The plan's peak and what a step took, with what Inductor makes."""
+def peaks(budget: int, imbalance: float) -> tuple[int, Report]:
+    """What a step took, with what Inductor makes."""
     torch.manual_seed(0)
     model = net()
     config = experts_on(3, memory_budget=budget, experts={"expected_imbalance": imbalance})
@@ -289,21 +287,23 @@ def peaks(budget: int, imbalance: float) -> tuple[int, int, Report]:
         optimizer.step()
         optimizer.zero_grad()
 
-    for _ in range(3):
-        step()
+    step()
+    step()
     with dspass.measure(model) as measured:
         step()
-    report = dspass.explain(model)
-    return report.plans[0].peak_bytes, measured.peak_bytes, report
+    return measured.peak_bytes, dspass.explain(model)
 
 
 def test_a_budget_holds_where_routing_is_no_less_even_than_expected() -> None:
-    results = run(2, peaks, BUDGET, 1.25)
-    for planned_peak, measured, report in results:
-        (layer,) = report.experts
-        assert layer.rank_imbalance <= 1.25
-        assert measured <= planned_peak * 1.05 <= BUDGET * 1.05
-        print(planned_peak, measured, layer.by_rank)
+    budget, imbalance = 5_600_000, 1.1
+    results = run(2, peaks, budget, imbalance)
+    for measured, report in results:
+        (layer,), (plan,) = report.experts, report.plans
+        assert 1 < layer.rank_imbalance <= imbalance
+        assert measured <= plan.peak_bytes <= budget
+        assert any("The plan is for 1.1 times the mean of rows" in note for note in report.notes)
+    busiest = max(measured for measured, _ in results)
+    assert busiest > 0.9 * results[0][1].plans[0].peak_bytes, "and it is no guess from far above"
 
 
 # -- on the meta device --------------------------------------------------------------------------------------------------
