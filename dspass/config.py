@@ -862,7 +862,9 @@ class QuantizedInitialization:
         section = "weight_quantization.quantized_initialization"
         _check_fields(self, section)
         if self.num_bits not in (None, 4, 8):
-            raise ConfigError(f"{section}.num_bits", f"there is no integer format of {self.num_bits} bits.", "Write 8 or 4.")
+            raise ConfigError(
+                f"{section}.num_bits", f"there is no integer format of {self.num_bits} bits.", "Write 8 or 4."
+            )
         if self.group_dim != 1:
             raise ConfigError(f"{section}.group_dim", "groups of rows cannot be.", "Write 1, groups of columns.")
         if not self.symmetric:
@@ -946,7 +948,9 @@ class Config:
                 "zero_optimization.offload_param.device": self.offload_param == "cpu",
             }.items():
                 if asked:
-                    raise ConfigError(key, "it does not go together with expert_parallel yet.", "Remove one of the two.")
+                    raise ConfigError(
+                        key, "it does not go together with expert_parallel yet.", "Remove one of the two."
+                    )
         if self.bf16 and self.fp16:
             raise ConfigError("fp16.enabled", "fp16 and bf16 are both enabled.", "Set one of them to false.")
 

@@ -272,8 +272,8 @@ def _rates(device: str) -> str:
 def _seconds(
     engine: Engine, model: nn.Module, device: str, optimizer: str, train: bool
 ) -> tuple[dict[tuple[str, str, str], float], float]:
-    """Exposed seconds of collectives, by kind, direction and group, and of copies to and from the host, which have no group; and
-    the whole step's."""
+    """Exposed seconds of collectives, by kind, direction and group, and of copies to and from the host, which have no group;
+    and the whole step's."""
     with compat.without_fake_mode():
         on = devices.device(device)
     exposed: dict[tuple[str, str, str], float] = {}
@@ -566,11 +566,13 @@ def _report(
 def _routing_notes(kind: str, engine: Engine) -> list[str]:
     """What figures suppose of routers, which nobody knows before the step."""
     is_planned = any(c.plan is not None for c in engine.compilations)
-    if not any(spec.expert_axis is not None for spec in engine.specs.values()) or (kind == "measured" and not is_planned):
+    if not any(spec.expert_axis is not None for spec in engine.specs.values()) or (
+        kind == "measured" and not is_planned
+    ):
         return []
     return [
-        f"{'Figures are' if kind == 'predicted' else 'The plan is'} for {engine.expected_imbalance:g} times the mean of rows at "
-        "the experts of the busiest rank (dspass.experts.expected_imbalance). Less even routing takes more memory and time."
+        f"{'Figures are' if kind == 'predicted' else 'The plan is'} for {engine.expected_imbalance:g} times the mean of rows "
+        "at the experts of the busiest rank (dspass.experts.expected_imbalance). Less even routing takes more memory and time."
     ]
 
 

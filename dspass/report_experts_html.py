@@ -26,7 +26,9 @@ def experts_html(layers: Sequence[ExpertLayer]) -> str:
     head = ("Layer", "Experts", "Ranks", "Rows", "Busiest rank over mean", "Busiest expert over mean", "Dropped here")
     header = "".join(f'<th scope="col"{_NUMBER if i else ""}>{h}</th>' for i, h in enumerate(head))
     body = "".join(
-        "<tr>" + "".join(f"<td{_NUMBER if i else ''}>{escape(cell)}</td>" for i, cell in enumerate(_cells(layer))) + "</tr>"
+        "<tr>"
+        + "".join(f"<td{_NUMBER if i else ''}>{escape(cell)}</td>" for i, cell in enumerate(_cells(layer)))
+        + "</tr>"
         for layer in layers
     )
     return f"""

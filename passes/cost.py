@@ -116,22 +116,22 @@ def estimate(graph: fx.Graph, on: Device) -> Estimate:
 
 def _collectives(start: fx.Node, on: Device) -> list[tuple[str, str, float]]:
     """Kind, group and seconds of each collective that ``start`` begins."""
-    if start.target in EXCHANGES:
-        cost = _exchange(start)
-        return [(cost.kind, cost.group, on.latency + cost.bytes / on.link_of(cost.span))]
+    costs = [_exchange(start)] if start.target in EXCHANGES else _of_parameters(start)
+    return [(c.kind, c.group, on.latency + c.bytes / on.link_of(c.span)) for c in costs]
+
+
+def _of_parameters(start: fx.Node) -> list[Collective]:
     specs: Sequence[ParamSpec] = specs_of(start)
     if is_packed(start):
         sent = sum(map(size_of, start.args[0]))
         reduces = start.target is reduce_start
-        costs = [
+        return [
             packed_reduce_cost(specs, sent, over_of(start)) if reduces else packed_gather_cost(specs, sent, "forward")
         ]
-    elif start.target is reduce_start:
-        costs = reduce_cost(specs)
-    else:
-        cost = gather_cost(specs, "forward", over_of(start))
-        costs = [cost] if cost is not None else []
-    return [(c.kind, c.group, on.latency + c.bytes / on.link_of(c.span)) for c in costs]
+    if start.target is reduce_start:
+        return reduce_cost(specs)
+    cost = gather_cost(specs, "forward", over_of(start))
+    return [cost] if cost is not None else []
 
 
 def _exchange(start: fx.Node) -> Collective:
@@ -143,11 +143,11 @@ def _exchange(start: fx.Node) -> Collective:
         return counts_cost(axis, leaves(sent.meta["val"])[0].shape[0], "forward")
     if start.target is combine_start:
         sent, got = got, sent
-    rows, arriving = (compat.expected(leaves(n.meta["val"])[0].shape[0]) or 0 for n in (sent, got))
-    going, coming = expected_splits(axis, rows, arriving)
-    others = max(rows - going[axis.rank], arriving - coming[axis.rank])
-    row = math.prod(leaves(start.meta["val"])[0].shape[1:]) * leaves(start.meta["val"])[0].element_size()
-    return rows_cost(axis, others * row, "forward")
+    (rows,), (arriving,) = (leaves(n.meta["val"]) for n in (sent, got))
+    counts = [compat.expected(value.shape[0]) or 0 for value in (rows, arriving)]
+    going, coming = expected_splits(axis, *counts)
+    others = max(counts[0] - going[axis.rank], counts[1] - coming[axis.rank])
+    return rows_cost(axis, others * math.prod(rows.shape[1:]) * rows.element_size(), "forward")
 
 
 def collective_seconds(start: fx.Node, on: Device) -> float:

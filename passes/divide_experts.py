@@ -104,10 +104,10 @@ def _divide(graph: fx.Graph, layer: Layer) -> None:
         reader = next(n for n in layer.inside if node in n.all_input_nodes)
         with graph.inserting_before(reader):
             if layer.names_expert(node):
-                experts = graph.call_function(
-                    _ops.experts_of_rows, (ends, order["count"], axis.rank * spec.shape[0])
+                experts = graph.call_function(_ops.experts_of_rows, (ends, order["count"], axis.rank * spec.shape[0]))
+                inner[node] = graph.node_copy(
+                    node, lambda n, node=node, experts=experts: experts if n is node.args[1] else n
                 )
-                inner[node] = graph.node_copy(node, lambda n, node=node, experts=experts: experts if n is node.args[1] else n)
                 inner[node].meta.clear()
             else:
                 inner[node] = enter(node)
@@ -141,9 +141,7 @@ def _divide(graph: fx.Graph, layer: Layer) -> None:
             back = graph.call_function(_ops.unpermute_experts, (node, order["positions"]))
         with graph.inserting_after(back):
             result = graph.call_function(_ops.combine_rows, (back, layer.ends, arriving, size, key))
-        node.replace_all_uses_with(
-            result, delete_user_cb=lambda user, back=back: user is not back and user not in held
-        )
+        node.replace_all_uses_with(result, delete_user_cb=lambda user, back=back: user is not back and user not in held)
 
 
 def _rows_of(graph: fx.Graph, node: fx.Node) -> Any:

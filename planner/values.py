@@ -22,7 +22,13 @@ from dspass.runtime.params import ParamSpec, lookup
 from dspass.runtime.traffic import gather_cost
 
 #: A collective is not run again: what it brought is kept.
-_COLLECTIVES = {COUNTS, DISPATCH, COMBINE, torch.ops.dspass.gather_experts.default, torch.ops.dspass.reduce_experts.default}
+_COLLECTIVES = {
+    COUNTS,
+    DISPATCH,
+    COMBINE,
+    torch.ops.dspass.gather_experts.default,
+    torch.ops.dspass.reduce_experts.default,
+}
 
 #: How much dearer an early value is to save than a late one: equal layers then change sides one after another, the first first.
 #: What is computed again early in the forward is needed late in the backward, when other saved values are gone.
@@ -159,7 +165,9 @@ def can_recompute(node: fx.Node) -> bool:
     if node.target is operator.getitem:
         return can_recompute(node.args[0])
     schema = getattr(node.target, "_schema", None)
-    if node.target in _COLLECTIVES or schema is None or schema.is_mutable or getattr(node.target, "namespace", "") == "_c10d_functional":
+    if node.target in _COLLECTIVES or getattr(node.target, "namespace", "") == "_c10d_functional":
+        return False
+    if schema is None or schema.is_mutable:
         return False
     if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and _dropout(node) != 0:
         return False

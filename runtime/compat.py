@@ -505,7 +505,9 @@ def unknown_size(like: torch.Tensor, likely: Any) -> Any:
     size = mode.shape_env.create_unbacked_symint()
     torch._check(size >= 0)
     _expectations.setdefault(mode.shape_env, {})[size.node.expr] = likely
-    hints = mode.shape_env.__dict__.get("var_to_hint_override")  # which Inductor orders and tiles by, where torch has it
+    hints = mode.shape_env.__dict__.get(
+        "var_to_hint_override"
+    )  # which Inductor orders and tiles by, where torch has it
     if hints is not None and (number := expected(likely)) is not None:
         hints[size.node.expr] = number
     return size
@@ -517,8 +519,8 @@ _expectations: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyD
 
 
 def expected(size: Any) -> Any:
-    """A size as a number, without a guard: a dynamic one as it is for the inputs at hand, an unknown one as it is expected. None
-    where nothing is: the model's own operators made it."""
+    """A size as a number, without a guard: a dynamic one as it is for the inputs at hand, an unknown one as it is expected.
+    None where nothing is: the model's own operators made it."""
     if not isinstance(size, torch.SymInt):
         return size
     env, expression = size.node.shape_env, size.node.expr
@@ -547,7 +549,9 @@ def as_expected(gm: fx.GraphModule, mark: str) -> fx.GraphModule | None:
     for node in list(graph.nodes):
         value = node.meta.get("val")
         if isinstance(value, (torch.SymInt, torch.SymBool)) and node.op == "call_function":
-            number: Any = expected(value) if isinstance(value, torch.SymInt) else True  # a check, which the real graph makes
+            number: Any = (
+                expected(value) if isinstance(value, torch.SymInt) else True
+            )  # a check, which the real graph makes
             if number is not None:
                 for user in list(node.users):
                     user.args, user.kwargs = fx.map_arg(
@@ -555,7 +559,11 @@ def as_expected(gm: fx.GraphModule, mark: str) -> fx.GraphModule | None:
                     )
                 graph.erase_node(node)
         elif any(_is_unknown(size) for size in sizes_of(value)):
-            node.meta = {**node.meta, "val": torch.utils._pytree.tree_map_only(torch.Tensor, _as_expected, value), mark: True}
+            node.meta = {
+                **node.meta,
+                "val": torch.utils._pytree.tree_map_only(torch.Tensor, _as_expected, value),
+                mark: True,
+            }
         elif not node.all_input_nodes and not node.users and node.op == "call_function":
             graph.erase_node(node)  # a check of what is now a number
     return graph_module(gm, graph)
@@ -581,7 +589,7 @@ def _as_expected(tensor: torch.Tensor) -> torch.Tensor:
     shape, stride = ([expected(s) for s in sizes] for sizes in (tensor.shape, tensor.stride()))
     if None in shape or None in stride:
         return tensor
-    with tensor.fake_mode:  # type: ignore[attr-defined]
+    with mode_of([tensor]):
         return torch.empty_strided(shape, stride, dtype=tensor.dtype, device=tensor.device)
 
 

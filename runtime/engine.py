@@ -181,9 +181,7 @@ class Engine:
 
     # -- experts ---------------------------------------------------------------------------------------------------
 
-    def start_counts(
-        self, spec: ParamSpec, ends: torch.Tensor, scores: torch.Tensor | None
-    ) -> Exchange:
+    def start_counts(self, spec: ParamSpec, ends: torch.Tensor, scores: torch.Tensor | None) -> Exchange:
         """Begin to tell each rank how many rows come for each of its experts.
 
         It is told of all experts, a few hundred numbers, for the report. Megatron-LM's dispatcher gathers as much.

@@ -87,12 +87,8 @@ def _combine_fake(rows: torch.Tensor, ends: torch.Tensor, arriving: torch.Tensor
     return rows.new_empty((size, *rows.shape[1:]))
 
 
-@operator(
-    "combine_rows(Tensor rows, Tensor ends, Tensor arriving, SymInt size, str key) -> Tensor", fake=_combine_fake
-)
-def combine_rows(
-    rows: torch.Tensor, ends: torch.Tensor, arriving: torch.Tensor, size: int, key: str
-) -> torch.Tensor:
+@operator("combine_rows(Tensor rows, Tensor ends, Tensor arriving, SymInt size, str key) -> Tensor", fake=_combine_fake)
+def combine_rows(rows: torch.Tensor, ends: torch.Tensor, arriving: torch.Tensor, size: int, key: str) -> torch.Tensor:
     """The way back: ``[size, ...]``, rows where :func:`dispatch_rows` took them, and zeros behind the last end."""
     spec = lookup(key)
     (arrived,) = spec.engine.start_combine(spec, rows, ends, arriving, size).wait()

@@ -82,8 +82,8 @@ def counts_cost(axis: Axis, experts: int, direction: Direction) -> Collective:
 
 
 def expected_splits(axis: Axis, size: int, received: int) -> tuple[list[int], list[int]]:
-    """How many of ``size`` rows go to each rank, and how many of the ``received`` ones come from each, on the rank that gets the
-    most: from all alike, itself one of them, and what it does not keep goes to the others alike."""
+    """How many of ``size`` rows go to each rank, and how many of the ``received`` ones come from each, on the rank that gets
+    the most: from all alike, itself one of them, and what it does not keep goes to the others alike."""
     coming = _even(received, axis.size)
     own = coming[axis.rank]
     going = _even(size - own, axis.size - 1)

@@ -129,7 +129,10 @@ def test_ranks_of_one_place_in_each_node_are_joined_by_the_slower_link() -> None
         Axis(name="a", group=group, size=2, rank=0, ranks=ranks, backend="gloo") for ranks in ((6, 7), (0, 8))
     )
     h100 = device("h100")
-    assert [h100.link_of(rows_cost(axis, 1, "forward").span) for axis in (inside, across)] == [h100.node_link, h100.link]
+    assert [h100.link_of(rows_cost(axis, 1, "forward").span) for axis in (inside, across)] == [
+        h100.node_link,
+        h100.link,
+    ]
 
 
 # -- what ran ------------------------------------------------------------------------------------------------------------

@@ -155,9 +155,7 @@ quantised = st.builds(
     sent_bytes=number,
     relative_error=st.none() | real,
 )
-experts = st.builds(
-    ExpertLayer, name=text, ranks=st.integers(1, 4), rows=st.lists(number, max_size=70), dropped=number
-)
+experts = st.builds(ExpertLayer, name=text, ranks=st.integers(1, 4), rows=st.lists(number, max_size=70), dropped=number)
 reports = st.builds(
     Report,
     kind=st.sampled_from(["measured", "predicted"]),
