@@ -69,6 +69,7 @@ def compile_graph(
         known = None  # the model is compiled again, with other options
     chosen: Callable[..., Any] = compiler or known or segment_compiler(config)
     engine.compiler, engine.config = chosen, config
+    engine.expected_imbalance = config.experts.expected_imbalance
     if config.dspass.memory_budget is not None or config.dspass.plan is not None:
         passes = scheduled(passes, engine)
     record = done.passes.append

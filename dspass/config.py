@@ -562,6 +562,9 @@ KEYS: tuple[Key, ...] = (
     *(_skip(f"tensor_parallel.{name}", kind, default, _NO_TENSOR)
       for name, kind, default in _TENSOR),
     # --- experts
+    _act("dspass.experts.expected_imbalance", "expected_imbalance", "number", 1.0, "times the mean",
+         "How many tokens the busiest rank is expected to get for its experts, over the mean: a prediction and a memory budget "
+         "suppose it, for how many come is known in each step alone. The report shows what it is.", low=1.0),
     _section("expert_parallel"),
     _act("expert_parallel.enabled", "enabled", "flag", False, "",
          "Divide the experts of mixtures of experts over ranks, and send tokens to them. What they are is recognised in the "
@@ -906,6 +909,8 @@ class ExpertsConfig:
 
     global_aux_loss: bool = False
     """Whether an auxiliary loss is of all ranks' tokens."""
+    expected_imbalance: float = 1.0
+    """Tokens at the busiest rank over the mean."""
 
     def __post_init__(self) -> None:
         _check_fields(self, "dspass.experts")

@@ -41,6 +41,7 @@ from dspass.planner.saved import PlanError
 from dspass.quantising import quantised_tensors
 from dspass.report import (
     Direction,
+    ExpertLayer,
     GraphRecord,
     HostCopy,
     HostCopyKind,
@@ -236,7 +237,7 @@ def _predicted(
                 group_size=size,
                 calls=n,
                 bytes=b,
-                exposed_seconds=exposed.get((kind, direction), 0.0),
+                exposed_seconds=exposed.get((kind, direction, group), 0.0),
             )
             for (kind, direction, group, size), (n, b, _) in engine.traffic.last.items()
         ]
@@ -271,25 +272,26 @@ def _rates(device: str) -> str:
 
 def _seconds(
     engine: Engine, model: nn.Module, device: str, optimizer: str, train: bool
-) -> tuple[dict[tuple[str, str], float], float]:
-    """Exposed seconds of collectives and of copies to and from the host, by kind and direction, and the whole step's."""
+) -> tuple[dict[tuple[str, str, str], float], float]:
+    """Exposed seconds of collectives, by kind, direction and group, and of copies to and from the host, which have no group;
+    and the whole step's."""
     with compat.without_fake_mode():
         on = devices.device(device)
-    exposed: dict[tuple[str, str], float] = {}
+    exposed: dict[tuple[str, str, str], float] = {}
     total = 0.0
     for where, graph in _graphs(engine):
         one = cost.estimate(graph, on)
         total += one.seconds * engine.accumulation_steps
         if where == "forward" and train:
             total += cost.holding_seconds(graph, on) * engine.accumulation_steps
-        for (kind, _), seconds in one.exposed.items():
-            exposed[kind, where] = exposed.get((kind, where), 0.0) + seconds * engine.accumulation_steps
+        for (kind, group), seconds in one.exposed.items():
+            exposed[kind, where, group] = exposed.get((kind, where, group), 0.0) + seconds * engine.accumulation_steps
     if train:
         states = OPTIMIZERS[optimizer].states
         trained = [p for p in model.parameters() if p.requires_grad]
         total += cost.optimizer_seconds(sum(local_bytes(p) for p in trained), states, on)
-        exposed["optimizer states", "step"] = cost.states_seconds(_states_away(engine, model), on)
-        total += exposed["optimizer states", "step"]
+        exposed["optimizer states", "step", ""] = cost.states_seconds(_states_away(engine, model), on)
+        total += exposed["optimizer states", "step", ""]
     return exposed, total
 
 
@@ -309,7 +311,7 @@ def _states_away(engine: Engine, model: nn.Module) -> int:
 
 
 def _host_copies(
-    engine: Engine, states_bytes: int, exposed: Mapping[tuple[str, str], float] | None = None
+    engine: Engine, states_bytes: int, exposed: Mapping[tuple[str, str, str], float] | None = None
 ) -> list[HostCopy]:
     """What the graphs copy to the host and back, and ``states_bytes`` of the optimiser's; ``exposed`` None: not measured."""
     moved: Counter[tuple[HostCopyKind, Direction]] = Counter()
@@ -324,7 +326,7 @@ def _host_copies(
             kind=kind,
             direction=direction,
             bytes=count,
-            exposed_seconds=None if exposed is None else exposed.get((kind, direction), 0.0),
+            exposed_seconds=None if exposed is None else exposed.get((kind, direction, ""), 0.0),
         )
         for (kind, direction), count in moved.items()
         if count
@@ -549,13 +551,45 @@ def _report(
         host_copies=host_copies,
         quantised=[*stored_tensors(model), *quantised_tensors(_graphs(engine), engine)],
         rounded=rounded_layers(engine),
+        experts=_experts(engine),
         step_seconds=seconds,
         plans=[_plan_record(c.name, c.plan, seconds) for c in engine.compilations if c.plan is not None],
         config=config.to_dict() if config is not None else {},
         ignored=ignored,
-        notes=notes,
+        notes=[
+            *dict.fromkeys(n for c in engine.compilations for p in c.passes for n in p.notes),
+            *_routing_notes(kind, engine),
+            *notes,
+        ],
         versions={"torch": torch.__version__, "python": platform.python_version(), "dspass": _version()},
     )
+
+
+def _routing_notes(kind: str, engine: Engine) -> list[str]:
+    """What figures suppose of routers, which nobody knows before the step."""
+    is_planned = any(c.plan is not None for c in engine.compilations)
+    if not any(spec.expert_axis is not None for spec in engine.specs.values()) or (
+        kind == "measured" and not is_planned
+    ):
+        return []
+    return [
+        f"{'Figures are' if kind == 'predicted' else 'The plan is'} for {engine.expected_imbalance:g} times the mean of rows "
+        "at the experts of the busiest rank (dspass.experts.expected_imbalance). Less even routing takes more memory and time."
+    ]
+
+
+def _experts(engine: Engine) -> list[ExpertLayer]:
+    """What the routers of the last step did; here, and not in the step, it waits for a GPU to say so."""
+    specs = {spec.name: spec for spec in engine.specs.values()}
+    return [
+        ExpertLayer(
+            name=specs[name].layer,
+            ranks=specs[name].divided_over.size,
+            rows=routed.counts.sum(0).tolist(),
+            dropped=routed.dropped,
+        )
+        for name, routed in engine.routing.last.items()
+    ]
 
 
 def _plan_record(graph: str, plan: Plan, step_seconds: float | None) -> PlanRecord:

@@ -28,7 +28,7 @@ from dspass.passes.base import Pass, PassContext, run_passes
 from dspass.passes.bucket_gathers import BucketGathers
 from dspass.passes.bucket_reductions import BucketReductions
 from dspass.passes.kernels import size_of
-from dspass.passes.nodes import GATHERED
+from dspass.passes.nodes import GATHERED, ROWS_EXPECTED
 from dspass.passes.offload_saved import OffloadSaved
 from dspass.passes.partition import partition
 from dspass.passes.prefetch_gathers import PrefetchGathers
@@ -74,8 +74,11 @@ def planned(
     hold ``held`` bytes while this one runs, and have ``apart`` bytes of parameters. Of ``earlier`` plans that of the same graph
     for inputs of other shapes is tried first. Raises :class:`BudgetError` or :class:`PlanError` on every rank alike."""
 
-    def split(choose: compat.Chooser) -> Split:
-        fresh = compat.graph_module(joint, copy.deepcopy(joint.graph))
+    # Rows that arrive at experts: planned for as many as are expected. A plan goes by names of nodes, and serves both graphs.
+    sized = compat.as_expected(joint, ROWS_EXPECTED) or joint
+
+    def split(choose: compat.Chooser, of: fx.GraphModule = sized) -> Split:
+        fresh = compat.graph_module(of, copy.deepcopy(of.graph))
         return partition(fresh, inputs, num_fwd_outputs, free, choose=choose)
 
     def pipeline(forward: fx.GraphModule, backward: fx.GraphModule, bucket_bytes: int | None) -> Split:
@@ -85,7 +88,7 @@ def planned(
             run_passes(backward, chosen, PassContext(graph=name, where="backward", target=engine.target)),
         )
 
-    if any(_unknown(n.meta.get("val")) for n in joint.graph.nodes):
+    if any(_unknown(n.meta.get("val")) for n in sized.graph.nodes):
         raise BudgetError(
             "dspass.memory_budget needs sizes that are known when the model is compiled, and here they are dynamic. Do not "
             "compile with dynamic=True, mark no size as dynamic, or pad batches to one size.",
@@ -104,14 +107,14 @@ def planned(
         assert budget is not None
         on = devices.planned_for(kind_of(engine))
         state, states = state_of(engine), states_bytes(engine)
-        here, gradients = _of_this_graph(joint.graph, num_fwd_outputs, free)
+        here, gradients = _of_this_graph(sized.graph, num_fwd_outputs, free)
         state = replace(state, elsewhere=held + max(state.trained - gradients, 0), here=here)
         simulator = InductorSimulator(patches=patches) if kind_of(engine) == "cpu" else GraphSimulator()
 
         def run(forward: fx.GraphModule, backward: fx.GraphModule) -> Peak:
             return peak_of_step(forward, backward, num_fwd_outputs, engine, state, simulator)
 
-        exposed = _exposed_share(joint.graph, on)
+        exposed = _exposed_share(sized.graph, on)
         share = here / max(state.parameters - apart, here, 1)
         prior = next((p.decision for m, p in reversed(earlier) if _serves(m, p, made_for, budget)), None)
 
@@ -142,7 +145,7 @@ def planned(
                 + cost.estimate(backward.graph, on).seconds
                 + cost.holding_seconds(forward.graph, on)
             ),
-            settings=settings_of(joint.graph, engine, config, passes, states, on, exposed),
+            settings=settings_of(sized.graph, engine, config, passes, states, on, exposed),
             share=share if share < _ALONE else 1.0,
             scale=on.steps.get(_model_key(made_for), 1.0),
         ).plan()
@@ -153,7 +156,7 @@ def planned(
 
     plan = _shared(made_for, make)
     host(engine, plan.decision.states_on_host)
-    forward, backward = graphs or split(chooser(plan.decision))
+    forward, backward = graphs if graphs and sized is joint else split(chooser(plan.decision), joint)
     return forward, backward, plan, made_for
 
 
@@ -219,7 +222,7 @@ def _exposed_share(joint: fx.Graph, on: devices.Device) -> float:
         gather_cost([s], "backward", "node" if s.node_axis is not None else None) for s in specs if is_gathered(s)
     ]
     costs = [*(c for c in gathers if c is not None), *(c for s in specs if s.trains for c in reduce_cost([s]))]
-    sent = sum(c.bytes / on.link_of(c.group_size) for c in costs)
+    sent = sum(c.bytes / on.link_of(c.span) for c in costs)
     return max(0.0, 1.0 - cost.estimate(joint, on).compute * 2 / 3 / sent) if sent else 0.0
 
 

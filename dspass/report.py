@@ -29,7 +29,7 @@ CATEGORIES = ("parameters", "gradients", "optimizer", "gathered", "saved", "temp
 PHASES = ("forward", "backward", "optimizer")
 
 FORMAT = "dspass.report"
-VERSION = 3
+VERSION = 4
 
 WIDTH = 100
 _PASS_ROWS, _TRAFFIC_ROWS, _NOTE_ROWS = 12, 5, 3
@@ -40,7 +40,7 @@ _PLAN_CLASSES, _PLAN_TENSORS, _PLAN_POINTS = 6, 4, 8
 _WORTH_BUYING = 0.005
 
 Kind = Literal["measured", "predicted"]
-Stage = Literal["joint", "forward", "backward"]
+Stage = Literal["captured", "joint", "forward", "backward"]
 Phase = Literal["forward", "backward", "optimizer"]
 CollectiveKind = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all"]
 Direction = Literal["forward", "backward", "step"]
@@ -197,6 +197,40 @@ class RoundedLayer:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExpertLayer:
+    """What the router of one layer did in one optimiser step, for all ranks that its experts are divided over.
+
+    ``rows`` are tokens times the experts that each goes to, by expert; equally many consecutive ones are each rank's."""
+
+    name: str
+    ranks: int
+    rows: list[int]
+    dropped: int
+    """Rows that this rank had and sent to no expert."""
+
+    @property
+    def by_rank(self) -> list[int]:
+        """Rows that arrive at each rank."""
+        here = max(len(self.rows) // max(self.ranks, 1), 1)
+        return [sum(self.rows[i : i + here]) for i in range(0, len(self.rows), here)]
+
+    @property
+    def expert_imbalance(self) -> float:
+        """The busiest expert's rows over the mean; 1 where there are none."""
+        return _over_mean(self.rows)
+
+    @property
+    def rank_imbalance(self) -> float:
+        """The busiest rank's rows over the mean; 1 where there are none."""
+        return _over_mean(self.by_rank)
+
+
+def _over_mean(counts: Sequence[int]) -> float:
+    total = sum(counts)
+    return max(counts) * len(counts) / total if total else 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class PlanPoint:
     """A plan that could be chosen. ``is_measured``: its peak is that of its code on fake tensors, not of the model."""
 
@@ -273,6 +307,8 @@ class Report:
     """Of one call of the model; empty where all travel whole."""
     rounded: list[RoundedLayer] = field(default_factory=list)
     """What is rounded while it trains."""
+    experts: list[ExpertLayer] = field(default_factory=list)
+    """In one optimiser step; empty where no experts are divided over ranks, or nothing was measured."""
     step_seconds: float | None = None
     plans: list[PlanRecord] = field(default_factory=list)
     """What a memory budget decided, one a graph."""
@@ -556,6 +592,8 @@ def _lines(report: Report) -> Iterator[str]:
         yield ""
     if report.rounded:
         yield from _rounded_lines(report)
+    if report.experts:
+        yield from _expert_lines(report.experts)
         yield ""
     for plan in report.plans:
         yield from _plan_lines(plan)
@@ -696,6 +734,33 @@ def bits_text(one: RoundedLayer) -> str:
     return f"{one.bits} bits now" + (f", {one.target_bits} in the end" if one.bits != one.target_bits else "")
 
 
+def _expert_lines(layers: Sequence[ExpertLayer]) -> Iterator[str]:
+    """The layers whose ranks are least even, with a bar for each expert, or for several neighbours where there are many."""
+    dropped = sum(layer.dropped for layer in layers)
+    said = f"; this rank dropped {_count(dropped, 'row')}" if dropped else ""
+    yield f"Experts of {_count(len(layers), 'layer')} in one step, busiest over mean, rows by expert{said}"
+    rows = []
+    for layer in sorted(layers, key=lambda one: -one.rank_imbalance)[:_TRAFFIC_ROWS]:
+        on = f"{len(layer.rows)} on {_count(layer.ranks, 'rank')}"
+        uneven = f"rank {layer.rank_imbalance:.2f}", f"expert {layer.expert_imbalance:.2f}"
+        rows.append((_end_of(_line(layer.name)), on, *uneven, _bars(layer.rows)))
+    yield from _table(rows, "<<<<<")
+    if len(layers) > _TRAFFIC_ROWS:
+        yield f"  and {len(layers) - _TRAFFIC_ROWS} more in .experts"
+
+
+def _end_of(name: str, most: int = 28) -> str:
+    """Names of modules differ at their ends, and in the numbers before."""
+    return name if len(name) <= most else f"…{name[1 - most :]}"
+
+
+def _bars(counts: Sequence[int], most: int = 24) -> str:
+    """A character for each, or for as many neighbours as leave ``most``, as high as its share of the largest."""
+    several = -(-len(counts) // most) or 1
+    sums = [sum(counts[i : i + several]) for i in range(0, len(counts), several)]
+    return "".join("▁▂▃▄▅▆▇█"[round(7 * count / max(*sums, 1))] for count in sums)
+
+
 def exposed_text(moved: Traffic | HostCopy) -> str:
     """``-`` where it was not measured."""
     return "-" if moved.exposed_seconds is None else format_seconds(moved.exposed_seconds)
@@ -790,6 +855,8 @@ def _diff_lines(old: Report, new: Report) -> Iterator[str]:
     yield from _section("In few bits", _changes(*packed))
     rounded = ({f"{one.kind} {_line(one.name)}": bits_text(one) for one in r.rounded} for r in (old, new))
     yield from _section("Rounded while it trains", _changes(*rounded))
+    routed = ({e.name: _routed(e) for e in r.experts} for r in (old, new))
+    yield from _section("Experts", _changes(*routed))
     if old.step_seconds != new.step_seconds:
         figures = _figures(old.step_seconds, new.step_seconds, format_seconds, old.missing, new.missing)
         yield f"Step time: {figures}"
@@ -910,6 +977,11 @@ def _traffic_changes(old: Report, new: Report) -> Iterator[str]:
             said.append(f"exposed {_figures(was[2], now[2], format_seconds, old.missing, new.missing)}")
         if said:
             yield f"{name}: {', '.join(said)}"
+
+
+def _routed(layer: ExpertLayer) -> str:
+    uneven = f"rank {layer.rank_imbalance:.2f}, expert {layer.expert_imbalance:.2f}"
+    return f"{sum(layer.rows)} rows, {uneven}, {layer.dropped} dropped, on {_count(layer.ranks, 'rank')}"
 
 
 def _copied(copy: HostCopy) -> str:

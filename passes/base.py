@@ -48,10 +48,15 @@ class PassContext:
     target: str | None = None
     trains: bool = True
     said: list[str] = field(default_factory=list)
+    noted: list[str] = field(default_factory=list)
 
     def say(self, text: str) -> None:
         """One line for the report: what was done, or why there was nothing to do."""
         self.said.append(text)
+
+    def note(self, text: str) -> None:
+        """A sentence for the report's notes, which nobody has to look for: what a person may want to change."""
+        self.noted.append(text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +120,7 @@ class PassResult:
     keeps_numbers: bool
     before: str = ""
     after: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def check_order(passes: Sequence[Pass]) -> None:
@@ -147,6 +153,7 @@ def run_passes(
         if ctx.where not in item.where:
             continue
         ctx.said.clear()
+        ctx.noted.clear()
         before, start, ops = text, time.perf_counter(), _ops(gm.graph)
         graph = item.run(gm.graph, ctx)
         if graph is not gm.graph:
@@ -169,6 +176,7 @@ def run_passes(
                     keeps_numbers=item.keeps_numbers or text == before,
                     before=before,
                     after=text,
+                    notes=tuple(ctx.noted),
                 )
             )
             log.debug("%s %s: %s (%s, %.1f ms)", ctx.graph, ctx.where, item.name, summary, seconds * 1e3)

@@ -14,7 +14,9 @@ import operator
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
+import torch
 import torch.fx as fx
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
@@ -31,17 +33,42 @@ from dspass.passes.kernels import (
     leaves,
     size_of,
 )
-from dspass.passes.nodes import gather_start, gather_wait, is_packed, over_of, reduce_start, reduce_wait, specs_of
+from dspass.passes.nodes import (
+    EXCHANGES,
+    combine_start,
+    counts_start,
+    exchange_wait,
+    gather_start,
+    gather_wait,
+    is_packed,
+    over_of,
+    reduce_start,
+    reduce_wait,
+    specs_of,
+)
 from dspass.passes.onednn_products import fits
+from dspass.runtime import compat, grouped
 from dspass.runtime.host import offload_start, offload_wait, reload_start, reload_wait
 from dspass.runtime.linear import LINEAR
-from dspass.runtime.params import ParamSpec
-from dspass.runtime.traffic import gather_cost, packed_gather_cost, packed_reduce_cost, reduce_cost
+from dspass.runtime.params import ParamSpec, lookup
+from dspass.runtime.traffic import (
+    Collective,
+    counts_cost,
+    expected_splits,
+    gather_cost,
+    packed_gather_cost,
+    packed_reduce_cost,
+    reduce_cost,
+    rows_cost,
+)
+
+_STARTS = {gather_start, reduce_start, *EXCHANGES}
+_GROUPED = {torch.ops.dspass.grouped_product.default, torch.ops.dspass.grouped_outer.default}
 
 
 @dataclass
 class Estimate:
-    """Seconds of compute, and of waiting for collectives and copies by kind and direction, of one run of a graph."""
+    """Seconds of compute, and of waiting for collectives by kind and group and for copies by kind, of one run of a graph."""
 
     compute: float
     exposed: dict[tuple[str, str], float]
@@ -61,21 +88,21 @@ def estimate(graph: fx.Graph, on: Device) -> Estimate:
     waits: dict[fx.Node, float] = defaultdict(float)
     compute = 0.0
     for node in graph.nodes:
-        if node.target in (gather_start, reduce_start):
-            for kind, direction, seconds in _collectives(node, on):
+        if node.target in _STARTS:
+            for kind, group, seconds in _collectives(node, on):
                 begin = max(now, link_free)
                 link_free = begin + seconds
-                arrives[node] = (link_free, (kind, direction))
+                arrives[node] = (link_free, (kind, group))
                 if not on.overlaps:
-                    exposed[kind, direction] += seconds
+                    exposed[kind, group] += seconds
                     waits[node] += seconds
                     now = link_free
         elif node.target in (offload_start, reload_start):
             kind = "offload" if node.target is offload_start else "reload"
             begin = max(now, host_free)
             host_free = begin + sum(v.nbytes for v in node.meta["val"]) / (on.host_link or on.memory / 2)
-            arrives[node] = (host_free, (kind, "forward" if kind == "offload" else "backward"))
-        elif node.target in (gather_wait, reduce_wait, offload_wait, reload_wait):
+            arrives[node] = (host_free, (kind, ""))
+        elif node.target in (gather_wait, reduce_wait, exchange_wait, offload_wait, reload_wait):
             moment, key = arrives.get(node.args[0], (now, ("", "")))
             if moment > now:
                 exposed[key] += moment - now
@@ -88,23 +115,43 @@ def estimate(graph: fx.Graph, on: Device) -> Estimate:
 
 
 def _collectives(start: fx.Node, on: Device) -> list[tuple[str, str, float]]:
+    """Kind, group and seconds of each collective that ``start`` begins."""
+    costs = [_exchange(start)] if start.target in EXCHANGES else _of_parameters(start)
+    return [(c.kind, c.group, on.latency + c.bytes / on.link_of(c.span)) for c in costs]
+
+
+def _of_parameters(start: fx.Node) -> list[Collective]:
     specs: Sequence[ParamSpec] = specs_of(start)
     if is_packed(start):
         sent = sum(map(size_of, start.args[0]))
         reduces = start.target is reduce_start
-        costs = [
+        return [
             packed_reduce_cost(specs, sent, over_of(start)) if reduces else packed_gather_cost(specs, sent, "forward")
         ]
-    elif start.target is reduce_start:
-        costs = reduce_cost(specs)
-    else:
-        cost = gather_cost(specs, "forward", over_of(start))
-        costs = [cost] if cost is not None else []
-    return [(c.kind, c.direction, on.latency + c.bytes / on.link_of(c.group_size)) for c in costs]
+    if start.target is reduce_start:
+        return reduce_cost(specs)
+    cost = gather_cost(specs, "forward", over_of(start))
+    return [cost] if cost is not None else []
+
+
+def _exchange(start: fx.Node) -> Collective:
+    """An all-to-all of expert parallelism, as the rank that gets the most has it: charged with what it sends or gets, whichever
+    is more, for links go both ways at once."""
+    axis = lookup(cast(str, start.args[-1])).divided_over
+    sent, got = start.args[0], start
+    if start.target is counts_start:
+        return counts_cost(axis, leaves(sent.meta["val"])[0].shape[0], "forward")
+    if start.target is combine_start:
+        sent, got = got, sent
+    (rows,), (arriving,) = (leaves(n.meta["val"]) for n in (sent, got))
+    counts = [compat.expected(value.shape[0]) or 0 for value in (rows, arriving)]
+    going, coming = expected_splits(axis, *counts)
+    others = max(counts[0] - going[axis.rank], counts[1] - coming[axis.rank])
+    return rows_cost(axis, others * math.prod(rows.shape[1:]) * rows.element_size(), "forward")
 
 
 def collective_seconds(start: fx.Node, on: Device) -> float:
-    """Of all that a ``gather_start`` or ``reduce_start`` begins, alone on its link."""
+    """Of all that a collective's start begins, alone on its link."""
     return sum(seconds for _, _, seconds in _collectives(start, on))
 
 
@@ -177,8 +224,13 @@ def operation_seconds(node: fx.Node, on: Device) -> float:
     counter = flop_registry.get(getattr(node.target, "overloadpacket", None))
     if counter is None:
         return 0.0
+    operations = float(counter(*args, **kwargs, out_val=node.meta.get("val")))
+    if node.target in _GROUPED:  # a product for each expert
+        experts = max(args[-1].shape[0], 1)
+        kind = "linear" if on.name == "cpu" and grouped.by_onednn(value.dtype) else "product"
+        return experts * on.computing(kind, value.dtype, operations / experts)
     kind = "linear" if node.target is LINEAR or (on.name == "cpu" and fits(node)) else "product"
-    return on.computing(kind, value.dtype, float(counter(*args, **kwargs, out_val=node.meta.get("val"))))
+    return on.computing(kind, value.dtype, operations)
 
 
 def _name(node: fx.Node) -> str:

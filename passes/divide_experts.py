@@ -35,19 +35,28 @@ class DivideExperts(Pass):
     name: ClassVar[str] = "divide_experts"
     where: ClassVar[frozenset[Where]] = frozenset({"captured"})
 
+    enabled: bool = True
+
     def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
-        layers, said = find_experts(graph, _is_divided)
+        if not self.enabled:
+            ctx.say("expert_parallel is not enabled")
+            return graph
+        layers, said = find_experts(graph, _is_parameter)
+        told: dict[str, list[str]] = {}
         for layer in layers:
-            specs = {spec_of(layer.weights[p]) for p in layer.products}
-            if len({id(s.expert_axis) for s in specs}) == 1:
+            specs = [spec_of(layer.weights[p]) for p in layer.products]
+            kind = f"of {layer.experts} experts, "
+            if any(spec.expert_axis is not specs[0].expert_axis for spec in specs) or specs[0].expert_axis is None:
+                kind += "whole on each rank"
+            else:
+                kind += f"{specs[0].shape[0]} on each of {specs[0].divided_over.size} ranks"
                 _divide(graph, layer)
-                spec = spec_of(layer.weights[layer.products[0]])
-                ctx.say(
-                    f"{spec.name} and {len(layer.products) - 1} more: {spec.shape[0]} of {layer.experts} experts on each of "
-                    f"{spec.divided_over.size} ranks"
-                )
+            told.setdefault(kind, []).append(specs[0].layer)
+        for kind, names in told.items():
+            ctx.say(f"{len(names)} layer{'s' * (len(names) > 1)} {kind}: {', '.join(names)}")
         for text in said:
             ctx.say(text)
+            ctx.note(f"{text}.")
         for marker in _markers(graph):
             if spec_of(marker).expert_axis is not None:
                 _gather_all(graph, marker)
@@ -65,9 +74,8 @@ def spec_of(marker: fx.Node) -> ParamSpec:
     return lookup(key)
 
 
-def _is_divided(node: fx.Node) -> bool:
-    is_marker = node.op == "call_function" and node.target in (_ops.unshard, _ops.unshard.default)
-    return is_marker and spec_of(node).expert_axis is not None
+def _is_parameter(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target in (_ops.unshard, _ops.unshard.default)
 
 
 def _divide(graph: fx.Graph, layer: Layer) -> None:
@@ -75,13 +83,13 @@ def _divide(graph: fx.Graph, layer: Layer) -> None:
     key, axis, held = spec.key, spec.divided_over, set(layer.inside)
     entering, leaving = layer.entering(), layer.leaving()
 
+    first = layer.products[0].args[0]
+    assert isinstance(first, fx.Node)
     with graph.inserting_before(layer.inside[0]):
-        scores = layer.scores
+        scores, size = layer.scores, _rows_of(graph, first)
         arriving = graph.call_function(_ops.exchange_counts, (layer.ends, scores, key))
         here = graph.call_method("sum", (arriving, 0))
         ends = graph.call_function(torch.cumsum, (here,), {"dim": 0, "dtype": torch.int32})
-    first = layer.products[0].args[0]
-    assert isinstance(first, fx.Node)
     order: dict[str, fx.Node] = {}
 
     def enter(node: fx.Node) -> fx.Node:
@@ -132,7 +140,7 @@ def _divide(graph: fx.Graph, layer: Layer) -> None:
         with graph.inserting_after(node):
             back = graph.call_function(_ops.unpermute_experts, (node, order["positions"]))
         with graph.inserting_after(back):
-            result = graph.call_function(_ops.combine_rows, (back, layer.ends, arriving, _rows_of(graph, first), key))
+            result = graph.call_function(_ops.combine_rows, (back, layer.ends, arriving, size, key))
         node.replace_all_uses_with(result, delete_user_cb=lambda user, back=back: user is not back and user not in held)
 
 

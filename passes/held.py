@@ -11,7 +11,7 @@ import torch.fx as fx
 from dspass.passes.base import Pass
 from dspass.passes.devices import Device
 from dspass.passes.kernels import is_view
-from dspass.passes.nodes import GATHERED, HELD, STATIC
+from dspass.passes.nodes import GATHERED, HELD, ROWS_EXPECTED, STATIC
 from dspass.passes.partition import received_by
 from dspass.runtime.host import extent
 
@@ -63,9 +63,12 @@ def last_read(node: fx.Node, order: dict[fx.Node, int]) -> int:
 
 
 def is_dense(node: fx.Node) -> bool:
-    """Whether a value is a tensor of its own whose elements lie without gaps, which a copy keeps as they are."""
+    """Whether a value is a tensor of its own, of a size that is known, whose elements lie without gaps, which a copy keeps as
+    they are."""
     value = node.meta.get("val")
     if node.op != "call_function" or GATHERED in node.meta or not isinstance(value, torch.Tensor) or is_view(node):
+        return False
+    if ROWS_EXPECTED in node.meta:
         return False
     return all(isinstance(size, int) for size in value.shape) and extent(value) == bytes_of(value)
 

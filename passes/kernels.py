@@ -28,6 +28,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from dspass.runtime import compat
 from dspass.runtime.collectives import RUNTIME_FUNCTIONS
 
 _aten = torch.ops.aten
@@ -263,9 +264,9 @@ def leaves(value: Any) -> list[torch.Tensor]:
 
 
 def size_of(node: fx.Node) -> int:
-    """Bytes of the tensors that a node answers."""
-    return sum(v.numel() * v.element_size() for v in leaves(node.meta.get("val")))
+    """Bytes of the tensors that a node answers, sizes that are not known as they are expected."""
+    return sum(compat.expected_elements(v) * v.element_size() for v in leaves(node.meta.get("val")))
 
 
 def elements_of(node: fx.Node) -> int:
-    return max((v.numel() for v in leaves(node.meta.get("val"))), default=0)
+    return max((compat.expected_elements(v) for v in leaves(node.meta.get("val"))), default=0)

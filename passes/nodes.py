@@ -24,6 +24,9 @@ from dspass.runtime.collectives import (
 )
 from dspass.runtime.params import Over, ParamSpec, lookup
 
+#: What begins an all-to-all of expert parallelism.
+EXCHANGES = (counts_start, dispatch_start, combine_start)
+
 UNSHARD = torch.ops.dspass.unshard.default
 UNSHARD_EXPERTS = torch.ops.dspass.unshard_experts.default
 REDUCE_GRAD = torch.ops.dspass.reduce_grad.default
@@ -39,6 +42,9 @@ ON_HOST = "dspass_on_host"
 
 #: On a placeholder of the joint graph that outlives the step: a parameter or a buffer.
 STATIC = "dspass_static"
+
+#: On a node of a graph that is planned with as many rows at its experts as are expected: how many come is known at run time.
+ROWS_EXPECTED = "dspass_rows_expected"
 
 #: On a value that is saved for the backward, in both graphs: the name of the pass that holds it in its own way.
 HELD = "dspass_held"
@@ -132,11 +138,13 @@ def merge_pairs(graph: fx.Graph, starts: Sequence[fx.Node], begin: Any, end: Any
 
 
 __all__ = [
+    "EXCHANGES",
     "GATHERED",
     "HELD",
     "KEPT",
     "ON_HOST",
     "REDUCE_GRAD",
+    "ROWS_EXPECTED",
     "STATIC",
     "UNSHARD",
     "UNSHARD_EXPERTS",

@@ -17,8 +17,18 @@ from dspass.passes.devices import Device
 from dspass.passes.kernels import Stretch, fuses, is_tuple, is_view, size_of
 from dspass.passes.nodes import GATHERED
 from dspass.planner.mincut import Value, Way
+from dspass.runtime.exchange import COMBINE, COUNTS, DISPATCH
 from dspass.runtime.params import ParamSpec, lookup
 from dspass.runtime.traffic import gather_cost
+
+#: A collective is not run again: what it brought is kept.
+_COLLECTIVES = {
+    COUNTS,
+    DISPATCH,
+    COMBINE,
+    torch.ops.dspass.gather_experts.default,
+    torch.ops.dspass.reduce_experts.default,
+}
 
 #: How much dearer an early value is to save than a late one: equal layers then change sides one after another, the first first.
 #: What is computed again early in the forward is needed late in the backward, when other saved values are gone.
@@ -148,13 +158,16 @@ def _read_behind(joint: fx.Graph, inside: set[fx.Node]) -> tuple[set[fx.Node], s
 
 
 def can_recompute(node: fx.Node) -> bool:
-    """Not an input, a random number (its state is not kept), something that writes, or a size known only at run time."""
+    """Not an input, a random number (its state is not kept), a collective, something that writes, or a size known only at run
+    time."""
     if node.op != "call_function":
         return False
     if node.target is operator.getitem:
         return can_recompute(node.args[0])
     schema = getattr(node.target, "_schema", None)
-    if schema is None or schema.is_mutable or getattr(node.target, "namespace", "") == "_c10d_functional":
+    if node.target in _COLLECTIVES or getattr(node.target, "namespace", "") == "_c10d_functional":
+        return False
+    if schema is None or schema.is_mutable:
         return False
     if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and _dropout(node) != 0:
         return False
@@ -178,7 +191,7 @@ def _gather_seconds(node: fx.Node, on: Device) -> float:
     if GATHERED not in node.meta or not is_gathered(spec := lookup(node.meta[GATHERED][0])):
         return 0.0
     cost = gather_cost([spec], "backward", "node" if spec.node_axis is not None else None)
-    return cost.bytes / on.link_of(cost.group_size) if cost is not None else 0.0
+    return cost.bytes / on.link_of(cost.span) if cost is not None else 0.0
 
 
 def is_gathered(spec: ParamSpec) -> bool:

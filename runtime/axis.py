@@ -50,6 +50,11 @@ class Axis:
     def padded_rows(self, total: int) -> int:
         return -(-total // self.size) * self.size
 
+    @property
+    def span(self) -> int:
+        """How many consecutive ranks its own lie among: what tells whether it leaves a node."""
+        return max(self.ranks) - min(self.ranks) + 1
+
 
 _axes: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[str, Axis]] = weakref.WeakKeyDictionary()
 

@@ -44,6 +44,8 @@ from dspass.runtime.traffic import (
     CollectiveKey,
     Direction,
     TrafficCounter,
+    counts_cost,
+    expected_splits,
     gather_cost,
     packed_gather_cost,
     packed_reduce_cost,
@@ -90,6 +92,8 @@ class Engine:
     supposed_optimizer: Optimizer | None = None
     #: The kind of device that a prediction is for; None where the model runs on the devices of its own tensors.
     target: str | None = None
+    #: How many rows the busiest rank of an expert axis is expected to get, over the mean.
+    expected_imbalance: float = 1.0
     #: By parameter, what its rounding is off by where it is gathered in few bits; see :mod:`dspass.quantising`.
     quantised_errors: dict[str, float] = field(default_factory=dict)
     #: What is rounded while it trains, ("weight" or "activation", name); see :mod:`dspass.fake_quantising`.
@@ -183,13 +187,16 @@ class Engine:
     # -- experts ---------------------------------------------------------------------------------------------------
 
     def start_counts(self, spec: ParamSpec, ends: torch.Tensor, scores: torch.Tensor | None) -> Exchange:
-        """Begin to tell each rank how many rows come for each of its experts."""
+        """Begin to tell each rank how many rows come for each of its experts.
+
+        It is told of all experts, a few hundred numbers, for the report. Megatron-LM's dispatcher gathers as much.
+        """
         axis = spec.divided_over
-        counts = ends.diff(prepend=ends.new_zeros(1)).to(torch.int32).view(axis.size, -1)
-        bad = counts.new_zeros(()) if scores is None else scores.isnan().any().to(torch.int32)
-        told = torch.cat([counts, bad.expand(axis.size, 1)], dim=1)
+        counts = ends.diff(prepend=ends.new_zeros(1)).to(torch.int32)
+        bad = counts.new_zeros(1) if scores is None else scores.isnan().any().to(torch.int32)[None]
+        told = torch.cat([counts, bad]).expand(axis.size, -1)
         flight = transport_for(axis, self.dry).all_to_all(axis, [told])
-        counted = self.traffic.add(rows_cost(axis, told.nbytes // axis.size * (axis.size - 1), _direction()))
+        counted = self.traffic.add(counts_cost(axis, ends.shape[0], _direction()))
 
         def arrived(results: list[torch.Tensor]) -> list[torch.Tensor]:
             (all_told,) = results
@@ -201,8 +208,9 @@ class Engine:
                         "Look for a loss or a gradient that was not finite in the step before (a lower learning rate, "
                         "gradient_clipping, bf16 in place of fp16)."
                     )
-                self.routing.arrived(spec, all_told[:, :-1])
-            return [all_told[:, :-1].contiguous()]
+                self.routing.counted(spec, all_told[:, :-1])
+            here = ends.shape[0] // axis.size
+            return [all_told[:, axis.rank * here : (axis.rank + 1) * here].contiguous()]
 
         return Exchange(self, flight, counted, arrived)
 
@@ -212,34 +220,38 @@ class Engine:
         assert axis is not None, f"{spec.name} is not on the data axis"
         flight = transport_for(axis, self.dry).all_reduce(axis, [values])
         sent = 2 * values.nbytes * (axis.size - 1) // axis.size
-        counted = self.traffic.add(Collective("all-reduce", _direction(), axis.name, axis.size, sent))
+        counted = self.traffic.add(Collective.on(axis, "all-reduce", _direction(), sent))
         return Exchange(self, flight, counted, lambda sums: [sums[0] / axis.size])
 
     def gather_experts(self, spec: ParamSpec, here: torch.Tensor) -> torch.Tensor:
         """All experts' weights, of those of this rank's place."""
         axis = spec.divided_over
         (full,) = transport_for(axis, self.dry).all_gather(axis, [here], [spec.full_shape[0]]).wait()
-        self.traffic.add(Collective("all-gather", _direction(), axis.name, axis.size, here.nbytes * (axis.size - 1)))
+        self.traffic.add(Collective.on(axis, "all-gather", _direction(), here.nbytes * (axis.size - 1)))
         return full
 
     def reduce_experts(self, spec: ParamSpec, grad: torch.Tensor) -> torch.Tensor:
         """The sum over ranks of gradients of all experts' weights, those of this rank's place."""
         axis = spec.divided_over
         (here,) = transport_for(axis, self.dry).reduce_scatter(axis, [grad]).wait()
-        self.traffic.add(Collective("reduce-scatter", "backward", axis.name, axis.size, here.nbytes * (axis.size - 1)))
+        self.traffic.add(Collective.on(axis, "reduce-scatter", "backward", here.nbytes * (axis.size - 1)))
         return here
 
     def start_dispatch(
         self, spec: ParamSpec, rows: torch.Tensor, ends: torch.Tensor, arriving: torch.Tensor
     ) -> Exchange:
         """Begin to send rows, in the order of experts, to the ranks that hold them."""
-        return self._start_rows(spec, rows, *self._splits(spec, rows.shape[0], ends, arriving))
+        size = rows.shape[0]
+        arrivals = self.expected_arrivals(spec, size) if compat.is_fake(rows) else None
+        sent, received = self._splits(spec, size, ends, arriving, arrivals)
+        self.routing.dispatched(spec, size - sum(sent))
+        return self._start_rows(spec, rows, sent, received)
 
     def start_combine(
         self, spec: ParamSpec, rows: torch.Tensor, ends: torch.Tensor, arriving: torch.Tensor, size: int
     ) -> Exchange:
         """Begin to send rows back; ``size`` is how many there were."""
-        sent, received = self._splits(spec, size, ends, arriving)
+        sent, received = self._splits(spec, size, ends, arriving, rows.shape[0])
         lost = size - sum(sent)
         exchange = self._start_rows(spec, rows, received, sent)
         if lost:
@@ -255,14 +267,20 @@ class Engine:
         cost = rows_cost(axis, others * prod(rows.shape[1:]) * rows.dtype.itemsize, _direction())
         return Exchange(self, flight, self.traffic.add(cost))
 
+    def expected_arrivals(self, spec: ParamSpec, size: Any) -> Any:
+        """How many rows come to the busiest rank where each sends ``size``, which may be a symbol."""
+        axis = spec.divided_over
+        thousandths = round(1000 * min(self.expected_imbalance, axis.size))
+        return -(-size * thousandths // 1000)
+
     def _splits(
-        self, spec: ParamSpec, size: int, ends: torch.Tensor, arriving: torch.Tensor
+        self, spec: ParamSpec, size: int, ends: torch.Tensor, arriving: torch.Tensor, arrivals: int | None
     ) -> tuple[list[int], list[int]]:
-        """How many rows go to each rank and come from each; in a prediction each expert is given as many."""
+        """How many rows go to each rank and come from each; of fake tensors so that there are ``arrivals``."""
         axis = spec.divided_over
         if compat.is_fake(ends):
-            even = [size // axis.size + (r < size % axis.size) for r in range(axis.size)]
-            return even, even
+            assert arrivals is not None
+            return expected_splits(axis, size, arrivals)
         lasts = ends.view(axis.size, -1)[:, -1].tolist()
         return [b - a for a, b in itertools.pairwise([0, *lasts])], arriving.sum(1).tolist()
 

@@ -64,10 +64,10 @@ def _dispatch_fake(
 
 
 def expected_rows(rows: torch.Tensor, key: str) -> Any:
-    """How many rows arrive where ``rows`` are sent: a symbol, or in a prediction as many as are sent."""
-    if lookup(key).engine.target is not None:
-        return rows.shape[0]
-    return compat.unknown_size(rows, rows.shape[0])
+    """How many rows arrive where ``rows`` are sent: a symbol, or in a prediction as many as are expected."""
+    spec = lookup(key)
+    expected = spec.engine.expected_arrivals(spec, rows.shape[0])
+    return expected if spec.engine.target is not None else compat.unknown_size(rows, expected)
 
 
 @operator(

@@ -156,6 +156,11 @@ def _ways_of(dtype: torch.dtype) -> dict[str, bool]:
     return {"by_onednn": by_onednn, "is_rounded": is_own or by_onednn}
 
 
+def by_onednn(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies them by oneDNN, which torch itself would not."""
+    return _ways_of(dtype)["by_onednn"]
+
+
 _PLAIN = {"by_onednn": False, "is_rounded": False}
 
 

@@ -71,6 +71,11 @@ class ParamSpec:
         return self.expert_axis
 
     @property
+    def layer(self) -> str:
+        """The name of the module that has it."""
+        return self.name.rpartition(".")[0] or self.name
+
+    @property
     def full_shape(self) -> tuple[int, ...]:
         """Of the parameter as the model has it."""
         return self.shape if self.expert_axis is None else (self.shape[0] * self.expert_axis.size, *self.shape[1:])

@@ -1,4 +1,9 @@
-"""What routers do, counted where experts are divided over ranks: tokens for each expert, and how even they are."""
+"""What routers do, counted where experts are divided over ranks: rows for each expert, of all ranks that share a layer.
+
+The counts that are exchanged before rows are (:meth:`dspass.runtime.engine.Engine.start_counts`) say it, so that it costs no
+collective of its own, and a report can be made on one rank alone. They stay where they are until somebody asks: on a GPU to
+read them would wait for it.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +15,38 @@ from dspass.runtime.params import ParamSpec
 
 
 @dataclass
+class Routed:
+    """One layer in one step: ``counts``, ``int32[ranks, experts]``, are the rows that each rank of its expert axis has for each
+    expert; ``dropped`` those of this rank that go to none."""
+
+    counts: torch.Tensor
+    dropped: int = 0
+    is_dispatched: bool = False
+    """Whether the rows of the last call have gone: they go forward and backward, and each value that experts read of them."""
+
+
+@dataclass
 class Routing:
-    """Counts of the step at hand, and those of the last whole one: by the name of a weight of a layer's experts, the rows that
-    arrived for each expert of this rank."""
+    """Layers of the step at hand, and those of the last whole one, by the name of a weight of their experts."""
 
-    current: dict[str, torch.Tensor] = field(default_factory=dict)
-    last: dict[str, list[int]] = field(default_factory=dict)
+    current: dict[str, Routed] = field(default_factory=dict)
+    last: dict[str, Routed] = field(default_factory=dict)
 
-    def arrived(self, spec: ParamSpec, counts: torch.Tensor) -> None:
-        """``counts[ranks, experts here]`` rows of one call."""
-        total = counts.sum(0)
-        self.current[spec.name] = total if spec.name not in self.current else self.current[spec.name] + total
+    def counted(self, spec: ParamSpec, counts: torch.Tensor) -> None:
+        """The ``counts`` of one call."""
+        known = self.current.get(spec.name)
+        if known is None:
+            self.current[spec.name] = Routed(counts)
+        else:
+            known.counts, known.is_dispatched = known.counts + counts, False
+
+    def dispatched(self, spec: ParamSpec, dropped: int) -> None:
+        """So many rows of a dispatch go nowhere."""
+        known = self.current.get(spec.name)
+        if known is not None and not known.is_dispatched:
+            known.dropped, known.is_dispatched = known.dropped + dropped, True
 
     def end_step(self) -> None:
         if self.current:
-            self.last = {name: total.tolist() for name, total in self.current.items()}
+            self.last = self.current
         self.current = {}

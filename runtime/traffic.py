@@ -27,13 +27,18 @@ CollectiveKey = tuple[Kind, Direction, str, int]
 
 @dataclass(frozen=True)
 class Collective:
-    """One operation on one bucket: ``bytes`` is what one rank sends."""
+    """One operation on one bucket: ``bytes`` is what one rank sends, ``span`` the :attr:`Axis.span` of its group."""
 
     kind: Kind
     direction: Direction
     group: str
     group_size: int
+    span: int
     bytes: int
+
+    @classmethod
+    def on(cls, axis: Axis, kind: Kind, direction: Direction, sent: int) -> Collective:
+        return cls(kind, direction, axis.name, axis.size, axis.span, sent)
 
 
 def gather_cost(specs: Sequence[ParamSpec], direction: Direction, over: Over = None) -> Collective | None:
@@ -42,7 +47,7 @@ def gather_cost(specs: Sequence[ParamSpec], direction: Direction, over: Over = N
     if axis is None or axis.size == 1:
         return None
     padded = sum(axis.padded_rows(s.shape[0]) * prod(s.shape[1:]) * s.compute_dtype.itemsize for s in specs)
-    return Collective("all-gather", direction, axis.name, axis.size, padded * (axis.size - 1) // axis.size)
+    return Collective.on(axis, "all-gather", direction, padded * (axis.size - 1) // axis.size)
 
 
 def reduce_cost(specs: Sequence[ParamSpec], direction: Direction = "backward") -> list[Collective]:
@@ -50,25 +55,44 @@ def reduce_cost(specs: Sequence[ParamSpec], direction: Direction = "backward") -
     found: list[Collective] = []
     for axis, kind, size in reduction_steps(specs):
         factor = 2 if kind == "all-reduce" else 1
-        found.append(Collective(kind, direction, axis.name, axis.size, factor * size * (axis.size - 1) // axis.size))
+        found.append(Collective.on(axis, kind, direction, factor * size * (axis.size - 1) // axis.size))
     return found
 
 
 def packed_gather_cost(specs: Sequence[ParamSpec], sent: int, direction: Direction) -> Collective:
     """The all-gather of a quantised bucket, of which this rank has ``sent`` bytes."""
     axis = specs[0].axis(None)
-    return Collective("all-gather", direction, axis.name, axis.size, sent * (axis.size - 1))
+    return Collective.on(axis, "all-gather", direction, sent * (axis.size - 1))
 
 
 def packed_reduce_cost(specs: Sequence[ParamSpec], sent: int, over: Over = None) -> Collective:
     """The all-to-all of a quantised bucket of gradients, of ``sent`` bytes."""
     axis = specs[0].axis(over)
-    return Collective("all-to-all", "backward", axis.name, axis.size, sent * (axis.size - 1) // axis.size)
+    return Collective.on(axis, "all-to-all", "backward", sent * (axis.size - 1) // axis.size)
 
 
 def rows_cost(axis: Axis, sent: int, direction: Direction) -> Collective:
     """An all-to-all of rows to experts or back, of which this rank sends ``sent`` bytes to others."""
-    return Collective("all-to-all", direction, axis.name, axis.size, sent)
+    return Collective.on(axis, "all-to-all", direction, sent)
+
+
+def counts_cost(axis: Axis, experts: int, direction: Direction) -> Collective:
+    """The exchange of how many rows each rank has for each of the ``experts``, and of a word more."""
+    return rows_cost(axis, (axis.size - 1) * (experts + 1) * 4, direction)
+
+
+def expected_splits(axis: Axis, size: int, received: int) -> tuple[list[int], list[int]]:
+    """How many of ``size`` rows go to each rank, and how many of the ``received`` ones come from each, on the rank that gets
+    the most: from all alike, itself one of them, and what it does not keep goes to the others alike."""
+    coming = _even(received, axis.size)
+    own = coming[axis.rank]
+    going = _even(size - own, axis.size - 1)
+    going.insert(axis.rank, own)
+    return going, coming
+
+
+def _even(total: int, parts: int) -> list[int]:
+    return [total // parts + (i < total % parts) for i in range(parts)]
 
 
 def reduction_steps(specs: Sequence[ParamSpec]) -> list[tuple[Axis, Kind, int]]:

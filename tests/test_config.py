@@ -515,6 +515,8 @@ def _values(key: Key) -> st.SearchStrategy:
         return st.just(False)  # true needs groups
     if key.path == "dspass.plan":
         return st.just("b.json")
+    if key.path == "dspass.experts.expected_imbalance":
+        return st.floats(1, 8)
     return st.floats(0, 1) if key.high == 1 and key.kind == "number" else VALID[key.kind]
 
 

@@ -20,6 +20,7 @@ from dspass.report import (
     CATEGORIES,
     PHASES,
     VERSION,
+    ExpertLayer,
     GraphRecord,
     HostCopy,
     Memory,
@@ -110,7 +111,7 @@ json_value = st.recursive(
 passes = st.builds(
     PassRecord,
     name=text,
-    stage=st.sampled_from(["joint", "forward", "backward"]),
+    stage=st.sampled_from(["captured", "joint", "forward", "backward"]),
     summary=text,
     changed=st.booleans(),
     seconds=real,
@@ -155,6 +156,7 @@ quantised = st.builds(
     sent_bytes=number,
     relative_error=st.none() | real,
 )
+experts = st.builds(ExpertLayer, name=text, ranks=st.integers(1, 4), rows=st.lists(number, max_size=70), dropped=number)
 reports = st.builds(
     Report,
     kind=st.sampled_from(["measured", "predicted"]),
@@ -184,6 +186,7 @@ reports = st.builds(
         ),
         max_size=3,
     ),
+    experts=st.lists(experts, max_size=3),
     step_seconds=st.none() | real,
     config=st.dictionaries(text, json_value, max_size=3),
     ignored=st.dictionaries(text, text, max_size=2),
@@ -432,6 +435,27 @@ def test_what_is_rounded_while_it_trains_is_shown_with_its_bits() -> None:
     assert "Rounded while it trains" not in str(a_report())
     assert "down.weight" in report.to_html()
     assert "- weight up.weight: 6 bits now, 4 in the end" in report.diff(a_report())
+
+
+def test_what_routers_did_is_shown_from_the_least_even_layer_on() -> None:
+    even = ExpertLayer(name="model.layers.0.experts", ranks=2, rows=[10] * 8, dropped=0)
+    odd = ExpertLayer(name="model.layers.1.experts", ranks=2, rows=[40, 0, 0, 20, 10, 10, 0, 0], dropped=3)
+    assert odd.by_rank == [60, 20]
+    assert (odd.rank_imbalance, odd.expert_imbalance) == (1.5, 4.0)
+    assert (even.rank_imbalance, even.expert_imbalance) == (1.0, 1.0)
+    report = a_report(experts=[even, odd])
+    lines = str(report).split("\n")
+    at = next(i for i, line in enumerate(lines) if line.startswith("Experts of 2 layers in one step"))
+    assert lines[at].endswith("; this rank dropped 3 rows")
+    assert lines[at + 1].split()[-6:] == ["ranks", "rank", "1.50", "expert", "4.00", "█▁▁▅▃▃▁▁"]
+    assert lines[at + 2].split()[-6:] == ["ranks", "rank", "1.00", "expert", "1.00", "████████"]
+    assert "model.layers.1.experts: 80 rows, rank 1.50" in report.diff(a_report(experts=[even]))
+    many = ExpertLayer(name="e", ranks=4, rows=[1, 3] * 64, dropped=0)
+    assert str(a_report(experts=[many])).count("█") - str(a_report()).count("█") == 21  # 128 by six, the last two alone
+
+
+def test_no_rows_are_even() -> None:
+    assert ExpertLayer(name="e", ranks=2, rows=[0, 0], dropped=0).rank_imbalance == 1.0
 
 
 def test_text_of_many_passes_stays_short() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 import shutil
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from dspass.report import CATEGORIES, GraphRecord, Memory, MemoryPoint, PassRecord, Report, Traffic
+from dspass.report import CATEGORIES, ExpertLayer, GraphRecord, Memory, MemoryPoint, PassRecord, Report, Traffic
 from dspass.report_html import MAX_POINTS, downsample, embed_json, paired
 
 HOSTILE = "</script><script>document.documentElement.dataset.hacked='yes'</script><!--<img src=x onerror=alert(1)>&\"'"
@@ -70,6 +71,7 @@ def a_report() -> Report:
         ],
         config={HOSTILE: {"k" * 300: ["v" * 300, HOSTILE]}},
         ignored={HOSTILE: HOSTILE},
+        experts=[ExpertLayer(name=HOSTILE, ranks=2, rows=[3, 0, 1, 4], dropped=1)],
         notes=[HOSTILE],
         versions={"torch": HOSTILE},
     )
@@ -118,6 +120,17 @@ def test_every_string_is_escaped() -> None:
     shown = a_report()._repr_html_()
     assert "<script" not in shown
     assert "<img" not in shown
+
+
+def test_each_expert_has_a_bar_as_high_as_its_share() -> None:
+    layer = ExpertLayer(name="e", ranks=2, rows=[3, 0, 1, 4], dropped=1)
+    found = Reader(dataclasses.replace(EMPTY, experts=[layer]).to_html()).found
+    bars = [attributes for tag, attributes in found if tag == "rect"]
+    heights = [float(bar["height"] or 0) for bar in bars]
+    assert [height / heights[3] for height in heights] == pytest.approx([0.75, 0, 0.25, 1], abs=1e-2)
+    steps = [float(b["x"] or 0) - float(a["x"] or 0) for a, b in itertools.pairwise(bars)]
+    assert steps[1] > steps[0] == pytest.approx(steps[2])
+    assert "rect" not in [tag for tag, _ in Reader(EMPTY.to_html()).found]
 
 
 def test_what_is_filled_in_is_not_searched_again() -> None:
