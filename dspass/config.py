@@ -326,6 +326,15 @@ KEYS: tuple[Key, ...] = (
          "A bucket of which one parameter's rounding error, as a norm over that of the parameter and measured when it is "
          "sharded, is larger, is gathered whole. Gradients and activations are not known when that is decided: it does not "
          "act on them.", low=0),
+    _section("dspass.experts"),
+    _act("dspass.experts.capacity_factor", "capacity_factor", "number", None, "share",
+         "Most rows that an expert takes of a rank's, in even shares: of `tokens * experts a token / experts` rows, rounded up. "
+         "What is beyond, last in the order of tokens, becomes zeros; sizes are fixed, so every rank needs as many tokens. Absent: "
+         "all rows, in sizes that ranks tell each other (dropless). Models that have a capacity of their own keep it.", low=0),
+    _act("dspass.experts.drop_tokens", "drop_tokens", "flag", None, "",
+         "`false`: no rows are dropped, whatever the capacity. Absent: those beyond it are."),
+    _act("dspass.experts.min_capacity", "min_capacity", "integer", None, "rows",
+         "The least capacity of an expert, for few tokens. Absent: 4, with a capacity_factor.", low=0),
     _section("dspass.quantise.layers"),
     _act("dspass.quantise.layers.format", "format", "text", None, "",
          "What weights of linear layers are stored as, at the first call or by `dspass.quantise(model, config)`: for "
@@ -645,6 +654,7 @@ _NESTED = {
     "zero_optimization": "zero",
     "dspass": "dspass",
     "expert_parallel": "expert_parallel",
+    "dspass.experts": "experts",
     "dspass.quantise": "quantise",
     "dspass.quantise.layers": "own_layers",
     "weight_quantization.quantized_initialization": "quantized_initialization",
@@ -830,6 +840,41 @@ class ExpertParallelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExpertsConfig:
+    """``dspass.experts``: how mixtures of experts run."""
+
+    capacity_factor: float | None = None
+    """Most rows of an expert, in even shares; None: all."""
+    drop_tokens: bool | None = None
+    """False drops none in spite of a factor."""
+    min_capacity: int | None = None
+    """Least capacity; None is 4."""
+
+    @property
+    def limits(self) -> bool:
+        """Whether rows may be dropped."""
+        return self.capacity_factor is not None and self.drop_tokens is not False
+
+    def __post_init__(self) -> None:
+        section = "dspass.experts"
+        _check_fields(self, section)
+        if self.capacity_factor is None:
+            for name, asked in {"drop_tokens": self.drop_tokens, "min_capacity": self.min_capacity is not None}.items():
+                if asked:
+                    raise ConfigError(
+                        f"{section}.{name}",
+                        "without a capacity no row is dropped.",
+                        f"Write {section}.capacity_factor too, 1.25 for one, or remove it.",
+                    )
+        if self.limits and self.capacity_factor == 0 and self.min_capacity == 0:
+            raise ConfigError(
+                f"{section}.capacity_factor",
+                "0 with a min_capacity of 0 drops every row.",
+                "Write a factor above 0, 1.25 for one, or drop_tokens: false.",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class QuantizedInitialization:
     """``weight_quantization.quantized_initialization``: the same as DeepSpeed says it."""
 
@@ -893,6 +938,8 @@ class Config:
     """``dspass.quantise``."""
     expert_parallel: ExpertParallelConfig = field(default_factory=ExpertParallelConfig)
     """``expert_parallel``."""
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
+    """``dspass.experts``."""
     own_layers: LayersConfig = field(default_factory=LayersConfig)
     """``dspass.quantise.layers``; see :attr:`layers`."""
     quantized_initialization: QuantizedInitialization = field(default_factory=QuantizedInitialization)
@@ -992,6 +1039,7 @@ class Config:
         config = cls(zero=ZeroConfig(**held["zero_optimization"]), dspass=DspassConfig(**held["dspass"]),
                      quantise=QuantiseConfig(**held["dspass.quantise"]),
                      expert_parallel=ExpertParallelConfig(**held["expert_parallel"]),
+                     experts=ExpertsConfig(**held["dspass.experts"]),
                      own_layers=LayersConfig(**held["dspass.quantise.layers"]),
                      quantized_initialization=QuantizedInitialization(
                          **held["weight_quantization.quantized_initialization"]),

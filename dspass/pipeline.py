@@ -11,6 +11,7 @@ from dspass.config import Config, ConfigError, PassEntry
 from dspass.passes.base import Pass, check_order
 from dspass.passes.bucket_gathers import BucketGathers
 from dspass.passes.bucket_reductions import BucketReductions
+from dspass.passes.divide_experts import DivideExperts
 from dspass.passes.offload_saved import OffloadSaved
 from dspass.passes.packed import QuantisingPass
 from dspass.passes.pipeline import DEFAULT
@@ -55,6 +56,10 @@ def _options(cls: type[Pass], config: Config) -> dict[str, Any]:
     """What the configuration's own keys say about a pass. Absent keys leave the pass's defaults."""
     zero = config.zero
     options: dict[str, Any] = {}
+    if cls is DivideExperts and config.experts.limits:
+        options["capacity_factor"] = config.experts.capacity_factor
+        if config.experts.min_capacity is not None:
+            options["min_capacity"] = config.experts.min_capacity
     if cls is BucketGathers:
         options["max_elements"] = zero.stage3_prefetch_bucket_size if zero.stage == 3 else zero.allgather_bucket_size
     if cls is BucketReductions:

@@ -15,7 +15,7 @@ of modules, as DeepSpeed's AutoEP presets have them.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,8 +28,9 @@ from dspass.runtime import compat
 #: own does not take.
 _PRODUCTS = ("_grouped_mm", "grouped_mm", "grouped_mm_fallback", "grouped_product")
 
+_MOVES = {"transpose", "permute", "swapaxes", "unsqueeze"}
 #: What may stand between a parameter and a product, by name: it leaves the first dimension alone (transpositions are looked at).
-_OF_WEIGHTS = {"to", "type", "type_as", "float", "half", "bfloat16", "contiguous", "clone", "detach", "transpose", "permute", "swapaxes"}
+_OF_WEIGHTS = {"to", "type", "type_as", "float", "half", "bfloat16", "contiguous", "clone", "detach", *_MOVES}
 
 _COUNTS = {"histc", "bincount"}
 _CASTS = {"to", "float", "int", "long", "type", "reshape", "view", "flatten", "contiguous", "clone", "detach"}
@@ -79,7 +80,11 @@ class Layer:
     @property
     def scores(self) -> fx.Node | None:
         """What the router's ``topk`` chose among."""
-        node: Any = self.ids.args[0].args[0] if self.ids is not None else None  # type: ignore[union-attr]
+        node: Any = None
+        if self.ids is not None:
+            node = self.ids.args[0].args[0]  # type: ignore[union-attr]
+        elif self.ends.target is operator.getitem and name_of(self.ends.args[0]) == "permute_experts":  # type: ignore[arg-type]
+            node = self.ends.args[0].args[1]  # type: ignore[union-attr]
         while isinstance(node, fx.Node) and name_of(node) in _CASTS:
             node = node.args[0]
         if isinstance(node, fx.Node) and node.target is operator.getitem:
@@ -90,8 +95,12 @@ class Layer:
 
     def names_expert(self, node: fx.Node) -> bool:
         """Whether a value of each row is a row of something for the row's expert, a bias for one."""
-        ids = self.ids
-        return ids is not None and node.target is operator.getitem and node.args[1] is ids and node.args[0] is not ids
+        if node.target is not operator.getitem or not isinstance(node.args[1], fx.Node):
+            return False
+        ids, by = self.ids, node.args[1]
+        if name_of(by) == "experts_of_rows":
+            return by.args[0] is self.ends and by.args[2] == 0
+        return ids is not None and by is ids and node.args[0] is not ids
 
 
 def find_experts(graph: fx.Graph, parameter: Callable[[fx.Node], bool]) -> tuple[list[Layer], list[str]]:
@@ -118,7 +127,7 @@ def find_experts(graph: fx.Graph, parameter: Callable[[fx.Node], bool]) -> tuple
         layer.weights[node] = source
     found = []
     for layer in layers.values():
-        layer.inside = _inside(layer)
+        layer.inside = inside_of(layer.products)
         reason = mixes_rows(layer)
         if reason is None:
             found.append(layer)
@@ -150,7 +159,7 @@ def chain_of(node: Any) -> tuple[fx.Node | None, list[fx.Node]]:
     """What a weight is made of, and the nodes between, the source's reader first; None where more than its layout changes."""
     between: list[fx.Node] = []
     while isinstance(node, fx.Node) and node.op in ("call_function", "call_method") and name_of(node) in _OF_WEIGHTS:
-        if name_of(node) in ("transpose", "permute", "swapaxes") and not _keeps_first(node):
+        if name_of(node) in _MOVES and not _keeps_first(node):
             return None, []
         between.insert(0, node)
         node = node.args[0]
@@ -162,7 +171,7 @@ def _keeps_first(node: fx.Node) -> bool:
     if value is None:
         return False
     moved = node.args[1] if isinstance(node.args[1], (list, tuple)) else node.args[1:]
-    dims = [d % value.dim() for d in moved if isinstance(d, int)]
+    dims = [d % (value.dim() + (name_of(node) == "unsqueeze")) for d in moved if isinstance(d, int)]
     return dims[0] == 0 if name_of(node) == "permute" else 0 not in dims
 
 
@@ -198,13 +207,11 @@ def _same(a: Any, b: Any) -> bool:
     return str(a) == str(b)  # equal symbols, without a guard
 
 
-def _inside(layer: Layer) -> list[fx.Node]:
-    """All on a way from one product to another, and what writes in place into it before the last."""
-    nodes = list(layer.products[0].graph.nodes)
+def inside_of(products: Sequence[fx.Node]) -> list[fx.Node]:
+    """All on a way from one of ``products``, which are in order, to another, and what writes in place into it before the last."""
+    nodes = list(products[0].graph.nodes)
     place = {node: i for i, node in enumerate(nodes)}
-    products = set(layer.products)
-    first, last = place[layer.products[0]], place[layer.products[-1]]
-    stretch = nodes[first : last + 1]
+    stretch = nodes[place[products[0]] : place[products[-1]] + 1]
     below, above = set(products), set(products)
     for node in stretch:
         if any(source in below for source in node.all_input_nodes):
@@ -239,60 +246,106 @@ _SAME = {_aten.alias, _aten.detach, _aten.clone, _aten._to_copy, _aten.contiguou
 
 def mixes_rows(layer: Layer) -> str | None:
     """Why rows of the layer's inside depend on each other; None where each is computed by itself."""
-    entering = layer.entering()
-    if value_of(layer.products[0].args[0]) is None:
-        return "its shapes are not known"
-    held = set(layer.inside)
-    inputs = list(dict.fromkeys(s for n in layer.inside for s in n.all_input_nodes if s not in held))
+    return mixes(layer.inside, layer.entering(), layer.leaving())
+
+
+def mixes(
+    inside: Sequence[fx.Node],
+    entering: Collection[fx.Node],
+    leaving: Collection[fx.Node],
+    *,
+    lead: int = 1,
+    products: Collection[fx.Node] = (),
+    constants: Collection[fx.Node] = (),
+) -> str | None:
+    """Why values of ``inside`` that differ in their first ``lead`` dimensions, as those ``entering`` do, depend on each other.
+
+    ``products``, of the nodes inside, are known to keep them apart, and not looked into; ``constants``, of what is read inside,
+    have the first of these dimensions only, and 1 in place of the second.
+    """
+    held, known = set(inside), set(products)
+    looked = [node for node in inside if node not in known]
+    if not looked:
+        return None
+    inputs = list(dict.fromkeys(s for n in looked for s in n.all_input_nodes if s not in held or s in known))
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {n: graph.placeholder(n.name) for n in inputs}
-    for node in layer.inside:
+    for node in looked:
         copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.output(tuple(copies[n] for n in layer.leaving()))
+    read = [s for n in inside if n in known for s in n.all_input_nodes if s in held]
+    graph.output(tuple(copies[n] for n in dict.fromkeys([*leaving, *read]) if n not in known))
     values = [value_of(n) for n in inputs]
     if any(value is None for value in values):
         return "a value in it is not known"
-    module = fx.GraphModule(layer.products[0].graph.owning_module or torch.nn.Module(), graph)
+    module = fx.GraphModule(inside[0].graph.owning_module or torch.nn.Module(), graph)
     traced = compat.traced(module, values)
-    rows = {p for p, n in zip(traced.graph.find_nodes(op="placeholder"), inputs, strict=True) if n in entering}
+    sources = dict(zip(traced.graph.find_nodes(op="placeholder"), inputs, strict=True))
+    rows = {p for p, n in sources.items() if n in entering or n in known}
+    each = {p for p, n in sources.items() if n in constants}
     for node in traced.graph.nodes:
-        if node.op != "call_function" or not rows.intersection(node.all_input_nodes):
+        if node.op != "call_function":
             continue
-        if not _by_row(node, rows):
-            return f"{name_of(node)} works across rows"
-        rows.add(node)
+        if rows.intersection(node.all_input_nodes):
+            if not _by_row(node, rows, lead) or (lead > 1 and not _aligned(node, rows, each, lead)):
+                return f"{name_of(node)} works across {'rows' if lead == 1 else 'experts or their rows'}"
+            rows.add(node)
+        elif each.intersection(node.all_input_nodes):
+            if not _by_row(node, each, 1):
+                return f"{name_of(node)} works across experts"
+            each.add(node)
     return None
 
 
-def _by_row(node: fx.Node, rows: set[fx.Node]) -> bool:
+def _by_row(node: fx.Node, rows: set[fx.Node], lead: int) -> bool:
     if node.target is operator.getitem or is_product(node):
         return True
     packet = getattr(node.target, "overloadpacket", None)
     inputs = [n for n in node.all_input_nodes if n in rows]
     value, first = node.meta.get("val"), inputs[0].meta["val"]
     leaves = value if isinstance(value, (list, tuple)) else [value]
-    if not all(isinstance(v, torch.Tensor) and v.dim() and _same(v.shape[0], first.shape[0]) for v in leaves):
+    if not all(isinstance(v, torch.Tensor) and same_lead(v, first, lead) for v in leaves):
         return False
     if packet in _SAME:
         return True
     if packet in _ALONG:
-        return _spares_first(node, packet)
+        return _spares_first(node, packet, lead)
     if packet is _aten.permute:
-        return node.args[1][0] % first.dim() == 0  # type: ignore[index,operator]
+        return [d % first.dim() for d in node.args[1][:lead]] == list(range(lead))  # type: ignore[index,operator,union-attr]
     if packet in (_aten.transpose, _aten.t):
-        return packet is _aten.transpose and all(d % first.dim() for d in node.args[1:])  # type: ignore[operator]
+        return packet is _aten.transpose and all(d % first.dim() >= lead for d in node.args[1:])  # type: ignore[operator]
     if packet in _LAYOUT:
-        return True  # the first dimension has its size
+        return True  # the first dimensions have their sizes
     if packet in (_aten.mm, _aten.addmm):
         operands = node.args[-2:]
         return operands[0] in rows and operands[1] not in rows
-    if torch.Tag.pointwise in getattr(node.target, "tags", ()):
+    if packet is _aten.copy_ or torch.Tag.pointwise in getattr(node.target, "tags", ()):
         # Of what has as many dimensions the first is rows', or one for all; what has fewer is one for all.
         return all(n.meta["val"].dim() == leaves[0].dim() for n in inputs)
     return False
 
 
-def _spares_first(node: fx.Node, packet: Any) -> bool:
+def same_lead(a: torch.Tensor, b: torch.Tensor, lead: int) -> bool:
+    """Whether the first ``lead`` dimensions of two values are as large."""
+    return a.dim() >= lead <= b.dim() and all(_same(m, n) for m, n in zip(a.shape[:lead], b.shape[:lead], strict=True))
+
+
+def _aligned(node: fx.Node, rows: set[fx.Node], each: set[fx.Node], lead: int) -> bool:
+    """Whether what else an operator reads is the same for all rows, and where it is not in ``each`` for all experts too."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        return True
+    for other in node.all_input_nodes:
+        if other in rows or not isinstance(other.meta.get("val"), torch.Tensor):
+            continue
+        shape = other.meta["val"].shape
+        ahead = list(shape[: max(len(shape) - value.dim() + lead, 0)])
+        free = ahead[1:] if other in each and len(shape) == value.dim() else ahead
+        if (other in each and len(shape) != value.dim()) or any(size != 1 for size in free):
+            return False
+    return True
+
+
+def _spares_first(node: fx.Node, packet: Any, lead: int) -> bool:
     place = _ALONG[packet]
     given = node.args[place] if len(node.args) > place else node.kwargs.get("dim", 0)
     source: Any = node.args[0]
@@ -300,4 +353,4 @@ def _spares_first(node: fx.Node, packet: Any) -> bool:
     along: Iterable[Any] = given if isinstance(given, (list, tuple)) else [given]
     every = [d for d in along if isinstance(d, int)]
     extra = packet is _aten.unsqueeze
-    return bool(every) and all(d % (dims + extra) for d in every)
+    return bool(every) and all(d % (dims + extra) >= lead for d in every)

@@ -180,6 +180,14 @@ def combine_start(rows: torch.Tensor, ends: torch.Tensor, arriving: torch.Tensor
     return spec.engine.start_combine(spec, rows, ends, arriving, size)
 
 
+def even_start(
+    x: torch.Tensor, ends: torch.Tensor | None, scores: torch.Tensor | None, opens: bool, key: str
+) -> Exchange:
+    """Begin :func:`dspass.runtime.exchange.exchange_even`."""
+    spec = lookup(key)
+    return spec.engine.start_even(spec, x, ends, scores, opens)
+
+
 def exchange_wait(exchange: Exchange) -> list[torch.Tensor]:
     """What the start of an exchange of counts or rows asked for, one tensor."""
     return exchange.wait()
@@ -190,6 +198,7 @@ RUNTIME_FUNCTIONS = frozenset(
         combine_start,
         counts_start,
         dispatch_start,
+        even_start,
         exchange_wait,
         gather_start,
         gather_wait,
