@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import dspass
+from dspass.mixture import Product
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -79,12 +83,21 @@ class Model(nn.Module):
 
 
 class Grouped(nn.Module):
-    """``dspass.experts`` or, with ``loop``, what it stands for; of ``function`` with biases or without."""
+    """``dspass.experts``, and the loop that it stands for in code that is not compiled, with no more than ``capacity(rows)`` rows for
+    an expert. ``lean`` is added to the first expert's scores."""
 
-    def __init__(self, experts: int, top_k: int, *, biases: bool = False, loop: bool = False) -> None:
+    def __init__(
+        self,
+        experts: int,
+        top_k: int,
+        *,
+        biases: bool = False,
+        lean: float = 0.0,
+        capacity: Callable[[int], int] | None = None,
+    ) -> None:
         super().__init__()
         inner = 2 * WIDTH + 4
-        self.top_k, self.loop = top_k, loop
+        self.top_k, self.lean, self.capacity = top_k, lean, capacity
         self.router = nn.Linear(WIDTH, experts, bias=False)
         self.up = nn.Parameter(torch.randn(experts, WIDTH, inner) / 3)
         self.down = nn.Parameter(torch.randn(experts, inner // 2, WIDTH) / 4)
@@ -92,28 +105,38 @@ class Grouped(nn.Module):
         self.down_bias = nn.Parameter(torch.randn(experts, WIDTH) / 5) if biases else None
 
     def route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        scores, choices = self.router(x).softmax(-1, dtype=torch.float32).topk(self.top_k, dim=-1)
-        return choices, scores / scores.sum(-1, keepdim=True)
+        logits = self.router(x).float()
+        logits = torch.cat([logits[..., :1] + self.lean, logits[..., 1:]], dim=-1)
+        scores, choices = logits.softmax(-1).topk(self.top_k, dim=-1)
+        return choices, scores
 
-    def expert(self, rows: torch.Tensor, product: dspass.Product, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    def expert(self, rows: torch.Tensor, product: Product, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
         gates, values = product(rows, up, self.up_bias).chunk(2, dim=-1)
         return product(F.silu(gates) * values, down, self.down_bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         choices, scores = self.route(x)
-        if not self.loop:
+        if torch.compiler.is_compiling():
             return dspass.experts(x, choices, scores, self.expert, self.up, self.down)
-        return looped(x, choices, scores, self.expert, self.up, self.down)
+        most = None if self.capacity is None else self.capacity(choices.numel())
+        return looped(x, choices, scores, self.expert, self.up, self.down, most=most)
 
 
 def looped(
-    x: torch.Tensor, choices: torch.Tensor, scores: torch.Tensor, function: Callable[..., torch.Tensor], *weights: torch.Tensor
+    x: torch.Tensor,
+    choices: torch.Tensor,
+    scores: torch.Tensor,
+    function: Callable[..., torch.Tensor],
+    *weights: torch.Tensor,
+    most: int | None = None,
 ) -> torch.Tensor:
-    """Expert by expert, in fp32 sums."""
-    flat, result = x.reshape(-1, x.shape[-1]), 0.0
-    routing, weight = choices.reshape(-1, choices.shape[-1]), scores.reshape(-1, choices.shape[-1])
+    """Expert by expert, of each the first ``most`` rows in the order of tokens, in fp32 sums."""
+    flat = x.reshape(-1, x.shape[-1])
+    routing, weight = (t.reshape(-1, choices.shape[-1]) for t in (choices, scores))
+    result = torch.zeros(())
     for e in range(weights[0].shape[0]):
         token, k = (routing == e).nonzero(as_tuple=True)
+        token, k = token[:most], k[:most]
 
         def product(rows: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None = None, e: int = e) -> torch.Tensor:
             return rows @ matrix[e] if bias is None else rows @ matrix[e] + bias[e]
