@@ -128,6 +128,7 @@ def find_experts(graph: fx.Graph, parameter: Callable[[fx.Node], bool]) -> tuple
     found = []
     for layer in layers.values():
         layer.inside = inside_of(layer.products)
+        _reach_biases(layer)
         reason = mixes_rows(layer)
         if reason is None:
             found.append(layer)
@@ -221,6 +222,19 @@ def inside_of(products: Sequence[fx.Node]) -> list[fx.Node]:
         if writes or any(user in above for user in node.users):
             above.add(node)
     return [node for node in stretch if node in below and node in above]
+
+
+def _reach_biases(layer: Layer) -> None:
+    """The inside ends behind what its experts add to their rows last: a row that is dropped has no bias either."""
+    for node in layer.leaving():
+        last = node
+        while len(last.users) == 1:
+            (user,) = last.users
+            others = [n for n in user.all_input_nodes if n is not last]
+            if not others or not all(layer.names_expert(n) for n in others) or not _is_rows(value_of(user), layer.rows):
+                break
+            layer.inside.append(user)
+            last = user
 
 
 def _writes(node: fx.Node) -> bool:

@@ -488,6 +488,8 @@ def _values(key: Key) -> st.SearchStrategy:
         return st.lists(st.sampled_from(["lm_head", "*.mlp.*"]), max_size=2)
     if key.path == "dspass.quantise.block" or key.name == "group_size":
         return st.integers(1, 64).map(lambda n: 16 * n)
+    if key.path == "dspass.experts.capacity_factor":
+        return st.floats(0.1, 8)
     if key.path == "dspass.plan":
         return st.just("b.json")
     return st.floats(0, 1) if key.high == 1 and key.kind == "number" else VALID[key.kind]
@@ -500,6 +502,8 @@ def options(draw: st.DrawFn) -> tuple[dict, list[Key]]:
     for key in keys:
         if key.section == "sparse_attention" or key.path in ("fp16.enabled", "dspass.quantise.layers.activations"):
             continue  # the latter two exclude others
+        if key.section == "dspass.experts" and key.name != "capacity_factor":
+            continue  # they say nothing without the factor
         if key.field == "mics_shard_size" and any(other.field == "zero_hpz_partition_size" for other in keys):
             continue  # they exclude each other
         if key.refused:
