@@ -65,7 +65,8 @@ class Layer:
         return [node for node in self.inside if any(user not in held for user in node.users)]
 
     def _chains(self) -> set[fx.Node]:
-        return {node for product in self.products for node in chain_of(product.args[1])[1]}
+        read: set[Any] = {product.args[1] for product in self.products}  # a row for each expert is no reason to take it for one
+        return read.union(node for product in self.products for node in chain_of(product.args[1])[1])
 
     @property
     def ids(self) -> fx.Node | None:

@@ -143,4 +143,4 @@ def looped(
 
         made = function(flat[token], product, *weights).float() * weight[token, k, None].float()
         result = result + made.new_zeros(flat.shape[0], made.shape[1]).index_add(0, token, made)
-    return result.to(x.dtype).view(*x.shape[:-1], -1)
+    return result.to(x.dtype).view(*x.shape[:-1], result.shape[-1])
