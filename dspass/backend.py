@@ -75,14 +75,18 @@ def deepspeed(
         refuse_wrapped(root)
     cast_inputs(gm, config)
     if root is None and config.layers.format is not None and params:
-        log.warning("dspass.quantise.layers has no effect: a function was compiled, and not a module whose layers have names.")
+        log.warning(
+            "dspass.quantise.layers has no effect: a function was compiled, and not a module whose layers have names."
+        )
     if root is not None and config.layers.format is not None and not stored_of(root):
         refuse_to_freeze(root)
         compat.allow_compilations(1)  # this one, which runs once
         return torch._dynamo.disable(_FirstStored(gm, root, config), reason="runs once, before weights are stored")
     if stage and any(not isinstance(p, DTensor) for p in params):
         compat.allow_compilations(2)  # this one, which runs once, and the sharded model's first
-        return torch._dynamo.disable(_FirstCall(gm, example_inputs, root, config, passes), reason="runs once, before sharding")
+        return torch._dynamo.disable(
+            _FirstCall(gm, example_inputs, root, config, passes), reason="runs once, before sharding"
+        )
     if stage:
         engine = _engine_of(heap, params) or Engine(stage=stage, accumulation_steps=config.gradient_accumulation_steps)
         return compile_graph(gm, example_inputs, engine, config, passes)

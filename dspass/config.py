@@ -328,9 +328,9 @@ KEYS: tuple[Key, ...] = (
          "act on them.", low=0),
     _section("dspass.experts"),
     _act("dspass.experts.capacity_factor", "capacity_factor", "number", None, "share",
-         "Most rows that an expert takes of a rank's, in even shares: of `tokens * experts a token / experts` rows, rounded up. "
-         "What is beyond, last in the order of tokens, becomes zeros; sizes are fixed, so every rank needs as many tokens. Absent: "
-         "all rows, in sizes that ranks tell each other (dropless). Models that have a capacity of their own keep it.", low=0),
+         "Most rows that an expert takes of a rank's, in even shares: of `tokens * experts a token / experts` rows, rounded "
+         "up. What is beyond, last in the order of tokens, becomes zeros; sizes are fixed, so every rank needs as many tokens. "
+         "Absent: all rows, in sizes that ranks tell each other (dropless). Models keep a capacity of their own.", low=0),
     _act("dspass.experts.drop_tokens", "drop_tokens", "flag", None, "",
          "`false`: no rows are dropped, whatever the capacity. Absent: those beyond it are."),
     _act("dspass.experts.min_capacity", "min_capacity", "integer", None, "rows",
@@ -891,7 +891,9 @@ class QuantizedInitialization:
         section = "weight_quantization.quantized_initialization"
         _check_fields(self, section)
         if self.num_bits not in (None, 4, 8):
-            raise ConfigError(f"{section}.num_bits", f"there is no integer format of {self.num_bits} bits.", "Write 8 or 4.")
+            raise ConfigError(
+                f"{section}.num_bits", f"there is no integer format of {self.num_bits} bits.", "Write 8 or 4."
+            )
         if self.group_dim != 1:
             raise ConfigError(f"{section}.group_dim", "groups of rows cannot be.", "Write 1, groups of columns.")
         if not self.symmetric:
@@ -975,7 +977,9 @@ class Config:
                 "zero_optimization.offload_param.device": self.offload_param == "cpu",
             }.items():
                 if asked:
-                    raise ConfigError(key, "it does not go together with expert_parallel yet.", "Remove one of the two.")
+                    raise ConfigError(
+                        key, "it does not go together with expert_parallel yet.", "Remove one of the two."
+                    )
         if self.bf16 and self.fp16:
             raise ConfigError("fp16.enabled", "fp16 and bf16 are both enabled.", "Set one of them to false.")
 

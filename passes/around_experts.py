@@ -4,7 +4,8 @@
 
       counts of arriving rows -> dispatch -> order of experts -> [inside] -> order of arrival -> combine
 
-- :class:`Limited`, of the same rows where experts have a capacity: the first of each expert, in fixed sizes, padded with zeros::
+- :class:`Limited`, of the same rows where experts have a capacity: the first of each expert, in fixed sizes, padded with
+  zeros::
 
       pad -> even exchange -> rows [experts here * ranks * capacity] -> [inside] -> even exchange -> unpad
 
@@ -12,8 +13,8 @@
 
       even exchange -> [experts here, ranks * capacity, ...] -> [inside] -> even exchange
 
-Each inserts its nodes where the graph stands, and holds what they share. Dropped: to leave rows of a capacity in the model's own
-order and send zeros in between, which needs no padding operator, and tells nobody where an expert's rows begin.
+Each inserts its nodes where the graph stands, and holds what they share. Dropped: to leave rows of a capacity in the model's
+own order and send zeros in between, which needs no padding operator, and tells nobody where an expert's rows begin.
 """
 
 from __future__ import annotations
@@ -152,8 +153,8 @@ class Batched:
 
 
 def even_in(graph: fx.Graph, node: fx.Node, spec: ParamSpec, *told: fx.Node | None) -> fx.Node:
-    """``[experts, capacity, ...]`` of this rank to ``[experts here, ranks * capacity, ...]`` of all. With what is ``told``, ends
-    and scores, the exchange opens the layer's."""
+    """``[experts, capacity, ...]`` of this rank to ``[experts here, ranks * capacity, ...]`` of all. With what is ``told``,
+    ends and scores, the exchange opens the layer's."""
     ranks, here = spec.divided_over.size, spec.shape[0]
     apart = graph.call_method("unflatten", (node, 0, (ranks, here)))
     ends, scores = told or (None, None)
@@ -167,4 +168,3 @@ def even_out(graph: fx.Graph, node: fx.Node, spec: ParamSpec) -> fx.Node:
     by_rank = graph.call_method("transpose", (apart, 0, 1))
     arrived = graph.call_function(_ops.exchange_even, (by_rank, None, None, False, spec.key))
     return graph.call_method("flatten", (arrived, 0, 1))
-

@@ -1,13 +1,14 @@
 """Batched experts, recognised in a captured graph: one product over a dimension of experts, each with as many rows.
 
-GShard's form (Lepikhin et al., 2020), which DeepSpeed's MoE layer took over: tokens are dispatched to ``x[experts, capacity, in]``,
-by a product with a one-hot mask or by an index, multiplied with ``weight[experts, in, out]`` by ``bmm``, ``matmul``, ``einsum`` or
-``baddbmm``, and combined. Products of one layer are those between which both first dimensions stay as they are; the inside is as in
-:mod:`dspass.passes.experts`, and has to treat each row of each expert by itself: rows of other ranks come to stand beside them.
+GShard's form (Lepikhin et al., 2020), which DeepSpeed's MoE layer took over: tokens are dispatched to ``x[experts, capacity,
+in]``, by a product with a one-hot mask or by an index, multiplied with ``weight[experts, in, out]`` by ``bmm``, ``matmul``,
+``einsum`` or ``baddbmm``, and combined. Products of one layer are those between which both first dimensions stay as they are;
+the inside is as in :mod:`dspass.passes.experts`, and has to treat each row of each expert by itself: rows of other ranks come
+to stand beside them.
 
-The same product also multiplies what is no mixture: heads that each have a matrix, say. What tells them apart is a *choice*: from
-what enters a layer of experts, and not past anything that reads a parameter, a way leads back to an operator that picks among
-scores. Attention's own batched products have no parameter among their operands, and are not looked at.
+The same product also multiplies what is no mixture: heads that each have a matrix, say. What tells them apart is a *choice*:
+from what enters a layer of experts, and not past anything that reads a parameter, a way leads back to an operator that picks
+among scores. Attention's own batched products have no parameter among their operands, and are not looked at.
 
 Dropped: the einsums of dispatch and combine as what is recognised. They are written in as many ways as there are libraries, and
 with an index there are none.
@@ -27,7 +28,19 @@ from dspass.passes.experts import chain_of, inside_of, mixes, name_of, same_lead
 Predicate = Callable[[fx.Node], bool]
 
 #: Operators that pick among scores, by name.
-_CHOICES = {"topk", "argmax", "argmin", "argsort", "sort", "max", "min", "kthvalue", "multinomial", "one_hot", "nonzero"}
+_CHOICES = {
+    "topk",
+    "argmax",
+    "argmin",
+    "argsort",
+    "sort",
+    "max",
+    "min",
+    "kthvalue",
+    "multinomial",
+    "one_hot",
+    "nonzero",
+}
 
 
 @dataclass(kw_only=True, eq=False)
@@ -194,9 +207,7 @@ def _no_mixture(batch: Batch, parameter: Predicate) -> str | None:
     entering = batch.entering()
     if not any(_is_chosen(node, parameter) for node in entering):
         return "nothing chooses which rows go to which of them"
-    return mixes(
-        batch.inside, entering, batch.leaving(), lead=2, products=batch.products, constants=batch.constants()
-    )
+    return mixes(batch.inside, entering, batch.leaving(), lead=2, products=batch.products, constants=batch.constants())
 
 
 def _is_chosen(node: fx.Node, parameter: Predicate) -> bool:
@@ -219,6 +230,8 @@ def is_of_parameters(node: fx.Node, parameter: Predicate) -> bool:
     """Whether a value is made of parameters alone, and so the same on all ranks."""
     if parameter(node):
         return True
-    return node.op in ("call_function", "call_method") and bool(node.all_input_nodes) and all(
-        is_of_parameters(n, parameter) for n in node.all_input_nodes
+    return (
+        node.op in ("call_function", "call_method")
+        and bool(node.all_input_nodes)
+        and all(is_of_parameters(n, parameter) for n in node.all_input_nodes)
     )

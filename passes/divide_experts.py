@@ -23,10 +23,10 @@ _ops = torch.ops.dspass
 class DivideExperts(Pass):
     """Rows on their way into a layer of experts are sent to the ranks that hold them, and what comes out is sent back.
 
-    Around the inside of each layer (:mod:`dspass.passes.experts`, :mod:`dspass.passes.batched_experts`) whose weights are divided
-    over an expert axis stands what :mod:`dspass.passes.around_experts` has for it, and inside the weights are those of this rank,
-    ``unshard_experts``. It works on the graph as Dynamo captured it, before it is differentiated: the backward's two exchanges are
-    the derivatives of these. A weight that is read in any other way is gathered from all ranks first.
+    Around the inside of each layer (:mod:`dspass.passes.experts`, :mod:`dspass.passes.batched_experts`) whose weights are
+    divided over an expert axis stands what :mod:`dspass.passes.around_experts` has for it, and inside the weights are those of
+    this rank, ``unshard_experts``. It works on the graph as Dynamo captured it, before it is differentiated: the backward's two
+    exchanges are the derivatives of these. A weight that is read in any other way is gathered from all ranks first.
 
     With a ``capacity_factor`` each expert takes that many times its even share of a rank's rows, and ``min_capacity`` at least;
     what is beyond becomes zeros, where experts are not divided too.
@@ -51,7 +51,9 @@ class DivideExperts(Pass):
                 _say(ctx, layer)
             elif limit is not None:
                 _limit_rows(graph, layer, limit)
-                ctx.say(f"{layer.products[0].name} and {len(layer.products) - 1} more: rows beyond a capacity are dropped")
+                ctx.say(
+                    f"{layer.products[0].name} and {len(layer.products) - 1} more: rows beyond a capacity are dropped"
+                )
         for batch in batches:
             if _share_axis(batch):
                 _divide_batch(graph, batch)
@@ -151,6 +153,7 @@ def _divide(graph: fx.Graph, layer: Layer, limit: Limit | None) -> None:
 
 def _limit_rows(graph: fx.Graph, layer: Layer, limit: Limit) -> None:
     """Rows beyond the capacity become zeros where they leave a layer whose experts are all here."""
+
     def kept(node: fx.Node) -> fx.Node:
         padded = graph.call_function(_ops.pad_experts, (node, layer.ends, limit.node(graph, node, layer.experts)))
         return graph.call_function(_ops.unpad_experts, (padded, layer.ends, rows_of(graph, node)))
@@ -173,7 +176,9 @@ def _divide_batch(graph: fx.Graph, batch: Batch) -> None:
             elif _is_divided(node) and spec_of(node).expert_axis is spec.expert_axis:
                 inner[node] = graph.call_function(_ops.unshard_experts, node.args)
             elif is_of_parameters(node, is_parameter):
-                inner[node] = graph.call_method("narrow", (node, 0, spec.divided_over.rank * spec.shape[0], spec.shape[0]))
+                inner[node] = graph.call_method(
+                    "narrow", (node, 0, spec.divided_over.rank * spec.shape[0], spec.shape[0])
+                )
             else:  # each rank's own, which goes with its rows
                 whole = graph.call_function(_for_each_row, (node, entering[0]))
                 inner[node] = way.enter(whole)

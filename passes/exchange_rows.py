@@ -24,8 +24,8 @@ _STARTS: dict[Any, tuple[Callable[..., Any], tuple[int, ...]]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class ExchangeRows(Pass):
-    """``exchange_counts``, ``dispatch_rows``, ``combine_rows`` and ``exchange_even`` become a start, a wait and its item, where they
-    stand."""
+    """``exchange_counts``, ``dispatch_rows``, ``combine_rows`` and ``exchange_even`` become a start, a wait and its item, where
+    they stand."""
 
     name: ClassVar[str] = "exchange_rows"
 

@@ -8,8 +8,8 @@ be computed wherever its expert is. That is looked at in the operators that the 
 A layer needs nothing else: rows come in with whatever values the inside reads of each, and go out where they are read outside.
 A value that is only a parameter's row for each row's expert (a bias) is made anew.
 
-Dropped: patterns of nodes for each library's way to write routing, which is what changes from release to release. Dropped: names
-of modules, as DeepSpeed's AutoEP presets have them.
+Dropped: patterns of nodes for each library's way to write routing, which is what changes from release to release. Dropped:
+names of modules, as DeepSpeed's AutoEP presets have them.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from dspass.runtime import compat
 #: own does not take.
 _PRODUCTS = ("_grouped_mm", "grouped_mm", "grouped_mm_fallback", "grouped_product")
 
+#: What may stand between a parameter and a product, by name; transpositions have to leave the first dimension alone.
 _MOVES = {"transpose", "permute", "swapaxes", "unsqueeze"}
-#: What may stand between a parameter and a product, by name: it leaves the first dimension alone (transpositions are looked at).
 _OF_WEIGHTS = {"to", "type", "type_as", "float", "half", "bfloat16", "contiguous", "clone", "detach", *_MOVES}
 
 _COUNTS = {"histc", "bincount"}
@@ -54,9 +54,7 @@ class Layer:
     def entering(self) -> list[fx.Node]:
         """What the inside reads of each row, in order of its first reader."""
         held = set(self.inside)
-        found = dict.fromkeys(
-            source for node in self.inside for source in node.all_input_nodes if source not in held
-        )
+        found = dict.fromkeys(source for node in self.inside for source in node.all_input_nodes if source not in held)
         return [n for n in found if n is not self.ends and _is_rows(value_of(n), self.rows) and n not in self._chains()]
 
     def leaving(self) -> list[fx.Node]:
@@ -65,7 +63,9 @@ class Layer:
         return [node for node in self.inside if any(user not in held for user in node.users)]
 
     def _chains(self) -> set[fx.Node]:
-        read: set[Any] = {product.args[1] for product in self.products}  # a row for each expert is no reason to take it for one
+        read: set[Any] = {
+            product.args[1] for product in self.products
+        }  # a row for each expert is no reason to take it for one
         return read.union(node for product in self.products for node in chain_of(product.args[1])[1])
 
     @property
@@ -79,13 +79,18 @@ class Layer:
         return node if is_sorted and _is_rows(value_of(node), self.rows) else None
 
     @property
+    def _unsorted(self) -> Any:
+        """What the ends, or the expert of each row, were sorted from."""
+        source: Any = self.ids if self.ids is not None else self.ends
+        source = source.args[0] if source.target is operator.getitem else None
+        if not isinstance(source, fx.Node):
+            return None
+        return {"sort": source.args[0], "permute_experts": source.args[1:2] and source.args[1]}.get(name_of(source))
+
+    @property
     def scores(self) -> fx.Node | None:
         """What the router's ``topk`` chose among."""
-        node: Any = None
-        if self.ids is not None:
-            node = self.ids.args[0].args[0]  # type: ignore[union-attr]
-        elif self.ends.target is operator.getitem and name_of(self.ends.args[0]) == "permute_experts":  # type: ignore[arg-type]
-            node = self.ends.args[0].args[1]  # type: ignore[union-attr]
+        node: Any = self._unsorted
         while isinstance(node, fx.Node) and name_of(node) in _CASTS:
             node = node.args[0]
         if isinstance(node, fx.Node) and node.target is operator.getitem:
@@ -121,9 +126,7 @@ def find_experts(graph: fx.Graph, parameter: Callable[[fx.Node], bool]) -> tuple
             said.append(f"{node.name} is a grouped product and no layer of experts: {reason}")
             continue
         assert source is not None
-        layer = layers.setdefault(
-            ends, Layer(products=[], weights={}, ends=ends, experts=value_of(weight).shape[0])
-        )
+        layer = layers.setdefault(ends, Layer(products=[], weights={}, ends=ends, experts=value_of(weight).shape[0]))
         layer.products.append(node)
         layer.weights[node] = source
     found = []
@@ -198,9 +201,7 @@ def _refuses(rows: Any, weight: Any, ends: Any) -> str | None:
 
 
 def _is_rows(value: Any, rows: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[0] is rows or (
-        isinstance(value, torch.Tensor) and value.dim() > 0 and _same(value.shape[0], rows)
-    )
+    return isinstance(value, torch.Tensor) and value.dim() > 0 and _same(value.shape[0], rows)
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -210,7 +211,8 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def inside_of(products: Sequence[fx.Node]) -> list[fx.Node]:
-    """All on a way from one of ``products``, which are in order, to another, and what writes in place into it before the last."""
+    """All on a way from one of ``products``, which are in order, to another, and what writes in place into it before the
+    last."""
     nodes = list(products[0].graph.nodes)
     place = {node: i for i, node in enumerate(nodes)}
     stretch = nodes[place[products[0]] : place[products[-1]] + 1]
@@ -325,9 +327,9 @@ def _by_row(node: fx.Node, rows: set[fx.Node], lead: int) -> bool:
     if packet in _ALONG:
         return _spares_first(node, packet, lead)
     if packet is _aten.permute:
-        return [d % first.dim() for d in node.args[1][:lead]] == list(range(lead))  # type: ignore[index,operator,union-attr]
+        return [d % first.dim() for d in node.args[1][:lead]] == list(range(lead))
     if packet in (_aten.transpose, _aten.t):
-        return packet is _aten.transpose and all(d % first.dim() >= lead for d in node.args[1:])  # type: ignore[operator]
+        return packet is _aten.transpose and all(d % first.dim() >= lead for d in node.args[1:])
     if packet in _LAYOUT:
         return True  # the first dimensions have their sizes
     if packet in (_aten.mm, _aten.addmm):

@@ -7,9 +7,9 @@ expert takes that many of a rank's rows at most, and every size is known while t
 (Rajbhandari et al., DeepSpeed-MoE, 2022; Lepikhin et al., GShard, 2020); what is dropped comes last in the order of tokens, its
 ``drop_policy="position"``.
 
-Dropped: a one-hot mask of tokens, experts and places, by which GShard dispatches and combines: tokens times experts times capacity
-values, and as many products, for what is an index. Dropped: to drop the rows of the lowest scores, DeepSpeed's ``"probs"``: rows
-have lost their scores once they are in the order of experts.
+Dropped: a one-hot mask of tokens, experts and places, by which GShard dispatches and combines: tokens times experts times
+capacity values, and as many products, for what is an index. Dropped: to drop the rows of the lowest scores, DeepSpeed's
+``"probs"``: rows have lost their scores once they are in the order of experts.
 """
 
 from __future__ import annotations

@@ -177,9 +177,7 @@ class Engine:
 
     # -- experts ---------------------------------------------------------------------------------------------------
 
-    def start_counts(
-        self, spec: ParamSpec, ends: torch.Tensor, scores: torch.Tensor | None
-    ) -> Exchange:
+    def start_counts(self, spec: ParamSpec, ends: torch.Tensor, scores: torch.Tensor | None) -> Exchange:
         """Begin to tell each rank how many rows come for each of its experts."""
         axis = spec.divided_over
         counts = ends.diff(prepend=ends.new_zeros(1)).to(torch.int32).view(axis.size, -1)
@@ -236,8 +234,8 @@ class Engine:
         if any(c != capacity for c in capacities):
             raise RuntimeError(
                 f"the experts of {spec.name} take {capacities} rows each from ranks {list(axis.ranks)}: fixed sizes want the "
-                "same number everywhere, so give every rank as many tokens (pad the batch), or leave a capacity out: without "
-                "dspass.experts.capacity_factor, or with dspass.experts in place of the model's own, ranks may differ."
+                "same number everywhere. Give every rank as many tokens (pad the batch), or do without a capacity: drop "
+                "dspass.experts.capacity_factor or, where the model has its own, write its experts with dspass.experts(...)."
             )
         if ends is not None:
             self.routing.arrived(spec, all_told[:, :-2], capacity)
@@ -503,9 +501,9 @@ def _refuse_nan(spec: ParamSpec, bad: torch.Tensor) -> None:
     lost = bad.nonzero().flatten().tolist()
     if lost:
         raise RuntimeError(
-            f"the router of {spec.name} answers NaN on rank {spec.divided_over.ranks[lost[0]]}: its tokens have no experts. Look "
-            "for a loss or a gradient that was not finite in the step before (a lower learning rate, gradient_clipping, bf16 in "
-            "place of fp16)."
+            f"the router of {spec.name} answers NaN on rank {spec.divided_over.ranks[lost[0]]}: its tokens have no experts. "
+            "Look for a loss or a gradient that was not finite in the step before (a lower learning rate, gradient_clipping, "
+            "bf16 in place of fp16)."
         )
 
 

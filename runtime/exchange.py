@@ -15,15 +15,15 @@ MegaBlocks, 2023). Every rank may have another number of tokens, none too. How m
 have: the size is an unbacked symbol of the graph, made here and not by ``item()``, which Dynamo allows with
 ``capture_scalar_outputs`` alone. A router that answers NaN says so in its counts, and every rank raises.
 
-Where each expert takes the same number of rows from every rank, its *capacity*, sizes are fixed and :func:`exchange_even` is all
-there is: one row of a tensor a rank, and its own adjoint. A rank whose capacity is another one than its peers', which has another
-number of tokens, would leave them with less than they wait for: ranks tell each other before they send.
+Where each expert takes the same number of rows from every rank, its *capacity*, sizes are fixed and :func:`exchange_even` is
+all there is: one row of a tensor a rank, and its own adjoint. A rank whose capacity is another one than its peers', which has
+another number of tokens, would leave them with less than they wait for: ranks tell each other before they send.
 
 Markers stand in the graph while it is differentiated; :mod:`dspass.passes.exchange_rows` makes a start and a wait of each.
 
 Dropped, where no capacity is asked for: rows padded to what each expert may hold at most, which needs no sizes, and sends and
-computes zeros: with the balance of a router that is not yet trained two to four times as many rows. Dropped: one all-gather of all tokens and a reduce-scatter
-of results, as tensor parallel servers do: N/k times the bytes.
+computes zeros: with the balance of a router that is not yet trained two to four times as many rows. Dropped: one all-gather of
+all tokens and a reduce-scatter of results, as tensor parallel servers do: N/k times the bytes.
 """
 
 from __future__ import annotations
@@ -91,12 +91,8 @@ def _combine_fake(rows: torch.Tensor, ends: torch.Tensor, arriving: torch.Tensor
     return rows.new_empty((size, *rows.shape[1:]))
 
 
-@operator(
-    "combine_rows(Tensor rows, Tensor ends, Tensor arriving, SymInt size, str key) -> Tensor", fake=_combine_fake
-)
-def combine_rows(
-    rows: torch.Tensor, ends: torch.Tensor, arriving: torch.Tensor, size: int, key: str
-) -> torch.Tensor:
+@operator("combine_rows(Tensor rows, Tensor ends, Tensor arriving, SymInt size, str key) -> Tensor", fake=_combine_fake)
+def combine_rows(rows: torch.Tensor, ends: torch.Tensor, arriving: torch.Tensor, size: int, key: str) -> torch.Tensor:
     """The way back: ``[size, ...]``, rows where :func:`dispatch_rows` took them, and zeros behind the last end."""
     spec = lookup(key)
     (arrived,) = spec.engine.start_combine(spec, rows, ends, arriving, size).wait()
@@ -142,8 +138,8 @@ def exchange_even(
     """Row ``r`` of ``x[ranks, experts here, capacity, ...]`` to rank ``r``; row ``r`` of the result came from there.
 
     The exchange that ``opens`` a layer's call compares capacities first, and tells what is known of routing: ``ends[experts]``,
-    the row behind each expert's last before rows beyond the capacity were dropped, and the router's ``scores``. ``key``: a weight of
-    the experts.
+    the row behind each expert's last before rows beyond the capacity were dropped, and the router's ``scores``. ``key``: a
+    weight of the experts.
 
     Raises ``RuntimeError`` on all ranks where capacities differ, or one has NaN among its scores.
     """
@@ -171,8 +167,8 @@ differentiable("exchange_even", backward=_even_backward, keep=_keep_even)
     fake=lambda arriving, rows: arriving.new_empty((rows, 1), dtype=torch.int32),
 )
 def arrival_positions(arriving: torch.Tensor, rows: int) -> torch.Tensor:
-    """``int32[rows, 1]``: where each row that arrived, ``arriving[ranks, experts]`` of them, stands in the order of experts, and
-    with one expert in the order of ranks: positions as ``permute_experts`` answers them."""
+    """``int32[rows, 1]``: where each row that arrived, ``arriving[ranks, experts]`` of them, stands in the order of experts,
+    and with one expert in the order of ranks: positions as ``permute_experts`` answers them."""
     numbers = torch.arange(rows, dtype=torch.int32, device=arriving.device)
     counts = arriving.reshape(-1)
     arrived = counts.cumsum(0, dtype=torch.int32)

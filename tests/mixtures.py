@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import dspass
-from dspass.mixture import Product
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+import dspass
+from dspass.mixture import Product
 
 VOCABULARY, WIDTH = 29, 12
 
@@ -59,7 +60,9 @@ class GShard(nn.Module):
             spread = spread.index_add(0, rows.flatten(), x.repeat(self.top_k, 1))
             y = self.inside(spread[:-1].view(experts, capacity, WIDTH)).flatten(0, 1)
             return (F.pad(y, (0, 0, 0, 1))[rows] * weights[..., None]).sum(0)
-        masks = F.one_hot(chosen, experts)[..., None] * F.one_hot(places.clamp(max=capacity), capacity + 1)[..., None, :-1]
+        masks = (
+            F.one_hot(chosen, experts)[..., None] * F.one_hot(places.clamp(max=capacity), capacity + 1)[..., None, :-1]
+        )
         combine = (weights[..., None, None] * masks.to(x.dtype)).sum(0)
         dispatched = torch.einsum("sec,sm->ecm", masks.sum(0).to(x.dtype), x)
         return torch.einsum("sec,ecm->sm", combine, self.inside(dispatched))
@@ -83,8 +86,8 @@ class Model(nn.Module):
 
 
 class Grouped(nn.Module):
-    """``dspass.experts``, and the loop that it stands for in code that is not compiled, with no more than ``capacity(rows)`` rows for
-    an expert. ``lean`` is added to the first expert's scores."""
+    """``dspass.experts``, and the loop that it stands for in code that is not compiled, with no more than ``capacity(rows)``
+    rows for an expert. ``lean`` is added to the first expert's scores."""
 
     def __init__(
         self,
@@ -138,7 +141,9 @@ def looped(
         token, k = (routing == e).nonzero(as_tuple=True)
         token, k = token[:most], k[:most]
 
-        def product(rows: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None = None, e: int = e) -> torch.Tensor:
+        def product(
+            rows: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None = None, e: int = e
+        ) -> torch.Tensor:
             return rows @ matrix[e] if bias is None else rows @ matrix[e] + bias[e]
 
         made = function(flat[token], product, *weights).float() * weight[token, k, None].float()

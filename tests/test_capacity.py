@@ -164,7 +164,9 @@ def trained(build: Callable[[], nn.Module], config: dict[str, Any], **more: Any)
         assert isinstance(param, DTensor)
         held[name] = param.to_local().shape[0]
     gathered = []
-    for graph in [g.graph for c in engine.compilations for where, g in c.graphs.items() if where in ("forward", "backward")]:
+    for graph in [
+        g.graph for c in engine.compilations for where, g in c.graphs.items() if where in ("forward", "backward")
+    ]:
         gathered += [lookup(k).name for start in calls(graph, gather_start) for k in start.args[1]]  # type: ignore[union-attr]
         assert not calls(graph, ops.gather_experts.default)
     found |= {"held": held, "gathered": [n for n in gathered if n in specs]}
@@ -180,14 +182,18 @@ def gshard(form: str, top_k: int) -> Model:
     ("form", "top_k", "ranks", "stage", "size"),
     [("einsum", 1, 2, 3, None), ("bmm", 2, 2, 1, None), ("index", 2, 4, 3, 2), ("einsum", 2, 4, 0, None)],
 )
-def test_batched_experts_train_as_on_one_process(form: str, top_k: int, ranks: int, stage: int, size: int | None) -> None:
+def test_batched_experts_train_as_on_one_process(
+    form: str, top_k: int, ranks: int, stage: int, size: int | None
+) -> None:
     results = run(ranks, trained, functools.partial(gshard, form, top_k), ep(stage, size), timeout=120)
     training.close(results)
     for result in results:
         weights = {f"layers.{i}.{name}" for i in range(2) for name in ("up", "down")}
-        assert result["held"] == dict.fromkeys(weights, EXPERTS // ranks if stage == 3 else EXPERTS // (size or ranks))
+        assert result["held"] == dict.fromkeys(weights, EXPERTS // ranks)
         assert bool(result["gathered"]) == (size is not None)
-        leaving = 2 if form == "index" else 1  # what is told, what goes and what comes back, and the latter two's backwards
+        leaving = (
+            2 if form == "index" else 1
+        )  # what is told, what goes and what comes back, and the latter two's backwards
         assert result["counts"]["all-to-all"] == 2 * (1 + 2 * (1 + leaving))
 
 
@@ -240,7 +246,7 @@ def test_rows_beyond_a_capacity_are_dropped(ranks: int, stage: int, size: int | 
         kept = [n for r in results for layer in r["rows"].values() for n in layer]
         assert sum(drops) > 0
         assert max(kept) <= ranks * max(4, least)
-        assert sum(drops) + sum(kept) == (ranks if size is None else ranks) * 16 * (2 + 1)
+        assert sum(drops) + sum(kept) == ranks * 16 * (2 + 1)
 
 
 def test_a_factor_without_drops_is_dropless() -> None:

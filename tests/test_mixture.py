@@ -48,7 +48,10 @@ def test_it_is_a_loop_over_experts(name: str) -> None:
     """Values and gradients; in fp32 up to the order of sums."""
     torch.manual_seed(0)
     choices = ROUTES[name]()
-    x, scores = torch.randn(*choices.shape[:-1], HIDDEN, requires_grad=True), torch.rand(choices.shape, requires_grad=True)
+    x, scores = (
+        torch.randn(*choices.shape[:-1], HIDDEN, requires_grad=True),
+        torch.rand(choices.shape, requires_grad=True),
+    )
     inputs = [x, scores, *weights(8, torch.float32)]
     found = []
     for function in (dspass.experts, looped):
@@ -77,10 +80,18 @@ def test_it_is_a_loop_over_experts_in_bf16() -> None:
         ({"weights": ()}, ValueError, "weights of dspass.experts are none: give one at least"),
         ({"weights": (torch.ones(3, 4, 4), torch.ones(2, 4, 4))}, ValueError, "each .* of as many experts"),
         ({"weights": (torch.ones(0, 4, 4),)}, ValueError, "0 experts cannot be: take 1 to 8192"),
-        ({"choices": torch.zeros(5, 2, dtype=torch.int64)}, ValueError, r"choices of shape \[5, 2\] do not go with scores"),
+        (
+            {"choices": torch.zeros(5, 2, dtype=torch.int64)},
+            ValueError,
+            r"choices of shape \[5, 2\] do not go with scores",
+        ),
         ({"x": torch.ones(5, 4)}, ValueError, r"do not go with tokens of shape \[5, 4\]: give tokens"),
         ({"choices": torch.zeros(6, 2)}, ValueError, "experts of float32 cannot be"),
-        ({"function": lambda rows, product, w: product(rows, w)[1:]}, ValueError, r"answers shape \[11, 4\] for 12 rows"),
+        (
+            {"function": lambda rows, product, w: product(rows, w)[1:]},
+            ValueError,
+            r"answers shape \[11, 4\] for 12 rows",
+        ),
         ({"function": lambda rows, product, w: 3}, ValueError, "answers a int for 12 rows"),
         ({"x": torch.ones(6, 3)}, ValueError, "rows of 3 values do not go with matrices of 4 rows"),
     ],
@@ -120,7 +131,7 @@ def test_it_trains_as_a_loop_on_one_process(inductor: bool) -> None:
         assert set(result["held"].values()) == {EXPERTS // 2}
         assert len(result["held"]) == 8
         assert not result["gathered"]
-    rows = [sum((r["rows"][f"layers.{i}.up"] for r in results), []) for i in range(4)]
+    rows = [[n for r in results for n in r["rows"][f"layers.{i}.up"]] for i in range(4)]
     assert rows[0] == [1 + 10, *[0] * (EXPERTS - 1)]
     assert rows[2] == [1 + 10] * EXPERTS
     assert sum(rows[3]) == 3 * (1 + 10)
@@ -153,7 +164,9 @@ def test_bf16() -> None:
 
 def test_the_recipe_runs() -> None:
     text = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text()
-    (block,) = [b for b in re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE) if "dspass.experts(" in b]
+    (block,) = [
+        b for b in re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE) if "dspass.experts(" in b
+    ]
     names: dict[str, Any] = {}
     exec(block, names)
     layer, x = names["Mixture"](16, 24, experts=4, top_k=2), torch.randn(3, 5, 16)
