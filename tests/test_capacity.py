@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -141,6 +141,11 @@ def ids(draw: torch.Generator, rank: int, call: int) -> tuple[torch.Tensor]:
     return (torch.randint(0, VOCABULARY, (17,), generator=draw),)
 
 
+def longer(draw: torch.Generator, rank: int, call: int) -> tuple[torch.Tensor]:
+    """16 tokens, and 24 in the second call of a step."""
+    return (torch.randint(0, VOCABULARY, (17 + 8 * call,), generator=draw),)
+
+
 def ep(stage: int, size: int | None = None, **own: Any) -> dict[str, Any]:
     asked = {"enabled": True, **({} if size is None else {"autoep_size": size})}
     return training.zero(stage, expert_parallel=asked, dspass={"experts": own} if own else None)
@@ -154,7 +159,7 @@ def trained(build: Callable[[], nn.Module], config: dict[str, Any], **more: Any)
         models.append(build())
         return models[-1]
 
-    found = training.train(remembered, more.pop("batches", ids), config, steps=4, **more)
+    found = training.train(remembered, more.pop("batches", ids), config, steps=3, **more)
     engine = engine_of(models[1])
     assert engine is not None
     specs = {s.name: s for s in engine.specs.values() if s.expert_axis is not None}
@@ -178,23 +183,28 @@ def gshard(form: str, top_k: int) -> Model:
     return Model(GShard(EXPERTS, top_k, form), GShard(EXPERTS, top_k, form))
 
 
+FORMS = ((1, "einsum"), (2, "bmm"), (2, "index"))
+
+
+def in_forms(forms: Sequence[tuple[int, str]]) -> Model:
+    return Model(*(GShard(EXPERTS, top_k, form) for top_k, form in forms))
+
+
 @pytest.mark.parametrize(
-    ("form", "top_k", "ranks", "stage", "size"),
-    [("einsum", 1, 2, 3, None), ("bmm", 2, 2, 1, None), ("index", 2, 4, 3, 2), ("einsum", 2, 4, 0, None)],
+    ("forms", "ranks", "stage", "size"), [(FORMS, 2, 3, None), (FORMS[2:], 4, 1, 2), (FORMS[:1], 4, 3, None)]
 )
 def test_batched_experts_train_as_on_one_process(
-    form: str, top_k: int, ranks: int, stage: int, size: int | None
+    forms: Sequence[tuple[int, str]], ranks: int, stage: int, size: int | None
 ) -> None:
-    results = run(ranks, trained, functools.partial(gshard, form, top_k), ep(stage, size), timeout=120)
+    """Each rank has its share of the experts, and where the axis has all ranks nobody gathers any."""
+    results = run(ranks, trained, functools.partial(in_forms, forms), ep(stage, size), timeout=120)
     training.close(results)
     for result in results:
-        weights = {f"layers.{i}.{name}" for i in range(2) for name in ("up", "down")}
+        weights = {f"layers.{i}.{name}" for i in range(len(forms)) for name in ("up", "down")}
         assert result["held"] == dict.fromkeys(weights, EXPERTS // ranks)
         assert bool(result["gathered"]) == (size is not None)
-        leaving = (
-            2 if form == "index" else 1
-        )  # what is told, what goes and what comes back, and the latter two's backwards
-        assert result["counts"]["all-to-all"] == 2 * (1 + 2 * (1 + leaving))
+        # Of a layer what is told, what goes and what comes back, and the latter two's backwards; "index" has two to come back.
+        assert result["counts"]["all-to-all"] == sum(7 if form == "index" else 5 for _, form in forms)
 
 
 @training.without_inductor
@@ -213,15 +223,10 @@ def different(build: Callable[[], nn.Module], config: dict[str, Any], fill: floa
     return str(refused.value)
 
 
-@pytest.mark.parametrize("kind", ["batched", "limited"])
-def test_ranks_with_other_capacities_are_told_so(kind: str) -> None:
+def test_ranks_with_other_capacities_are_told_so() -> None:
     """Each of them, and none waits."""
-    batched = kind == "batched"
-    build = functools.partial(gshard, "einsum", 1) if batched else grouped
-    config = ep(3) if batched else ep(3, capacity_factor=1.0, min_capacity=0)
-    for said in run(2, different, build, config, None, timeout=120):  # 16 and 24 tokens
-        told = [2, 3] if batched else [4, 6]
-        assert f"take {told} rows each from ranks [0, 1]: fixed sizes want the same number everywhere" in said
+    for said in run(2, different, functools.partial(gshard, "einsum", 1), ep(3), None, timeout=120):  # 16 and 24 tokens
+        assert "take [2, 3] rows each from ranks [0, 1]: fixed sizes want the same number everywhere" in said
         assert "pad the batch" in said
 
 
@@ -233,20 +238,22 @@ def grouped(factor: float | None = None, least: int = 0) -> Model:
     return Model(Grouped(EXPERTS, 2, biases=True, capacity=most), Grouped(EXPERTS, 1, capacity=most))
 
 
-@pytest.mark.parametrize(("ranks", "stage", "size", "least"), [(2, 3, None, 0), (4, 1, 2, 3), (1, 0, None, 0)])
+@pytest.mark.parametrize(("ranks", "stage", "size", "least"), [(2, 3, None, 0), (1, 0, None, 3)])
 def test_rows_beyond_a_capacity_are_dropped(ranks: int, stage: int, size: int | None, least: int) -> None:
-    """As a loop drops them that takes the first of each expert; on one process nothing is divided."""
+    """As a loop drops them that takes the first of each expert; on one process nothing is divided. Calls of other lengths
+    share a graph, and each has its capacity."""
     config = ep(stage, size, capacity_factor=1.0, min_capacity=least)
     if ranks == 1:
         del config["expert_parallel"]
-    results = run(ranks, trained, functools.partial(grouped, 1.0, least), config, timeout=120)
+    config["gradient_accumulation_steps"] = 2
+    results = run(ranks, trained, functools.partial(grouped, 1.0, least), config, batches=longer, calls=2, timeout=120)
     training.close(results)
     if ranks > 1:
         drops = [n for r in results for layer in r["drops"].values() for n in layer]
         kept = [n for r in results for layer in r["rows"].values() for n in layer]
         assert sum(drops) > 0
-        assert max(kept) <= ranks * max(4, least)
-        assert sum(drops) + sum(kept) == ranks * 16 * (2 + 1)
+        assert max(kept) <= ranks * (max(4, least) + 6)
+        assert sum(drops) + sum(kept) == ranks * (16 + 24) * (2 + 1)
 
 
 def test_a_factor_without_drops_is_dropless() -> None:
@@ -289,6 +296,12 @@ def test_a_capacity_is_deepspeed_s() -> None:
     assert capacity.capacity_of(8, 8, 1.25, 4) == 4
     assert capacity.capacity_of(20, 2, 1.1, 0) == 11  # 11.000000000000002 in floating point
     assert capacity.capacity_of(0, 2, 1.1, 0) == 0
+
+
+def test_operators_are_what_their_schemas_say() -> None:
+    ends = torch.tensor([2, 2, 5], dtype=torch.int32)
+    torch.library.opcheck(ops.pad_experts.default, (torch.randn(6, 4, requires_grad=True), ends, 2))
+    torch.library.opcheck(ops.unpad_experts.default, (torch.randn(3, 2, 4, requires_grad=True), ends, 6))
 
 
 @settings(max_examples=40, deadline=None)
