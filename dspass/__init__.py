@@ -14,6 +14,7 @@ from dspass.engines import no_sync, resume_at
 from dspass.explain import explain
 from dspass.fit import Fit, fit
 from dspass.measure import measure
+from dspass.mixture import experts
 from dspass.planner.record import BudgetError
 from dspass.planner.saved import PlanError
 from dspass.report import Report
@@ -35,6 +36,7 @@ __all__ = [
     "PlanError",
     "Report",
     "deepspeed",
+    "experts",
     "explain",
     "fit",
     "keep",

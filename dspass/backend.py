@@ -38,6 +38,8 @@ from dspass.expert_weights import alike, weights_in
 from dspass.explain import report_at_exit
 from dspass.fake_quantising import choose, round_layers
 from dspass.owners import Heap
+from dspass.passes.base import Pass
+from dspass.passes.divide_experts import DivideExperts
 from dspass.pipeline import build
 from dspass.runtime import compat, kernels
 from dspass.runtime.engine import Engine
@@ -94,7 +96,9 @@ def deepspeed(
         return torch._dynamo.disable(first, reason="runs once, before weights are stored")
     if stage and any(not isinstance(p, DTensor) for p in params):
         compat.allow_compilations(2)  # this one, which runs once, and the sharded model's first
-        return torch._dynamo.disable(_FirstCall(gm, example_inputs, root, config), reason="runs once, before sharding")
+        return torch._dynamo.disable(
+            _FirstCall(gm, example_inputs, root, config, passes), reason="runs once, before sharding"
+        )
     cast_inputs(gm, config)
     if stage:
         engine = _engine_of(heap, params) or Engine(stage=stage, accumulation_steps=config.gradient_accumulation_steps)
@@ -170,9 +174,15 @@ class _ProductsOfOneKind(TorchDispatchMode):
 class _FirstCall(_ByHand):
     """Shards the model, then runs the captured graph by hand, once."""
 
-    def __init__(self, gm: fx.GraphModule, inputs: Sequence[Any], root: nn.Module | None, config: Config) -> None:
+    def __init__(
+        self, gm: fx.GraphModule, inputs: Sequence[Any], root: nn.Module | None, config: Config, passes: Sequence[Pass]
+    ) -> None:
         super().__init__(gm, inputs, root, config)
         self.experts = weights_in(gm.graph, inputs) if config.expert_parallel.enabled else []
+        for item in passes:
+            if isinstance(item, DivideExperts):
+                item.limit(gm.graph)
+        gm.recompile()
 
     def __call__(self, *inputs: Any) -> Any:
         params = [p for p in inputs if isinstance(p, nn.Parameter)]

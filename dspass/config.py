@@ -347,6 +347,14 @@ KEYS: tuple[Key, ...] = (
          "A bucket of which one parameter's rounding error, as a norm over that of the parameter and measured when it is "
          "sharded, is larger, is gathered whole. Gradients and activations are not known when that is decided: it does not "
          "act on them.", low=0),
+    _act("dspass.experts.capacity_factor", "capacity_factor", "number", None, "share",
+         "Most rows that an expert takes of a rank's, in even shares: of `tokens * experts a token / experts` rows, rounded "
+         "up. What is beyond, last in the order of tokens, becomes zeros; sizes are fixed, so every rank needs as many tokens. "
+         "Absent: all rows, in sizes that ranks tell each other (dropless). Models keep a capacity of their own.", low=0),
+    _act("dspass.experts.drop_tokens", "drop_tokens", "flag", None, "",
+         "`false`: no rows are dropped, whatever the capacity. Absent: those beyond it are."),
+    _act("dspass.experts.min_capacity", "min_capacity", "integer", None, "rows",
+         "The least capacity of an expert, for few tokens. Absent: 4, with a capacity_factor.", low=0),
     _section("dspass.quantise.layers"),
     _act("dspass.quantise.layers.format", "format", "text", None, "",
          "What weights of linear layers are stored as, at the first call or by `dspass.quantise(model, config)`: for "
@@ -905,15 +913,41 @@ class ExpertParallelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertsConfig:
-    """``dspass.experts``: how experts that are divided over ranks are served."""
+    """``dspass.experts``: how mixtures of experts run, and what is supposed of them."""
 
     global_aux_loss: bool = False
     """Whether an auxiliary loss is of all ranks' tokens."""
     expected_imbalance: float = 1.0
     """Tokens at the busiest rank over the mean."""
+    capacity_factor: float | None = None
+    """Most rows of an expert, in even shares; None: all."""
+    drop_tokens: bool | None = None
+    """False drops none in spite of a factor."""
+    min_capacity: int | None = None
+    """Least capacity; None is 4."""
+
+    @property
+    def limits(self) -> bool:
+        """Whether rows may be dropped."""
+        return self.capacity_factor is not None and self.drop_tokens is not False
 
     def __post_init__(self) -> None:
-        _check_fields(self, "dspass.experts")
+        section = "dspass.experts"
+        _check_fields(self, section)
+        if self.capacity_factor is None:
+            for name, asked in {"drop_tokens": self.drop_tokens, "min_capacity": self.min_capacity is not None}.items():
+                if asked:
+                    raise ConfigError(
+                        f"{section}.{name}",
+                        "without a capacity no row is dropped.",
+                        f"Write {section}.capacity_factor too, 1.25 for one, or remove it.",
+                    )
+        if self.limits and self.capacity_factor == 0 and self.min_capacity == 0:
+            raise ConfigError(
+                f"{section}.capacity_factor",
+                "0 with a min_capacity of 0 drops every row.",
+                "Write a factor above 0, 1.25 for one, or drop_tokens: false.",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard
 
 from dspass.config import Config, ConfigError
-from dspass.passes.experts import find_experts
+from dspass.passes.batched_experts import Batch, find_batches
+from dspass.passes.experts import Layer, find_experts
 from dspass.runtime import compat
 from dspass.runtime.axis import Axis, axis_of
 from dspass.runtime.params import Layout
@@ -86,7 +87,10 @@ def weights_in(graph: fx.Graph, inputs: Sequence[Any]) -> list[int]:
     """Which of a captured graph's ``inputs`` are weights of experts."""
     placeholders = graph.find_nodes(op="placeholder")
     params = {n for n, value in zip(placeholders, inputs, strict=True) if isinstance(value, nn.Parameter)}
-    layers, _ = find_experts(graph, params.__contains__)
+    layers: Sequence[Layer | Batch] = [
+        *find_experts(graph, params.__contains__)[0],
+        *find_batches(graph, params.__contains__, params.__contains__)[0],
+    ]
     found = {source for layer in layers for source in layer.weights.values()}
     return [i for i, node in enumerate(placeholders) if node in found]
 

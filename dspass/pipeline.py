@@ -59,6 +59,10 @@ def _options(cls: type[Pass], config: Config) -> dict[str, Any]:
     options: dict[str, Any] = {}
     if cls is DivideExperts:
         options["enabled"] = config.expert_parallel.enabled
+    if cls is DivideExperts and config.experts.limits:
+        options["capacity_factor"] = config.experts.capacity_factor
+        if config.experts.min_capacity is not None:
+            options["min_capacity"] = config.experts.min_capacity
     if cls is BucketGathers:
         options["max_elements"] = zero.stage3_prefetch_bucket_size if zero.stage == 3 else zero.allgather_bucket_size
     if cls is BucketReductions:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 import torch.fx as fx
 
+from dspass.passes.around_experts import Batched, Dropless, Limit, Limited, rows_of
 from dspass.passes.base import Pass, PassContext, Where
+from dspass.passes.batched_experts import Batch, find_batches, is_of_parameters, weight_of
 from dspass.passes.experts import Layer, chain_of, find_experts, value_of
-from dspass.runtime import exchange, experts, grouped  # noqa: F401  (their operators)
+from dspass.runtime import capacity, exchange, experts, grouped  # noqa: F401  (their operators)
 from dspass.runtime.params import ParamSpec, lookup
 
 _ops = torch.ops.dspass
@@ -20,13 +23,13 @@ _ops = torch.ops.dspass
 class DivideExperts(Pass):
     """Rows on their way into a layer of experts are sent to the ranks that hold them, and what comes out is sent back.
 
-    Around the inside of each layer (:mod:`dspass.passes.experts`) whose weights are divided over an expert axis::
+    Around the inside of each layer (:mod:`dspass.passes.experts`, :mod:`dspass.passes.batched_experts`) whose weights are
+    divided over an expert axis stands what :mod:`dspass.passes.around_experts` has for it, and inside the weights are those of
+    this rank, ``unshard_experts``. It works on the graph as Dynamo captured it, before it is differentiated: the backward's two
+    exchanges are the derivatives of these. A weight that is read in any other way is gathered from all ranks first.
 
-        counts of arriving rows -> dispatch -> order of experts -> [inside] -> order of arrival -> combine
-
-    and inside, the weights are those of this rank, ``unshard_experts``. It works on the graph as Dynamo captured it, before it
-    is differentiated: the backward's two exchanges are the derivatives of these. A weight that is read in any other way is
-    gathered from all ranks first.
+    With a ``capacity_factor`` each expert takes that many times its even share of a rank's rows, and ``min_capacity`` at least;
+    what is beyond becomes zeros, where experts are not divided too.
 
     Dropped: to rewrite forward and backward in the joint graph. Each way to differentiate a grouped product would have to be
     recognised too, and sizes of rows are written into the joint graph, where they are no longer true.
@@ -36,25 +39,34 @@ class DivideExperts(Pass):
     where: ClassVar[frozenset[Where]] = frozenset({"captured"})
 
     enabled: bool = True
+    capacity_factor: float | None = None
+    min_capacity: int = 4
 
     def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
-        if not self.enabled:
+        limit = self._limit
+        if not self.enabled and limit is None:
             ctx.say("expert_parallel is not enabled")
             return graph
-        layers, said = find_experts(graph, _is_parameter)
+        layers, said = find_experts(graph, is_parameter)
+        batches, more = find_batches(graph, _is_divided, is_parameter)
         told: dict[str, list[str]] = {}
         for layer in layers:
-            specs = [spec_of(layer.weights[p]) for p in layer.products]
-            kind = f"of {layer.experts} experts, "
-            if any(spec.expert_axis is not specs[0].expert_axis for spec in specs) or specs[0].expert_axis is None:
-                kind += "whole on each rank"
+            if _share_axis(layer):
+                told.setdefault(_told(layer), []).append(_name(layer))
+                _divide(graph, layer, limit)
             else:
-                kind += f"{specs[0].shape[0]} on each of {specs[0].divided_over.size} ranks"
-                _divide(graph, layer)
-            told.setdefault(kind, []).append(specs[0].layer)
+                told.setdefault(f"of {layer.experts} experts, whole on each rank", []).append(_name(layer))
+                if limit is not None:
+                    _limit_rows(graph, layer, limit)
+        for batch in batches:
+            if _share_axis(batch):
+                told.setdefault(_told(batch), []).append(_name(batch))
+                _divide_batch(graph, batch)
         for kind, names in told.items():
             ctx.say(f"{len(names)} layer{'s' * (len(names) > 1)} {kind}: {', '.join(names)}")
-        for text in said:
+        if layers and limit is not None:
+            ctx.say("rows beyond a capacity are dropped")
+        for text in [*said, *more]:
             ctx.say(text)
             ctx.note(f"{text}.")
         for marker in _markers(graph):
@@ -64,9 +76,33 @@ class DivideExperts(Pass):
             ctx.say("no experts are divided over ranks")
         return graph
 
+    @property
+    def _limit(self) -> Limit | None:
+        return None if self.capacity_factor is None else Limit(factor=self.capacity_factor, least=self.min_capacity)
+
+    def limit(self, graph: fx.Graph) -> None:
+        """Drop rows beyond the capacity in a graph that runs before anything is divided."""
+        if self._limit is not None:
+            for layer in find_experts(graph, is_parameter)[0]:
+                _limit_rows(graph, layer, self._limit)
+
+
+def _name(layer: Layer | Batch) -> str:
+    """Of the layer's module."""
+    source = layer.weights[layer.products[0]]
+    return source.name if source.op == "placeholder" else spec_of(source).layer
+
+
+def _told(layer: Layer | Batch) -> str:
+    spec = spec_of(layer.weights[layer.products[0]])
+    return f"of {layer.experts} experts, {spec.shape[0]} on each of {spec.divided_over.size} ranks"
+
+
+_UNSHARD = (_ops.unshard, _ops.unshard.default)
+
 
 def _markers(graph: fx.Graph) -> list[fx.Node]:
-    return [n for n in graph.nodes if n.op == "call_function" and n.target in (_ops.unshard, _ops.unshard.default)]
+    return [n for n in graph.nodes if n.op == "call_function" and n.target in _UNSHARD]
 
 
 def spec_of(marker: fx.Node) -> ParamSpec:
@@ -74,80 +110,157 @@ def spec_of(marker: fx.Node) -> ParamSpec:
     return lookup(key)
 
 
-def _is_parameter(node: fx.Node) -> bool:
-    return node.op == "call_function" and node.target in (_ops.unshard, _ops.unshard.default)
+def is_parameter(node: fx.Node) -> bool:
+    """Whether a node of a captured graph is a whole parameter, a sharded one's marker or a plain one's placeholder."""
+    if node.op == "placeholder":
+        return isinstance(value_of(node), torch.nn.Parameter)
+    return node.op == "call_function" and node.target in _UNSHARD
 
 
-def _divide(graph: fx.Graph, layer: Layer) -> None:
+def _is_divided(node: fx.Node) -> bool:
+    is_marker = node.op == "call_function" and node.target in _UNSHARD
+    return is_marker and spec_of(node).expert_axis is not None
+
+
+def _share_axis(layer: Layer | Batch) -> bool:
+    """Whether all weights of a layer are divided, over one axis."""
+    sources = list(layer.weights.values())
+    return all(_is_divided(n) for n in sources) and len({id(spec_of(n).expert_axis) for n in sources}) == 1
+
+
+# -- rows in the order of experts ----------------------------------------------------------------------------------------
+
+
+def _divide(graph: fx.Graph, layer: Layer, limit: Limit | None) -> None:
     spec = spec_of(layer.weights[layer.products[0]])
-    key, axis, held = spec.key, spec.divided_over, set(layer.inside)
     entering, leaving = layer.entering(), layer.leaving()
-
     first = layer.products[0].args[0]
     assert isinstance(first, fx.Node)
+    given: dict[str, Any] = {
+        "graph": graph, "spec": spec, "first": first, "ends": layer.ends, "scores": layer.scores
+    }  # fmt: skip
+    way = Dropless(**given) if limit is None else Limited(**given, limit=limit)
     with graph.inserting_before(layer.inside[0]):
-        scores, size = layer.scores, _rows_of(graph, first)
-        arriving = graph.call_function(_ops.exchange_counts, (layer.ends, scores, key))
-        here = graph.call_method("sum", (arriving, 0))
-        ends = graph.call_function(torch.cumsum, (here,), {"dim": 0, "dtype": torch.int32})
-    order: dict[str, fx.Node] = {}
-
-    def enter(node: fx.Node) -> fx.Node:
-        sent = graph.call_function(_ops.dispatch_rows, (node, layer.ends, arriving, None, key))
-        if not order:
-            order["count"] = graph.call_method("size", (sent, 0))
-            order["positions"] = graph.call_function(_ops.arrival_positions, (arriving, order["count"]))
-        return graph.call_function(_ops.spread_experts, (sent, order["positions"]))
+        ends = way.open()
 
     inner: dict[fx.Node, fx.Node] = {}
     for node in [first, *(n for n in entering if n is not first)]:
-        reader = next(n for n in layer.inside if node in n.all_input_nodes)
-        with graph.inserting_before(reader):
+        with graph.inserting_before(_reader(layer, node)):
             if layer.names_expert(node):
-                experts = graph.call_function(_ops.experts_of_rows, (ends, order["count"], axis.rank * spec.shape[0]))
-                inner[node] = graph.node_copy(
-                    node, lambda n, node=node, experts=experts: experts if n is node.args[1] else n
+                ids = graph.call_function(
+                    _ops.experts_of_rows, (ends, way.count(), spec.divided_over.rank * spec.shape[0])
                 )
+                inner[node] = graph.node_copy(node, lambda n, node=node, ids=ids: ids if n is node.args[1] else n)
                 inner[node].meta.clear()
             else:
-                inner[node] = enter(node)
+                inner[node] = way.enter(node)
 
-    weights: dict[fx.Node, fx.Node] = {}
+    for product, weight in _weights_here(graph, layer).items():
+        rows: Any = product.args[0]
+        between = chain_of(product.args[1])[1]
+        product.target, product.args, product.kwargs = _ops.grouped_product, (rows, weight, ends), {}
+        _erase_unread(graph, between)
+    _redirect(layer, inner, leaving, way.leave)
+
+
+def _limit_rows(graph: fx.Graph, layer: Layer, limit: Limit) -> None:
+    """Rows beyond the capacity become zeros where they leave a layer whose experts are all here."""
+
+    def kept(node: fx.Node) -> fx.Node:
+        padded = graph.call_function(_ops.pad_experts, (node, layer.ends, limit.node(graph, node, layer.experts)))
+        return graph.call_function(_ops.unpad_experts, (padded, layer.ends, rows_of(graph, node)))
+
+    _leave(layer, layer.leaving(), kept)
+
+
+# -- batched -------------------------------------------------------------------------------------------------------------
+
+
+def _divide_batch(graph: fx.Graph, batch: Batch) -> None:
+    spec = spec_of(batch.weights[batch.products[0]])
+    entering, constants, leaving = batch.entering(), batch.constants(), batch.leaving()
+    way = Batched(graph=graph, spec=spec)
+    inner: dict[fx.Node, fx.Node] = {}
+    for node in [*entering, *constants]:
+        with graph.inserting_before(_reader(batch, node)):
+            if node in entering:
+                inner[node] = way.enter(node)
+            elif _is_divided(node) and spec_of(node).expert_axis is spec.expert_axis:
+                inner[node] = graph.call_function(_ops.unshard_experts, node.args)
+            elif is_of_parameters(node, is_parameter):
+                inner[node] = graph.call_method(
+                    "narrow", (node, 0, spec.divided_over.rank * spec.shape[0], spec.shape[0])
+                )
+            else:  # each rank's own, which goes with its rows
+                whole = graph.call_function(_for_each_row, (node, entering[0]))
+                inner[node] = way.enter(whole)
+    for product, weight in _weights_here(graph, batch).items():
+        old = weight_of(product)
+        between = chain_of(old)[1]
+        product.replace_input_with(old, weight)
+        _erase_unread(graph, between)
+    _redirect(batch, inner, leaving, way.leave)
+
+
+def _for_each_row(value: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    return value.expand(-1, rows.shape[1], *value.shape[2:])
+
+
+# -- both ----------------------------------------------------------------------------------------------------------------
+
+
+def _reader(layer: Layer | Batch, node: fx.Node) -> fx.Node:
+    return next(n for n in layer.inside if node in n.all_input_nodes)
+
+
+def _weights_here(graph: fx.Graph, layer: Layer | Batch) -> dict[fx.Node, fx.Node]:
+    """For each product its matrices of the experts here, laid out as it had all of them."""
+    found: dict[fx.Node, fx.Node] = {}
+    here: dict[fx.Node, fx.Node] = {}
     for product in layer.products:
-        source, between = chain_of(product.args[1])
+        source, between = chain_of(product.args[1] if isinstance(layer, Layer) else weight_of(product))
         assert source is not None
-        if source not in weights:
+        if source not in here:
             with graph.inserting_after(source):
-                weights[source] = graph.call_function(_ops.unshard_experts, source.args)
+                here[source] = graph.call_function(_ops.unshard_experts, source.args)
         with graph.inserting_before(product):
-            value = weights[source]
+            value = here[source]
             copies: dict[fx.Node, fx.Node] = {source: value}
             for node in between:
                 value = copies[node] = graph.node_copy(node, lambda n, known=copies: known.get(n, n))
                 value.meta.clear()
-        rows: Any = product.args[0]
-        product.target, product.args, product.kwargs = _ops.grouped_product, (inner.get(rows, rows), value, ends), {}
-        for node in reversed(between):
-            if not node.users:
-                graph.erase_node(node)
+        found[product] = value
+    return found
 
+
+def _erase_unread(graph: fx.Graph, nodes: Sequence[fx.Node]) -> None:
+    for node in reversed(nodes):
+        if not node.users:
+            graph.erase_node(node)
+
+
+def _redirect(
+    layer: Layer | Batch,
+    inner: Mapping[fx.Node, fx.Node],
+    leaving: Sequence[fx.Node],
+    leave: Callable[[fx.Node], fx.Node],
+) -> None:
+    """The inside reads what has entered, and who stands outside what has left."""
     for node in layer.inside:
         node.args = fx.map_arg(node.args, lambda n: inner.get(n, n))
         node.kwargs = fx.map_arg(node.kwargs, lambda n: inner.get(n, n))
         node.meta.pop("example_value", None)
+    _leave(layer, leaving, leave)
 
+
+def _leave(layer: Layer | Batch, leaving: Sequence[fx.Node], leave: Callable[[fx.Node], fx.Node]) -> None:
+    held = set(layer.inside)
     for node in leaving:
-        with graph.inserting_after(node):
-            back = graph.call_function(_ops.unpermute_experts, (node, order["positions"]))
-        with graph.inserting_after(back):
-            result = graph.call_function(_ops.combine_rows, (back, layer.ends, arriving, size, key))
-        node.replace_all_uses_with(result, delete_user_cb=lambda user, back=back: user is not back and user not in held)
-
-
-def _rows_of(graph: fx.Graph, node: fx.Node) -> Any:
-    """The number of rows, an integer where it is known."""
-    size = value_of(node).shape[0]
-    return size if isinstance(size, int) else graph.call_method("size", (node, 0))
+        outside = [user for user in node.users if user not in held]
+        with node.graph.inserting_before(node.next):
+            result = leave(node)
+        for user in outside:
+            user.replace_input_with(node, result)
 
 
 def _gather_all(graph: fx.Graph, marker: fx.Node) -> None:

@@ -15,7 +15,7 @@ names of modules, as DeepSpeed's AutoEP presets have them.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,20 +29,8 @@ from dspass.runtime import compat
 _PRODUCTS = ("_grouped_mm", "grouped_mm", "grouped_mm_fallback", "grouped_product")
 
 #: What may stand between a parameter and a product, by name; transpositions have to leave the first dimension alone.
-_OF_WEIGHTS = {
-    "to",
-    "type",
-    "type_as",
-    "float",
-    "half",
-    "bfloat16",
-    "contiguous",
-    "clone",
-    "detach",
-    "transpose",
-    "permute",
-    "swapaxes",
-}
+_MOVES = {"transpose", "permute", "swapaxes", "unsqueeze"}
+_OF_WEIGHTS = {"to", "type", "type_as", "float", "half", "bfloat16", "contiguous", "clone", "detach", *_MOVES}
 
 _COUNTS = {"histc", "bincount"}
 _CASTS = {"to", "float", "int", "long", "type", "reshape", "view", "flatten", "contiguous", "clone", "detach"}
@@ -75,7 +63,10 @@ class Layer:
         return [node for node in self.inside if any(user not in held for user in node.users)]
 
     def _chains(self) -> set[fx.Node]:
-        return {node for product in self.products for node in chain_of(product.args[1])[1]}
+        read: set[Any] = {
+            product.args[1] for product in self.products
+        }  # a row for each expert is no reason to take it for one
+        return read.union(node for product in self.products for node in chain_of(product.args[1])[1])
 
     @property
     def ids(self) -> fx.Node | None:
@@ -110,8 +101,12 @@ class Layer:
 
     def names_expert(self, node: fx.Node) -> bool:
         """Whether a value of each row is a row of something for the row's expert, a bias for one."""
-        ids = self.ids
-        return ids is not None and node.target is operator.getitem and node.args[1] is ids and node.args[0] is not ids
+        if node.target is not operator.getitem or not isinstance(node.args[1], fx.Node):
+            return False
+        ids, by = self.ids, node.args[1]
+        if name_of(by) == "experts_of_rows":
+            return by.args[0] is self.ends and by.args[2] == 0
+        return ids is not None and by is ids and node.args[0] is not ids
 
 
 def find_experts(graph: fx.Graph, parameter: Callable[[fx.Node], bool]) -> tuple[list[Layer], list[str]]:
@@ -136,7 +131,8 @@ def find_experts(graph: fx.Graph, parameter: Callable[[fx.Node], bool]) -> tuple
         layer.weights[node] = source
     found = []
     for layer in layers.values():
-        layer.inside = _inside(layer)
+        layer.inside = inside_of(layer.products)
+        _reach_biases(layer)
         reason = mixes_rows(layer)
         if reason is None:
             found.append(layer)
@@ -168,7 +164,7 @@ def chain_of(node: Any) -> tuple[fx.Node | None, list[fx.Node]]:
     """What a weight is made of, and the nodes between, the source's reader first; None where more than its layout changes."""
     between: list[fx.Node] = []
     while isinstance(node, fx.Node) and node.op in ("call_function", "call_method") and name_of(node) in _OF_WEIGHTS:
-        if name_of(node) in ("transpose", "permute", "swapaxes") and not _keeps_first(node):
+        if name_of(node) in _MOVES and not _keeps_first(node):
             return None, []
         between.insert(0, node)
         node = node.args[0]
@@ -180,7 +176,7 @@ def _keeps_first(node: fx.Node) -> bool:
     if value is None:
         return False
     moved = node.args[1] if isinstance(node.args[1], (list, tuple)) else node.args[1:]
-    dims = [d % value.dim() for d in moved if isinstance(d, int)]
+    dims = [d % (value.dim() + (name_of(node) == "unsqueeze")) for d in moved if isinstance(d, int)]
     return dims[0] == 0 if name_of(node) == "permute" else 0 not in dims
 
 
@@ -214,13 +210,12 @@ def _same(a: Any, b: Any) -> bool:
     return str(a) == str(b)  # equal symbols, without a guard
 
 
-def _inside(layer: Layer) -> list[fx.Node]:
-    """All on a way from one product to another, and what writes in place into it before the last."""
-    nodes = list(layer.products[0].graph.nodes)
+def inside_of(products: Sequence[fx.Node]) -> list[fx.Node]:
+    """All on a way from one of ``products``, which are in order, to another, and what writes in place into it before the
+    last."""
+    nodes = list(products[0].graph.nodes)
     place = {node: i for i, node in enumerate(nodes)}
-    products = set(layer.products)
-    first, last = place[layer.products[0]], place[layer.products[-1]]
-    stretch = nodes[first : last + 1]
+    stretch = nodes[place[products[0]] : place[products[-1]] + 1]
     below, above = set(products), set(products)
     for node in stretch:
         if any(source in below for source in node.all_input_nodes):
@@ -230,6 +225,19 @@ def _inside(layer: Layer) -> list[fx.Node]:
         if writes or any(user in above for user in node.users):
             above.add(node)
     return [node for node in stretch if node in below and node in above]
+
+
+def _reach_biases(layer: Layer) -> None:
+    """The inside ends behind what its experts add to their rows last: a row that is dropped has no bias either."""
+    for node in layer.leaving():
+        last = node
+        while len(last.users) == 1:
+            (user,) = last.users
+            others = [n for n in user.all_input_nodes if n is not last]
+            if not others or not all(layer.names_expert(n) for n in others) or not _is_rows(value_of(user), layer.rows):
+                break
+            layer.inside.append(user)
+            last = user
 
 
 def _writes(node: fx.Node) -> bool:
@@ -255,60 +263,106 @@ _SAME = {_aten.alias, _aten.detach, _aten.clone, _aten._to_copy, _aten.contiguou
 
 def mixes_rows(layer: Layer) -> str | None:
     """Why rows of the layer's inside depend on each other; None where each is computed by itself."""
-    entering = layer.entering()
-    if value_of(layer.products[0].args[0]) is None:
-        return "its shapes are not known"
-    held = set(layer.inside)
-    inputs = list(dict.fromkeys(s for n in layer.inside for s in n.all_input_nodes if s not in held))
+    return mixes(layer.inside, layer.entering(), layer.leaving())
+
+
+def mixes(
+    inside: Sequence[fx.Node],
+    entering: Collection[fx.Node],
+    leaving: Collection[fx.Node],
+    *,
+    lead: int = 1,
+    products: Collection[fx.Node] = (),
+    constants: Collection[fx.Node] = (),
+) -> str | None:
+    """Why values of ``inside`` that differ in their first ``lead`` dimensions, as those ``entering`` do, depend on each other.
+
+    ``products``, of the nodes inside, are known to keep them apart, and not looked into; ``constants``, of what is read inside,
+    have the first of these dimensions only, and 1 in place of the second.
+    """
+    held, known = set(inside), set(products)
+    looked = [node for node in inside if node not in known]
+    if not looked:
+        return None
+    inputs = list(dict.fromkeys(s for n in looked for s in n.all_input_nodes if s not in held or s in known))
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {n: graph.placeholder(n.name) for n in inputs}
-    for node in layer.inside:
+    for node in looked:
         copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.output(tuple(copies[n] for n in layer.leaving()))
+    read = [s for n in inside if n in known for s in n.all_input_nodes if s in held]
+    graph.output(tuple(copies[n] for n in dict.fromkeys([*leaving, *read]) if n not in known))
     values = [value_of(n) for n in inputs]
     if any(value is None for value in values):
         return "a value in it is not known"
-    module = fx.GraphModule(layer.products[0].graph.owning_module or torch.nn.Module(), graph)
+    module = fx.GraphModule(inside[0].graph.owning_module or torch.nn.Module(), graph)
     traced = compat.traced(module, values)
-    rows = {p for p, n in zip(traced.graph.find_nodes(op="placeholder"), inputs, strict=True) if n in entering}
+    sources = dict(zip(traced.graph.find_nodes(op="placeholder"), inputs, strict=True))
+    rows = {p for p, n in sources.items() if n in entering or n in known}
+    each = {p for p, n in sources.items() if n in constants}
     for node in traced.graph.nodes:
-        if node.op != "call_function" or not rows.intersection(node.all_input_nodes):
+        if node.op != "call_function":
             continue
-        if not _by_row(node, rows):
-            return f"{name_of(node)} works across rows"
-        rows.add(node)
+        if rows.intersection(node.all_input_nodes):
+            if not _by_row(node, rows, lead) or (lead > 1 and not _aligned(node, rows, each, lead)):
+                return f"{name_of(node)} works across {'rows' if lead == 1 else 'experts or their rows'}"
+            rows.add(node)
+        elif each.intersection(node.all_input_nodes):
+            if not _by_row(node, each, 1):
+                return f"{name_of(node)} works across experts"
+            each.add(node)
     return None
 
 
-def _by_row(node: fx.Node, rows: set[fx.Node]) -> bool:
+def _by_row(node: fx.Node, rows: set[fx.Node], lead: int) -> bool:
     if node.target is operator.getitem or is_product(node):
         return True
     packet = getattr(node.target, "overloadpacket", None)
     inputs = [n for n in node.all_input_nodes if n in rows]
     value, first = node.meta.get("val"), inputs[0].meta["val"]
     leaves = value if isinstance(value, (list, tuple)) else [value]
-    if not all(isinstance(v, torch.Tensor) and v.dim() and _same(v.shape[0], first.shape[0]) for v in leaves):
+    if not all(isinstance(v, torch.Tensor) and same_lead(v, first, lead) for v in leaves):
         return False
     if packet in _SAME:
         return True
     if packet in _ALONG:
-        return _spares_first(node, packet)
+        return _spares_first(node, packet, lead)
     if packet is _aten.permute:
-        return node.args[1][0] % first.dim() == 0
+        return [d % first.dim() for d in node.args[1][:lead]] == list(range(lead))
     if packet in (_aten.transpose, _aten.t):
-        return packet is _aten.transpose and all(d % first.dim() for d in node.args[1:])
+        return packet is _aten.transpose and all(d % first.dim() >= lead for d in node.args[1:])
     if packet in _LAYOUT:
-        return True  # the first dimension has its size
+        return True  # the first dimensions have their sizes
     if packet in (_aten.mm, _aten.addmm):
         operands = node.args[-2:]
         return operands[0] in rows and operands[1] not in rows
-    if torch.Tag.pointwise in getattr(node.target, "tags", ()):
+    if packet is _aten.copy_ or torch.Tag.pointwise in getattr(node.target, "tags", ()):
         # Of what has as many dimensions the first is rows', or one for all; what has fewer is one for all.
         return all(n.meta["val"].dim() == leaves[0].dim() for n in inputs)
     return False
 
 
-def _spares_first(node: fx.Node, packet: Any) -> bool:
+def same_lead(a: torch.Tensor, b: torch.Tensor, lead: int) -> bool:
+    """Whether the first ``lead`` dimensions of two values are as large."""
+    return a.dim() >= lead <= b.dim() and all(_same(m, n) for m, n in zip(a.shape[:lead], b.shape[:lead], strict=True))
+
+
+def _aligned(node: fx.Node, rows: set[fx.Node], each: set[fx.Node], lead: int) -> bool:
+    """Whether what else an operator reads is the same for all rows, and where it is not in ``each`` for all experts too."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        return True
+    for other in node.all_input_nodes:
+        if other in rows or not isinstance(other.meta.get("val"), torch.Tensor):
+            continue
+        shape = other.meta["val"].shape
+        ahead = list(shape[: max(len(shape) - value.dim() + lead, 0)])
+        free = ahead[1:] if other in each and len(shape) == value.dim() else ahead
+        if (other in each and len(shape) != value.dim()) or any(size != 1 for size in free):
+            return False
+    return True
+
+
+def _spares_first(node: fx.Node, packet: Any, lead: int) -> bool:
     place = _ALONG[packet]
     given = node.args[place] if len(node.args) > place else node.kwargs.get("dim", 0)
     source: Any = node.args[0]
@@ -316,4 +370,4 @@ def _spares_first(node: fx.Node, packet: Any) -> bool:
     along: Iterable[Any] = given if isinstance(given, (list, tuple)) else [given]
     every = [d for d in along if isinstance(d, int)]
     extra = packet is _aten.unsqueeze
-    return bool(every) and all(d % (dims + extra) for d in every)
+    return bool(every) and all(d % (dims + extra) >= lead for d in every)

@@ -186,6 +186,14 @@ def mean_start(values: torch.Tensor, key: str) -> Exchange:
     return spec.engine.start_mean(spec, values)
 
 
+def even_start(
+    x: torch.Tensor, ends: torch.Tensor | None, scores: torch.Tensor | None, opens: bool, key: str
+) -> Exchange:
+    """Begin :func:`dspass.runtime.exchange.exchange_even`."""
+    spec = lookup(key)
+    return spec.engine.start_even(spec, x, ends, scores, opens)
+
+
 def exchange_wait(exchange: Exchange) -> list[torch.Tensor]:
     """What the start of an exchange of counts, rows or shares asked for, one tensor."""
     return exchange.wait()
@@ -196,6 +204,7 @@ RUNTIME_FUNCTIONS = frozenset(
         combine_start,
         counts_start,
         dispatch_start,
+        even_start,
         exchange_wait,
         gather_start,
         gather_wait,

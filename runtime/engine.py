@@ -201,13 +201,7 @@ class Engine:
         def arrived(results: list[torch.Tensor]) -> list[torch.Tensor]:
             (all_told,) = results
             if not compat.is_fake(all_told):
-                lost = all_told[:, -1].nonzero().flatten().tolist()
-                if lost:
-                    raise RuntimeError(
-                        f"the router of {spec.name} answers NaN on rank {axis.ranks[lost[0]]}: its tokens have no experts. "
-                        "Look for a loss or a gradient that was not finite in the step before (a lower learning rate, "
-                        "gradient_clipping, bf16 in place of fp16)."
-                    )
+                _refuse_nan(spec, all_told[:, -1])
                 self.routing.counted(spec, all_told[:, :-1])
             here = ends.shape[0] // axis.size
             return [all_told[:, axis.rank * here : (axis.rank + 1) * here].contiguous()]
@@ -222,6 +216,52 @@ class Engine:
         sent = 2 * values.nbytes * (axis.size - 1) // axis.size
         counted = self.traffic.add(Collective.on(axis, "all-reduce", _direction(), sent))
         return Exchange(self, flight, counted, lambda sums: [sums[0] / axis.size])
+
+    def start_even(
+        self,
+        spec: ParamSpec,
+        x: torch.Tensor,
+        ends: torch.Tensor | None,
+        scores: torch.Tensor | None,
+        opens: bool,
+    ) -> Exchange:
+        """Begin to send row ``r`` of ``x[ranks, experts here, capacity, ...]`` to rank ``r``."""
+        axis = spec.divided_over
+        if opens:
+            self._compare_capacities(spec, x, ends, scores)
+        flight = transport_for(axis, self.dry).all_to_all(axis, [x])
+        cost = rows_cost(axis, x.nbytes // axis.size * (axis.size - 1), _direction())
+        return Exchange(self, flight, self.traffic.add(cost))
+
+    def _compare_capacities(
+        self, spec: ParamSpec, x: torch.Tensor, ends: torch.Tensor | None, scores: torch.Tensor | None
+    ) -> None:
+        """Wait until each rank has told what it is about to send: how many rows it has for each expert, where it drops some,
+        its capacity, and whether its router answers NaN."""
+        axis, capacity = spec.divided_over, x.shape[2]
+        experts = spec.full_shape[0]
+        told = torch.zeros(experts + 2, dtype=torch.int32, device=x.device)
+        told[-2] = capacity
+        if scores is not None:
+            told[-1] = scores.isnan().any()
+        if ends is not None:
+            told[:-2] = ends.diff(prepend=ends.new_zeros(1))
+        flight = transport_for(axis, self.dry).all_to_all(axis, [told.expand(axis.size, -1)])
+        counted = self.traffic.add(counts_cost(axis, experts + 1, _direction()))
+        (all_told,) = flight.wait()
+        self.traffic.exposed[counted] += flight.exposed_seconds
+        if compat.is_fake(all_told):
+            return
+        _refuse_nan(spec, all_told[:, -1])
+        capacities = all_told[:, -2].tolist()
+        if any(c != capacity for c in capacities):
+            raise RuntimeError(
+                f"the experts of {spec.name} take {capacities} rows each from ranks {list(axis.ranks)}: fixed sizes want the "
+                "same number everywhere. Give every rank as many tokens (pad the batch), or do without a capacity: drop "
+                "dspass.experts.capacity_factor or, where the model has its own, write its experts with dspass.experts(...)."
+            )
+        if ends is not None:
+            self.routing.counted(spec, all_told[:, :-2], capacity)
 
     def gather_experts(self, spec: ParamSpec, here: torch.Tensor) -> torch.Tensor:
         """All experts' weights, of those of this rank's place."""
@@ -487,6 +527,17 @@ class Engine:
     def kept_errors(self) -> list[torch.Tensor]:
         """What rounding has lost of gradients so far; see :meth:`rounding_errors`."""
         return [error for _, error in self._errors.values()]
+
+
+def _refuse_nan(spec: ParamSpec, bad: torch.Tensor) -> None:
+    """Raise where a rank has told that its router answers NaN: ``bad[ranks]`` is not 0."""
+    lost = bad.nonzero().flatten().tolist()
+    if lost:
+        raise RuntimeError(
+            f"the router of {spec.name} answers NaN on rank {spec.divided_over.ranks[lost[0]]}: its tokens have no experts. "
+            "Look for a loss or a gradient that was not finite in the step before (a lower learning rate, gradient_clipping, "
+            "bf16 in place of fp16)."
+        )
 
 
 def _alike(found: Sequence[tuple[ParamSpec, torch.Tensor]]) -> list[list[tuple[ParamSpec, torch.Tensor]]]:

@@ -15,11 +15,15 @@ MegaBlocks, 2023). Every rank may have another number of tokens, none too. How m
 have: the size is an unbacked symbol of the graph, made here and not by ``item()``, which Dynamo allows with
 ``capture_scalar_outputs`` alone. A router that answers NaN says so in its counts, and every rank raises.
 
+Where each expert takes the same number of rows from every rank, its *capacity*, sizes are fixed and :func:`exchange_even` is
+all there is: one row of a tensor a rank, and its own adjoint. A rank whose capacity is another one than its peers', which has
+another number of tokens, would leave them with less than they wait for: ranks tell each other before they send.
+
 Markers stand in the graph while it is differentiated; :mod:`dspass.passes.exchange_rows` makes a start and a wait of each.
 
-Dropped: rows padded to what each expert may hold at most, which needs no sizes, and sends and computes zeros: with the balance
-of a router that is not yet trained two to four times as many rows. Dropped: one all-gather of all tokens and a reduce-scatter
-of results, as tensor parallel servers do: N/k times the bytes.
+Dropped, where no capacity is asked for: rows padded to what each expert may hold at most, which needs no sizes, and sends and
+computes zeros: with the balance of a router that is not yet trained two to four times as many rows. Dropped: one all-gather of
+all tokens and a reduce-scatter of results, as tensor parallel servers do: N/k times the bytes.
 """
 
 from __future__ import annotations
@@ -121,6 +125,40 @@ differentiable("dispatch_rows", backward=_dispatch_backward, keep=_keep_dispatch
 differentiable("combine_rows", backward=_combine_backward, keep=_keep_combine)
 
 
+# -- the same number of rows for each expert -----------------------------------------------------------------------------
+
+
+@operator(
+    "exchange_even(Tensor x, Tensor? ends, Tensor? scores, bool opens, str key) -> Tensor",
+    fake=lambda x, ends, scores, opens, key: x.new_empty(x.shape),
+)
+def exchange_even(
+    x: torch.Tensor, ends: torch.Tensor | None, scores: torch.Tensor | None, opens: bool, key: str
+) -> torch.Tensor:
+    """Row ``r`` of ``x[ranks, experts here, capacity, ...]`` to rank ``r``; row ``r`` of the result came from there.
+
+    The exchange that ``opens`` a layer's call compares capacities first, and tells what is known of routing: ``ends[experts]``,
+    the row behind each expert's last before rows beyond the capacity were dropped, and the router's ``scores``. ``key``: a
+    weight of the experts.
+
+    Raises ``RuntimeError`` on all ranks where capacities differ, or one has NaN among its scores.
+    """
+    spec = lookup(key)
+    (arrived,) = spec.engine.start_even(spec, x, ends, scores, opens).wait()
+    return arrived
+
+
+def _keep_even(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    ctx.key = inputs[4]
+
+
+def _even_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
+    return torch.ops.dspass.exchange_even(grad, None, None, False, ctx.key), None, None, None, None
+
+
+differentiable("exchange_even", backward=_even_backward, keep=_keep_even)
+
+
 # -- the order of experts ------------------------------------------------------------------------------------------------
 
 
@@ -147,9 +185,9 @@ def arrival_positions(arriving: torch.Tensor, rows: int) -> torch.Tensor:
 )
 def experts_of_rows(ends: torch.Tensor, rows: int, first: int) -> torch.Tensor:
     """``int64[rows]``: the expert of each row, in the order of experts that ``end`` at ``int32[experts]``; the first is called
-    ``first``."""
+    ``first``. Rows behind the last end, which are dropped, count as the last expert's."""
     numbers = torch.arange(rows, dtype=ends.dtype, device=ends.device)
-    return torch.bucketize(numbers, ends, right=True) + first
+    return torch.bucketize(numbers, ends, right=True).clamp_max(ends.shape[0] - 1) + first
 
 
 # -- shares of tokens ----------------------------------------------------------------------------------------------------
@@ -168,3 +206,4 @@ COUNTS = torch.ops.dspass.exchange_counts.default
 DISPATCH = torch.ops.dspass.dispatch_rows.default
 COMBINE = torch.ops.dspass.combine_rows.default
 MEAN = torch.ops.dspass.mean_over_ranks.default
+EVEN = torch.ops.dspass.exchange_even.default

@@ -20,7 +20,7 @@ class Routed:
     expert; ``dropped`` those of this rank that go to none."""
 
     counts: torch.Tensor
-    dropped: int = 0
+    dropped: int | torch.Tensor = 0
     is_dispatched: bool = False
     """Whether the rows of the last call have gone: they go forward and backward, and each value that experts read of them."""
 
@@ -32,13 +32,16 @@ class Routing:
     current: dict[str, Routed] = field(default_factory=dict)
     last: dict[str, Routed] = field(default_factory=dict)
 
-    def counted(self, spec: ParamSpec, counts: torch.Tensor) -> None:
-        """The ``counts`` of one call."""
+    def counted(self, spec: ParamSpec, counts: torch.Tensor, capacity: int | None = None) -> None:
+        """The ``counts`` of one call, of which no expert takes more than ``capacity`` from a rank."""
+        taken = counts if capacity is None else counts.clamp_max(capacity)
         known = self.current.get(spec.name)
         if known is None:
-            self.current[spec.name] = Routed(counts)
+            known = self.current[spec.name] = Routed(taken)
         else:
-            known.counts, known.is_dispatched = known.counts + counts, False
+            known.counts, known.is_dispatched = known.counts + taken, False
+        if capacity is not None:
+            known.dropped = known.dropped + (counts - taken)[spec.divided_over.rank].sum()
 
     def dispatched(self, spec: ParamSpec, dropped: int) -> None:
         """So many rows of a dispatch go nowhere."""

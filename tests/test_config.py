@@ -513,6 +513,8 @@ def _values(key: Key) -> st.SearchStrategy:
         return st.dictionaries(st.sampled_from(["x", "y"]), st.just({"params": params, "modules": ["*"]}))
     if key.section.startswith("compression_training.") and key.name == "enabled":
         return st.just(False)  # true needs groups
+    if key.path == "dspass.experts.capacity_factor":
+        return st.floats(0.1, 8)
     if key.path == "dspass.plan":
         return st.just("b.json")
     if key.path == "dspass.experts.expected_imbalance":
@@ -527,6 +529,8 @@ def options(draw: st.DrawFn) -> tuple[dict, list[Key]]:
     for key in keys:
         if key.section == "sparse_attention" or key.path in ("fp16.enabled", "dspass.quantise.layers.activations"):
             continue  # the latter two exclude others
+        if key.section == "dspass.experts" and key.name != "capacity_factor":
+            continue  # they say nothing without the factor
         if key.field == "mics_shard_size" and any(other.field == "zero_hpz_partition_size" for other in keys):
             continue  # they exclude each other
         if key.refused:
