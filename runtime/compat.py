@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any
 from unittest import mock
@@ -503,6 +503,25 @@ def unknown_size(like: torch.Tensor, expected: Any) -> Any:
     size = mode.shape_env.create_unbacked_symint()
     torch._check(size >= 0)
     return size
+
+
+def unknown_sizes(values: Iterable[Any]) -> dict[str, str] | None:
+    """The sizes that only a run tells in the shapes, strides and offsets of ``values``, tensors and numbers: by name, in order,
+    what is known of each. None where another size is a symbol, whose value guards have looked at."""
+    from torch.fx.experimental.symbolic_shapes import free_symbols, free_unbacked_symbols
+
+    found: dict[str, str] = {}
+    for value in values:
+        parts = [*value.shape, *value.stride(), value.storage_offset()] if isinstance(value, torch.Tensor) else [value]
+        for size in (part for part in parts if isinstance(part, torch.SymInt)):
+            unknown = free_unbacked_symbols(size)
+            if len(free_symbols(size)) != len(unknown):
+                return None
+            env = size.node.shape_env
+            for symbol in unknown:
+                checks = [str(check.expr) for check in env.deferred_runtime_asserts.get(symbol, ())]
+                found[str(symbol)] = f"{env.var_to_range[symbol]} {checks}"
+    return found
 
 
 def is_fake(tensor: torch.Tensor) -> bool:
