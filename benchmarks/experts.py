@@ -17,6 +17,7 @@ import contextlib
 import platform
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -33,7 +34,7 @@ from benchmarks.table import device
 from benchmarks.workers import Group, SubjectFailed
 
 #: The first is held against the second; the last is there where DeepSpeed is.
-WAYS = ("dspass-3-experts", "dspass-3", "fsdp2-compile-parts", "deepspeed-autoep")
+WAYS = ("dspass-3-experts", "dspass-3", "dspass-3-products", "fsdp2-compile-parts", "deepspeed-autoep")
 _OURS, _PLAIN, _DEEPSPEED = WAYS[0], WAYS[1], WAYS[-1]
 _STARTING, _STEP = 1800.0, 600.0
 _KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all")
@@ -204,14 +205,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--deepspeed-python", metavar="PATH", help="a Python that has DeepSpeed, torch and transformers"
     )
+    parser.add_argument("--only", default="", help=f"rows, with commas between: {', '.join(WAYS)}")
     parser.add_argument("--out", default="benchmarks/results", help="where the table is written")
 
 
 def run(options: argparse.Namespace) -> int:
     begin = time.time()
     shape = PRESETS[options.preset]
+    names = options.only.split(",") if options.only else list(WAYS)
+    if wrong := next((name for name in names if name not in WAYS), None):
+        print(f"no row {wrong!r}; there are {', '.join(WAYS)}", file=sys.stderr)
+        return 2
     python, said = deepspeed_python(options.deepspeed_python, options.with_deepspeed)
-    names = [name for name in WAYS if name != _DEEPSPEED or python is not None]
+    names = [name for name in names if name != _DEEPSPEED or python is not None]
     rows = measure(names, options, python)
     text = "\n".join(
         [
@@ -226,8 +232,8 @@ def run(options: argparse.Namespace) -> int:
         options,
         f"experts-{options.preset}-{options.ranks}r-cpu.md",
         title="Experts divided over ranks",
-        benchmark="experts",
-        keys=("preset", "ranks", "batch", "context", "rounds"),
+        benchmark="experts" + " --with-deepspeed" * (_DEEPSPEED in names),
+        keys=("preset", "ranks", "batch", "context", "rounds", *(["only"] if options.only else [])),
         facts=f"{options.ranks} gloo ranks of one thread on {device('cpu')}, torch {torch.__version__}, transformers "
         f"{version('transformers')}, Python {platform.python_version()}; {shape}, fp32, AdamW(fused=True), Python sources as "
         f"text; {(time.time() - begin) / 60:.1f} minutes.",

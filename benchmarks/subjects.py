@@ -35,14 +35,14 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def _dspass(
-    stage: int, *passes: str, node: int = 1, experts: bool = False, **quantise: str | None
+    stage: int, *passes: str, node: int = 1, experts: dict[str, Any] | None = None, **quantise: str | None
 ) -> Callable[[nn.Module, str], Training]:
     def wrap(model: nn.Module, device: str) -> Training:
         import dspass  # noqa: F401  (registers the backend from a checkout)
 
         options: dict[str, Any] = {"zero_optimization": {"stage": stage, "zero_hpz_partition_size": node}}
-        if experts:
-            options["expert_parallel"] = {"enabled": True}
+        if experts is not None:
+            options["expert_parallel"] = {"enabled": True, **experts}
         if passes:
             options["dspass"] = {"passes": list(passes)}
         if quantise:
@@ -199,7 +199,13 @@ SUBJECTS: dict[str, Subject] = {
         for name, (weights, gradients, node) in QUANTISED.items()
     },
     "dspass-3-experts": Subject(
-        _dspass(3, experts=True), 'as dspass-3, with "expert_parallel": {"enabled": true}', usual=False
+        _dspass(3, experts={}), 'as dspass-3, with "expert_parallel": {"enabled": true}', usual=False
+    ),
+    "dspass-3-products": Subject(
+        _dspass(3, experts={"autoep_size": 1}),
+        'as dspass-3, with "expert_parallel": {"enabled": true, "autoep_size": 1}: every rank gathers all experts for its own '
+        "tokens; the products are dspass's, as where experts are divided",
+        usual=False,
     ),
     "fsdp2-compile-parts": Subject(
         _fsdp2(True, whole=False),
