@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 FOLDER = Path(".venv-deepspeed")
-WANTED = ("torch==2.13.0", "deepspeed==0.19.*", "numpy", "tqdm", "setuptools", "wheel")
+#: Its AutoEP reads a private table of transformers' that is another thing in later releases.
+WANTED = ("torch==2.13.0", "deepspeed==0.19.*", "transformers==5.16.*", "numpy", "tqdm", "setuptools", "wheel")
 
 
 def deepspeed_python(named: str | None, make: bool) -> tuple[str | None, str]:

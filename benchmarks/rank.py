@@ -21,7 +21,7 @@ class Rank:
         import torch.distributed as dist
 
         from benchmarks.subjects import SUBJECTS
-        from examples.gpt import GPT, PRESETS, batches, text_corpus
+        from examples.gpt import batches, text_corpus
 
         rank, ranks, self.device = setting["rank"], setting["ranks"], setting["device"]
         torch.set_num_threads(1)
@@ -40,10 +40,19 @@ class Rank:
         self.corpus = text_corpus()
         self.batches = batches(self.corpus, setting["batch"], setting["context"], seed=0, rank=rank)
         torch.manual_seed(0)
-        model = GPT(PRESETS[setting["preset"]]).to(self.device)
+        model = self._build(setting["preset"]).to(self.device)
         self.parameters = list(model.parameters())
         self.model = model
         self.training = SUBJECTS[self.name].wrap(model, self.device)
+
+    def _build(self, preset: str) -> Any:
+        """The model, its blocks in ``blocks``, where :mod:`benchmarks.subjects` looks for them."""
+        from examples.gpt import GPT, PRESETS
+
+        return GPT(PRESETS[preset])
+
+    def _loss(self, x: Any, y: Any) -> Any:
+        return self.training.forward(x, y)
 
     def versions(self) -> dict[str, str]:
         import torch
@@ -59,7 +68,7 @@ class Rank:
         begin = time.perf_counter()
         for _ in range(count):
             x, y = next(self.batches)
-            loss = self.training.forward(x.to(self.device), y.to(self.device))
+            loss = self._loss(x.to(self.device), y.to(self.device))
             self.training.backward(loss)
             self.training.step()
             losses.append(loss.detach())

@@ -34,11 +34,15 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
 
 
-def _dspass(stage: int, *passes: str, node: int = 1, **quantise: str | None) -> Callable[[nn.Module, str], Training]:
+def _dspass(
+    stage: int, *passes: str, node: int = 1, experts: dict[str, Any] | None = None, **quantise: str | None
+) -> Callable[[nn.Module, str], Training]:
     def wrap(model: nn.Module, device: str) -> Training:
         import dspass  # noqa: F401  (registers the backend from a checkout)
 
         options: dict[str, Any] = {"zero_optimization": {"stage": stage, "zero_hpz_partition_size": node}}
+        if experts is not None:
+            options["expert_parallel"] = {"enabled": True, **experts}
         if passes:
             options["dspass"] = {"passes": list(passes)}
         if quantise:
@@ -57,14 +61,14 @@ def _ddp_inductor(model: nn.Module, device: str) -> Training:
     return Training(torch.compile(wrapped), wrapped, adamw(model))
 
 
-def _fsdp2(compiled: bool, all_to_all: bool = False) -> Callable[[nn.Module, str], Training]:
+def _fsdp2(compiled: bool, all_to_all: bool = False, whole: bool = True) -> Callable[[nn.Module, str], Training]:
     def wrap(model: Any, device: str) -> Training:
         from torch.distributed.fsdp import fully_shard
 
         mesh = init_device_mesh(device, (dist.get_world_size(),))
         for block in model.blocks:
             if compiled:
-                block.compile(fullgraph=True)
+                block.compile(fullgraph=whole)
             fully_shard(block, mesh=mesh, reshard_after_forward=True)
         fully_shard(model, mesh=mesh, reshard_after_forward=True)
         if all_to_all:
@@ -98,12 +102,12 @@ def _all_to_all_reduce_scatter() -> Any:
     return AllToAll()
 
 
-def _deepspeed(compiled: bool) -> Callable[[nn.Module, str], Training]:
-    def wrap(model: nn.Module, device: str) -> Training:
+def _deepspeed(compiled: bool, experts: bool = False) -> Callable[[nn.Module, str], Training]:
+    def wrap(model: Any, device: str) -> Training:
         import deepspeed
 
         bucket = 5_000_000  # elements; the default, 5e8, alone keeps a buffer of 2 GB
-        config = {
+        config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 1,  # for its own throughput line only: we feed the batches
             "gradient_clipping": 0.0,  # its default is 1.0, and nobody else clips here
             "zero_optimization": {
@@ -117,6 +121,12 @@ def _deepspeed(compiled: bool) -> Callable[[nn.Module, str], Training]:
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": 10**9,
         }
+        if experts:
+            config["expert_parallel"] = {
+                "enabled": True,
+                "autoep_size": dist.get_world_size(),
+                "preset_model": model.config.model_type,
+            }
         engine, *_ = deepspeed.initialize(model=model, optimizer=adamw(model), config=config)
         if compiled:
             engine.compile()
@@ -188,12 +198,31 @@ SUBJECTS: dict[str, Subject] = {
         )
         for name, (weights, gradients, node) in QUANTISED.items()
     },
+    "dspass-3-experts": Subject(
+        _dspass(3, experts={}), 'as dspass-3, with "expert_parallel": {"enabled": true}', usual=False
+    ),
+    "dspass-3-products": Subject(
+        _dspass(3, experts={"autoep_size": 1}),
+        'as dspass-3, with "expert_parallel": {"enabled": true, "autoep_size": 1}: every rank gathers all experts for its own '
+        "tokens; the products are dspass's, as where experts are divided",
+        usual=False,
+    ),
+    "fsdp2-compile-parts": Subject(
+        _fsdp2(True, whole=False),
+        f"block.compile(), in parts where a module has a hook that Dynamo cannot trace, then {_FSDP2}",
+        usual=False,
+    ),
     "fsdp2-a2a": Subject(_fsdp2(False, True), f"{_FSDP2}; eager{_A2A}", usual=False),
     "fsdp2-compile-a2a": Subject(
         _fsdp2(True, True), f"block.compile(fullgraph=True), then {_FSDP2}{_A2A}", usual=False
     ),
     "deepspeed-zero3": Subject(_deepspeed(False), f"{_DS}; eager", usual=False),
     "deepspeed-zero3-compile": Subject(_deepspeed(True), f"{_DS}; engine.compile()", usual=False),
+    "deepspeed-autoep": Subject(
+        _deepspeed(False, experts=True),
+        f'{_DS}; "expert_parallel": {{"enabled": true, "autoep_size": ranks, "preset_model": the model\'s type}}; eager',
+        usual=False,
+    ),
 }
 
 REFERENCES = ("ddp-inductor", "fsdp2", "fsdp2-compile")

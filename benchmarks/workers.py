@@ -55,9 +55,16 @@ def serve(make: Callable[[dict[str, Any]], Any], told: Callable[[BaseException],
 
 
 class Group:
-    """The ranks of one subject."""
+    """The ranks of one subject, each a process of ``python -m module``, by another ``python`` where one is named."""
 
-    def __init__(self, subject: str, ranks: int, settings: dict[str, Any], python: str | None = None) -> None:
+    def __init__(
+        self,
+        subject: str,
+        ranks: int,
+        settings: dict[str, Any],
+        python: str | None = None,
+        module: str = "benchmarks.rank",
+    ) -> None:
         self.subject = subject
         self.folder = Path(tempfile.mkdtemp(prefix="dspass-bench-"))
         with socket.socket() as probe:
@@ -71,7 +78,7 @@ class Group:
             ours, theirs = make_pipe()
             with (self.folder / f"rank{rank}.log").open("wb") as log:
                 process = subprocess.Popen(
-                    [python or sys.executable, "-m", "benchmarks.rank", str(theirs.fileno())],
+                    [python or sys.executable, "-m", module, str(theirs.fileno())],
                     pass_fds=[theirs.fileno()],
                     env=os.environ | self._environment(rank, ranks, port, settings["device"]),
                     cwd=Path(__file__).parent.parent,

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import operator
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -58,8 +59,8 @@ class SegmentCompiler:
 
     def __call__(self, gm: fx.GraphModule, *, is_backward: bool, is_inference: bool) -> Compiled:
         inputs = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
-        alone = not self.share or _has_symbols(gm.graph) or _has_constants(gm.graph)
-        key = None if alone else f"{compat.inductor_hash(self.patches)} {segment_key(gm.graph)}"
+        same = segment_key(gm.graph) if self.share and not _has_constants(gm.graph) else None
+        key = None if same is None else f"{compat.inductor_hash(self.patches)} {same}"
         if key is not None and key in self._cache:
             self.reused += 1
             return self._cache[key]
@@ -306,8 +307,12 @@ def build_segment(
     return compat.graph_module(gm, graph)
 
 
-def segment_key(graph: fx.Graph) -> str:
-    """Equal for graphs that compute the same: names do not count, shapes, strides, types and devices do."""
+def segment_key(graph: fx.Graph) -> str | None:
+    """Equal for graphs that compute the same: names do not count, shapes, strides, types and devices do. Nor do names of sizes
+    that only a run tells, as each layer of experts has its own; None where others are symbols, which have guards."""
+    unknown = compat.unknown_sizes(leaf for node in graph.nodes for leaf in _leaves(node))
+    if unknown is None:
+        return None
     number = {node: i for i, node in enumerate(graph.nodes)}
 
     def argument(value: Any) -> Any:
@@ -321,18 +326,26 @@ def segment_key(graph: fx.Graph) -> str:
 
     lines = []
     for node in graph.nodes:
-        value = node.meta.get("val")
-        leaves = value if isinstance(value, (list, tuple)) else [value]
         layout = [
             (print_value(v), tuple(v.stride()), str(v.device), v.storage_offset())
             if isinstance(v, torch.Tensor)
             else repr(v)
-            for v in leaves
+            for v in _leaves(node)
         ]
         target = "" if node.op == "placeholder" else str(node.target)
         rounds = node.meta.get("low_precision_pointwise_barrier", False)  # of Inductor's emulate_precision_casts
         lines.append(f"{node.op} {target} {argument(node.args)} {argument(dict(node.kwargs))} {layout} {rounds}")
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    lines += unknown.values()
+    text = "\n".join(lines)
+    if unknown:
+        place = {name: f"size{i}" for i, name in enumerate(unknown)}
+        text = re.sub(r"\bu\d+\b", lambda found: place.get(found[0], found[0]), text)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _leaves(node: fx.Node) -> Sequence[Any]:
+    value = node.meta.get("val")
+    return value if isinstance(value, (list, tuple)) else [value]
 
 
 def _is_runtime(node: fx.Node) -> bool:
@@ -363,7 +376,7 @@ def _has_symbols(graph: fx.Graph) -> bool:
     return any(
         isinstance(s, torch.SymInt)
         for n in graph.nodes
-        for v in ([n.meta.get("val")] if not isinstance(n.meta.get("val"), (list, tuple)) else n.meta["val"])
+        for v in _leaves(n)
         for s in ([*v.shape, *v.stride(), v.storage_offset()] if isinstance(v, torch.Tensor) else [v])
     )
 

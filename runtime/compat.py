@@ -10,7 +10,7 @@ import contextlib
 import copy
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any
 from unittest import mock
@@ -591,6 +591,25 @@ def _as_expected(tensor: torch.Tensor) -> torch.Tensor:
         return tensor
     with mode_of([tensor]):
         return torch.empty_strided(shape, stride, dtype=tensor.dtype, device=tensor.device)
+
+
+def unknown_sizes(values: Iterable[Any]) -> dict[str, str] | None:
+    """The sizes that only a run tells in the shapes, strides and offsets of ``values``, tensors and numbers: by name, in order,
+    what is known of each. None where another size is a symbol, whose value guards have looked at."""
+    from torch.fx.experimental.symbolic_shapes import free_symbols, free_unbacked_symbols
+
+    found: dict[str, str] = {}
+    for value in values:
+        parts = [*value.shape, *value.stride(), value.storage_offset()] if isinstance(value, torch.Tensor) else [value]
+        for size in (part for part in parts if isinstance(part, torch.SymInt)):
+            unknown = free_unbacked_symbols(size)
+            if len(free_symbols(size)) != len(unknown):
+                return None
+            env = size.node.shape_env
+            for symbol in unknown:
+                checks = [str(check.expr) for check in env.deferred_runtime_asserts.get(symbol, ())]
+                found[str(symbol)] = f"{env.var_to_range[symbol]} {checks}"
+    return found
 
 
 def is_fake(tensor: torch.Tensor) -> bool:

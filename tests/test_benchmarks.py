@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import grouped, offload, prefetch, quantise, solver, weights
+from benchmarks import experts, grouped, offload, prefetch, quantise, solver, weights
+from benchmarks.experts_rank import PRESETS
+from benchmarks.experts_rank import build as mixture
 from benchmarks.memory_bench import Bench
 from benchmarks.memory_plot import plot, ticks
 from benchmarks.memory_points import PLENTY, Point, Ranks, Started, normalise, peers
@@ -494,3 +496,53 @@ def test_the_grouped_product_is_held_against_its_peers(monkeypatch: pytest.Monke
     assert "- met: at most the time of the fallback: at most 0.625 of it" in text
     row.both["loop"] = [1.0, 1.0]
     assert "- missed: at most the time of the loop: at most 3.000 of it" in grouped.table([row])
+
+
+def _rows_of_experts() -> list[experts.Row]:
+    plain = experts.Row("dspass-3", [1.0, 1.0], [3.0, 2.0], {"all-gather": 3e6, "reduce-scatter": 1e6}, 1000)
+    ours = experts.Row("dspass-3-experts", [0.8, 0.7], [3.0, 2.0], {"all-reduce": 5e5, "all-to-all": 65536.0}, 800)
+    ours.rows = [[10, 20, 30, 4], [16, 16, 16, 16]]
+    return [ours, plain, experts.Row("deepspeed-autoep", error="rank 0 failed in 'steps': no luck")]
+
+
+def test_experts_are_held_against_zero_3_and_their_bound() -> None:
+    shape = PRESETS["tiny"]
+    assert experts.bound(shape, 32, 4) == 4 * (32 * 2 * 32 * 4) * 3 / 4
+    rows = _rows_of_experts()
+    text = experts.table(rows, shape, 64, 2)
+    assert (
+        "| dspass-3-experts | 750 ms | 0.750 | 0.0 MB | 0.800 | 0.6 MB | 0.141 | 3.00000 | 2.00000 | 0.0e+00 |" in text
+    )
+    assert "- met: a step takes at most 0.8 of ZeRO-3's: 0.750" in text
+    assert "- met: the peak is at most 0.8 of ZeRO-3's: 0.800" in text
+    assert "- met: losses of 2 steps agree to 1e-4" in text
+    assert "- failed: deepspeed-autoep: rank 0 failed" in text
+    assert "| dspass-3 | 3.00 MB | 1.00 MB | 0.00 MB | 0.00 MB |" in text
+    assert "Rows to experts and back: 0.07 MB of a rank, 2.000 of the bound, 0.03 MB." in text
+    assert "| 0 | 64 | 4 | 30 | 1.88 | 1.06 |" in text
+    rows[0].seconds, rows[0].peak, rows[0].losses = [0.9, 0.9], 810, [3.0, 2.001]
+    assert experts.table(rows, shape, 64, 2).count("- missed:") == 3
+    assert "- missed: there are no figures of dspass-3-experts" in experts.table(rows[1:], shape, 64, 2)
+
+
+@pytest.mark.parametrize("preset", ["mixtral", "qwen3"])
+def test_mixtures_have_the_size_that_is_said(preset: str) -> None:
+    with torch.device("meta"):
+        model = mixture(PRESETS[preset])
+    assert 50e6 < sum(p.numel() for p in model.parameters()) < 200e6
+    assert len(model.blocks) == PRESETS[preset].layers
+
+
+def test_experts_are_measured_on_two_ranks() -> None:
+    """One row, and one of another model's that fails in its process and is told."""
+    options = argparse.Namespace(preset="tiny", ranks=2, batch=2, context=16, rounds=1)
+    ours, wrong = experts.measure(["dspass-3-experts", "nonsense"], options)
+    assert ours.error is None
+    assert "KeyError: 'nonsense'" in (wrong.error or "")
+    assert len(ours.losses) == 4
+    assert len(ours.seconds) == 1
+    assert ours.peak > 10**5
+    (rows,) = ours.rows
+    assert len(rows) == PRESETS["tiny"].experts
+    assert sum(rows) == 2 * 2 * 16 * PRESETS["tiny"].top_k  # those of both ranks, and none lost
+    assert 0 < ours.sent["all-to-all"] < 2.5 * experts.bound(PRESETS["tiny"], 32, 2)

@@ -391,6 +391,39 @@ def test_inductor_s_settings_tell_segments_apart(compiled: list[fx.GraphModule])
     assert (compiler.compiled, compiler.reused) == (2, 1)
 
 
+def of_unknown_rows(mode: Any, most: int | None = None) -> fx.GraphModule:
+    """A segment that reads rows of a number which only a run tells, ``most`` at most."""
+    graph = fx.Graph()
+    rows = graph.placeholder("rows")
+    double = graph.call_function(aten.mul.Tensor, (rows, 2.0))
+    graph.output((double,))
+    with mode:
+        size = compat.unknown_size(torch.empty(1), 1)
+        if most is not None:
+            torch._check(size <= most)
+        rows.meta["val"], double.meta["val"] = torch.empty(size, 4), torch.empty(size, 4)
+    return fx.GraphModule(torch.nn.Module(), graph)
+
+
+def test_sizes_that_only_a_run_tells_have_no_names(compiled: list[fx.GraphModule]) -> None:
+    """Each layer of experts has such a size of its own; what is known of it counts."""
+    compiler = SegmentCompiler()
+    with compat.fake_mode() as mode:
+        segments = [of_unknown_rows(mode), of_unknown_rows(mode), of_unknown_rows(mode, most=8)]
+    first, second, _ = (compiler(segment, is_backward=False, is_inference=True) for segment in segments)
+    assert second is first
+    assert (compiler.compiled, compiler.reused) == (2, 1)
+    for size in (0, 1, 5):
+        rows = torch.randn(size, 4)
+        assert torch.equal(second([rows])[0], rows * 2)
+
+
+def test_sizes_that_guards_have_looked_at_are_not_shared() -> None:
+    """Their values may be in the code that was made for them."""
+    traced = make_fx(torch.relu, tracing_mode="symbolic")(torch.empty(6, 4))
+    assert segment_key(traced.graph) is None
+
+
 def test_a_model_that_is_compiled_again_has_the_options_of_that_time() -> None:
     model = nn.Linear(4, 4)
     used = []
