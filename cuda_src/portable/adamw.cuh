@@ -187,20 +187,19 @@ __global__ void __launch_bounds__(kThreads) adamw_8bit_kernel(DSP_BY_VALUE(Work8
     const PartOf8Bits& part = work.parts[part_of(work, number)];
     const int64_t first = (number - part.first_tile) * kTile + static_cast<int64_t>(threadIdx.x) * kUnit;
     const int64_t there = part.values - first;
-    const bool is_there = first / kBlock * kBlock < part.values;  // some of the block: its codes are all there
     float param[kUnit], grad[kUnit], exp_avg[kUnit] = {}, exp_avg_sq[kUnit] = {};
     load_either(part.param, part.param_is_bf16, first, there, param);
     load_either(part.grad, part.grad_is_bf16, first, there, grad);
-    if (is_there) {
+    if (there > 0) {
       load_state<Fp8E4M3>(part.exp_avg, part.exp_avg_scales, first, exp_avg);
       load_state<UnsignedE5M3>(part.exp_avg_sq, part.exp_avg_sq_scales, first, exp_avg_sq);
     }
     step(work.numbers, grad, param, exp_avg, exp_avg_sq);
-    store_state<Fp8E4M3>(part.exp_avg, part.exp_avg_scales, first, is_there, exp_avg, [&](float value, int i) {
+    store_state<Fp8E4M3>(part.exp_avg, part.exp_avg_scales, first, there > 0, exp_avg, [&](float value, int i) {
       const float noise = multiply(static_cast<float>(random_of(part.key, first + i) >> 16), power_of_two(-16));
       return encode<Fp8E4M3>(value, noise);
     });
-    store_state<UnsignedE5M3>(part.exp_avg_sq, part.exp_avg_sq_scales, first, is_there, exp_avg_sq,
+    store_state<UnsignedE5M3>(part.exp_avg_sq, part.exp_avg_sq_scales, first, there > 0, exp_avg_sq,
                               [&](float value, int i) {
                                 const uint32_t code = encode<UnsignedE5M3>(value);
                                 return code == 0 && exp_avg_sq[i] > 0.f ? 1u : code;
@@ -265,8 +264,8 @@ int launch(Kernel kernel, const int64_t* values, int64_t count, const Numbers& n
 //
 // Of tensor i `values[i]` values; parameters and gradients of the dtypes that formats.cuh numbers, fp32 or bf16. All
 // are contiguous and on one device; lists are the host's and are read before the call returns. Answers the driver's
-// error code, 0 for none. The first has states of fp32; the second codes, whole blocks of 256 bytes, and an fp32 scale
-// for each block.
+// error code, 0 for none. The first has states of fp32; the second codes, whole blocks of 256 bytes with zeros behind
+// the last value, and an fp32 scale for each block.
 DSP_EXPORT int dsp_adamw(void* const* params, const void* const* grads, void* const* exp_avgs,
                          void* const* exp_avg_sqs, const int64_t* values, const int* param_dtypes,
                          const int* grad_dtypes, int64_t count, int64_t step, double lr, double beta1, double beta2,
