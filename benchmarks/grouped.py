@@ -5,7 +5,7 @@ transformers holds them; forward alone, and forward and backward, which computes
 Mixtral 8x7B, OLMoE 1B-7B and Qwen3 30B-A3B with widths divided by 8, 4 and 4. Routing is drawn anew for every call, as in
 training: uniform, or skewed by Zipf's law. All take turns, in an order drawn anew for each round. The limit is the same number
 of operations as one dense product: one matrix, which all rows share, by the faster of ``torch.mm`` and our operator with one
-expert.
+expert. With one thread seconds are those that the process had a core for, with more those of the clock.
 """
 
 from __future__ import annotations
@@ -76,7 +76,9 @@ def routed(tokens: int, experts: int, top_k: int, routing: str, generator: torch
     return chosen.flatten().bincount(minlength=experts).cumsum(0).to(torch.int32)
 
 
-def measure(row: Row, tokens: int, rounds: int, tick: Callable[[], object]) -> None:
+def measure(
+    row: Row, tokens: int, rounds: int, tick: Callable[[], object], clock: Callable[[], float] = time.process_time
+) -> None:
     """Fill in the seconds of ``row``, behind three rounds that are not counted."""
     experts, hidden, inner, top_k = MODELS[row.model]
     torch.manual_seed(0)
@@ -96,11 +98,11 @@ def measure(row: Row, tokens: int, rounds: int, tick: Callable[[], object]) -> N
         for name in order:
             ends = routed(tokens, experts, top_k, row.routing, draws[name])
             own = single if name in _LIMITS else held
-            begin = time.perf_counter()
+            begin = clock()
             out = contenders[name](x, own.transpose(1, 2), ends)
-            middle = time.perf_counter()
+            middle = clock()
             torch.autograd.grad(out, (x, own), grad)
-            end = time.perf_counter()
+            end = clock()
             if number >= 0:
                 row.forward[name].append(middle - begin)
                 row.both[name].append(end - begin)
@@ -147,11 +149,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     begin = time.time()
     torch.set_num_threads(options.threads)
+    clock = time.process_time if options.threads == 1 else time.perf_counter
     rows = [Row(model, dtype, routing, 0.0) for model in MODELS for dtype in DTYPES for routing in ROUTINGS]
     with tqdm(total=(options.rounds + 3) * len(rows), unit="round", ncols=90) as bar:
         for row in rows:
             bar.set_description(f"{row.model} {row.dtype} {row.routing}")
-            measure(row, options.tokens, options.rounds, bar.update)
+            measure(row, options.tokens, options.rounds, bar.update, clock)
     text = table(rows)
     print("\n" + text + "\n")
     page.write(

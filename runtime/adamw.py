@@ -1,7 +1,8 @@
 """AdamW over many tensors at once, in one pass over their memory (Loshchilov and Hutter, Decoupled weight decay, 2019).
 
 A step reads a parameter, its gradient and two states and writes three of them, so that it is bound by memory: one kernel for
-many tensors reads and writes each once. States are fp32. Parameters and gradients are fp32 or bf16, each as it likes.
+many tensors reads and writes each once. Parameters and gradients are fp32 or bf16, each as it likes; states are fp32
+(:func:`adamw_`) or of 8 bits (:func:`adamw_8bit_`).
 
 **Stochastic rounding.** A parameter in bf16 loses an update below half of its last bit, every time. With ``seed`` it is rounded
 up with the probability of what would be cut off, so that its expectation is exact (Gupta et al., Deep learning with limited
@@ -11,13 +12,31 @@ are computed, another one for each step. The hash is ``lowbias32`` (Wellons, Pro
 32 bits after another. Copies of one parameter on several ranks stay equal with one seed; shards of one should have a seed each.
 Values that are not finite are converted as usual.
 
-All arithmetic is fp32, each operation rounded once, with coefficients that are computed in fp64 and rounded once, so that the
-kernel (``cuda_src/portable/adamw.cuh``) and this reference agree to the last bit. ``torch.optim.AdamW`` differs by roundings:
-it divides by the root of the second bias correction, where here its inverse is a factor.
+**States of 8 bits** are codes with an fp32 scale for each block of 256 values, as they follow each other in memory (Dettmers et
+al., 8-bit optimizers via block-wise quantization, 2022), in two formats that keep precision relative to the value, over the
+range that parameters of one block have:
+
+- The first moment is ``fp8_e4m3``, always rounded stochastically, by the other half of the hash's bits. To nearest, a moment
+  whose gradients have stopped decays by less than half a step from some ``beta1`` on, and moves its parameter for ever.
+- The second is an unsigned float of 5 bits of exponent and 3 of mantissa, rounded to nearest, and never to zero unless it is
+  one: its smallest is ``2**-34`` of the block's largest. What became zero would leave an update divided by ``eps``. It is not
+  rounded stochastically: in the thousand steps that it remembers, noise would add up to more than the error of half a step.
+
+So a step is off by some 10 % of its length, in no direction of its own, whatever the range of gradients in a block. A NaN or an
+infinity in a block of states makes the whole block NaN at its next step: leave out steps whose gradients are not finite, as
+loss scaling does.
+
+All arithmetic is fp32, each operation rounded once, with coefficients that are computed in fp64 and rounded once, so that
+kernels (``cuda_src/portable/adamw.cuh``) and these references agree to the last bit. ``torch.optim.AdamW`` differs by
+roundings: it divides by the root of the second bias correction, where here its inverse is a factor. ``lr`` is a tensor on the
+host: a schedule compiles nothing anew.
 
 Dropped: a step as a tensor on the device, whose powers of beta a kernel would round otherwise than the host: so a step that is
-captured in a CUDA graph repeats its number. Dropped: Philox, some ten times the arithmetic for bits that only have to be
-unbiased. Dropped: parameters that are not contiguous: values are numbered as they lie in memory.
+captured in a CUDA graph repeats its number and its ``lr``. Dropped: Philox, some ten times the arithmetic for bits that only
+have to be unbiased. Dropped: parameters that are not contiguous: values are numbered as they lie in memory. Dropped for 8 bits:
+linear codes, by which second moments become zeros and updates blow up, or, kept from zero, all but vanish beside large ones;
+the paper's dynamic codes, a table to be searched, finer for the largest values of a block, and two to three times as far off
+where gradients of one block range over three powers of ten.
 """
 
 from __future__ import annotations
@@ -27,13 +46,24 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 
+from dspass.runtime.formats import Format, format_of
 from dspass.runtime.operators import operator
+from dspass.runtime.quantise import blocks_of, decode, encode
 
 DTYPES = (torch.float32, torch.bfloat16)
 
+#: Values that share a scale in states of 8 bits.
+BLOCK = 256
+FIRST = format_of("fp8_e4m3")
+SECOND = Format(name="unsigned_e5m3", bits=8, largest=122880, exponent=5, mantissa=3)
+
 _Bits = TypeVar("_Bits", int, torch.Tensor)
 _LOW = 0xFFFFFFFF
+
+
+# -- states of fp32 ------------------------------------------------------------------------------------------------------
 
 
 def _fake(
@@ -42,19 +72,20 @@ def _fake(
     exp_avgs: Sequence[torch.Tensor],
     exp_avg_sqs: Sequence[torch.Tensor],
     step: int,
-    lr: float,
+    lr: torch.Tensor,
     beta1: float,
     beta2: float,
     eps: float,
     weight_decay: float,
     seed: int | None = None,
 ) -> None:
-    _check(params, grads, exp_avgs, exp_avg_sqs, step, beta1, beta2)
+    _check(params, grads, exp_avgs, exp_avg_sqs)
+    _check_numbers(step, lr, beta1, beta2)
 
 
 @operator(
     "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, SymInt step, "
-    "float lr, float beta1, float beta2, float eps, float weight_decay, SymInt? seed=None) -> ()",
+    "Tensor lr, float beta1, float beta2, float eps, float weight_decay, SymInt? seed=None) -> ()",
     fake=_fake,
 )
 def adamw_(
@@ -63,7 +94,7 @@ def adamw_(
     exp_avgs: Sequence[torch.Tensor],
     exp_avg_sqs: Sequence[torch.Tensor],
     step: int,
-    lr: float,
+    lr: torch.Tensor,
     beta1: float,
     beta2: float,
     eps: float,
@@ -72,26 +103,139 @@ def adamw_(
 ) -> None:
     """Step number ``step``, from 1, of all ``params``, in place; ``exp_avgs`` and ``exp_avg_sqs`` begin as zeros.
 
-    Parameters and states are contiguous, one shape a parameter. ``seed``, of 64 bits, rounds bf16 parameters stochastically;
-    without it they are rounded to nearest. To be called under ``torch.no_grad()``.
+    Parameters and states are contiguous, one shape a parameter. ``lr`` is one number, fp32 or fp64, on the CPU. ``seed``, of 64
+    bits, rounds bf16 parameters stochastically; without it they are rounded to nearest. To be called under ``torch.no_grad()``.
     Raises ``ValueError`` for lists, shapes, dtypes and numbers that cannot be.
     """
-    _check(params, grads, exp_avgs, exp_avg_sqs, step, beta1, beta2)
-    size = lr / (1 - beta1**step)
+    numbers = (step, lr, beta1, beta2, eps, weight_decay)
+    lists = (params, grads, exp_avgs, exp_avg_sqs)
+    _fake(*lists, step, lr, beta1, beta2, eps, weight_decay)
+    for number, (param, grad, exp_avg, exp_avg_sq) in enumerate(zip(*lists, strict=True)):
+        whole, first, second = _stepped(param, grad, exp_avg, exp_avg_sq, numbers)
+        exp_avg.copy_(first)
+        exp_avg_sq.copy_(second)
+        param.copy_(whole if seed is None else _as_param(whole, param, _random(param, seed, step, number)))
+
+
+# -- states of 8 bits ----------------------------------------------------------------------------------------------------
+
+
+def states_of_8_bits(param: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Those of ``param`` before its first step: ``exp_avg`` as codes ``uint8[blocks, 256]`` and scales ``float32[blocks]``,
+    then ``exp_avg_sq``."""
+    blocks = blocks_of(param.numel(), BLOCK)
+
+    def state() -> tuple[torch.Tensor, torch.Tensor]:
+        codes = torch.zeros((blocks, BLOCK), dtype=torch.uint8, device=param.device)
+        return codes, torch.zeros((blocks,), device=param.device)
+
+    return *state(), *state()
+
+
+def _8bit_fake(
+    params: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor],
+    exp_avgs: Sequence[torch.Tensor],
+    exp_avg_scales: Sequence[torch.Tensor],
+    exp_avg_sqs: Sequence[torch.Tensor],
+    exp_avg_sq_scales: Sequence[torch.Tensor],
+    step: int,
+    lr: torch.Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    seed: int | None = None,
+) -> None:
+    _check_8bit(params, grads, exp_avgs, exp_avg_scales, exp_avg_sqs, exp_avg_sq_scales)
+    _check_numbers(step, lr, beta1, beta2)
+
+
+@operator(
+    "adamw_8bit_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_scales, "
+    "Tensor(d!)[] exp_avg_sqs, Tensor(e!)[] exp_avg_sq_scales, SymInt step, "
+    "Tensor lr, float beta1, float beta2, float eps, float weight_decay, SymInt? seed=None) -> ()",
+    fake=_8bit_fake,
+)
+def adamw_8bit_(
+    params: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor],
+    exp_avgs: Sequence[torch.Tensor],
+    exp_avg_scales: Sequence[torch.Tensor],
+    exp_avg_sqs: Sequence[torch.Tensor],
+    exp_avg_sq_scales: Sequence[torch.Tensor],
+    step: int,
+    lr: torch.Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    seed: int | None = None,
+) -> None:
+    """As :func:`adamw_`, with states that :func:`states_of_8_bits` makes.
+
+    A step is computed in fp32, from states as they are stored to states that are rounded behind it. The first moment is rounded
+    stochastically without a ``seed`` too, as if it were 0; parameters in bf16 are with one alone.
+    Raises ``ValueError`` for lists, shapes, dtypes and numbers that cannot be.
+    """
+    numbers = (step, lr, beta1, beta2, eps, weight_decay)
+    lists = (params, grads, exp_avgs, exp_avg_scales, exp_avg_sqs, exp_avg_sq_scales)
+    _8bit_fake(*lists, step, lr, beta1, beta2, eps, weight_decay)
+    for number, (param, grad, codes1, scales1, codes2, scales2) in enumerate(zip(*lists, strict=True)):
+        if not param.numel():
+            continue
+        first, second = _loaded(codes1, scales1, FIRST, param), _loaded(codes2, scales2, SECOND, param)
+        whole, first, second = _stepped(param, grad, first, second, numbers)
+        random = _random(param, seed or 0, step, number)
+        for state, made in zip((codes1, scales1, codes2, scales2), stored(first, second, random), strict=True):
+            state.copy_(made)
+        param.copy_(whole if seed is None else _as_param(whole, param, random))
+
+
+def _loaded(codes: torch.Tensor, scales: torch.Tensor, format: Format, param: torch.Tensor) -> torch.Tensor:
+    return (decode(codes, format) * scales[:, None]).view(-1)[: param.numel()].view(param.shape)
+
+
+def stored(
+    first: torch.Tensor, second: torch.Tensor, random: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes and scales of two states in fp32, by the upper half of the ``random`` bits of each value."""
+    noise = (random >> 16).float() * 2.0**-16
+    squares = _blocks(second)
+    codes, scales = encode(squares, SECOND)
+    is_lost = (codes == 0) & (squares > 0) & scales.isfinite()[:, None]
+    return *encode(_blocks(first), FIRST, _blocks(noise)), torch.where(is_lost, 1, codes), scales
+
+
+def _blocks(values: torch.Tensor) -> torch.Tensor:
+    flat = values.reshape(-1)
+    return F.pad(flat, (0, -flat.shape[0] % BLOCK)).view(-1, BLOCK)
+
+
+# -- one step of one tensor ----------------------------------------------------------------------------------------------
+
+#: ``step``, ``lr``, ``beta1``, ``beta2``, ``eps`` and ``weight_decay``.
+_Numbers = tuple[int, torch.Tensor, float, float, float, float]
+
+
+def _stepped(
+    param: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor, numbers: _Numbers
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The parameter and its two states behind a step, in fp32."""
+    step, lr, beta1, beta2, eps, weight_decay = numbers
+    rate = lr.double()
+    decay, size = (1 - rate * weight_decay).float(), (rate / (1 - beta1**step)).float()
     over = 1 / math.sqrt(1 - beta2**step)
-    for number, (param, given, exp_avg, exp_avg_sq) in enumerate(
-        zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)
-    ):
-        grad = given.float()
-        exp_avg.copy_(exp_avg + (grad - exp_avg) * (1 - beta1))
-        exp_avg_sq.copy_(exp_avg_sq * beta2 + grad * grad * (1 - beta2))
-        # A square root that is rounded once. On a CPU torch's, of fp32, is MKL's, which is not; in fp64 none is near a tie.
-        root = exp_avg_sq.double().sqrt().float()
-        whole = param.float() * (1 - lr * weight_decay) - exp_avg * size / (root * over + eps)
-        if seed is not None and param.dtype is torch.bfloat16:
-            index = torch.arange(param.numel(), device=param.device).view(param.shape)
-            whole = rounded(whole, key_of(seed, step, number), index)
-        param.copy_(whole)
+    grad = grad.float()
+    exp_avg = exp_avg + (grad - exp_avg) * (1 - beta1)
+    exp_avg_sq = exp_avg_sq * beta2 + grad * grad * (1 - beta2)
+    # A square root that is rounded once. On a CPU torch's, of fp32, is MKL's, which is not; in fp64 none is near a tie.
+    root = exp_avg_sq.double().sqrt().float()
+    return param.float() * decay - exp_avg * size / (root * over + eps), exp_avg, exp_avg_sq
+
+
+def _as_param(whole: torch.Tensor, param: torch.Tensor, random: torch.Tensor) -> torch.Tensor:
+    return rounded(whole, random) if param.dtype is torch.bfloat16 else whole
 
 
 # -- random bits ---------------------------------------------------------------------------------------------------------
@@ -112,11 +256,19 @@ def key_of(seed: int, step: int, number: int) -> int:
     return key
 
 
-def rounded(values: torch.Tensor, key: int, index: torch.Tensor) -> torch.Tensor:
-    """fp32 ``values`` as bf16, stochastically, of which ``index``, ``int64``, says what number each has in its tensor."""
-    random = _mix(index & _LOW ^ _mix(index >> 32 ^ key)) & 0xFFFF
+def random_of(key: int, index: torch.Tensor) -> torch.Tensor:
+    """32 bits, in ``int64``, for each value that ``index``, ``int64``, says the number of in its tensor."""
+    return _mix(index & _LOW ^ _mix(index >> 32 ^ key))
+
+
+def _random(param: torch.Tensor, seed: int, step: int, number: int) -> torch.Tensor:
+    return random_of(key_of(seed, step, number), torch.arange(param.numel(), device=param.device).view(param.shape))
+
+
+def rounded(values: torch.Tensor, random: torch.Tensor) -> torch.Tensor:
+    """fp32 ``values`` as bf16, stochastically, by the lower half of the ``random`` bits of each."""
     # A carry goes on into the exponent, as it has to.
-    bits = (values.view(torch.int32).long() & _LOW) + random & 0xFFFF0000
+    bits = (values.view(torch.int32).long() & _LOW) + (random & 0xFFFF) & 0xFFFF0000
     whole = (bits - (bits >> 31 << 32)).to(torch.int32).view(torch.float32)
     return torch.where(values.isfinite(), whole, values).to(torch.bfloat16)
 
@@ -129,25 +281,63 @@ def _check(
     grads: Sequence[torch.Tensor],
     exp_avgs: Sequence[torch.Tensor],
     exp_avg_sqs: Sequence[torch.Tensor],
-    step: int,
-    beta1: float,
-    beta2: float,
 ) -> None:
-    counts = [len(tensors) for tensors in (params, grads, exp_avgs, exp_avg_sqs)]
-    if len(set(counts)) != 1:
-        raise ValueError(f"lists of {counts} tensors do not go together: take a gradient and two states a parameter.")
-    if step < 1:
-        raise ValueError(f"step {step} cannot be: the first one is 1.")
-    if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
-        raise ValueError(f"betas of {beta1} and {beta2} cannot be: each is at least 0 and below 1.")
+    _check_counts(params, grads, exp_avgs, exp_avg_sqs, states="two states")
     for param, grad, *states in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
         if param.dtype not in DTYPES or grad.dtype not in DTYPES or any(s.dtype is not torch.float32 for s in states):
-            found = ", ".join(str(t.dtype).removeprefix("torch.") for t in (param, grad, *states))
+            found = ", ".join(_name(t.dtype) for t in (param, grad, *states))
             raise ValueError(f"{found} cannot be stepped: take fp32 or bf16, gradients too, and states of fp32.")
         if any(t.shape != param.shape for t in (grad, *states)):
             found = ", ".join(str(list(t.shape)) for t in (param, grad, *states))
             raise ValueError(f"shapes {found} differ: a parameter, its gradient and its states have one.")
-        if not all(t.is_contiguous() for t in (param, *states)):
+        _check_contiguous(param, *states)
+
+
+def _check_8bit(params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor], *lists: Sequence[torch.Tensor]) -> None:
+    _check_counts(params, grads, *lists, states="codes and scales of two states")
+    for param, grad, *states in zip(params, grads, *lists, strict=True):
+        if param.dtype not in DTYPES or grad.dtype not in DTYPES:
             raise ValueError(
-                f"a parameter of shape {list(param.shape)}, or a state of it, is not contiguous: make it so first."
+                f"{_name(param.dtype)}, {_name(grad.dtype)} cannot be stepped: take fp32 or bf16, gradients too."
             )
+        if grad.shape != param.shape:
+            raise ValueError(
+                f"shapes {list(param.shape)}, {list(grad.shape)} differ: a parameter and its gradient have one."
+            )
+        blocks = blocks_of(param.numel(), BLOCK)
+        wanted = [(torch.uint8, (blocks, BLOCK)), (torch.float32, (blocks,))] * 2
+        if any((state.dtype, tuple(state.shape)) != one for state, one in zip(states, wanted, strict=True)):
+            found = ", ".join(f"{_name(state.dtype)}{list(state.shape)}" for state in states)
+            raise ValueError(
+                f"states {found} do not go with a parameter of {param.numel()} values: take those of states_of_8_bits."
+            )
+        _check_contiguous(param, *states)
+
+
+def _check_counts(*lists: Sequence[torch.Tensor], states: str) -> None:
+    counts = [len(tensors) for tensors in lists]
+    if len(set(counts)) != 1:
+        raise ValueError(f"lists of {counts} tensors do not go together: take a gradient and {states} a parameter.")
+
+
+def _check_contiguous(param: torch.Tensor, *states: torch.Tensor) -> None:
+    if not all(t.is_contiguous() for t in (param, *states)):
+        raise ValueError(
+            f"a parameter of shape {list(param.shape)}, or a state of it, is not contiguous: make it so first."
+        )
+
+
+def _check_numbers(step: int, lr: torch.Tensor, beta1: float, beta2: float) -> None:
+    if step < 1:
+        raise ValueError(f"step {step} cannot be: the first one is 1.")
+    if lr.dim() or lr.dtype not in (torch.float32, torch.float64) or lr.device.type != "cpu":
+        raise ValueError(
+            f"lr of {_name(lr.dtype)} and {lr.dim()} dimensions on {lr.device} cannot be: take one number, fp32 or fp64, "
+            "on the CPU, such as torch.tensor(1e-3)."
+        )
+    if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
+        raise ValueError(f"betas of {beta1} and {beta2} cannot be: each is at least 0 and below 1.")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -7,9 +7,9 @@ are each other's gradients, so that those of any order are made of them. ``ends`
 **On a CPU** experts take turns, and what remains is to give the library products that it is fast at. fp32 goes to oneDNN where
 :func:`dspass.runtime.linear.pays`, bf16 and fp16 as well, through fp32 where the CPU has no product of theirs. oneDNN generates
 code for each number of rows, most of a millisecond for products that take a tenth of that, and routing brings new numbers in
-each step. So rows are rounded up to four significant bits: a product reads a few rows of the next expert too, what it makes of
-them is dropped or written over by that expert, and seven octaves of rows are 56 shapes. A gradient of matrices, where rows are
-what is summed over, has zeros there instead. ``benchmarks/results/grouped-cpu.md`` has the figures.
+each step. So rows are rounded up to five significant bits: a product reads a few rows of the next expert too, what it makes of
+them is dropped or written over by that expert, and an octave of rows is 16 shapes, of which oneDNN keeps 1024. A gradient of
+matrices, where rows are what is summed over, has zeros there instead. ``benchmarks/results/grouped-cpu.md`` has the figures.
 
 **On a GPU** bf16 goes to ``torch._grouped_mm`` where matrices lie as it wants them, without waiting for the device; the rest is
 the loop over experts, which reads ``ends`` first. No GPU has run this yet.
@@ -114,13 +114,16 @@ def _outer_by_expert(
     out = x.new_empty((ends.shape[0], x.shape[1], grad.shape[1]))
     if not out.numel():
         return out
-    for expert, begin, end in _spans(ends, x.shape[0]):
+    spans = list(_spans(ends, x.shape[0]))
+    most = max(_rounded(end - begin) for _, begin, end in spans)
+    rooms = [part.new_empty((most, part.shape[1])) for part in (x, grad)] if is_rounded else []
+    for expert, begin, end in spans:
         if begin == end:
             out[expert].zero_()
             continue
         left, right = x[begin:end], grad[begin:end]
-        if is_rounded and (more := _rounded(end - begin) - (end - begin)):
-            left, right = (F.pad(part, (0, 0, 0, more)) for part in (left, right))
+        if is_rounded and (width := _rounded(end - begin)) > end - begin:
+            left, right = (_filled(part, room[:width]) for part, room in zip((left, right), rooms, strict=True))
         if by_onednn:
             out[expert] = compat.onednn_linear(left.t().float(), right.t().float(), None)
         else:
@@ -141,9 +144,16 @@ def _spans(ends: torch.Tensor, rows: int) -> Iterator[tuple[int, int, int]]:
 
 
 def _rounded(rows: int) -> int:
-    """Up to four significant bits: at most an eighth more, some 3 % on average."""
-    step = 1 << max(rows.bit_length() - 4, 0)
+    """Up to five significant bits: at most a sixteenth more, some 2 % on average."""
+    step = 1 << max(rows.bit_length() - 5, 0)
     return -(-rows // step) * step
+
+
+def _filled(part: torch.Tensor, room: torch.Tensor) -> torch.Tensor:
+    """``room`` with ``part``, and zeros behind it."""
+    room[: part.shape[0]] = part
+    room[part.shape[0] :].zero_()
+    return room
 
 
 # -- devices -------------------------------------------------------------------------------------------------------------

@@ -288,6 +288,10 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
         *(_POINTERS, _POINTERS, _POINTERS, _POINTERS, _I64S, _INTS, _INTS, _I64),
         *(_I64, _DOUBLE, _DOUBLE, _DOUBLE, _DOUBLE, _DOUBLE, _INT, _I64, _POINTER),
     ),
+    "dsp_adamw_8bit": (
+        *(_POINTERS, _POINTERS, _POINTERS, _POINTERS, _POINTERS, _POINTERS, _I64S, _INTS, _INTS, _I64),
+        *(_I64, _DOUBLE, _DOUBLE, _DOUBLE, _DOUBLE, _DOUBLE, _INT, _I64, _POINTER),
+    ),
     "dsp_sort_experts_space": (_I64, _I64, _I64S),
     "dsp_sort_experts": (_POINTER, _INT, _I64, _I64, _POINTER, _POINTER, _POINTER, _POINTER),
     "dsp_spread_experts": (_POINTER, _POINTER, _POINTER, _INT, _POINTER, _I64, _I64, _I64, _INT, _POINTER),

@@ -289,13 +289,21 @@ def _filled(flat: torch.Tensor, size: int) -> torch.Tensor:
     return F.pad(flat, (0, missing)) if missing else flat
 
 
-def encode(blocks: torch.Tensor, format: Format) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes and scales of blocks, which are the last dim."""
-    codes, scales = _rounded(blocks, format)
+def encode(
+    blocks: torch.Tensor, format: Format, noise: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales of blocks, which are the last dim.
+
+    With ``noise``, fp32 of the shape of ``blocks``, at least 0 and below 1, values of a format of floating point are rounded
+    stochastically: up where what would be cut off, and it, are 1 or more.
+    """
+    codes, scales = _rounded(blocks, format, noise)
     return _packed(codes, format), scales
 
 
-def _rounded(blocks: torch.Tensor, format: Format) -> tuple[torch.Tensor, torch.Tensor]:
+def _rounded(
+    blocks: torch.Tensor, format: Format, noise: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """As :func:`encode`, one ``int32`` a code."""
     blocks = blocks.float()
     most = blocks.abs().amax(-1)
@@ -309,7 +317,8 @@ def _rounded(blocks: torch.Tensor, format: Format) -> tuple[torch.Tensor, torch.
     # rounded up to 2 carries into the exponent by itself.
     bits = values.view(torch.int32)
     exponent = ((bits >> 23 & 0xFF) - 127).clamp_min(1 - format.bias)
-    steps = (values.abs() * _power_of_two(format.mantissa - exponent)).round().to(torch.int32)
+    exact = values.abs() * _power_of_two(format.mantissa - exponent)
+    steps = (exact.round() if noise is None else exact + noise).to(torch.int32)
     codes = (exponent + (format.bias - 1) << format.mantissa) + steps
     sign = bits >> 31 & 1
     return codes | sign << format.exponent + format.mantissa, scales

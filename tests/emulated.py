@@ -172,14 +172,41 @@ class Emulator:
         exp_avgs: Sequence[torch.Tensor],
         exp_avg_sqs: Sequence[torch.Tensor],
         step: int,
-        *numbers: float,
+        *numbers: torch.Tensor | float,
         seed: int | None = None,
     ) -> None:
+        self._adamw("dsp_adamw", params, grads, (exp_avgs, exp_avg_sqs), step, numbers, seed)
+
+    def adamw_8bit_(
+        self,
+        params: Sequence[torch.Tensor],
+        grads: Sequence[torch.Tensor],
+        exp_avgs: Sequence[torch.Tensor],
+        exp_avg_scales: Sequence[torch.Tensor],
+        exp_avg_sqs: Sequence[torch.Tensor],
+        exp_avg_sq_scales: Sequence[torch.Tensor],
+        step: int,
+        *numbers: torch.Tensor | float,
+        seed: int | None = None,
+    ) -> None:
+        states = (exp_avgs, exp_avg_scales, exp_avg_sqs, exp_avg_sq_scales)
+        self._adamw("dsp_adamw_8bit", params, grads, states, step, numbers, seed)
+
+    def _adamw(
+        self,
+        name: str,
+        params: Sequence[torch.Tensor],
+        grads: Sequence[torch.Tensor],
+        states: Sequence[Sequence[torch.Tensor]],
+        step: int,
+        numbers: Sequence[torch.Tensor | float],
+        seed: int | None,
+    ) -> None:
         self.call(
-            "dsp_adamw",
-            *(pointers(params), pointers(grads), pointers(exp_avgs), pointers(exp_avg_sqs)),
+            name,
+            *(pointers(params), pointers(grads), *map(pointers, states)),
             *(int64s([t.numel() for t in params]), dtypes(params), dtypes(grads), len(params), step),
-            *(*numbers, seed is not None, seed or 0),
+            *(*map(float, numbers), seed is not None, seed or 0),
         )
 
 

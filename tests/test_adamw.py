@@ -17,7 +17,8 @@ from tests.emulated import same
 
 op = torch.ops.dspass.adamw_
 Lists = tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]
-NUMBERS = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1}
+LR = torch.tensor(1e-2, dtype=torch.float64)
+NUMBERS = {"lr": LR, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1}
 
 
 def lists(dtype: torch.dtype = torch.float32, grad_dtype: torch.dtype = torch.float32, *, seed: int = 0) -> Lists:
@@ -35,9 +36,7 @@ def test_it_is_torch_s_within_rounding() -> None:
     """Ten steps of some ten operations, each rounded by 6e-8 at most: 1e-5 leaves what gradients of either sign cancel."""
     ours = lists()
     others = [torch.nn.Parameter(p.clone()) for p in ours[0]]
-    optimizer = torch.optim.AdamW(
-        others, lr=NUMBERS["lr"], betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, foreach=False
-    )
+    optimizer = torch.optim.AdamW(others, lr=1e-2, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, foreach=False)
     for step in range(1, 11):
         grads = lists(seed=step)[1]
         op(ours[0], grads, ours[2], ours[3], step, **NUMBERS)
@@ -71,7 +70,8 @@ def stepped(seed: int | None, *, step: int = 1, count: int = 4096, number: int =
     params = [torch.ones(count, dtype=torch.bfloat16) for _ in range(number + 1)]
     grads, exp_avgs, exp_avg_sqs = ([torch.full((count,), v) for _ in params] for v in (1.0, 1.0, 1.0))
     over = (1 - 0.9**step) / (1 - 0.99**step) ** 0.5  # what the bias corrections amount to
-    op(params, grads, exp_avgs, exp_avg_sqs, step, 2**-11 * over, 0.9, 0.99, 0.0, 0.0, seed)
+    lr = torch.tensor(2**-11 * over, dtype=torch.float64)
+    op(params, grads, exp_avgs, exp_avg_sqs, step, lr, 0.9, 0.99, 0.0, 0.0, seed)
     return params[number]
 
 
@@ -124,6 +124,8 @@ REFUSALS = [
     (lambda a: a[1].pop(), {}, "lists of [4, 3, 4, 4] tensors do not go together"),
     (lambda a: None, {"step": 0}, "step 0 cannot be: the first one is 1"),
     (lambda a: None, {"beta2": 1.0}, "betas of 0.9 and 1.0 cannot be"),
+    (lambda a: None, {"lr": LR.half()}, "lr of float16 and 0 dimensions on cpu cannot be: take one number"),
+    (lambda a: None, {"lr": LR[None]}, "lr of float64 and 1 dimensions on cpu cannot be: take one number"),
     (lambda a: a[0].__setitem__(0, a[0][0].half()), {}, "float16, float32, float32, float32 cannot be stepped"),
     (lambda a: a[2].__setitem__(0, a[2][0].bfloat16()), {}, "float32, float32, bfloat16, float32 cannot be stepped"),
     (lambda a: a[1].__setitem__(0, a[1][0].t()), {}, "shapes [3, 5], [5, 3], [3, 5], [3, 5] differ"),
@@ -139,7 +141,7 @@ def test_what_cannot_be_is_refused(change: Callable[[Lists], Any], numbers: dict
         op(*args, **rest)
     assert all(same(one, other) for one, other in zip(args[0], before, strict=True))
     with FakeTensorMode() as mode, pytest.raises(ValueError, match=re.escape(message)):
-        op(*([mode.from_tensor(t) for t in one] for one in args), **rest)
+        op(*([mode.from_tensor(t) for t in one] for one in args), **{**rest, "lr": mode.from_tensor(rest["lr"])})
 
 
 # -- the operator --------------------------------------------------------------------------------------------------------
@@ -147,19 +149,19 @@ def test_what_cannot_be_is_refused(change: Callable[[Lists], Any], numbers: dict
 
 @pytest.mark.parametrize("seed", [None, 5])
 def test_opcheck(seed: int | None) -> None:
-    torch.library.opcheck(op.default, (*lists(torch.bfloat16), 2, 1e-2, 0.9, 0.99, 1e-8, 0.1, seed))
+    torch.library.opcheck(op.default, (*lists(torch.bfloat16), 2, LR, 0.9, 0.99, 1e-8, 0.1, seed))
 
 
 def test_in_a_compiled_function_it_writes_what_it_writes_outside() -> None:
-    """Steps are a size to the compiler: from the second number on it compiles no more."""
-    compiled_for = []
+    """Steps are a size to the compiler, and ``lr`` is a tensor: from the second number on it compiles no more."""
+    compiled_for, behind_each = [], []
 
     def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
         compiled_for.append(inputs)
         return torch._dynamo.backends.debugging.aot_eager(gm, inputs)
 
-    def step_of(args: Lists, step: int) -> list[torch.Tensor]:
-        op(*args, step, **NUMBERS, seed=1)
+    def step_of(args: Lists, step: int, lr: torch.Tensor) -> list[torch.Tensor]:
+        op(*args, step, lr, 0.9, 0.99, 1e-8, 0.1, seed=1)
         return [p * 2 for p in args[0]]
 
     function = torch.compile(step_of, fullgraph=True, backend=backend)
@@ -167,11 +169,12 @@ def test_in_a_compiled_function_it_writes_what_it_writes_outside() -> None:
     # A memory budget, in a test of the same process, leaves sizes static.
     with torch.no_grad(), torch._dynamo.config.patch(automatic_dynamic_shapes=True):
         for step in range(3, 8):
-            found, expected = function(ours, step), step_of(others, step)
+            found, expected = function(ours, step, LR / step), step_of(others, step, LR / step)
             assert all(same(one, other) for one, other in zip(found, expected, strict=True))
+            behind_each.append(len(compiled_for))
     for one, other in zip(ours, others, strict=True):
         assert all(same(a, b) for a, b in zip(one, other, strict=True))
-    assert len(compiled_for) <= 2
+    assert behind_each[1:] == behind_each[1:2] * 4
 
 
 def test_a_gradient_that_needs_what_was_there_before_is_refused() -> None:

@@ -15,8 +15,11 @@ from dspass.runtime.formats import FORMATS, format_of
 from tests.emulated import Emulator, garbage, int64s, numbers, odd_blocks, pointers, same, setting
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LR = torch.tensor(1e-2, dtype=torch.float64)
 BLOCKS = (16, 48, 64, 256, 1024, 2048, 4096)
 EMULATORS = [Emulator(warp, order) for warp in (32, 64) for order in ("in order", "random")]
+
+Tensors = list[torch.Tensor]
 
 each_emulator = pytest.mark.parametrize("emulator", EMULATORS, ids=lambda e: f"{e.warp} {e.order}")
 each_format = pytest.mark.parametrize("format", FORMATS)
@@ -397,16 +400,22 @@ def check_adamw(
     seed: int | None,
     steps: tuple[int, ...] = (1, 2, 1000),
 ) -> None:
-    """From the same states, which the first step finds as zeros."""
+    """From the same states, of fp32 and of 8 bits, which the first step finds as zeros."""
 
-    def stepped(step_of: Callable[..., None]) -> list[torch.Tensor]:
+    def stepped(step_of: Callable[..., None], states_of: Callable[[torch.Tensor], tuple[torch.Tensor, ...]]) -> Tensors:
         own = [p.clone() for p in params]
-        first, second = ([torch.zeros(p.shape) for p in params] for _ in range(2))
+        states = [list(one) for one in zip(*map(states_of, params), strict=True)]
         for step in steps:
-            step_of(own, grads, first, second, step, 1e-2, 0.9, 0.99, 1e-8, 0.1, seed=seed)
-        return [*own, *first, *second]
+            step_of(own, grads, *states, step, LR, 0.9, 0.99, 1e-8, 0.1, seed=seed)
+        return [*own, *(t for state in states for t in state)]
 
-    assert all(map(same, stepped(emulator.adamw_), stepped(adamw.adamw_)))
+    for name, states_of in (("adamw_", two_zeros), ("adamw_8bit_", adamw.states_of_8_bits)):
+        found, expected = stepped(getattr(emulator, name), states_of), stepped(getattr(adamw, name), states_of)
+        assert all(map(same, found, expected)), name
+
+
+def two_zeros(param: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.zeros(param.shape), torch.zeros(param.shape)
 
 
 @each_emulator
@@ -420,6 +429,9 @@ def test_adamw(emulator: Emulator, seed: int | None) -> None:
     params[3][:4] = torch.tensor([float("nan"), float("inf"), -float("inf"), torch.finfo(torch.bfloat16).max])
     grads[3][4:8] = torch.tensor([float("nan"), float("inf"), 1e30, 1e-30])
     check_adamw(emulator, params, grads, seed=seed)
+    if not seed:  # a second moment beside which others are less than half of the smallest code
+        tiny = 10 ** -torch.linspace(0, 30, 512)
+        check_adamw(emulator, [torch.ones(512)], [tiny * torch.tensor([1.0, -1.0]).repeat(256)], seed=seed)
     buffer = [numbers(100, dtype, seed=3) for dtype in (torch.bfloat16, torch.float32)]
     check_adamw(emulator, [t[1:] for t in buffer], [t[:-1] for t in reversed(buffer)], seed=seed)
 
@@ -446,18 +458,33 @@ def test_adamw_beyond_32_bits() -> None:
         Emulator(32).call("dsp_adamw", *begin, int64s([count]), code, code, 1, 3, 1e-2, 0.9, 0.99, 1e-8, 0.1, 1, 5)
     whole = expected[0].float()
     _, grad, first, second = expected
-    adamw.adamw_([whole], [grad], [first], [second], 3, 1e-2, 0.9, 0.99, 1e-8, 0.1)
-    expected[0] = adamw.rounded(whole, adamw.key_of(5, 3, 0), torch.arange(count - end, count))
+    adamw.adamw_([whole], [grad], [first], [second], 3, LR, 0.9, 0.99, 1e-8, 0.1)
+    random = adamw.random_of(adamw.key_of(5, 3, 0), torch.arange(count - end, count))
+    expected[0] = adamw.rounded(whole, random)
     assert all(same(*pair) for pair in zip(found, expected, strict=True))
+
+
+def test_adamw_of_8_bits_beyond_32_bits() -> None:
+    count, end = 2**32 + 2053, 2048 + 5
+    param, grad = (numbers(end, torch.bfloat16, seed=i) for i in range(2))
+    states = adamw.states_of_8_bits(param)
+    whole, *moments = adamw._stepped(param, grad, *two_zeros(param), (3, LR, 0.9, 0.99, 1e-8, 0.1))
+    random = adamw.random_of(adamw.key_of(5, 3, 0), torch.arange(count - end, count))
+    expected = [adamw.rounded(whole, random), *adamw.stored(*moments, random)]
+    tensors = (param, grad, *states)
+    before = [(count - end) * t.itemsize // (1 if t.dim() == 2 or t.numel() == end else 256) for t in tensors]
+    begin = [(ctypes.c_void_p * 1)(t.data_ptr() - b) for t, b in zip(tensors, before, strict=True)]
+    code = (ctypes.c_int * 1)(kernels.DTYPE_CODES[torch.bfloat16])
+    with setting(DSP_EMU_FIRST=count // 2048 - 1):
+        Emulator(32).call("dsp_adamw_8bit", *begin, int64s([count]), code, code, 1, 3, 1e-2, 0.9, 0.99, 1e-8, 0.1, 1, 5)
+    assert all(map(same, (param, *states), expected))
 
 
 @pytest.mark.parametrize(("step", "param", "grad", "values"), [(0, 0, 0, 4), (1, 1, 0, 4), (1, 0, 3, 4), (1, 0, 0, -1)])
 def test_what_no_adamw_can_be_launched_for(step: int, param: int, grad: int, values: int) -> None:
     one = garbage(4)
     at, codes = pointers([one]), (ctypes.c_int * 1)
-    error = kernels.load("emulator-32").dsp_adamw(
-        *(at, at, at, at, int64s([values]), codes(param), codes(grad), 1, step),
-        *(1e-3, 0.9, 0.99, 1e-8, 0.1, 0, 0, None),
-    )
-    assert error == 1
+    rest = (int64s([values]), codes(param), codes(grad), 1, step, 1e-3, 0.9, 0.99, 1e-8, 0.1, 0, 0, None)
+    assert kernels.load("emulator-32").dsp_adamw(*[at] * 4, *rest) == 1
+    assert kernels.load("emulator-32").dsp_adamw_8bit(*[at] * 6, *rest) == 1
     assert same(one, garbage(4))

@@ -142,9 +142,22 @@ def test_an_expert_sees_nothing_of_its_neighbours(way: dict[str, bool] | None) -
 
 def test_numbers_of_rows_are_few() -> None:
     found = [reference._rounded(rows) for rows in range(1, 2049)]
-    assert all(rows <= more <= rows * 9 / 8 for rows, more in enumerate(found, 1))
-    assert len(set(found)) <= 8 * 8 + 8
-    assert found[:17] == [*range(1, 17), 18]
+    assert all(rows <= more <= rows * 17 / 16 for rows, more in enumerate(found, 1))
+    assert len(set(found)) == 31 + 16 * 6 + 1
+    assert found[:34] == [*range(1, 33), 34, 34]
+
+
+def test_products_are_of_few_numbers_of_rows() -> None:
+    """Also those of the last experts, behind whom there are no more rows."""
+    ends = ends_of((37, 0, 67, 35))
+    for operands, run in (
+        (some(139, 24, 16, 4, torch.bfloat16)[:2], reference._product_by_expert),
+        (some(139, 24, 16, 4, torch.bfloat16)[::2], reference._outer_by_expert),
+    ):
+        with _Calls("aten") as calls:
+            run(*operands, ends, by_onednn=False, is_rounded=True)
+        found = {rows for name, shape in calls.made if name == "mm" for rows in shape} - {24}
+        assert found == {38, 68, 36}
 
 
 def test_the_way_of_a_gpu() -> None:
@@ -202,15 +215,19 @@ def test_gradients_of_gradients() -> None:
 
 
 class _Calls(TorchDispatchMode):
-    """Names of our operators, as they are called."""
+    """Operators of one library as they are called, each with the shape of its first argument."""
 
-    def __init__(self) -> None:
+    def __init__(self, library: str = "dspass") -> None:
         super().__init__()
-        self.names: list[str] = []
+        self.library, self.made = library, list[tuple[str, tuple[int, ...]]]()
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name, _ in self.made]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "dspass":
-            self.names.append(func.overloadpacket.__name__)
+        if func.namespace == self.library:
+            self.made.append((func.overloadpacket.__name__, tuple(getattr(args[0], "shape", ()))))
         return func(*args, **(kwargs or {}))
 
 

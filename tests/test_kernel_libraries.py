@@ -155,16 +155,28 @@ def stepped(dtype):
     grads = [numbers(1000, torch.bfloat16, seed=1).view(50, 20).t(), numbers(77, torch.float32, seed=1)]
     return params, grads, *([torch.zeros(p.shape) for p in params] for _ in range(2))
 
+def with_8_bits(dtype):
+    params, grads, *_ = stepped(dtype)
+    return params, grads, *map(list, zip(*map(adamw.states_of_8_bits, params)))
+
+lr = torch.tensor(1e-2, dtype=torch.float64)
 for dtype, seed in ((torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, -5)):
     one, other = stepped(dtype), stepped(dtype)
-    numbers_of = (1e-2, 0.9, 0.99, 1e-8, 0.1, seed)
+    numbers_of = (lr, 0.9, 0.99, 1e-8, 0.1, seed)
     for step in (1, 2):
         before = one[0][0]._version
         ops.adamw_(*one, step, *numbers_of), adamw.adamw_(*other, step, *numbers_of)
         assert one[0][0]._version > before
     assert all(same(a, b) for a, b in zip(sum(one, []), sum(other, []))), (dtype, seed)
     torch.library.opcheck(ops.adamw_.default, (*one, 3, *numbers_of), test_utils=("test_schema", "test_faketensor"))
-    count += 1
+    one, other = with_8_bits(dtype), with_8_bits(dtype)
+    for step in (1, 2):
+        before = one[2][0]._version
+        ops.adamw_8bit_(*one, step, *numbers_of), adamw.adamw_8bit_(*other, step, *numbers_of)
+        assert one[2][0]._version > before
+    assert all(same(a, b) for a, b in zip(sum(one, []), sum(other, []))), (dtype, seed)
+    torch.library.opcheck(ops.adamw_8bit_.default, (*one, 3, *numbers_of), test_utils=("test_schema", "test_faketensor"))
+    count += 2
 
 def refused(function, *args):
     try:
@@ -189,14 +201,21 @@ assert "those of permute_experts, int32" in refused(ops.spread_experts, x.t(), p
 assert "there are 20 of them" in refused(ops.spread_experts, x.t()[1:], positions)
 assert "for each of 60 positions" in refused(ops.unpermute_experts, rows[1:], positions)
 assert "a weight for each position" in refused(ops.unpermute_experts, rows, positions, weights[1:])
-one, plain = stepped(torch.float32), (1e-2, 0.9, 0.99, 1e-8, 0.1)
+one, plain = stepped(torch.float32), (lr, 0.9, 0.99, 1e-8, 0.1)
 assert "a gradient and two states a parameter" in refused(ops.adamw_, one[0], one[1][1:], *one[2:], 1, *plain)
 assert "step 0 cannot be" in refused(ops.adamw_, *one, 0, *plain)
-assert "betas of 1" in refused(ops.adamw_, *one, 1, 1e-2, 1.0, 0.99, 1e-8, 0.1)
+assert "betas of 1" in refused(ops.adamw_, *one, 1, lr, 1.0, 0.99, 1e-8, 0.1)
 assert "shapes differ" in refused(ops.adamw_, one[0], [g.t() for g in one[1]], *one[2:], 1, *plain)
 assert "not contiguous" in refused(ops.adamw_, [t.t() for t in one[0]], *([u.t() for u in t] for t in one[1:]), 1, *plain)
 assert "states are of fp32" in refused(ops.adamw_, *one[:2], [t.half() for t in one[2]], one[3], 1, *plain)
 assert "take fp32 or bf16" in refused(ops.adamw_, [t.half() for t in one[0]], *one[1:], 1, *plain)
+assert "lr cannot be: take one number" in refused(ops.adamw_, *one, 1, lr.half(), *plain[1:])
+assert "lr cannot be: take one number" in refused(ops.adamw_, *one, 1, lr[None], *plain[1:])
+one = with_8_bits(torch.float32)
+assert "codes and scales of two states" in refused(ops.adamw_8bit_, *one[:5], one[5][1:], 1, *plain)
+assert "uint8[blocks, 256]" in refused(ops.adamw_8bit_, *one[:2], one[2][::-1], *one[3:], 1, *plain)
+assert "float32[blocks]" in refused(ops.adamw_8bit_, *one[:5], [t.half() for t in one[5]], 1, *plain)
+assert "not contiguous" in refused(ops.adamw_8bit_, *one[:4], [t.t().contiguous().t() for t in one[4]], one[5], 1, *plain)
 assert "and these are 1024 and 16" in refused(ops.dequantise_sum, codes, scales, [65], "int8", 64, 1.0, torch.float32)
 
 compiled = torch.compile(lambda x: ops.dequantise(*ops.quantise(x, "int8", 64), [50, 20], "int8", torch.float32),
@@ -212,7 +231,7 @@ def test_operators_reach_kernels_through_torchs_dispatcher() -> None:
         [sys.executable, "-c", OPERATORS], capture_output=True, text=True, cwd=Path(__file__).parent.parent
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "38 calls\n"
+    assert done.stdout == "41 calls\n"
 
 
 def test_the_binding_for_gpus_loads_where_there_is_none() -> None:

@@ -26,6 +26,11 @@ struct Fp6E3M2 {
   static constexpr int kCode = 4, kBits = 6, kExponent = 3, kMantissa = 2, kLargest = 28;
 };
 
+// Unsigned, and none of runtime/formats.py: for values that are not negative, over nine powers of ten.
+struct UnsignedE5M3 {
+  static constexpr int kBits = 8, kExponent = 5, kMantissa = 3, kLargest = 122880;
+};
+
 // Calls function with the format of that code; answers kInvalidValue where there is none.
 template <class Function>
 int with_format(int code, Function&& function) {
@@ -62,22 +67,35 @@ __device__ __forceinline__ float power_of_two(int exponent) {
   return float_of(static_cast<uint32_t>(exponent + 127) << 23);
 }
 
-// The code of a value that is scaled already.
+// The code of a value that is scaled already, in a format of floating point; `round` makes whole steps of its magnitude.
+//
+// Of value v = m * 2**e, 1 <= m < 2: steps of 2**(e - mantissa), e no less than the smallest normal's; a mantissa that
+// is rounded up to 2 carries into the exponent by itself.
+template <class Format, class Round>
+__device__ __forceinline__ uint32_t encode_by(float value, Round round) {
+  constexpr int bias = (1 << (Format::kExponent - 1)) - 1;
+  const uint32_t bits = bits_of(value);
+  const int own = static_cast<int>(bits >> 23 & 0xff) - 127;
+  const int exponent = own < 1 - bias ? 1 - bias : own;
+  const int steps = round(multiply(float_of(bits & kMagnitude), power_of_two(Format::kMantissa - exponent)));
+  const uint32_t magnitude = static_cast<uint32_t>(((exponent + bias - 1) << Format::kMantissa) + steps);
+  return magnitude | (bits >> 31) << (Format::kExponent + Format::kMantissa);
+}
+
+// The same of any format, to the nearest.
 template <class Format>
 __device__ __forceinline__ uint32_t encode(float value) {
   if constexpr (Format::kExponent == 0) {
     return static_cast<uint32_t>(nearest(value)) & ((1u << Format::kBits) - 1);
   } else {
-    // Of value v = m * 2**e, 1 <= m < 2: steps of 2**(e - mantissa), e no less than the smallest normal's; a mantissa
-    // that is rounded up to 2 carries into the exponent by itself.
-    constexpr int bias = (1 << (Format::kExponent - 1)) - 1;
-    const uint32_t bits = bits_of(value);
-    const int own = static_cast<int>(bits >> 23 & 0xff) - 127;
-    const int exponent = own < 1 - bias ? 1 - bias : own;
-    const int steps = nearest(multiply(float_of(bits & kMagnitude), power_of_two(Format::kMantissa - exponent)));
-    const uint32_t magnitude = static_cast<uint32_t>(((exponent + bias - 1) << Format::kMantissa) + steps);
-    return magnitude | (bits >> 31) << (Format::kExponent + Format::kMantissa);
+    return encode_by<Format>(value, [](float steps) { return nearest(steps); });
   }
+}
+
+// Stochastically: up with the probability of what would be cut off; `noise` is at least 0 and below 1.
+template <class Format>
+__device__ __forceinline__ uint32_t encode(float value, float noise) {
+  return encode_by<Format>(value, [noise](float steps) { return static_cast<int>(add(steps, noise)); });
 }
 
 // The value of a code, before it is scaled.

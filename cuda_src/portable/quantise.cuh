@@ -7,15 +7,13 @@
 // found once a tile. What is quantised is bound by memory: each access is 16 bytes a thread where a tensor's chunk
 // begins at a multiple.
 //
-// A block's largest magnitude is found among the bits of its values, as integers: an infinity is above all numbers,
-// and a NaN above it, which no comparison of floats says.
-//
 // Dropped: a table of tensors in device memory, whose upload would cost a copy a call and cannot be captured in a
 // graph; it travels with the launch instead, and more tensors take more launches. Dropped: a thread block a block of
 // values; small blocks would leave most of it idle, and large ones wait for each other twice. Dropped: the chunk as
 // the grid's second dimension, which ends at 65535.
 #pragma once
 
+#include "blocks.cuh"
 #include "formats.cuh"
 #include "tiles.cuh"
 
@@ -24,7 +22,6 @@ namespace dsp {
 constexpr int kThreads = 256;
 constexpr int kMostLanes = 32;  // of a group: a warp, or, where a wavefront has 64, half of one
 constexpr int kMostParts = 64;  // with Work's other fields below the 4 KiB of a launch's arguments
-constexpr uint32_t kSmallest = 27u << 23;  // 2**-100, by its bits
 
 // Blocks of a group in one tile, and from how many tiles on: finding the place then is paid by four blocks, and where
 // there are few tiles each would rather have a thread block of its own. The emulator takes both paths in small cases.
@@ -91,36 +88,6 @@ __device__ __forceinline__ int64_t position(const Work& work, int64_t chunk) {
 __device__ __forceinline__ int64_t at_least_zero(int64_t a) { return a < 0 ? 0 : a; }
 
 // -- values to codes ------------------------------------------------------------------------------------------------
-
-__device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b) { return a < b ? b : a; }
-
-__device__ __forceinline__ uint32_t largest_magnitude(const float (&values)[kUnit]) {
-  uint32_t most = 0;
-#pragma unroll
-  for (int i = 0; i < kUnit; ++i) most = larger(most, bits_of(values[i]) & kMagnitude);
-  return most;
-}
-
-__device__ __forceinline__ uint32_t largest_of_group(uint32_t most, int lanes) {
-  for (int mask = lanes / 2; mask > 0; mask /= 2) most = larger(most, shuffle_xor(most, mask));
-  return most;
-}
-
-// By what a block's values are multiplied, and with what its codes are later.
-struct Scaling {
-  float inverse;
-  float scale;
-  bool is_finite;
-};
-
-template <class Format>
-__device__ __forceinline__ Scaling scaling_of(uint32_t most) {
-  constexpr float over_largest = static_cast<float>(1.0 / Format::kLargest);
-  if (most >= kInfinity) return {0.f, float_of(kNaN), false};
-  const float magnitude = float_of(larger(most, kSmallest));
-  return {multiply(divide(1.f, magnitude), static_cast<float>(Format::kLargest)), multiply(magnitude, over_largest),
-          true};
-}
 
 template <class Format>
 __device__ __forceinline__ void encode_unit(const float (&values)[kUnit], const Scaling& scaling, uint8_t* codes,

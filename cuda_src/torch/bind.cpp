@@ -37,6 +37,9 @@ struct Kernels {
   int (*unpermute_experts)(const void*, const void*, const void*, int, void*, int64_t, int64_t, int64_t, int, void*);
   int (*adamw)(void* const*, const void* const*, void* const*, void* const*, const int64_t*, const int*, const int*,
                int64_t, int64_t, double, double, double, double, double, int, int64_t, void*);
+  int (*adamw_8bit)(void* const*, const void* const*, void* const*, void* const*, void* const*, void* const*,
+                    const int64_t*, const int*, const int*, int64_t, int64_t, double, double, double, double, double, int,
+                    int64_t, void*);
 };
 Kernels kernels;
 std::string bind_error;
@@ -326,9 +329,11 @@ std::tuple<Tensor, Tensor, Tensor> permute_experts(const Tensor& x, const Tensor
 
 // -- AdamW ----------------------------------------------------------------------------------------------------------
 
+constexpr int64_t kStateBlock = 256;  // runtime/adamw.py
+
 int stepped_dtype_code(ScalarType dtype) {
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16,
-                  "a tensor of another dtype cannot be stepped: take fp32 or bf16, gradients too, and states of fp32.");
+                  "a tensor of another dtype cannot be stepped: take fp32 or bf16, gradients too.");
   return dtype_code(dtype);
 }
 
@@ -339,39 +344,99 @@ bool have_one_shape(const Tensor& a, const Tensor& b) {
   return true;
 }
 
-void adamw(const std::vector<Tensor>& params, const std::vector<Tensor>& grads, const std::vector<Tensor>& exp_avgs,
-           const std::vector<Tensor>& exp_avg_sqs, int64_t step, double lr, double beta1, double beta2, double eps,
-           double weight_decay, std::optional<int64_t> seed) {
-  const size_t count = params.size();
-  STD_TORCH_CHECK(grads.size() == count && exp_avgs.size() == count && exp_avg_sqs.size() == count,
-                  "lists do not go together: take a gradient and two states a parameter.");
+double check_numbers(int64_t step, const Tensor& lr, double beta1, double beta2) {
   STD_TORCH_CHECK(step >= 1, "step ", step, " cannot be: the first one is 1.");
   STD_TORCH_CHECK(beta1 >= 0 && beta1 < 1 && beta2 >= 0 && beta2 < 1, "betas of ", beta1, " and ", beta2,
                   " cannot be: each is at least 0 and below 1.");
-  if (count == 0) return;
+  const bool is_double = lr.scalar_type() == ScalarType::Double;
+  STD_TORCH_CHECK(lr.is_cpu() && lr.dim() == 0 && (is_double || lr.scalar_type() == ScalarType::Float),
+                  "lr cannot be: take one number, fp32 or fp64, on the CPU.");
+  return is_double ? *static_cast<const double*>(lr.data_ptr()) : *static_cast<const float*>(lr.data_ptr());
+}
+
+// Parameters and gradients as a kernel takes them; gradients live as long as this.
+struct Stepped {
   std::vector<Tensor> contiguous;
   std::vector<int64_t> values;
   std::vector<int> param_dtypes, grad_dtypes;
-  for (size_t i = 0; i < count; ++i) {
-    for (const Tensor* tensor : {&params[i], &grads[i], &exp_avgs[i], &exp_avg_sqs[i]}) {
-      STD_TORCH_CHECK(tensor->device() == params[0].device(), "all tensors of a step are on one device.");
-      STD_TORCH_CHECK(have_one_shape(*tensor, params[i]),
+
+  Stepped(const std::vector<Tensor>& params, const std::vector<Tensor>& grads) {
+    for (size_t i = 0; i < params.size(); ++i) {
+      check(params[i], params[0]);
+      STD_TORCH_CHECK(grads[i].device() == params[0].device(), "all tensors of a step are on one device.");
+      STD_TORCH_CHECK(have_one_shape(grads[i], params[i]),
                       "shapes differ: a parameter, its gradient and its states have one.");
+      contiguous.push_back(torch::stable::contiguous(grads[i]));
+      values.push_back(params[i].numel());
+      param_dtypes.push_back(stepped_dtype_code(params[i].scalar_type()));
+      grad_dtypes.push_back(stepped_dtype_code(grads[i].scalar_type()));
     }
-    for (const Tensor* tensor : {&params[i], &exp_avgs[i], &exp_avg_sqs[i]})
-      STD_TORCH_CHECK(tensor->is_contiguous(), "a parameter, or a state of it, is not contiguous: make it so first.");
-    for (const Tensor* tensor : {&exp_avgs[i], &exp_avg_sqs[i]})
-      STD_TORCH_CHECK(tensor->scalar_type() == ScalarType::Float, "states are of fp32.");
-    contiguous.push_back(torch::stable::contiguous(grads[i]));
-    values.push_back(params[i].numel());
-    param_dtypes.push_back(stepped_dtype_code(params[i].scalar_type()));
-    grad_dtypes.push_back(stepped_dtype_code(grads[i].scalar_type()));
+  }
+
+  // What is written to, in place.
+  static void check(const Tensor& tensor, const Tensor& first) {
+    STD_TORCH_CHECK(tensor.device() == first.device(), "all tensors of a step are on one device.");
+    STD_TORCH_CHECK(tensor.is_contiguous(), "a parameter, or a state of it, is not contiguous: make it so first.");
+  }
+};
+
+void adamw(const std::vector<Tensor>& params, const std::vector<Tensor>& grads, const std::vector<Tensor>& exp_avgs,
+           const std::vector<Tensor>& exp_avg_sqs, int64_t step, const Tensor& lr, double beta1, double beta2,
+           double eps, double weight_decay, std::optional<int64_t> seed) {
+  const size_t count = params.size();
+  STD_TORCH_CHECK(grads.size() == count && exp_avgs.size() == count && exp_avg_sqs.size() == count,
+                  "lists do not go together: take a gradient and two states a parameter.");
+  const double rate = check_numbers(step, lr, beta1, beta2);
+  if (count == 0) return;
+  const Stepped stepped(params, grads);
+  for (size_t i = 0; i < count; ++i) {
+    for (const Tensor* state : {&exp_avgs[i], &exp_avg_sqs[i]}) {
+      STD_TORCH_CHECK(have_one_shape(*state, params[i]),
+                      "shapes differ: a parameter, its gradient and its states have one.");
+      Stepped::check(*state, params[0]);
+      STD_TORCH_CHECK(state->scalar_type() == ScalarType::Float, "states are of fp32.");
+    }
   }
   const Device device(params[0]);
-  check_launch(kernels.adamw(addresses_of(params).data(), addresses_of(contiguous).data(),
-                             addresses_of(exp_avgs).data(), addresses_of(exp_avg_sqs).data(), values.data(),
-                             param_dtypes.data(), grad_dtypes.data(), static_cast<int64_t>(count), step, lr, beta1,
-                             beta2, eps, weight_decay, seed.has_value(), seed.value_or(0), device.stream()));
+  check_launch(kernels.adamw(addresses_of(params).data(), addresses_of(stepped.contiguous).data(),
+                             addresses_of(exp_avgs).data(), addresses_of(exp_avg_sqs).data(), stepped.values.data(),
+                             stepped.param_dtypes.data(), stepped.grad_dtypes.data(), static_cast<int64_t>(count), step,
+                             rate, beta1, beta2, eps, weight_decay, seed.has_value(), seed.value_or(0),
+                             device.stream()));
+}
+
+void adamw_8bit(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
+                const std::vector<Tensor>& exp_avgs, const std::vector<Tensor>& exp_avg_scales,
+                const std::vector<Tensor>& exp_avg_sqs, const std::vector<Tensor>& exp_avg_sq_scales, int64_t step,
+                const Tensor& lr, double beta1, double beta2, double eps, double weight_decay,
+                std::optional<int64_t> seed) {
+  const size_t count = params.size();
+  for (const auto* list : {&grads, &exp_avgs, &exp_avg_scales, &exp_avg_sqs, &exp_avg_sq_scales})
+    STD_TORCH_CHECK(list->size() == count,
+                    "lists do not go together: take a gradient and codes and scales of two states a parameter.");
+  const double rate = check_numbers(step, lr, beta1, beta2);
+  if (count == 0) return;
+  const Stepped stepped(params, grads);
+  for (size_t i = 0; i < count; ++i) {
+    const int64_t blocks = blocks_of(params[i].numel(), kStateBlock);
+    for (const Tensor* codes : {&exp_avgs[i], &exp_avg_sqs[i]}) {
+      Stepped::check(*codes, params[0]);
+      STD_TORCH_CHECK(codes->scalar_type() == ScalarType::Byte && codes->dim() == 2 && codes->size(0) == blocks &&
+                          codes->size(1) == kStateBlock,
+                      "codes of a state are those of states_of_8_bits, uint8[blocks, 256].");
+    }
+    for (const Tensor* scales : {&exp_avg_scales[i], &exp_avg_sq_scales[i]}) {
+      Stepped::check(*scales, params[0]);
+      STD_TORCH_CHECK(scales->scalar_type() == ScalarType::Float && scales->dim() == 1 && scales->size(0) == blocks,
+                      "scales of a state are those of states_of_8_bits, float32[blocks].");
+    }
+  }
+  const Device device(params[0]);
+  check_launch(kernels.adamw_8bit(
+      addresses_of(params).data(), addresses_of(stepped.contiguous).data(), addresses_of(exp_avgs).data(),
+      addresses_of(exp_avg_scales).data(), addresses_of(exp_avg_sqs).data(), addresses_of(exp_avg_sq_scales).data(),
+      stepped.values.data(), stepped.param_dtypes.data(), stepped.grad_dtypes.data(), static_cast<int64_t>(count), step,
+      rate, beta1, beta2, eps, weight_decay, seed.has_value(), seed.value_or(0), device.stream()));
 }
 
 template <class Function>
@@ -397,7 +462,8 @@ extern "C" __attribute__((visibility("default"))) const char* dsp_bind(const cha
                         take(library, "dsp_sort_experts", kernels.sort_experts) &&
                         take(library, "dsp_spread_experts", kernels.spread_experts) &&
                         take(library, "dsp_unpermute_experts", kernels.unpermute_experts) &&
-                        take(library, "dsp_adamw", kernels.adamw);
+                        take(library, "dsp_adamw", kernels.adamw) &&
+                        take(library, "dsp_adamw_8bit", kernels.adamw_8bit);
   return is_whole ? nullptr : bind_error.c_str();
 }
 
@@ -415,4 +481,5 @@ STABLE_TORCH_LIBRARY_IMPL(dspass, CUDA, m) {
   m.impl("spread_experts", TORCH_BOX(&spread_experts));
   m.impl("unpermute_experts", TORCH_BOX(&unpermute_experts));
   m.impl("adamw_", TORCH_BOX(&adamw));
+  m.impl("adamw_8bit_", TORCH_BOX(&adamw_8bit));
 }

@@ -18,6 +18,9 @@ int dsp_copy_in(const void* const*, const int64_t*, const int64_t*, int64_t, int
 int dsp_copy_out(const void*, void* const*, const int64_t*, const int64_t*, int64_t, int64_t, void*);
 int dsp_adamw(void* const*, const void* const*, void* const*, void* const*, const int64_t*, const int*, const int*,
               int64_t, int64_t, double, double, double, double, double, int, int64_t, void*);
+int dsp_adamw_8bit(void* const*, const void* const*, void* const*, void* const*, void* const*, void* const*,
+                   const int64_t*, const int*, const int*, int64_t, int64_t, double, double, double, double, double, int,
+                   int64_t, void*);
 int dsp_sort_experts_space(int64_t, int64_t, int64_t*);
 int dsp_sort_experts(const void*, int, int64_t, int64_t, void*, void*, void*, void*);
 int dsp_spread_experts(const void*, const void*, const void*, int, void*, int64_t, int64_t, int64_t, int, void*);
@@ -103,6 +106,14 @@ int main(int count, char** arguments) {
         return 1;
       ++calls;
       for (void* list : lists) free(list);
+      const size_t bytes = dtype == 2 ? 2 : 4, blocks = (values + 255) / 256;
+      void* coded[] = {calloc(values, bytes),   calloc(values, bytes),   calloc(blocks, 256),
+                       calloc(blocks, 4), calloc(blocks, 256), calloc(blocks, 4)};
+      if (dsp_adamw_8bit(coded, coded + 1, coded + 2, coded + 3, coded + 4, coded + 5, &values, &dtype, &dtype, 1, 1,
+                         1e-3, 0.9, 0.99, 1e-8, 0.1, 1, 7, nullptr))
+        return 1;
+      ++calls;
+      for (void* list : coded) free(list);
     }
   }
   printf("%d calls within bounds\n", calls);
