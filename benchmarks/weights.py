@@ -107,7 +107,9 @@ def made(name: str, model: nn.Module) -> tuple[nn.Module, Callable[[torch.Tensor
 @torch.no_grad()
 def measure(options: argparse.Namespace) -> tuple[list[Row], int, float]:
     """The rows, how many parameters the model has, and bytes a second that a copy of memory reads and writes."""
-    torch._dynamo.config.recompile_limit = 8 * len(ROWS)  # Dynamo counts the rows' models together, as they are of one class
+    torch._dynamo.config.recompile_limit = 8 * len(
+        ROWS
+    )  # Dynamo counts the rows' models together, as they are of one class
     text = text_corpus()
     held_out = len(text) * 9 // 10
     with torch.enable_grad():

@@ -26,6 +26,9 @@ import torch.distributed as dist
 import torch.fx as fx
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 from dspass import steps
 from dspass.compilation import Compilation, compile_graph
@@ -73,7 +76,6 @@ def deepspeed(
     root = _root(heap, params)
     if root is not None:
         refuse_wrapped(root)
-    cast_inputs(gm, config)
     if root is None and config.layers.format is not None and params:
         log.warning(
             "dspass.quantise.layers has no effect: a function was compiled, and not a module whose layers have names."
@@ -81,12 +83,14 @@ def deepspeed(
     if root is not None and config.layers.format is not None and not stored_of(root):
         refuse_to_freeze(root)
         compat.allow_compilations(1)  # this one, which runs once
-        return torch._dynamo.disable(_FirstStored(gm, root, config), reason="runs once, before weights are stored")
+        first = _FirstStored(gm, example_inputs, root, config)
+        return torch._dynamo.disable(first, reason="runs once, before weights are stored")
     if stage and any(not isinstance(p, DTensor) for p in params):
         compat.allow_compilations(2)  # this one, which runs once, and the sharded model's first
         return torch._dynamo.disable(
             _FirstCall(gm, example_inputs, root, config, passes), reason="runs once, before sharding"
         )
+    cast_inputs(gm, config)
     if stage:
         engine = _engine_of(heap, params) or Engine(stage=stage, accumulation_steps=config.gradient_accumulation_steps)
         return compile_graph(gm, example_inputs, engine, config, passes)
@@ -100,13 +104,67 @@ def deepspeed(
     return torch._dynamo.disable(_Stage0(run, engine, root, config, params), reason="agrees with other ranks first")
 
 
-class _FirstCall:
+class _ByHand:
+    """A graph that was captured before the model's parameters were what they will be, which is run once."""
+
+    def __init__(self, gm: fx.GraphModule, inputs: Sequence[Any], root: nn.Module | None, config: Config) -> None:
+        self.gm, self.root, self.config = gm, root, config
+        self.casts = set(inputs_to_cast(gm, config))
+        self.is_cast = bool(config.bf16 or config.fp16) and self._runs_in_precision(inputs)
+
+    def _runs_in_precision(self, inputs: Sequence[Any]) -> bool:
+        """Whether the graph can be run in the options' precision. It was captured in the parameters' own, and a model that
+        casts to the precision of its inputs, as most norms do, has that written in it: so it is run, with rounded values."""
+        mode, values = compat.as_fake(inputs)
+        with torch.no_grad(), mode, _ProductsOfOneKind():
+            try:
+                self.gm(*(self._own(i, self._param(v, p)) for i, (v, p) in enumerate(zip(values, inputs, strict=True))))
+            except Exception as error:
+                log.info("the first call computes in the parameters' own precision: %s", error)
+                return False
+        return True
+
+    def _param(self, value: Any, param: Any) -> Any:
+        return value.to(precision(self.config, value.dtype)) if isinstance(param, nn.Parameter) else value
+
+    def _own(self, i: int, value: Any) -> Any:
+        """An input of the graph, cast as the compiled graph's will be."""
+        return value.to(_half(self.config)) if i in self.casts else value
+
+    def run(self, inputs: Sequence[Any], whole: Callable[[Any], Any]) -> Any:
+        """Run the graph; ``whole`` answers what takes an input's place: of a parameter its values in the options' precision."""
+        values = []
+        for i, value in enumerate(inputs):
+            given = whole(value)
+            if self.is_cast:
+                given = self._own(i, given)
+            elif isinstance(value, nn.Parameter):
+                given = given.to(value.dtype)
+            values.append(given)
+        return self.gm(*values)
+
+
+class _ProductsOfOneKind(TorchDispatchMode):
+    """Refuses products of two precisions, which those of fake tensors let pass."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.overloadpacket in flop_registry or func.namespace not in ("aten", "prims"):
+            kinds = {
+                t.dtype for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.is_floating_point()
+            }
+            if len(kinds) > 1:
+                raise TypeError(f"{func} of {' and '.join(sorted(map(str, kinds)))}")
+        return func(*args, **kwargs)
+
+
+class _FirstCall(_ByHand):
     """Shards the model, then runs the captured graph by hand, once."""
 
     def __init__(
         self, gm: fx.GraphModule, inputs: Sequence[Any], root: nn.Module | None, config: Config, passes: Sequence[Pass]
     ) -> None:
-        self.gm, self.root, self.config = gm, root, config
+        super().__init__(gm, inputs, root, config)
         self.experts = weights_in(gm.graph, inputs) if config.expert_parallel.enabled else []
         for item in passes:
             if isinstance(item, DivideExperts):
@@ -144,24 +202,24 @@ class _FirstCall:
             weights = [inputs[i] for i in self.experts]
             specs = place(engine, heap, todo, self.config, mesh, experts=alike(self.root, weights))
         begin(engine, self.root, self.config)
-        whole = []
-        for value in inputs:
+
+        def whole(value: Any) -> Any:
             spec = specs.get(id(value))
             if spec is not None:
                 new: Any = spec.param()
-                value = torch.ops.dspass.unshard(new.to_local(), spec.key)
-            elif isinstance(value, DTensor):
+                return torch.ops.dspass.unshard(new.to_local(), spec.key)
+            if isinstance(value, DTensor):
                 (key,) = [s.key for s in engine.specs.values() if s.param() is value]
-                value = torch.ops.dspass.unshard(value.to_local(), key)
-            whole.append(value)
-        return self.gm(*whole)
+                return torch.ops.dspass.unshard(value.to_local(), key)
+            return value
+
+        return self.run(inputs, whole)
 
 
-class _FirstStored:
+class _FirstStored(_ByHand):
     """Stores weights in few bits, then runs the captured graph by hand, once, with what they stand for."""
 
-    def __init__(self, gm: fx.GraphModule, root: nn.Module, config: Config) -> None:
-        self.gm, self.root, self.config = gm, root, config
+    root: nn.Module
 
     def __call__(self, *inputs: Any) -> Any:
         params = list(self.root.parameters())
@@ -172,11 +230,9 @@ class _FirstStored:
         stored = {key: module for key, module in modules.items() if "weight" not in module._parameters}
 
         def whole(value: Any) -> Any:
-            if id(value) in stored:
-                return stored[id(value)].weight
-            return value.to(precision(self.config, value.dtype)) if isinstance(value, nn.Parameter) else value
+            return stored[id(value)].weight if id(value) in stored else self._param(value, value)
 
-        return self.gm(*map(whole, inputs))
+        return self.run(inputs, whole)
 
 
 class _Stage0:
@@ -288,22 +344,33 @@ def mark_plain(gm: fx.GraphModule, inputs: Sequence[Any], specs: Mapping[int, Pa
     gm.recompile()
 
 
-def cast_inputs(gm: fx.GraphModule, config: Config) -> None:
-    """With bf16 or fp16: floating-point inputs of the model itself are cast as its parameters are."""
+def inputs_to_cast(gm: fx.GraphModule, config: Config) -> list[int]:
+    """With bf16 or fp16: which inputs are the model's own, in fp32; they are cast as its parameters are."""
     if not (config.bf16 or config.fp16) or compat.in_resumed_frame():
-        return
-    dtype = torch.bfloat16 if config.bf16 else torch.float16
-    placeholders = gm.graph.find_nodes(op="placeholder")
-    for node in placeholders:
+        return []
+    found = []
+    for i, node in enumerate(gm.graph.find_nodes(op="placeholder")):
         source, value = compat.placeholder_source(node), node.meta.get("example_value")
         if source is None or "_parameters[" in source or "_buffers[" in source:
             continue
         if isinstance(value, torch.Tensor) and value.dtype == torch.float32 and not isinstance(value, nn.Parameter):
-            with gm.graph.inserting_after(placeholders[-1]):
-                cast = gm.graph.call_method("to", (node, dtype))
-            cast.meta["example_value"] = value.to(dtype)
-            node.replace_all_uses_with(cast, delete_user_cb=lambda user, cast=cast: user is not cast)
+            found.append(i)
+    return found
+
+
+def cast_inputs(gm: fx.GraphModule, config: Config) -> None:
+    """Cast :func:`inputs_to_cast` in the graph."""
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    for node in (placeholders[i] for i in inputs_to_cast(gm, config)):
+        with gm.graph.inserting_after(placeholders[-1]):
+            cast = gm.graph.call_method("to", (node, _half(config)))
+        cast.meta["example_value"] = node.meta["example_value"].to(_half(config))
+        node.replace_all_uses_with(cast, delete_user_cb=lambda user, cast=cast: user is not cast)
     gm.recompile()
+
+
+def _half(config: Config) -> torch.dtype:
+    return precision(config, torch.float32)
 
 
 def _kinds(inputs: Sequence[Any], params: Sequence[nn.Parameter]) -> list[tuple[str, int]]:

@@ -305,6 +305,18 @@ KEYS: tuple[Key, ...] = (
     _act("dspass.report", "report", "text", None, "path",
          "Rank 0 writes the report to this .html or .json file at exit. May differ from rank to rank.",
          local=True),
+    _section("dspass.experts"),
+    _act("dspass.experts.global_aux_loss", "global_aux_loss", "flag", False, "",
+         "A router's auxiliary loss weighs each expert by the tokens of all ranks, as if their batches were one. Otherwise "
+         "each rank has that of its own tokens, and they are averaged. With ranks' parameters sharded, or experts divided."),
+    _act("dspass.experts.capacity_factor", "capacity_factor", "number", None, "share",
+         "Most rows that an expert takes of a rank's, in even shares: of `tokens * experts a token / experts` rows, rounded "
+         "up. What is beyond, last in the order of tokens, becomes zeros; sizes are fixed, so every rank needs as many tokens. "
+         "Absent: all rows, in sizes that ranks tell each other (dropless). Models keep a capacity of their own.", low=0),
+    _act("dspass.experts.drop_tokens", "drop_tokens", "flag", None, "",
+         "`false`: no rows are dropped, whatever the capacity. Absent: those beyond it are."),
+    _act("dspass.experts.min_capacity", "min_capacity", "integer", None, "rows",
+         "The least capacity of an expert, for few tokens. Absent: 4, with a capacity_factor.", low=0),
     _section("dspass.quantise"),
     _act("dspass.quantise.weights", "weights", "text", None, "",
          "What parameters are gathered as: a format of blocks with one fp32 scale each. Absent: whole, or `int8` with "
@@ -326,15 +338,6 @@ KEYS: tuple[Key, ...] = (
          "A bucket of which one parameter's rounding error, as a norm over that of the parameter and measured when it is "
          "sharded, is larger, is gathered whole. Gradients and activations are not known when that is decided: it does not "
          "act on them.", low=0),
-    _section("dspass.experts"),
-    _act("dspass.experts.capacity_factor", "capacity_factor", "number", None, "share",
-         "Most rows that an expert takes of a rank's, in even shares: of `tokens * experts a token / experts` rows, rounded "
-         "up. What is beyond, last in the order of tokens, becomes zeros; sizes are fixed, so every rank needs as many tokens. "
-         "Absent: all rows, in sizes that ranks tell each other (dropless). Models keep a capacity of their own.", low=0),
-    _act("dspass.experts.drop_tokens", "drop_tokens", "flag", None, "",
-         "`false`: no rows are dropped, whatever the capacity. Absent: those beyond it are."),
-    _act("dspass.experts.min_capacity", "min_capacity", "integer", None, "rows",
-         "The least capacity of an expert, for few tokens. Absent: 4, with a capacity_factor.", low=0),
     _section("dspass.quantise.layers"),
     _act("dspass.quantise.layers.format", "format", "text", None, "",
          "What weights of linear layers are stored as, at the first call or by `dspass.quantise(model, config)`: for "
@@ -843,6 +846,8 @@ class ExpertParallelConfig:
 class ExpertsConfig:
     """``dspass.experts``: how mixtures of experts run."""
 
+    global_aux_loss: bool = False
+    """Whether an auxiliary loss is of all ranks' tokens."""
     capacity_factor: float | None = None
     """Most rows of an expert, in even shares; None: all."""
     drop_tokens: bool | None = None
@@ -1042,8 +1047,8 @@ class Config:
         )
         config = cls(zero=ZeroConfig(**held["zero_optimization"]), dspass=DspassConfig(**held["dspass"]),
                      quantise=QuantiseConfig(**held["dspass.quantise"]),
-                     expert_parallel=ExpertParallelConfig(**held["expert_parallel"]),
                      experts=ExpertsConfig(**held["dspass.experts"]),
+                     expert_parallel=ExpertParallelConfig(**held["expert_parallel"]),
                      own_layers=LayersConfig(**held["dspass.quantise.layers"]),
                      quantized_initialization=QuantizedInitialization(
                          **held["weight_quantization.quantized_initialization"]),

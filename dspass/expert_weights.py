@@ -40,8 +40,11 @@ class ExpertMesh:
     shard_axis: Axis | None
 
     @classmethod
-    def over(cls, data: DeviceMesh, config: Config, weights: Mapping[str, torch.Tensor]) -> ExpertMesh:
-        """Raises ``ConfigError`` where ranks cannot be divided so, or experts not over them."""
+    def over(cls, data: DeviceMesh, config: Config, weights: Mapping[str, torch.Tensor]) -> ExpertMesh | None:
+        """None where one rank has all experts anyway.
+
+        Raises ``ConfigError`` where ranks cannot be divided so, or experts not over them.
+        """
         world = data.size()
         size = config.expert_parallel.autoep_size
         if size is None:
@@ -56,6 +59,8 @@ class ExpertMesh:
                     f"{size} does not divide the {weight.shape[0]} experts of {name}.",
                     f"Use one of {_divisors(gcd(world, weight.shape[0]))}.",
                 )
+        if size == 1:
+            return None
         if size == world:
             return cls(mesh=data, axis=axis_of("expert", data, 0), shard_axis=None)
         with compat.without_fake_mode():

@@ -12,6 +12,7 @@ from dspass.passes.base import Pass, check_order
 from dspass.passes.bucket_gathers import BucketGathers
 from dspass.passes.bucket_reductions import BucketReductions
 from dspass.passes.divide_experts import DivideExperts
+from dspass.passes.global_aux_loss import GlobalAuxLoss
 from dspass.passes.offload_saved import OffloadSaved
 from dspass.passes.packed import QuantisingPass
 from dspass.passes.pipeline import DEFAULT
@@ -79,6 +80,8 @@ def _options(cls: type[Pass], config: Config) -> dict[str, Any]:
         options["format"] = _format(zero.zero_quantized_gradients, config.quantise.gradients, "int4")
         if config.feeds_errors_back:
             options |= {"error_beta": config.loco_err_beta or 0.0, "error_reset": config.loco_reset_steps}
+    if cls is GlobalAuxLoss:
+        options["enabled"] = config.experts.global_aux_loss
     if cls is QuantisedProducts:
         options["dynamic"] = config.layers.activations is not None
     if cls is QuantiseSaved:

@@ -200,7 +200,8 @@ def place(
         mine = among if among is not None and id(param) in divided else None
         layout = layout_of(param, config, config.zero.stage or 0) if mine is None else mine.layout(config)
         placements = [Shard(0)] if layout == "shard" else [Replicate()]
-        its_mesh, its_axis, shape = mesh, shard_axis, tuple(param.shape)
+        its_mesh, shape = mesh, tuple(param.shape)
+        its_axis: Axis | None = shard_axis
         if mine is not None:
             its_mesh, its_axis, placements = mine.mesh, mine.shard_axis, mine.placements(layout)
             shape = (shape[0] // mine.axis.size, *shape[1:])

@@ -26,8 +26,8 @@ from dspass.runtime import compat
 
 log = logging.getLogger(__name__)
 
-#: ``captured``: as Dynamo hands it over, torch functions and methods on whatever the model calls; ``joint``: forward and backward
-#: together, in ATen operators; then each of the two.
+#: ``captured``: as Dynamo hands it over, torch functions and methods on whatever the model calls; ``joint``: forward and
+#: backward together, in ATen operators; then each of the two.
 Where = Literal["captured", "joint", "forward", "backward"]
 
 

@@ -215,7 +215,7 @@ def _weights_here(graph: fx.Graph, layer: Layer | Batch) -> dict[fx.Node, fx.Nod
             value = here[source]
             copies: dict[fx.Node, fx.Node] = {source: value}
             for node in between:
-                value = copies[node] = graph.node_copy(node, lambda n, copies=copies: copies.get(n, n))
+                value = copies[node] = graph.node_copy(node, lambda n, known=copies: known.get(n, n))
                 value.meta.clear()
         found[product] = value
     return found

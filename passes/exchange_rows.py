@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import torch.fx as fx
 
 from dspass.passes.base import Pass, PassContext
-from dspass.passes.nodes import combine_start, counts_start, dispatch_start, even_start, exchange_wait
-from dspass.runtime.exchange import COMBINE, COUNTS, DISPATCH, EVEN
+from dspass.passes.nodes import combine_start, counts_start, dispatch_start, even_start, exchange_wait, mean_start
+from dspass.runtime.exchange import COMBINE, COUNTS, DISPATCH, EVEN, MEAN
 
 #: Of each marker what begins it, and which of its arguments that takes.
 _STARTS: dict[Any, tuple[Callable[..., Any], tuple[int, ...]]] = {
@@ -19,13 +19,14 @@ _STARTS: dict[Any, tuple[Callable[..., Any], tuple[int, ...]]] = {
     DISPATCH: (dispatch_start, (0, 1, 2, 4)),
     COMBINE: (combine_start, (0, 1, 2, 3, 4)),
     EVEN: (even_start, (0, 1, 2, 3, 4)),
+    MEAN: (mean_start, (0, 1)),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExchangeRows(Pass):
-    """``exchange_counts``, ``dispatch_rows``, ``combine_rows`` and ``exchange_even`` become a start, a wait and its item, where
-    they stand."""
+    """``exchange_counts``, ``dispatch_rows``, ``combine_rows``, ``exchange_even`` and ``mean_over_ranks`` become a start, a
+    wait and its item, where they stand."""
 
     name: ClassVar[str] = "exchange_rows"
 
@@ -42,6 +43,6 @@ class ExchangeRows(Pass):
             item.meta.update(marker.meta)
             marker.replace_all_uses_with(item)
             graph.erase_node(marker)
-        rows = sum(m.target is not COUNTS for m in markers)
-        ctx.say(f"{rows} all-to-alls of rows" if markers else "no rows go to experts on other ranks")
+        rows = sum(m.target in (DISPATCH, COMBINE) for m in markers)
+        ctx.say(f"{rows} all-to-all{'s' * (rows != 1)} of rows" if markers else "no rows go to experts on other ranks")
         return graph

@@ -9,6 +9,7 @@ from dspass.passes.divide_experts import DivideExperts
 from dspass.passes.exchange_rows import ExchangeRows
 from dspass.passes.expose_parameters import ExposeParameters
 from dspass.passes.gather_in_node import GatherInNode
+from dspass.passes.global_aux_loss import GlobalAuxLoss
 from dspass.passes.honour_wishes import HonourWishes
 from dspass.passes.offload_parameters import OffloadParameters
 from dspass.passes.offload_saved import OffloadSaved
@@ -24,6 +25,7 @@ from dspass.passes.zero_reduce import ZeroReduce
 
 DEFAULT: tuple[type[Pass], ...] = (
     DivideExperts,  # as captured: tokens go to the ranks that hold their experts
+    GlobalAuxLoss,  # and their balance is that of all ranks, where a person says so
     ExposeParameters,  # joint: whole parameters become inputs
     HonourWishes,  # and what a person marked is tagged
     QuantisedProducts,  # weights that are stored in few bits are read so; then the partitioner splits the graph

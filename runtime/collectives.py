@@ -87,7 +87,7 @@ torch.library.register_autograd("dspass::unshard_experts", _unshard_experts_back
 
 @torch.library.custom_op("dspass::gather_experts", mutates_args=())
 def gather_experts(here: torch.Tensor, key: str) -> torch.Tensor:
-    """All experts' weights, of which ``here`` are those of this rank's place: where they are read otherwise than by products."""
+    """All experts' weights, of which ``here`` are those of this rank's place: where they are read, and not by products."""
     spec = lookup(key)
     return spec.engine.gather_experts(spec, here)
 
@@ -188,8 +188,14 @@ def even_start(
     return spec.engine.start_even(spec, x, ends, scores, opens)
 
 
+def mean_start(values: torch.Tensor, key: str) -> Exchange:
+    """Begin :func:`dspass.runtime.exchange.mean_over_ranks`."""
+    spec = lookup(key)
+    return spec.engine.start_mean(spec, values)
+
+
 def exchange_wait(exchange: Exchange) -> list[torch.Tensor]:
-    """What the start of an exchange of counts or rows asked for, one tensor."""
+    """What the start of an exchange of counts, rows or shares asked for, one tensor."""
     return exchange.wait()
 
 
@@ -203,6 +209,7 @@ RUNTIME_FUNCTIONS = frozenset(
         gather_start,
         gather_wait,
         keep_in_node,
+        mean_start,
         reduce_start,
         reduce_wait,
         rounding_errors,

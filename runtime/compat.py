@@ -528,3 +528,19 @@ def traced(function: Callable[..., Any], values: Sequence[Any]) -> fx.GraphModul
                 stack.enter_context(mode.shape_env.suppress_guards())
         bare = [v.detach() if isinstance(v, torch.Tensor) else v for v in values]
         return make_fx(torch.func.functionalize(function))(*bare)
+
+
+def as_fake(values: Sequence[Any]) -> tuple[Any, list[Any]]:
+    """Copies of tensors without values, and the fake mode that they are of: that of the trace at hand."""
+    from torch._guards import detect_fake_mode
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    mode = detect_fake_mode(list(values)) or FakeTensorMode()
+
+    def copied(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return torch.empty_like(value if is_fake(value) else mode.from_tensor(value, static_shapes=True))
+
+    with mode:
+        return mode, [copied(value) for value in values]

@@ -240,6 +240,15 @@ class Engine:
         if ends is not None:
             self.routing.arrived(spec, all_told[:, :-2], capacity)
 
+    def start_mean(self, spec: ParamSpec, values: torch.Tensor) -> Exchange:
+        """Begin to average small values over the data axis."""
+        axis = spec.shard_axis
+        assert axis is not None, f"{spec.name} is not on the data axis"
+        flight = transport_for(axis, self.dry).all_reduce(axis, [values])
+        sent = 2 * values.nbytes * (axis.size - 1) // axis.size
+        counted = self.traffic.add(Collective("all-reduce", _direction(), axis.name, axis.size, sent))
+        return Exchange(self, flight, counted, lambda sums: [sums[0] / axis.size])
+
     def gather_experts(self, spec: ParamSpec, here: torch.Tensor) -> torch.Tensor:
         """All experts' weights, of those of this rank's place."""
         axis = spec.divided_over

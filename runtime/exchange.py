@@ -190,8 +190,20 @@ def experts_of_rows(ends: torch.Tensor, rows: int, first: int) -> torch.Tensor:
     return torch.bucketize(numbers, ends, right=True).clamp_max(ends.shape[0] - 1) + first
 
 
+# -- shares of tokens ----------------------------------------------------------------------------------------------------
+
+
+@operator("mean_over_ranks(Tensor values, str key) -> Tensor", fake=lambda values, key: torch.empty_like(values))
+def mean_over_ranks(values: torch.Tensor, key: str) -> torch.Tensor:
+    """The mean of ``values`` over the ranks of parameter ``key``'s data axis; it has no gradient."""
+    spec = lookup(key)
+    (mean,) = spec.engine.start_mean(spec, values).wait()
+    return mean
+
+
 #: What stands in a graph.
 COUNTS = torch.ops.dspass.exchange_counts.default
 DISPATCH = torch.ops.dspass.dispatch_rows.default
 COMBINE = torch.ops.dspass.combine_rows.default
 EVEN = torch.ops.dspass.exchange_even.default
+MEAN = torch.ops.dspass.mean_over_ranks.default

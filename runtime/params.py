@@ -37,8 +37,8 @@ class ParamSpec:
     in all nodes. ``on_host``: its shard waits on the host, with its gradient and its optimiser's states.
 
     Weights of experts that are divided over ranks have an ``expert_axis`` (:mod:`dspass.passes.divide_experts`). Then ``shape``
-    is that of the experts of this rank's place on it, ``shard_axis`` the ranks that share that place, and what is said of a whole
-    parameter holds of those experts; :attr:`full_shape` is that of all.
+    is that of the experts of this rank's place on it, ``shard_axis`` the ranks that share that place, and what is said of a
+    whole parameter holds of those experts; :attr:`full_shape` is that of all.
     """
 
     key: str

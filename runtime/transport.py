@@ -73,8 +73,8 @@ class Transport(ABC):
 
     @abstractmethod
     def exchange(self, axis: Axis, rows: torch.Tensor, sent: Sequence[int], received: Sequence[int]) -> InFlight:
-        """The first ``sent[0]`` of ``rows`` go to rank 0, the next ``sent[1]`` to rank 1; ``received`` are the counts that come,
-        in the same order. Ranks may send and receive none."""
+        """The first ``sent[0]`` of ``rows`` go to rank 0, the next ``sent[1]`` to rank 1; ``received`` are the counts that
+        come, in the same order. Ranks may send and receive none."""
 
     def all_reduce(self, axis: Axis, tensors: Sequence[torch.Tensor]) -> InFlight:
         """The sum over ranks. Tensors of one call travel as one flat buffer, and the results are its views."""
@@ -160,7 +160,6 @@ class PointToPoint(Transport):
             if tensor[0].numel():
                 works += [self._send(tensor[peer], axis, peer) for peer in _others(axis)]
         return InFlight(works, results, keep=keep)
-
 
     def exchange(self, axis: Axis, rows: torch.Tensor, sent: Sequence[int], received: Sequence[int]) -> InFlight:
         rows = rows.contiguous()

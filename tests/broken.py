@@ -17,12 +17,16 @@ import torch.fx as fx
 from dspass.passes.base import PassContext
 from dspass.passes.bucket_gathers import BucketGathers
 from dspass.passes.bucket_reductions import BucketReductions
+from dspass.passes.divide_experts import DivideExperts
+from dspass.passes.exchange_rows import ExchangeRows
 from dspass.passes.expose_parameters import ExposeParameters
 from dspass.passes.gather_in_node import GatherInNode
+from dspass.passes.global_aux_loss import GlobalAuxLoss
 from dspass.passes.honour_wishes import HonourWishes
 from dspass.passes.nodes import (
     REDUCE_GRAD,
     calls,
+    exchange_wait,
     first_user,
     gather_start,
     gather_wait,
@@ -51,6 +55,67 @@ from dspass.passes.zero_reduce import ZeroReduce
 from dspass.runtime.host import offload_wait
 from dspass.runtime.linear import LINEAR
 from dspass.runtime.wish import KEEP, RECOMPUTE, WISH
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeftAsTheyArrive(DivideExperts):
+    """Rows are computed in the order that they arrive in, by rank and not by expert."""
+
+    def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
+        graph = super().run(graph, ctx)
+        for places in calls(graph, torch.ops.dspass.arrival_positions):
+            count = places.args[1]
+            with graph.inserting_before(places):
+                numbers = graph.call_function(torch.arange, (count,), {"dtype": torch.int32})
+                same = graph.call_method("view", (numbers, -1, 1))
+            places.replace_all_uses_with(same)
+        return graph
+
+
+@dataclass(frozen=True, kw_only=True)
+class NotSentBack(DivideExperts):
+    """What comes out of the experts goes on to other ranks, as if it had yet to go in."""
+
+    def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
+        graph = super().run(graph, ctx)
+        for back in calls(graph, torch.ops.dspass.combine_rows):
+            rows, ends, arriving, size, key = back.args
+            with graph.inserting_before(back):
+                sent = graph.call_function(torch.ops.dspass.dispatch_rows, (rows, ends, arriving, size, key))
+            back.replace_all_uses_with(sent)
+            graph.erase_node(back)
+        return graph
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbabilitiesAveraged(GlobalAuxLoss):
+    """What shares are multiplied with is averaged in their place: it has a gradient, and each rank its own."""
+
+    def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
+        graph = super().run(graph, ctx)
+        for mean in calls(graph, torch.ops.dspass.mean_over_ranks):
+            share, key = mean.args
+            (product,) = mean.users
+            (other,) = (n for n in product.all_input_nodes if n is not mean)
+            with graph.inserting_before(product):
+                wrong = graph.call_function(torch.ops.dspass.mean_over_ranks, (other, key))
+            product.replace_input_with(other, wrong)
+            product.replace_input_with(mean, share)
+            graph.erase_node(mean)
+        return graph
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowsReadTooSoon(ExchangeRows):
+    """What was sent is taken before it has arrived."""
+
+    def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
+        graph = super().run(graph, ctx)
+        for wait in calls(graph, exchange_wait):
+            start = wait.args[0]
+            wait.replace_all_uses_with(start)
+            graph.erase_node(wait)
+        return graph
 
 
 @dataclass(frozen=True, kw_only=True)

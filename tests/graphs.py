@@ -34,11 +34,17 @@ from dspass.passes.nodes import (
     GATHERED,
     REDUCE_GRAD,
     UNSHARD,
+    UNSHARD_EXPERTS,
     calls,
+    combine_start,
+    counts_start,
+    dispatch_start,
+    exchange_wait,
     gather_start,
     gather_wait,
     is_packed,
     keep_in_node,
+    mean_start,
     over_of,
     reduce_start,
     reduce_wait,
@@ -51,9 +57,12 @@ from dspass.passes.quantise_saved import DEQUANTISE as DEQUANTISE_SAVED
 from dspass.passes.quantise_saved import QUANTISE as QUANTISE_SAVED
 from dspass.pipeline import build
 from dspass.runtime import compat
+from dspass.runtime.collectives import RUNTIME_FUNCTIONS
 from dspass.runtime.engine import Engine
+from dspass.runtime.exchange import COMBINE, COUNTS, DISPATCH, MEAN
 from dspass.runtime.few_bits import QUANTISED_LINEAR, quantise_rows
 from dspass.runtime.params import Over, ParamSpec, lookup
+from dspass.runtime.traffic import reduction_steps
 from dspass.runtime.wish import WISH
 from dspass.shard import shard
 from dspass.wishes import keep, recompute
@@ -163,6 +172,38 @@ class Stored(nn.Module):
         return self.head(x + nn.functional.embedding(ids, table)).square().sum()
 
 
+class Routed(nn.Module):
+    """Four experts of two products each, two for each token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(5, 4, bias=False)
+        self.up = nn.Parameter(torch.randn(4, 5, 6) / 2)
+        self.down = nn.Parameter(torch.randn(4, 6, 5) / 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scores, chosen = torch.softmax(self.router(x), -1).topk(2)
+        rows, positions, ends = torch.ops.dspass.permute_experts(x, chosen, 4)
+        rows = torch.ops.dspass.grouped_product(rows, self.up, ends)
+        rows = torch.ops.dspass.grouped_product(torch.tanh(rows), self.down, ends)
+        return torch.ops.dspass.unpermute_experts(rows, positions, scores).square().sum()
+
+
+class Balanced(nn.Module):
+    """A router with a loss for its balance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(6, 3, bias=False)
+        self.mix = nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scores = torch.softmax(self.router(x), -1)
+        chosen = scores.topk(1)[1]
+        shares = nn.functional.one_hot(chosen, 3).float().mean((0, 1))
+        return (self.mix(x) * scores).square().sum() + 3 * (shares * scores.mean(0)).sum()
+
+
 TOYS: Mapping[str, type[nn.Module]] = {
     "hosted": Mlp,
     "offloaded": Mlp,
@@ -175,6 +216,8 @@ TOYS: Mapping[str, type[nn.Module]] = {
     "in_nodes": Mlp,
     "mlp": Mlp,
     "stored": Stored,
+    "routed": Routed,
+    "balanced": Balanced,
     "tied": Tied,
     "early_views": EarlyViews,
     "made": MadeOfParameters,
@@ -191,7 +234,7 @@ class Keep(Pass):
     """Keeps a copy of each graph as it was before the pass behind it."""
 
     name: ClassVar[str] = "keep"
-    where: ClassVar[frozenset[Where]] = frozenset({"joint", "forward", "backward"})
+    where: ClassVar[frozenset[Where]] = frozenset({"captured", "joint", "forward", "backward"})
 
     into: dict[str, fx.Graph] = field(default_factory=dict)
 
@@ -202,8 +245,8 @@ class Keep(Pass):
 
 @dataclass(kw_only=True, eq=False)
 class Toy:
-    """A captured model. ``joint`` is the graph before any pass, ``raw`` the one or two that the passes then
-    saw."""
+    """A captured model. ``joint`` is the graph that AOTAutograd made, ``raw`` the others that passes saw: what Dynamo captured
+    before it, and behind it one or two."""
 
     joint: fx.Graph
     raw: dict[str, fx.Graph]
@@ -222,6 +265,11 @@ class Toy:
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:
     """A copy whose nodes have the same names and metadata of their own."""
+    if any(n.op == "call_method" for n in graph.nodes):  # Dynamo's metadata cannot be copied in depth
+        same = fx.Graph()
+        same.graph_copy(graph, copies := {})
+        same.output(fx.map_arg(graph.find_nodes(op="output")[0].args[0], copies.__getitem__))
+        return same
     return copy.deepcopy(graph)
 
 
@@ -259,15 +307,34 @@ HOSTED["zero_optimization"]["offload_param"] = {"device": "cpu"}
 IN_NODE = options()
 IN_NODE["zero_optimization"]["zero_hpz_partition_size"] = 2
 
+#: Experts are divided over all ranks.
+ROUTED = {**options(), "expert_parallel": {"enabled": True}}
+
+#: Shares of tokens are averaged over ranks.
+BALANCED = options(experts={"global_aux_loss": True})
+
 #: The configuration that a toy needs, where it is not :func:`options`.
-CONFIGS = {"offloaded": OFFLOADED, "few_bits": FEW_BITS, "hosted": HOSTED, "in_node": IN_NODE, "in_nodes": IN_NODE}
+CONFIGS = {
+    "offloaded": OFFLOADED,
+    "few_bits": FEW_BITS,
+    "hosted": HOSTED,
+    "in_node": IN_NODE,
+    "in_nodes": IN_NODE,
+    "routed": ROUTED,
+    "balanced": BALANCED,
+}
 
 
-def capture(name: str, world: int = 2, config: Mapping[str, Any] | None = None) -> Toy:
-    """Trace a toy on rank 0 of ``world`` ranks, and run the plain model once a rank as the reference."""
+def capture(
+    name: str, world: int = 2, config: Config | Mapping[str, Any] | None = None, passes: Sequence[Pass] | None = None
+) -> Toy:
+    """Trace a toy on rank 0 of ``world`` ranks, and run the plain model once a rank as the reference. ``passes``: other ones
+    than those of ``config``."""
     torch.manual_seed(0)
     model = TOYS[name]()
     batches = [_batch(name) for _ in range(world)]
+    if name == "balanced":  # with the same shares of tokens on each rank, and other probabilities
+        batches = [(batches[0][0] * (1 + rank),) for rank in range(world)]
     losses, grads = _reference(model, batches)
     whole = {n: p.detach().clone() for n, p in model.named_parameters()}
     settings = Config.load(config or CONFIGS.get(name, options()))
@@ -278,9 +345,11 @@ def capture(name: str, world: int = 2, config: Mapping[str, Any] | None = None) 
         engine = new_engine(model, settings)
 
         def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
-            return compile_graph(gm, inputs, engine, settings, [Keep(into=kept), *build(settings)], as_written)
+            compile_graph(gm, inputs, engine, settings, [Keep(into=kept), *(passes or build(settings))], as_written)
+            return stop  # what no rank sent would be computed with
 
-        torch.compile(model, backend=backend)(*batches[0])
+        with contextlib.suppress(StopCaptureError):
+            torch.compile(model, backend=backend)(*batches[0])
     torch._dynamo.reset()
     toy = Toy(
         joint=kept.pop("joint"),
@@ -294,6 +363,14 @@ def capture(name: str, world: int = 2, config: Mapping[str, Any] | None = None) 
         grads={f"{engine.name}/{n}": g for n, g in grads.items()},
     )
     return toy
+
+
+class StopCaptureError(Exception):
+    """A graph was captured, and is not run."""
+
+
+def stop(*_: Any) -> Any:
+    raise StopCaptureError
 
 
 def as_written(gm: fx.GraphModule, **_: Any) -> Any:
@@ -310,6 +387,10 @@ def as_written(gm: fx.GraphModule, **_: Any) -> Any:
 def _batch(name: str) -> tuple[torch.Tensor, ...]:
     if name == "stored":
         return *quantise_rows(torch.randn(8, 4), "int8"), torch.randn(3, 4), torch.randint(8, (3,))
+    if name == "routed":
+        return (torch.randn(3, 5),)
+    if name == "balanced":
+        return (torch.randn(4, 6),)
     return (torch.randint(8, (3,)),) if name == "tied" else (torch.randn(3, 4),)
 
 
@@ -429,6 +510,8 @@ def _rows(given: PerRank, gathers: bool, ranks: Sequence[Sequence[int]]) -> PerR
 
 
 def rows_of(spec: ParamSpec, full: torch.Tensor, rank: int) -> torch.Tensor:
+    if spec.expert_axis is not None:
+        return full.narrow(0, rank * spec.shape[0], spec.shape[0])
     if spec.layout != "shard":
         return full
     assert spec.shard_axis is not None
@@ -445,6 +528,8 @@ def rows_in_node(spec: ParamSpec, full: torch.Tensor, rank: int) -> torch.Tensor
 
 def _whole(key: str, shards: PerRank) -> PerRank:
     spec = lookup(key)
+    if spec.expert_axis is not None:
+        return shards  # each rank's own experts are all that it wants
     full = torch.cat(list(shards)) if spec.layout == "shard" else shards[0]
     if tuple(full.shape) != spec.shape:
         raise CheckError(f"{key} is gathered from something else than its shards: {tuple(full.shape)}")
@@ -455,8 +540,55 @@ def _mean(key: str, grads: PerRank) -> PerRank:
     spec = lookup(key)
     if tuple(grads[0].shape) != spec.shape:
         raise CheckError(f"{key} is reduced from something else than its whole gradient: {tuple(grads[0].shape)}")
+    if spec.expert_axis is not None:
+        return grads  # of all ranks' tokens
     mean = sum(g.to(spec.reduce_dtype) for g in grads) / len(grads)
     return PerRank(rows_of(spec, mean, r).to(spec.dtype) for r in range(len(grads)))
+
+
+def _counts(ends: PerRank, world: int) -> PerRank:
+    counts = [e.diff(prepend=e.new_zeros(1)).int().view(world, -1) for e in ends]
+    return PerRank(torch.stack([counts[source][rank] for source in range(world)]) for rank in range(world))
+
+
+def _sent(ends: PerRank, source: int, rank: int) -> slice:
+    """The rows of ``source`` for ``rank``."""
+    lasts = [0, *ends[source].view(len(ends), -1)[:, -1].tolist()]
+    return slice(lasts[rank], lasts[rank + 1])
+
+
+def _dispatched(rows: PerRank, ends: PerRank) -> PerRank:
+    ranks = range(len(rows))
+    return PerRank(torch.cat([rows[source][_sent(ends, source, rank)] for source in ranks]) for rank in ranks)
+
+
+def _combined(rows: PerRank, ends: PerRank, arriving: PerRank, sizes: PerRank) -> PerRank:
+    ranks, found = range(len(rows)), []
+    for rank in ranks:
+        result = rows[rank].new_zeros((sizes[rank], *rows[rank].shape[1:]))
+        for holder in ranks:
+            begin = int(arriving[holder][:rank].sum())
+            mine = _sent(ends, rank, holder)
+            result[mine] = rows[holder][begin : begin + mine.stop - mine.start]
+        found.append(result)
+    return PerRank(found)
+
+
+def _averaged(values: PerRank) -> PerRank:
+    return PerRank([sum(values) / len(values)] * len(values))
+
+
+#: Exchanges, as markers and as starts, by what they answer of their arguments' values on all ranks.
+EXCHANGES: dict[Any, Any] = {
+    COUNTS: lambda ends, *_: _counts(ends, len(ends)),
+    counts_start: lambda ends, *_: _counts(ends, len(ends)),
+    DISPATCH: lambda rows, ends, *_: _dispatched(rows, ends),
+    dispatch_start: lambda rows, ends, *_: _dispatched(rows, ends),
+    COMBINE: lambda rows, ends, arriving, sizes, _: _combined(rows, ends, arriving, sizes),
+    MEAN: lambda values, _: _averaged(values),
+    mean_start: lambda values, _: _averaged(values),
+    combine_start: lambda rows, ends, arriving, sizes, _: _combined(rows, ends, arriving, sizes),
+}
 
 
 def simulate(graph: fx.Graph, inputs: Mapping[str, PerRank], world: int, trace: Trace | None = None) -> list[Any]:
@@ -473,6 +605,8 @@ def simulate(graph: fx.Graph, inputs: Mapping[str, PerRank], world: int, trace: 
                 if flight.waited != 1:
                     raise CheckError(f"{start.name} is waited for {flight.waited} times")
             return [PerRank(_of_rank(a, values, r) for r in range(world)) for a in node.args[0]]
+        elif node.op == "call_method":
+            values[node] = PerRank(_method(node, _of_rank(node.args, values, r)) for r in range(world))
         elif node.op == "call_function":
             values[node] = _call(node, values, world, trace)
             if isinstance(values[node], Flight):
@@ -480,6 +614,11 @@ def simulate(graph: fx.Graph, inputs: Mapping[str, PerRank], world: int, trace: 
         else:
             raise AssertionError(node.format_node())
     raise AssertionError("no output")
+
+
+def _method(node: fx.Node, values: Sequence[Any]) -> Any:
+    """Of a graph as Dynamo captured it; its parameters are their shards here."""
+    return values[0] if node.target == "to_local" else getattr(values[0], str(node.target))(*values[1:])
 
 
 def _input(node: fx.Node, inputs: Mapping[str, PerRank], world: int) -> PerRank:
@@ -521,14 +660,20 @@ def _call(node: fx.Node, values: Mapping[fx.Node, Any], world: int, trace: Trace
     if node.target is rounding_errors:
         specs = [lookup(key) for key in node.args[1]]
         return PerRank([torch.zeros(world, spec.padded_numel // world) for spec in specs] for _ in range(world))
-    if node.target in (gather_wait, reduce_wait):
+    if (exchange := EXCHANGES.get(_overload(node.target))) is not None:
+        given = [PerRank(_of_rank(a, values, r) for r in range(world)) for a in node.args]
+        answer = exchange(*given)
+        return Flight("exchange", [answer]) if node.target in RUNTIME_FUNCTIONS else answer
+    if node.target in (gather_wait, reduce_wait, exchange_wait):
         flight = values[first]
-        kind = "gather" if node.target is gather_wait else "reduce"
+        kind = {gather_wait: "gather", reduce_wait: "reduce", exchange_wait: "exchange"}[node.target]
         if not isinstance(flight, Flight) or flight.kind != kind:
             raise CheckError(f"{node.name} waits for {first}, which is no {kind}")
         flight.waited += 1
         return PerRank([v[r] for v in flight.values] for r in range(world))
-    if node.target is UNSHARD:
+    if _overload(node.target) is UNSHARD and lookup(node.args[1]).expert_axis is not None:
+        return PerRank([torch.cat(list(values[first]))] * world)
+    if _overload(node.target) in (UNSHARD, UNSHARD_EXPERTS):
         return _whole(node.args[1], values[first])
     if node.target is REDUCE_GRAD:
         trace.reduced[node.args[1]] += 1
@@ -537,19 +682,33 @@ def _call(node: fx.Node, values: Mapping[fx.Node, Any], world: int, trace: Trace
     return PerRank(target(*_of_rank(node.args, values, r), **_of_rank(node.kwargs, values, r)) for r in range(world))
 
 
+def _overload(target: Any) -> Any:
+    """As it stands behind AOTAutograd: Dynamo captures the name of an operator, which has but one overload."""
+    return target.default if isinstance(target, torch._ops.OpOverloadPacket) else target
+
+
 def inputs_of(toy: Toy) -> dict[str, PerRank]:
-    """The values of the joint graph's placeholders on every rank."""
-    shards = {marker.args[0]: marker.args[1] for marker in calls(toy.joint, UNSHARD)}
-    shards = {_root(node): key for node, key in shards.items()}
+    """The values of the joint graph's placeholders, and of the captured one's, on every rank."""
+    return _inputs_of(toy, toy.joint) | _inputs_of(toy, toy.raw["captured"])
+
+
+def markers(graph: fx.Graph) -> dict[fx.Node, str]:
+    """The key of each parameter, by the placeholder of its shard."""
+    found = [n for n in graph.nodes if n.op == "call_function" and _overload(n.target) in (UNSHARD, UNSHARD_EXPERTS)]
+    return {_root(marker.args[0]): marker.args[1] for marker in found}
+
+
+def _inputs_of(toy: Toy, graph: fx.Graph) -> dict[str, PerRank]:
+    shards = markers(graph)
     found: dict[str, PerRank] = {}
     batch = 0
-    for node in toy.joint.find_nodes(op="placeholder"):
+    for node in graph.find_nodes(op="placeholder"):
         if node in shards:
             spec = lookup(shards[node])
             found[node.name] = PerRank(rows_of(spec, toy.whole[spec.key], r) for r in range(toy.world))
         elif node.name.startswith("tangents"):
             found[node.name] = PerRank(torch.ones(()) for _ in range(toy.world))
-        elif isinstance(node.meta["val"], torch.Tensor):
+        elif isinstance(node.meta.get("val", node.meta.get("example_value")), torch.Tensor):
             found[node.name] = PerRank(values[batch] for values in toy.batches)
             batch += 1
     return found
@@ -558,10 +717,12 @@ def inputs_of(toy: Toy) -> dict[str, PerRank]:
 def saved_of(backward: fx.Graph, outputs: Sequence[Any]) -> dict[str, Any]:
     """What the forward graph answered behind its loss, by the names that the backward graph gives it."""
     names = [n.name for n in backward.find_nodes(op="placeholder") if GATHERED not in n.meta]
+    saved = outputs[1:]
+    saved = [*(v for v in saved if isinstance(v[0], int)), *(v for v in saved if not isinstance(v[0], int))]
     return dict(
         zip(
             names[: next(i for i, n in enumerate(names) if n.startswith("tangents"))],
-            outputs[1:],
+            saved,
             strict=False,
         )
     )
@@ -637,13 +798,13 @@ def check_numbers(toy: Toy, step: Step) -> None:
     for name, sent in (("forward", trace.gathered), ("backward", backward_trace.gathered)):
         if too_many := {k: n for k, n in sent.items() if n > 1}:
             raise CheckError(f"gathered more than once in one {name}: {too_many}")
-    trained = {key for key, spec in toy.engine.specs.items() if spec.trains}
+    trained = {key for key, spec in toy.engine.specs.items() if spec.trains and reduction_steps([spec])}
     counted = dict(backward_trace.reduced)
     if counted != dict.fromkeys(trained, 1):
         raise CheckError(f"each gradient is reduced once, and these are not: {counted} of {sorted(trained)}")
     for rank in range(toy.world):
         _close(outputs[0][rank], toy.losses[rank], f"the loss on rank {rank}")
-    shards = {_root(n): key for n, key in ((m.args[0], m.args[1]) for m in calls(toy.joint, UNSHARD))}
+    shards = markers(toy.joint)
     primals = [n for n in toy.joint.find_nodes(op="placeholder") if not n.name.startswith("tangents")]
     for node, grad in zip(primals, results, strict=True):
         if node in shards:

@@ -192,3 +192,9 @@ def test_trains_to_the_numbers_of_one_process(name: str, stage: int) -> None:
 @pytest.mark.parametrize("name", ["llama", "gpt2", "convolutions"])
 def test_through_inductor(name: str) -> None:
     close(run(2, train, *architecture(name), zero(3), inductor=True))
+
+
+def test_the_first_call_in_bf16_of_a_model_that_casts_to_its_inputs_precision() -> None:
+    """Llama's norms do: the first call's graph, captured in fp32, has fp32 written into it."""
+    results = run(2, train, *architecture("llama"), zero(3, bf16={"enabled": True}), steps=2)
+    close(results, params=False, within=1e-3)

@@ -502,7 +502,7 @@ def options(draw: st.DrawFn) -> tuple[dict, list[Key]]:
     for key in keys:
         if key.section == "sparse_attention" or key.path in ("fp16.enabled", "dspass.quantise.layers.activations"):
             continue  # the latter two exclude others
-        if key.section == "dspass.experts" and key.name != "capacity_factor":
+        if key.path in ("dspass.experts.drop_tokens", "dspass.experts.min_capacity"):
             continue  # they say nothing without the factor
         if key.field == "mics_shard_size" and any(other.field == "zero_hpz_partition_size" for other in keys):
             continue  # they exclude each other

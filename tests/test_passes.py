@@ -25,8 +25,11 @@ from dspass.passes.bucket_gathers import BucketGathers
 from dspass.passes.bucket_reductions import BucketReductions
 from dspass.passes.cost import compute_seconds, estimate
 from dspass.passes.devices import Device
+from dspass.passes.divide_experts import DivideExperts
+from dspass.passes.exchange_rows import ExchangeRows
 from dspass.passes.expose_parameters import ExposeParameters
 from dspass.passes.gather_in_node import GatherInNode
+from dspass.passes.global_aux_loss import GlobalAuxLoss
 from dspass.passes.honour_wishes import HonourWishes
 from dspass.passes.nodes import calls, gather_start, reduce_start, reduce_wait, wait_of
 from dspass.passes.offload_parameters import OffloadParameters
@@ -86,6 +89,10 @@ def toy_of(name: str, world: int = 0, bucket_bytes: int = 256) -> Toy:
         said["zero_optimization"] |= {"zeropp_loco_param": {"err_beta": 0.25, "reset_T": 8}}
     if name.startswith("in_node"):
         said["zero_optimization"] |= {"zero_hpz_partition_size": 2}
+    if name == "balanced":
+        said["dspass"] |= {"experts": {"global_aux_loss": True}}
+    if name == "routed":
+        said["expert_parallel"] = {"enabled": True}
     if name == "stored":
         said["dspass"] |= {"quantise": {"layers": {"activations": "int8"}}}
     if name == "hosted":
@@ -143,6 +150,17 @@ class Case:
 
 
 CASES: dict[type[Pass], Case] = {
+    DivideExperts: Case(
+        golden=(("routed", "captured"),), declines=("mlp", "captured", "no experts are divided over ranks")
+    ),
+    GlobalAuxLoss: Case(
+        golden=(("balanced", "captured"),),
+        declines=("mlp", "captured", "each rank's auxiliary loss is of its own tokens"),
+    ),
+    ExchangeRows: Case(
+        golden=(("routed", "forward"), ("routed", "backward")),
+        declines=("mlp", "forward", "no rows go to experts on other ranks"),
+    ),
     ExposeParameters: Case(
         golden=(("tied", "joint"),), declines=("mlp", "forward", "no sharded parameter is read here")
     ),
@@ -244,6 +262,8 @@ def test_the_numbers_stay(cls: type[Pass]) -> None:
         "quantised",
         "quantised_uneven",
         "stored",
+        "routed",
+        "balanced",
         "quantised_fed_back",
     ):
         toy = toy_of(name)
