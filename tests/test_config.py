@@ -371,7 +371,6 @@ def test_errors_name_the_key(options: dict, key: str, says: str) -> None:
             {"zero_optimization": {"zero_quantized_nontrainable_weights": True}},
             "zero_optimization.zero_quantized_nontrainable_weights",
         ),
-        ({"expert_parallel": {"enabled": True, "autoep_size": 2}}, "expert_parallel.enabled"),
         ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel.autotp_size"),
         ({"pipeline": {"stages": 2}}, "pipeline.stages"),
         ({"pipeline": {"stages": True}}, "pipeline.stages"),
