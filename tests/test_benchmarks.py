@@ -499,8 +499,10 @@ def test_the_grouped_product_is_held_against_its_peers(monkeypatch: pytest.Monke
 
 
 def _rows_of_experts() -> list[experts.Row]:
-    plain = experts.Row("dspass-3", [1.0, 1.0], [3.0, 2.0], {"all-gather": 3e6, "reduce-scatter": 1e6}, 1000)
-    ours = experts.Row("dspass-3-experts", [0.8, 0.7], [3.0, 2.0], {"all-reduce": 5e5, "all-to-all": 65536.0}, 800)
+    plain = experts.Row("dspass-3", [1.0, 1.0], [3.0, 2.0], {"all-gather": 3e6, "reduce-scatter": 1e6}, 10_000_000)
+    ours = experts.Row(
+        "dspass-3-experts", [0.8, 0.7], [3.0, 2.0], {"all-reduce": 5e5, "all-to-all": 65536.0}, 8_000_000
+    )
     ours.rows = [[10, 20, 30, 4], [16, 16, 16, 16]]
     return [ours, plain, experts.Row("deepspeed-autoep", error="rank 0 failed in 'steps': no luck")]
 
@@ -511,7 +513,7 @@ def test_experts_are_held_against_zero_3_and_their_bound() -> None:
     rows = _rows_of_experts()
     text = experts.table(rows, shape, 64, 2)
     assert (
-        "| dspass-3-experts | 750 ms | 0.750 | 0.0 MB | 0.800 | 0.6 MB | 0.141 | 3.00000 | 2.00000 | 0.0e+00 |" in text
+        "| dspass-3-experts | 750 ms | 0.750 | 8.0 MB | 0.800 | 0.6 MB | 0.141 | 3.00000 | 2.00000 | 0.0e+00 |" in text
     )
     assert "- met: a step takes at most 0.8 of ZeRO-3's: 0.750" in text
     assert "- met: the peak is at most 0.8 of ZeRO-3's: 0.800" in text
@@ -520,8 +522,12 @@ def test_experts_are_held_against_zero_3_and_their_bound() -> None:
     assert "| dspass-3 | 3.00 MB | 1.00 MB | 0.00 MB | 0.00 MB |" in text
     assert "Rows to experts and back: 0.07 MB of a rank, 2.000 of the bound, 0.03 MB." in text
     assert "| 0 | 64 | 4 | 30 | 1.88 | 1.06 |" in text
-    rows[0].seconds, rows[0].peak, rows[0].losses = [0.9, 0.9], 810, [3.0, 2.001]
+    rows[0].seconds, rows[0].peak, rows[0].losses = [0.9, 0.9], 8_100_000, [3.0, 2.001]
     assert experts.table(rows, shape, 64, 2).count("- missed:") == 3
+    rows[2].seconds, rows[2].losses = [2.0], [3.0, 2.5]  # it failed later
+    text = experts.table(rows, shape, 64, 2)
+    assert "| deepspeed-autoep | 2000 ms | 2.000 | - | - | - | - | 3.00000 | 2.50000 | 5.0e-01 |" in text
+    assert "- failed: deepspeed-autoep" in text
     assert "- missed: there are no figures of dspass-3-experts" in experts.table(rows[1:], shape, 64, 2)
 
 
