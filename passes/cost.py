@@ -224,7 +224,7 @@ def operation_seconds(node: fx.Node, on: Device) -> float:
     counter = flop_registry.get(getattr(node.target, "overloadpacket", None))
     if counter is None:
         return 0.0
-    operations = float(counter(*args, **kwargs, out_val=node.meta.get("val")))
+    operations = float(compat.expected(counter(*args, **kwargs, out_val=node.meta.get("val"))) or 0)
     if node.target in _GROUPED:  # a product for each expert
         experts = max(args[-1].shape[0], 1)
         kind = "linear" if on.name == "cpu" and grouped.by_onednn(value.dtype) else "product"

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.fx as fx
 
 from dspass.passes import calibration
 from dspass.passes.calibration import Calibration, Curve
@@ -209,6 +210,13 @@ def tabled(name: str) -> Device:
     raise ValueError(
         f"device={name!r} has no figures here; use 'cpu', 'cuda' for the one here, or one of {sorted(DEVICES)}."
     )
+
+
+def of_graph(graph: fx.Graph, target: str | None) -> Device:
+    """The table's device that a prediction for ``target`` is for, or that the graph's tensors are on."""
+    values = (n.meta.get("val") for n in graph.nodes)
+    kinds = {v.device.type for v in values if isinstance(v, torch.Tensor)}
+    return tabled(target or ("cuda" if "cuda" in kinds else "cpu"))
 
 
 def capacity(name: str, local_ranks: int | None = None) -> int:

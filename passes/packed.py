@@ -160,8 +160,7 @@ def _impossible(specs: Sequence[ParamSpec]) -> str | None:
 def _exposed(graph: fx.Graph, ctx: PassContext) -> set[fx.Node] | None:
     """Nodes that start what is waited for; None where that is everything, or cannot be known."""
     values = [n.meta.get("val") for n in graph.nodes]
-    kinds = {v.device.type for v in values if isinstance(v, torch.Tensor)}
-    on = devices.tabled(ctx.target or ("cuda" if "cuda" in kinds else "cpu"))
+    on = devices.of_graph(graph, ctx.target)
     if not on.overlaps or any(isinstance(v, torch.SymInt) for v in values):
         return None
     return {node for node, seconds in estimate(graph, on).waits.items() if seconds > 0}

@@ -10,6 +10,7 @@ from dspass.passes.exchange_rows import ExchangeRows
 from dspass.passes.expose_parameters import ExposeParameters
 from dspass.passes.gather_in_node import GatherInNode
 from dspass.passes.global_aux_loss import GlobalAuxLoss
+from dspass.passes.hide_exchanges import HideExchanges
 from dspass.passes.honour_wishes import HonourWishes
 from dspass.passes.offload_parameters import OffloadParameters
 from dspass.passes.offload_saved import OffloadSaved
@@ -32,6 +33,7 @@ DEFAULT: tuple[type[Pass], ...] = (
     ShareRoundings,  # what is rounded while it trains is rounded once
     QuantisedProducts,  # weights that are stored in few bits are read so; then the partitioner splits the graph
     ExchangeRows,  # and what went to experts is started and waited for
+    HideExchanges,  # with compute in between that does not wait for it
     ReleaseGathered,  # views of them are made where they are used, so that gathers come late and end early
     ZeroGather,  # gathers at first use
     BucketGathers,  # joined into buckets

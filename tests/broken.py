@@ -23,6 +23,7 @@ from dspass.passes.exchange_rows import ExchangeRows
 from dspass.passes.expose_parameters import ExposeParameters
 from dspass.passes.gather_in_node import GatherInNode
 from dspass.passes.global_aux_loss import GlobalAuxLoss
+from dspass.passes.hide_exchanges import HideExchanges
 from dspass.passes.honour_wishes import HonourWishes
 from dspass.passes.nodes import (
     REDUCE_GRAD,
@@ -106,6 +107,19 @@ class ProbabilitiesAveraged(GlobalAuxLoss):
             product.replace_input_with(mean, share)
             graph.erase_node(mean)
         return graph
+
+
+@dataclass(frozen=True, kw_only=True)
+class WaitsTooSoon(HideExchanges):
+    """What is behind a wait is moved before it, whatever it needs."""
+
+    def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
+        for wait in calls(graph, exchange_wait):
+            (item,) = wait.users
+            reader = next(iter(item.users))
+            if reader.op != "output":
+                wait.prepend(reader)
+        return super().run(graph, ctx)
 
 
 @dataclass(frozen=True, kw_only=True)

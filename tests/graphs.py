@@ -176,20 +176,23 @@ class Stored(nn.Module):
 
 
 class Routed(nn.Module):
-    """Four experts of two products each, two for each token."""
+    """Four experts of two products each, two for each token, and a shared one."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.into = nn.Linear(5, 5, bias=False)
+        self.shared = nn.Linear(5, 5, bias=False)
         self.router = nn.Linear(5, 4, bias=False)
         self.up = nn.Parameter(torch.randn(4, 5, 6) / 2)
         self.down = nn.Parameter(torch.randn(4, 6, 5) / 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(self.into(x))
         scores, chosen = torch.softmax(self.router(x), -1).topk(2)
         rows, positions, ends = torch.ops.dspass.permute_experts(x, chosen, 4)
         rows = torch.ops.dspass.grouped_product(rows, self.up, ends)
         rows = torch.ops.dspass.grouped_product(torch.tanh(rows), self.down, ends)
-        return torch.ops.dspass.unpermute_experts(rows, positions, scores).square().sum()
+        return (torch.ops.dspass.unpermute_experts(rows, positions, scores) + torch.sin(self.shared(x))).square().sum()
 
 
 class Balanced(nn.Module):

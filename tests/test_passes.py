@@ -30,6 +30,7 @@ from dspass.passes.exchange_rows import ExchangeRows
 from dspass.passes.expose_parameters import ExposeParameters
 from dspass.passes.gather_in_node import GatherInNode
 from dspass.passes.global_aux_loss import GlobalAuxLoss
+from dspass.passes.hide_exchanges import HideExchanges
 from dspass.passes.honour_wishes import HonourWishes
 from dspass.passes.nodes import calls, gather_start, reduce_start, reduce_wait, wait_of
 from dspass.passes.offload_parameters import OffloadParameters
@@ -78,6 +79,9 @@ def toy_of(name: str, world: int = 0, bucket_bytes: int = 256) -> Toy:
     offload = {"name": "offload_saved", "min_bytes": 0, "bucket_bytes": 100}
     few_bits = {"name": "quantise_saved", "min_bytes": 0}
     passes = ["...", few_bits, offload, {"name": "onednn_products", "min_operations": 0}]
+    if name == "routed":  # behind the exchanges, and before what comes with parameters
+        first = ["divide_experts", "expose_parameters", "exchange_rows", {"name": "hide_exchanges", "anywhere": True}]
+        passes = [*first, *passes]
     said = options(bucket_bytes=bucket_bytes, passes=passes)
     if name == "offloaded":
         said["compile"] = {"offload_activation": True}
@@ -159,6 +163,11 @@ CASES: dict[type[Pass], Case] = {
     GlobalAuxLoss: Case(
         golden=(("balanced", "captured"),),
         declines=("mlp", "captured", "each rank's auxiliary loss is of its own tokens"),
+    ),
+    HideExchanges: Case(
+        golden=(("routed", "forward"), ("routed", "backward")),
+        declines=("routed", "forward", "the device does not compute while it sends"),
+        options={"anywhere": False},
     ),
     ExchangeRows: Case(
         golden=(("routed", "forward"), ("routed", "backward")),
