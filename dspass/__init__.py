@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch._dynamo
 
 from dspass.backend import deepspeed
+from dspass.clipping import clip_grad_norm_
 from dspass.config import Config, ConfigError
 from dspass.engines import no_sync, resume_at
 from dspass.explain import explain
@@ -35,6 +36,7 @@ __all__ = [
     "Fit",
     "PlanError",
     "Report",
+    "clip_grad_norm_",
     "deepspeed",
     "experts",
     "explain",

@@ -14,6 +14,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from dspass.clipping import clip_grad_norm_
 from dspass.config import Config
 from dspass.hosting import host_all
 from dspass.owners import shard_states
@@ -71,7 +72,7 @@ def _before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         shard_states(optimizer)
         if clip:
             params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            torch.nn.utils.clip_grad_norm_(params, clip)
+            clip_grad_norm_(params, clip)
         engine.before_step()
     _fetch_states(optimizer, args, kwargs)
 

@@ -21,7 +21,7 @@ from dspass.passes.experts import find_experts
 from dspass.passes.nodes import calls, gather_start, specs_of
 from dspass.runtime.exchange import COMBINE, COUNTS, DISPATCH, arrival_positions, experts_of_rows
 from tests.graphs import EXCHANGES, PerRank
-from tests.ranks import run
+from tests.ranks import RankError, run
 from tests.training import Batch, close, train, whole, without_inductor, zero
 
 BASE: dict[str, Any] = {
@@ -232,6 +232,54 @@ def test_a_global_auxiliary_loss_is_that_of_the_whole_batch() -> None:
         assert max(apart) <= 1e-5
     for apart in run(2, _global_aux, False):
         assert max(apart) > 1e-4
+
+
+# -- clipping ------------------------------------------------------------------------------------------------------------
+
+
+@without_inductor
+def _clipped(kind: str) -> list[float]:
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(0)
+    reference = Routed()
+    torch.manual_seed(0)
+    model = Routed()
+    config = divided(3, 2, **({"gradient_clipping": 0.02} if kind == "key" else {}))
+    compiled: Any = torch.compile(model, backend="deepspeed", options=config)
+    ours, theirs = (torch.optim.SGD(m.parameters(), lr=1.0) for m in (model, reference))
+    draw = torch.Generator().manual_seed(1)
+    apart = []
+    for _ in range(3):
+        batches = [seldom(draw, r, 0, "") for r in range(ranks)]
+        compiled(*batches[rank]).backward()
+        for batch in batches:
+            (reference(*batch) / ranks).backward()
+        expected = torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.02)
+        assert expected > 0.03  # otherwise nothing would be clipped
+        if kind == "function":
+            norm = dspass.clip_grad_norm_(model, 0.02)
+            apart.append(abs(float(norm / expected) - 1))
+        if kind == "torch":
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.02)
+        for optimizer in (ours, theirs):
+            optimizer.step()
+            optimizer.zero_grad()
+    apart += [
+        (whole(p.detach()) - q).norm().item() / q.norm().item()
+        for p, q in zip(model.parameters(), reference.parameters(), strict=True)
+    ]
+    return apart
+
+
+@pytest.mark.parametrize("kind", ["function", "key"])
+def test_gradients_are_clipped_by_their_norm_over_all_meshes(kind: str) -> None:
+    for apart in run(4, _clipped, kind):
+        assert max(apart) <= 1e-5
+
+
+def test_torchs_own_clipping_raises_and_never_takes_a_local_norm() -> None:
+    with pytest.raises(RankError, match="must have the same mesh"):
+        run(4, _clipped, "torch")
 
 
 # -- bad input -----------------------------------------------------------------------------------------------------------
