@@ -54,7 +54,8 @@ class HideExchanges(Pass):
                 count, seconds = put(start, wait, needed, on)
                 moved += count
                 needed -= seconds
-        ctx.say(f"{moved} products run while rows of {len(starts)} all-to-alls travel")
+        products = "1 product runs" if moved == 1 else f"{moved} products run"
+        ctx.say(f"{products} while rows of {len(starts)} all-to-all{'s' * (len(starts) > 1)} travel")
         return graph
 
 
@@ -68,10 +69,10 @@ def _delay(start: fx.Node, wait: fx.Node, needed: float, on: devices.Device) -> 
     made_of = set(_made_of(start, set(earlier)))
     free = [node for node in earlier if node not in made_of]
     count, total = 0, 0.0
-    for node in free:
+    for node in list(free):
         if total >= needed:
             break
-        if fuses(node) or is_view(node) or node.next is wait:
+        if node not in free or fuses(node) or is_view(node):
             continue
         readers = _made_from(node, free)
         seconds = seconds_again(node, on)

@@ -647,7 +647,7 @@ def as_fake(values: Sequence[Any]) -> tuple[Any, list[Any]]:
     def copied(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
-        return torch.empty_like(value if is_fake(value) else mode.from_tensor(value, static_shapes=True))
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
 
     with mode:
         return mode, [copied(value) for value in values]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,7 +33,7 @@ from dspass.passes.gather_in_node import GatherInNode
 from dspass.passes.global_aux_loss import GlobalAuxLoss
 from dspass.passes.hide_exchanges import HideExchanges
 from dspass.passes.honour_wishes import HonourWishes
-from dspass.passes.nodes import calls, gather_start, reduce_start, reduce_wait, wait_of
+from dspass.passes.nodes import calls, dispatch_start, exchange_wait, gather_start, reduce_start, reduce_wait, wait_of
 from dspass.passes.offload_parameters import OffloadParameters
 from dspass.passes.offload_saved import OffloadSaved
 from dspass.passes.onednn_products import OnednnProducts
@@ -439,6 +440,31 @@ def test_prefetching_obeys_the_limit_on_live_parameters() -> None:
     assert print_graph(after) == print_graph(graph)
     _, said = apply(PrefetchGathers(max_live_elements=40), graph, "forward")
     assert said == "5 gathers start 1 bucket early, 1 not, to keep live parameters under the limit"
+
+
+def test_products_that_are_made_of_each_other_stay_in_order_while_rows_travel() -> None:
+    graph = fx.Graph()
+    x, ends, arriving = (graph.placeholder(name) for name in ("x", "ends", "arriving"))
+
+    def call(target: Any, *args: Any) -> fx.Node:
+        node = graph.call_function(target, args)
+        node.meta["val"] = torch.empty(4, 4)
+        return node
+
+    for node in (x, ends, arriving):
+        node.meta["val"] = torch.empty(4, 4)
+    first = call(torch.ops.aten.mm.default, x, x)
+    second = call(torch.ops.aten.mm.default, first, x)
+    third = call(torch.ops.aten.tanh.default, second)
+    start = call(dispatch_start, x, ends, arriving, "m/w")
+    wait = call(exchange_wait, start)
+    item = call(operator.getitem, wait, 0)
+    graph.output((call(torch.ops.aten.add.Tensor, item, third),))
+    after, said = apply(HideExchanges(anywhere=True), graph, "forward")
+    assert [n.name for n in after.nodes if n.op == "call_function"] == [
+        "dispatch_start", "mm", "mm_1", "tanh", "exchange_wait", "getitem", "add_tensor",
+    ]  # fmt: skip
+    assert said == "1 product runs while rows of 1 all-to-all travel"
 
 
 def test_a_view_of_a_view_is_made_at_its_use() -> None:
