@@ -586,7 +586,7 @@ def _experts(engine: Engine) -> list[ExpertLayer]:
             name=specs[name].layer,
             ranks=specs[name].divided_over.size,
             rows=routed.counts.sum(0).tolist(),
-            dropped=routed.dropped,
+            dropped=int(routed.dropped),
         )
         for name, routed in engine.routing.last.items()
     ]

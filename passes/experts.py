@@ -63,9 +63,8 @@ class Layer:
         return [node for node in self.inside if any(user not in held for user in node.users)]
 
     def _chains(self) -> set[fx.Node]:
-        read: set[Any] = {
-            product.args[1] for product in self.products
-        }  # a row for each expert is no reason to take it for one
+        # A weight of as many experts as there are rows is no rows.
+        read: set[Any] = {product.args[1] for product in self.products}
         return read.union(node for product in self.products for node in chain_of(product.args[1])[1])
 
     @property
@@ -262,7 +261,12 @@ _SAME = {_aten.alias, _aten.detach, _aten.clone, _aten._to_copy, _aten.contiguou
 
 
 def mixes_rows(layer: Layer) -> str | None:
-    """Why rows of the layer's inside depend on each other; None where each is computed by itself."""
+    """Why rows of the layer's inside depend on each other, or cannot be sent; None where each is computed by itself."""
+    for node in layer.entering():
+        value = value_of(node)
+        if not layer.names_expert(node) and (value.dim() != 2 or not value.is_floating_point()):
+            kind = f"{str(value.dtype).removeprefix('torch.')}{list(value.shape[1:])}"
+            return f"it reads {node.name}, {kind} of each row, and only vectors of floating-point numbers are sent"
     return mixes(layer.inside, layer.entering(), layer.leaving())
 
 
