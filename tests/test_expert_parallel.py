@@ -344,7 +344,7 @@ def test_a_router_that_answers_nan_is_named_on_every_rank() -> None:
         (lambda rows: rows.flip(0), "flip works across rows"),
         (lambda rows: rows.cumsum(0), "cumsum works across rows"),
         (lambda rows: rows * torch.arange(5)[:, None], r"int64[1] of each row, and only vectors"),
-        (lambda rows: rows[torch.arange(rows.shape[0] - 1, -1, -1)], "index works across rows"),
+        (lambda rows: rows[torch.arange(rows.shape[0] - 1, -1, -1)], "int64[] of each row"),
     ],
 )
 def test_rows_have_to_be_computed_by_themselves(between: Any, reason: str | None) -> None:
