@@ -31,7 +31,7 @@ from benchmarks import page
 from benchmarks.experts_rank import PRESETS, Shape
 from benchmarks.peers import deepspeed_python
 from benchmarks.subjects import SUBJECTS
-from benchmarks.table import device
+from benchmarks.table import cpu
 from benchmarks.workers import Group, SubjectFailed
 
 #: The first is held against the second; the last is there where DeepSpeed is.
@@ -241,7 +241,7 @@ def run(options: argparse.Namespace) -> int:
         title="Experts divided over ranks",
         benchmark="experts" + " --with-deepspeed" * (_DEEPSPEED in names),
         keys=("preset", "ranks", "batch", "context", "rounds", *(["only"] if options.only else [])),
-        facts=f"{options.ranks} gloo ranks of one thread on {device('cpu')}, torch {torch.__version__}, transformers "
+        facts=f"{options.ranks} gloo ranks of one thread on {cpu()}, torch {torch.__version__}, transformers "
         f"{version('transformers')}, Python {platform.python_version()}; {shape}, fp32, AdamW(fused=True), Python sources as "
         f"text; {(time.time() - begin) / 60:.1f} minutes.",
         text=text,

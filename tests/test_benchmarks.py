@@ -540,11 +540,9 @@ def test_mixtures_have_the_size_that_is_said(preset: str) -> None:
 
 
 def test_experts_are_measured_on_two_ranks() -> None:
-    """One row, and one of another model's that fails in its process and is told."""
     options = argparse.Namespace(preset="tiny", ranks=2, batch=2, context=16, rounds=1)
-    ours, wrong = experts.measure(["dspass-3-experts", "nonsense"], options)
+    (ours,) = experts.measure(["dspass-3-experts"], options)
     assert ours.error is None
-    assert "KeyError: 'nonsense'" in (wrong.error or "")
     assert len(ours.losses) == 4
     assert len(ours.seconds) == 1
     assert ours.peak > 10**5
@@ -552,3 +550,29 @@ def test_experts_are_measured_on_two_ranks() -> None:
     assert len(rows) == PRESETS["tiny"].experts
     assert sum(rows) == 2 * 2 * 16 * PRESETS["tiny"].top_k  # those of both ranks, and none lost
     assert 0 < ours.sent["all-to-all"] < 2.5 * experts.bound(PRESETS["tiny"], 32, 2)
+
+
+def test_a_row_of_experts_that_fails_is_told_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[str] = []
+
+    class Answers:
+        def __init__(self, name: str, *_: Any, **__: Any) -> None:
+            self.name = name
+
+        def ask(self, request: str, *_: Any, **__: Any) -> list[Any]:
+            if (self.name, request) == ("deepspeed-autoep", "watch"):
+                raise SubjectFailed("deepspeed-autoep: a rank died in 'watch'\nno memory")
+            found = {"peak": 7, "collectives": {"all-gather": (2, 5.0)}}
+            return [(0.5, [2.0]), (0.75, [4.0])] if request == "steps" else [found, {"peak": 9, "collectives": {}}]
+
+        def close(self) -> None:
+            closed.append(self.name)
+
+    monkeypatch.setattr(experts, "Group", Answers)
+    options = argparse.Namespace(preset="tiny", ranks=2, batch=2, context=16, rounds=2)
+    failed, plain = experts.measure(["deepspeed-autoep", "dspass-3"], options)
+    assert failed.error == "deepspeed-autoep: a rank died in 'watch' no memory"
+    assert failed.seconds == plain.seconds == [0.75, 0.75], "the slowest rank's"
+    assert plain.losses == [3.0] * 5
+    assert (plain.peak, plain.sent, plain.error) == (9, {"all-gather": 2.5}, None)
+    assert set(closed) == {"deepspeed-autoep", "dspass-3"}
