@@ -71,11 +71,11 @@ class ExpertsRank(Rank):
         return self.training.forward(input_ids=x, labels=x).loss  # it moves them by one itself
 
     def routing(self) -> list[list[int]]:
-        """Of each layer the rows of the last step for each expert of this rank; empty where experts are not divided."""
+        """Of each layer the rows of the last step for each expert, of all ranks; empty where experts are not divided."""
         from dspass.engines import engine_of
 
         engine = engine_of(self.model)
-        return [] if engine is None else list(engine.routing.last.values())
+        return [] if engine is None else [layer.counts.sum(0).tolist() for layer in engine.routing.last.values()]
 
 
 if __name__ == "__main__":

@@ -80,7 +80,8 @@ def compile_graph(
         context = PassContext(graph=done.name, where=where, target=engine.target, trains=trains)
         graph = run_passes(graph, passes, context, record)
         done.texts[where] = (before, print_graph(graph.graph))
-        done.graphs[where] = graph
+        if where != "captured":  # AOTAutograd makes another graph of that one
+            done.graphs[where] = graph
         return graph
 
     def partition_fn(

@@ -175,7 +175,9 @@ def trained(build: Callable[[], nn.Module], config: dict[str, Any], **more: Any)
         gathered += [lookup(k).name for start in calls(graph, gather_start) for k in start.args[1]]  # type: ignore[union-attr]
         assert not calls(graph, ops.gather_experts.default)
     found |= {"held": held, "gathered": [n for n in gathered if n in specs]}
-    found |= {"rows": dict(engine.routing.last), "drops": dict(engine.routing.last_drops)}
+    routed = engine.routing.last
+    found["rows"] = {name: layer.counts[specs[name].divided_over.rank].tolist() for name, layer in routed.items()}
+    found["drops"] = {name: [int(layer.dropped)] for name, layer in routed.items()}
     return found
 
 

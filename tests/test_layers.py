@@ -100,7 +100,7 @@ def test_each_pass_has_its_row(cls: type) -> None:
     assert len(cells) == 5, f"the row of {cls.name} has {len(cells)} cells"
     assert all(cells)
     assert cells[4] == ("yes" if cls.keeps_numbers else "no")
-    assert cells[1] == ", ".join(where for where in ("joint", "forward", "backward") if where in cls.where)
+    assert cells[1] == ", ".join(where for where in ("captured", "joint", "forward", "backward") if where in cls.where)
 
 
 def test_no_row_is_left_of_a_pass_that_is_gone() -> None:
