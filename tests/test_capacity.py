@@ -176,7 +176,10 @@ def trained(build: Callable[[], nn.Module], config: dict[str, Any], **more: Any)
         assert not calls(graph, ops.gather_experts.default)
     found |= {"held": held, "gathered": [n for n in gathered if n in specs]}
     routed = engine.routing.last
-    found["rows"] = {name: layer.counts[specs[name].divided_over.rank].tolist() for name, layer in routed.items()}
+    found["rows"] = {
+        name: layer.counts.sum(0).view(specs[name].divided_over.size, -1)[specs[name].divided_over.rank].tolist()
+        for name, layer in routed.items()
+    }
     found["drops"] = {name: [int(layer.dropped)] for name, layer in routed.items()}
     return found
 
