@@ -37,10 +37,12 @@ from dspass.passes.nodes import (
     EXCHANGES,
     combine_start,
     counts_start,
+    even_start,
     exchange_wait,
     gather_start,
     gather_wait,
     is_packed,
+    mean_start,
     over_of,
     reduce_start,
     reduce_wait,
@@ -54,8 +56,10 @@ from dspass.runtime.params import ParamSpec, lookup
 from dspass.runtime.traffic import (
     Collective,
     counts_cost,
+    even_cost,
     expected_splits,
     gather_cost,
+    mean_cost,
     packed_gather_cost,
     packed_reduce_cost,
     reduce_cost,
@@ -116,7 +120,7 @@ def estimate(graph: fx.Graph, on: Device) -> Estimate:
 
 def _collectives(start: fx.Node, on: Device) -> list[tuple[str, str, float]]:
     """Kind, group and seconds of each collective that ``start`` begins."""
-    costs = [_exchange(start)] if start.target in EXCHANGES else _of_parameters(start)
+    costs = _exchanged(start) if start.target in EXCHANGES else _of_parameters(start)
     return [(c.kind, c.group, on.latency + c.bytes / on.link_of(c.span)) for c in costs]
 
 
@@ -134,20 +138,27 @@ def _of_parameters(start: fx.Node) -> list[Collective]:
     return [cost] if cost is not None else []
 
 
-def _exchange(start: fx.Node) -> Collective:
+def _exchanged(start: fx.Node) -> list[Collective]:
     """An all-to-all of expert parallelism, as the rank that gets the most has it: charged with what it sends or gets, whichever
-    is more, for links go both ways at once."""
-    axis = lookup(cast(str, start.args[-1])).divided_over
-    sent, got = start.args[0], start
+    is more, for links go both ways at once; or the mean of shares."""
+    spec = lookup(cast(str, start.args[-1]))
+    sent, got = cast(fx.Node, start.args[0]), start
+    if start.target is mean_start:
+        assert spec.shard_axis is not None
+        return [mean_cost(spec.shard_axis, size_of(sent), "forward")]
+    axis = spec.divided_over
     if start.target is counts_start:
-        return counts_cost(axis, leaves(sent.meta["val"])[0].shape[0], "forward")
+        return [counts_cost(axis, leaves(sent.meta["val"])[0].shape[0], "forward")]
+    if start.target is even_start:
+        told = [counts_cost(axis, spec.full_shape[0] + 1, "forward")] if start.args[3] else []
+        return [*told, even_cost(axis, size_of(sent), "forward")]
     if start.target is combine_start:
         sent, got = got, sent
     (rows,), (arriving,) = (leaves(n.meta["val"]) for n in (sent, got))
     counts = [compat.expected(value.shape[0]) or 0 for value in (rows, arriving)]
     going, coming = expected_splits(axis, *counts)
     others = max(counts[0] - going[axis.rank], counts[1] - coming[axis.rank])
-    return rows_cost(axis, others * math.prod(rows.shape[1:]) * rows.element_size(), "forward")
+    return [rows_cost(axis, others * math.prod(rows.shape[1:]) * rows.element_size(), "forward")]
 
 
 def collective_seconds(start: fx.Node, on: Device) -> float:

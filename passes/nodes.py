@@ -26,7 +26,8 @@ from dspass.runtime.collectives import (
 from dspass.runtime.params import Over, ParamSpec, lookup
 
 #: What begins an all-to-all of expert parallelism.
-EXCHANGES = (counts_start, dispatch_start, combine_start)
+#: What begins an exchange that is waited for by ``exchange_wait``.
+EXCHANGES = (counts_start, dispatch_start, combine_start, even_start, mean_start)
 
 UNSHARD = torch.ops.dspass.unshard.default
 UNSHARD_EXPERTS = torch.ops.dspass.unshard_experts.default

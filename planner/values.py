@@ -17,15 +17,12 @@ from dspass.passes.devices import Device
 from dspass.passes.kernels import Stretch, fuses, is_tuple, is_view, size_of
 from dspass.passes.nodes import GATHERED
 from dspass.planner.mincut import Value, Way
-from dspass.runtime.exchange import COMBINE, COUNTS, DISPATCH
+from dspass.runtime.exchange import MARKERS
 from dspass.runtime.params import ParamSpec, lookup
 from dspass.runtime.traffic import gather_cost
 
 #: A collective is not run again: what it brought is kept.
-_COLLECTIVES = {
-    COUNTS,
-    DISPATCH,
-    COMBINE,
+_COLLECTIVES = MARKERS | {
     torch.ops.dspass.gather_experts.default,
     torch.ops.dspass.reduce_experts.default,
 }

@@ -26,8 +26,12 @@ def unshard(local: torch.Tensor, key: str) -> torch.Tensor:
     (full,) = spec.engine.start_gather([spec], [local]).wait()
     if spec.expert_axis is not None:
         return spec.engine.gather_experts(spec, full)
-    # An operator's result may alias neither its input (one rank) nor a copy that stays (stages 1 and 2).
-    return full.clone() if full.data_ptr() == local.data_ptr() else full.view_as(full)
+    return _apart(full, local)
+
+
+def _apart(whole: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
+    """An operator's result may alias neither its input (one rank) nor a copy that stays (stages 1 and 2)."""
+    return whole.clone() if whole.data_ptr() == local.data_ptr() else whole.view_as(whole)
 
 
 @unshard.register_fake
@@ -40,8 +44,6 @@ def _(local: torch.Tensor, key: str) -> torch.Tensor:
 def reduce_grad(grad: torch.Tensor, key: str) -> torch.Tensor:
     """The mean over ranks of the gradient of parameter ``key``: this rank's rows, in the parameter's precision."""
     spec = lookup(key)
-    if spec.expert_axis is not None and grad.shape[0] != spec.shape[0]:  # of all experts, by unshard
-        grad = spec.engine.reduce_experts(spec, grad) / spec.expert_axis.size
     (local,) = spec.engine.start_reduce([spec], [grad]).wait()
     return local.clone() if local.data_ptr() == grad.data_ptr() else local
 
@@ -57,6 +59,9 @@ def _save(ctx: Any, inputs: tuple[torch.Tensor, str], output: torch.Tensor) -> N
 
 
 def _unshard_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+    axis = lookup(ctx.key).expert_axis
+    if axis is not None:  # of all experts, to those of this rank's place
+        grad = torch.ops.dspass.reduce_experts(grad, ctx.key) / axis.size
     return torch.ops.dspass.reduce_grad(grad, ctx.key), None
 
 
@@ -69,7 +74,7 @@ def unshard_experts(local: torch.Tensor, key: str) -> torch.Tensor:
     ranks of that axis, each of which has a loss of its own: it is divided by their number."""
     spec = lookup(key)
     (here,) = spec.engine.start_gather([spec], [local]).wait()
-    return here.clone() if here.data_ptr() == local.data_ptr() else here.view_as(here)
+    return _apart(here, local)
 
 
 @unshard_experts.register_fake

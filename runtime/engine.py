@@ -45,8 +45,10 @@ from dspass.runtime.traffic import (
     Direction,
     TrafficCounter,
     counts_cost,
+    even_cost,
     expected_splits,
     gather_cost,
+    mean_cost,
     packed_gather_cost,
     packed_reduce_cost,
     reduce_cost,
@@ -213,8 +215,7 @@ class Engine:
         axis = spec.shard_axis
         assert axis is not None, f"{spec.name} is not on the data axis"
         flight = transport_for(axis, self.dry).all_reduce(axis, [values])
-        sent = 2 * values.nbytes * (axis.size - 1) // axis.size
-        counted = self.traffic.add(Collective.on(axis, "all-reduce", _direction(), sent))
+        counted = self.traffic.add(mean_cost(axis, values.nbytes, _direction()))
         return Exchange(self, flight, counted, lambda sums: [sums[0] / axis.size])
 
     def start_even(
@@ -230,8 +231,7 @@ class Engine:
         if opens:
             self._compare_capacities(spec, x, ends, scores)
         flight = transport_for(axis, self.dry).all_to_all(axis, [x])
-        cost = rows_cost(axis, x.nbytes // axis.size * (axis.size - 1), _direction())
-        return Exchange(self, flight, self.traffic.add(cost))
+        return Exchange(self, flight, self.traffic.add(even_cost(axis, x.nbytes, _direction())))
 
     def _compare_capacities(
         self, spec: ParamSpec, x: torch.Tensor, ends: torch.Tensor | None, scores: torch.Tensor | None
@@ -273,9 +273,9 @@ class Engine:
     def reduce_experts(self, spec: ParamSpec, grad: torch.Tensor) -> torch.Tensor:
         """The sum over ranks of gradients of all experts' weights, those of this rank's place."""
         axis = spec.divided_over
-        (here,) = transport_for(axis, self.dry).reduce_scatter(axis, [grad]).wait()
+        (here,) = transport_for(axis, self.dry).reduce_scatter(axis, [grad.to(spec.reduce_dtype)]).wait()
         self.traffic.add(Collective.on(axis, "reduce-scatter", "backward", here.nbytes * (axis.size - 1)))
-        return here
+        return here.to(grad.dtype)
 
     def start_dispatch(
         self, spec: ParamSpec, rows: torch.Tensor, ends: torch.Tensor, arriving: torch.Tensor

@@ -210,3 +210,5 @@ DISPATCH = torch.ops.dspass.dispatch_rows.default
 COMBINE = torch.ops.dspass.combine_rows.default
 MEAN = torch.ops.dspass.mean_over_ranks.default
 EVEN = torch.ops.dspass.exchange_even.default
+#: Those that send, on all ranks: none runs again because somebody would rather compute a value than keep it.
+MARKERS = frozenset({COUNTS, DISPATCH, COMBINE, EVEN, MEAN})

@@ -81,6 +81,16 @@ def counts_cost(axis: Axis, experts: int, direction: Direction) -> Collective:
     return rows_cost(axis, (axis.size - 1) * (experts + 1) * 4, direction)
 
 
+def even_cost(axis: Axis, size: int, direction: Direction) -> Collective:
+    """An all-to-all of ``size`` bytes, as many for each rank."""
+    return rows_cost(axis, size // axis.size * (axis.size - 1), direction)
+
+
+def mean_cost(axis: Axis, size: int, direction: Direction) -> Collective:
+    """The all-reduce of ``size`` bytes that are averaged."""
+    return Collective.on(axis, "all-reduce", direction, 2 * size * (axis.size - 1) // axis.size)
+
+
 def expected_splits(axis: Axis, size: int, received: int) -> tuple[list[int], list[int]]:
     """How many of ``size`` rows go to each rank, and how many of the ``received`` ones come from each, on the rank that gets
     the most: from all alike, itself one of them, and what it does not keep goes to the others alike."""

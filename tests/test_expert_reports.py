@@ -17,9 +17,12 @@ from torch import nn
 import dspass
 from dspass.lowering.simulate import GraphSimulator
 from dspass.passes.devices import device
+from dspass.passes.exchange_rows import _STARTS
+from dspass.passes.nodes import EXCHANGES
 from dspass.report import Report
 from dspass.runtime import compat, grouped  # noqa: F401  (declares operators)
 from dspass.runtime.axis import Axis
+from dspass.runtime.exchange import MARKERS
 from dspass.runtime.traffic import rows_cost
 from tests.ranks import run
 from tests.training import close, train, without_inductor, zero
@@ -122,6 +125,21 @@ def test_uneven_routing_takes_more_time_and_memory() -> None:
     assert uneven.step_seconds is not None
     assert uneven.step_seconds - even.step_seconds > 2 * more, "experts compute more"
     assert uneven.memory.peak_bytes > even.memory.peak_bytes
+
+
+def test_even_exchanges_take_their_time_too() -> None:
+    """Those of a capacity: bytes as counted, at the link's rate, and a latency for each, the counts' too that open a layer."""
+    report = predicted(4, count=4096, experts={"capacity_factor": 1.0}, passes=["...", "-hide_exchanges"])
+    found = [t for t in report.traffic if t.kind == "all-to-all" and t.group == "expert"]
+    h100 = device("h100")
+    wanted = sum(t.calls * h100.latency + t.bytes / h100.link_of(4) for t in found)
+    assert sum(t.exposed_seconds or 0.0 for t in found) == pytest.approx(wanted, rel=1e-6)
+    assert sum(t.calls for t in found) == 2 * 5  # of each layer two there, two back, and one that tells of them
+
+
+def test_whatever_is_started_has_a_cost() -> None:
+    assert {begin for begin, _ in _STARTS.values()} == set(EXCHANGES)
+    assert set(_STARTS) == MARKERS
 
 
 def test_ranks_of_one_place_in_each_node_are_joined_by_the_slower_link() -> None:
