@@ -116,6 +116,8 @@ class Key:
     """May differ from rank to rank."""
     choices: tuple[str, ...] = ()
     """The texts that it may be."""
+    any_case: bool = False
+    """Whether they may be written in any case."""
 
     @property
     def section(self) -> str:
@@ -156,7 +158,7 @@ _OWN_LOOP = "the training loop belongs to the script; what it prints or logs is 
 _REPORT = "the report of dspass.explain(model) shows it"
 _OWN_BUFFERS = "buffers of offloaded tensors are the runtime's own, pinned beside a GPU"
 _NO_DISK = "only concerns offloading to a disk, which this version does not do"
-_NO_PIPELINE = "only concerns pipeline stages, which this version does not build"
+_OWN_CUTS = "stages are cut from the graph by their time, and checkpointing inside of them is planned"
 _NO_TENSOR = "only concerns tensor parallelism, which this version does not do"
 _NO_CHECKPOINTING = "tunes deepspeed.checkpointing; torch.utils.checkpoint in the model is honoured"
 _NO_DEEPCOMPILE = "is a choice inside DeepCompile's own executor, which is not used"
@@ -211,6 +213,10 @@ _EXPERT_PARALLEL: tuple[tuple[str, Kind, object], ...] = (
     ("top_k_attr", "text", None), ("shared_experts_pattern", "text", None), ("comm_backend", "text", None),
     ("route_scale", "number", 1.0), ("score_func", "any", "auto"), ("score_apply", "any", "auto"),
     ("combine_impl", "any", "auto"), ("top_k", "any", "auto"), ("routed_scaling_factor", "any", "auto"),
+)  # fmt: skip
+_SCHEDULES = (
+    "auto", "gpipe", "1f1b", "interleaved1f1b", "loopedbfs", "interleavedzerobubble", "zbh1", "zbvzerobubble", "zbv",
+    "dualpipev",
 )  # fmt: skip
 _WEIGHTS = "compression_training.weight_quantization"
 _ACTIVATIONS = "compression_training.activation_quantization"
@@ -557,13 +563,31 @@ KEYS: tuple[Key, ...] = (
     _deny("zero_optimization.zero_quantized_nontrainable_weights", "flag", False,
           "frozen parameters stored quantised", _FIT),
     # --- parallelism of other kinds
+    # --- pipeline
     _section("pipeline"),
-    _deny("pipeline.stages", "any", "auto", "pipeline stages", 'Remove it, or set it to 1 or "auto".',
-          off=("auto", None, 1)),
-    _deny("pipeline.micro_batches", "integer", None, "a pipeline's micro-batches", "Remove it.",
-          off=(None, 1)),
-    *(_skip(f"pipeline.{name}", kind, default, _NO_PIPELINE)
-      for name, kind, default in _PIPELINE),
+    _act("pipeline.stages", "stages", "integer", None, "ranks",
+         "Ranks that the model's layers are divided over, a divisor of all ranks; what remains of the ranks is the data axis, "
+         "which the stage says how to use. All ranks of one pipeline pass the same batch. Absent, 1 or `\"auto\"`: no pipeline.",
+         low=1, off=("auto",)),
+    _act("pipeline.micro_batches", "micro_batches", "integer", None, "",
+         "Equal parts, along its first dimension, that the batch of one call is split into. Absent: what a timed simulation "
+         "finds fastest, of the batch's divisors.", low=1, off=("auto",)),
+    _act("pipeline.schedule", "schedule", "text", "auto", "",
+         "Order of forwards and backwards, a name of `torch.distributed.pipelining` in any case: `gpipe`, `1f1b`, "
+         "`interleaved1f1b`, `loopedbfs`, `interleavedzerobubble` (with one stage a rank that is ZB-H1, `zbh1`), "
+         "`zbvzerobubble` (`zbv`), `dualpipev`. `auto`: what a timed simulation finds fastest.", choices=_SCHEDULES, any_case=True, off=("auto",)),
+    _act("pipeline.virtual_stages", "virtual_stages", "integer", None, "stages",
+         "Stages of one rank. Absent: the schedule's usual number, 1 or 2.", low=1),
+    _act("pipeline.boundaries", "boundaries", "list", None, "",
+         "Modules, by name, that each begin a stage: one fewer than there are stages. Absent: cuts that balance the stages' "
+         "times, or those that `dspass.stage_boundary` marks."),
+    _act("pipeline.loss_reduction", "loss_reduction", "text", None, "",
+         "`mean`: the loss is the mean of the micro-batches', whatever it is made of. Absent: they are combined as the batch's "
+         "own loss would be, and a loss that does not show how is refused.", choices=("mean",)),
+    _act("pipeline.outputs", "outputs", "text", "all", "",
+         "Which ranks get the outputs of a call without gradients: `all`, or only the `last` stage's.",
+         choices=("all", "last")),
+    *(_skip(f"pipeline.{name}", kind, default, _OWN_CUTS) for name, kind, default in _PIPELINE),
     _section("tensor_parallel"),
     _deny("tensor_parallel.autotp_size", "integer", 0, "tensor parallelism", "Remove it, or set it to 0.",
           off=(0, 1)),
@@ -722,6 +746,7 @@ _NESTED = {
     "zero_optimization": "zero",
     "dspass": "dspass",
     "expert_parallel": "expert_parallel",
+    "pipeline": "pipeline",
     "dspass.experts": "experts",
     "dspass.quantise": "quantise",
     "dspass.quantise.layers": "own_layers",
@@ -873,9 +898,7 @@ class LayersConfig:
         for name in ("modules", "exclude"):
             names = getattr(self, name)
             if names is not None:
-                if not all(isinstance(n, str) for n in names):
-                    raise ConfigError(f"{section}.{name}", f"{_shown(list(names))} are not all names.", "Write texts.")
-                object.__setattr__(self, name, tuple(names))
+                object.__setattr__(self, name, _names(f"{section}.{name}", names))
         if self.group_size is not None and self.group_size % 16:
             raise ConfigError(
                 f"{section}.group_size",
@@ -909,6 +932,41 @@ class ExpertParallelConfig:
 
     def __post_init__(self) -> None:
         _check_fields(self, "expert_parallel")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineConfig:
+    """``pipeline``: layers divided over ranks, and the batch over time."""
+
+    stages: int | None = None
+    """Ranks of one pipeline; None: there is none."""
+    micro_batches: int | None = None
+    """Parts of a call's batch; None: as many as are fastest."""
+    schedule: str = "auto"
+    """Order of forwards and backwards, in lower case."""
+    virtual_stages: int | None = None
+    """Stages of one rank; None: the schedule's usual number."""
+    boundaries: tuple[str, ...] | None = None
+    """Names of modules that each begin a stage."""
+    loss_reduction: str | None = None
+    """``"mean"``: the loss is the micro-batches' mean."""
+    outputs: str = "all"
+    """Who gets outputs without gradients: ``"all"`` or ``"last"``."""
+
+    def __post_init__(self) -> None:
+        if any(_same(self.stages, off) for off in (1, "auto")):
+            object.__setattr__(self, "stages", None)
+        if self.micro_batches == "auto":
+            object.__setattr__(self, "micro_batches", None)
+        _check_fields(self, "pipeline")
+        if self.boundaries is not None:
+            object.__setattr__(self, "boundaries", _names("pipeline.boundaries", self.boundaries))
+        if self.stages is None:
+            for name in ("micro_batches", "virtual_stages", "boundaries", "loss_reduction"):
+                if getattr(self, name) is not None:
+                    raise ConfigError(
+                        f"pipeline.{name}", "there are no stages.", "Write pipeline.stages too, or remove it."
+                    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1079,6 +1137,8 @@ class Config:
     """``dspass.quantise``."""
     expert_parallel: ExpertParallelConfig = field(default_factory=ExpertParallelConfig)
     """``expert_parallel``."""
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+    """``pipeline``."""
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
     """``dspass.experts``."""
     own_layers: LayersConfig = field(default_factory=LayersConfig)
@@ -1139,10 +1199,11 @@ class Config:
 
     @property
     def engine_stage(self) -> int:
-        """The stage whose lifetimes hold. Experts that are divided over ranks are never plain tensors, so no parameter is: at
-        stage 0 the others are whole on every rank, and everything is reduced as at stage 1."""
+        """The stage whose lifetimes hold. Experts that are divided over ranks are never plain tensors, nor is what pipeline
+        stages hold, so no parameter is: at stage 0 the others are whole on every rank, and everything is reduced as at stage
+        1."""
         assert self.zero.stage is not None, "the stage is not resolved"
-        return max(self.zero.stage, int(self.expert_parallel.enabled))
+        return max(self.zero.stage, int(self.expert_parallel.enabled or self.pipeline.stages is not None))
 
     @property
     def layers(self) -> LayersConfig:
@@ -1197,6 +1258,7 @@ class Config:
         config = cls(zero=ZeroConfig(**held["zero_optimization"]), dspass=DspassConfig(**held["dspass"]),
                      quantise=QuantiseConfig(**held["dspass.quantise"]),
                      experts=ExpertsConfig(**held["dspass.experts"]),
+                     pipeline=PipelineConfig(**held["pipeline"]),
                      expert_parallel=ExpertParallelConfig(**held["expert_parallel"]),
                      own_layers=LayersConfig(**held["dspass.quantise.layers"]),
                      quantized_initialization=QuantizedInitialization(
@@ -1470,6 +1532,12 @@ def _unknown(path: str, section: str, name: str) -> ConfigError:
     return ConfigError(path, "is not a known key.", hint)
 
 
+def _names(path: str, names: Any) -> tuple[str, ...]:
+    if not all(isinstance(n, str) for n in names):
+        raise ConfigError(path, f"{_shown(list(names))} are not all names.", "Write texts.")
+    return tuple(names)
+
+
 def _no_auto(path: str, value: object) -> None:
     if value == "auto" and isinstance(value, str):
         raise ConfigError(path, '"auto" has no meaning here: nothing fills it in.',
@@ -1560,6 +1628,8 @@ def _simple(*types: type) -> Callable[[Key, Any], Any]:
 def _text(key: Key, value: Any) -> str:
     if not isinstance(value, str):
         raise _wrong(key, value)
+    if key.any_case:
+        value = value.lower()
     if key.choices and value not in key.choices:
         raise ConfigError(key.path, f"{_shown(value)} is not one of {', '.join(map(json.dumps, key.choices))}.",
                           "Nothing is offloaded to a disk." if value == "nvme" else "")  # fmt: skip

@@ -372,9 +372,6 @@ def test_errors_name_the_key(options: dict, key: str, says: str) -> None:
             "zero_optimization.zero_quantized_nontrainable_weights",
         ),
         ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel.autotp_size"),
-        ({"pipeline": {"stages": 2}}, "pipeline.stages"),
-        ({"pipeline": {"stages": True}}, "pipeline.stages"),
-        ({"pipeline": {"micro_batches": 4}}, "pipeline.micro_batches"),
         ({"amp": {"enabled": True}}, "amp.enabled"),
         ({"data_types": {"grad_accum_dtype": "bf16"}}, "data_types.grad_accum_dtype"),
         (
@@ -420,11 +417,10 @@ def test_what_is_not_built_may_be_off() -> None:
         },
         "elasticity": {"enabled": False},
         "compression_training": {"row_pruning": {"shared_parameters": {"enabled": False}, "different_groups": {}}},
-        "pipeline": {"stages": "auto"},
         "sparse_attention": {},
     }
     assert all("not in this version" in note.reason for note in Config.load(options).ignored)
-    assert len(Config.load(options).ignored) == 5
+    assert len(Config.load(options).ignored) == 4
 
 
 # --- what ranks compare
@@ -516,6 +512,8 @@ def _values(key: Key) -> st.SearchStrategy:
         return st.floats(0.1, 8)
     if key.path == "dspass.plan":
         return st.just("b.json")
+    if key.path == "pipeline.boundaries":
+        return st.lists(st.sampled_from(["h.1", "h.2"]), max_size=2)
     if key.path == "dspass.experts.expected_imbalance":
         return st.floats(1, 8)
     return st.floats(0, 1) if key.high == 1 and key.kind == "number" else VALID[key.kind]
@@ -530,6 +528,8 @@ def options(draw: st.DrawFn) -> tuple[dict, list[Key]]:
             continue  # the latter two exclude others
         if key.path in ("dspass.experts.drop_tokens", "dspass.experts.min_capacity"):
             continue  # they say nothing without the factor
+        if key.section == "pipeline" and key.field and not any(other.path == "pipeline.stages" for other in keys):
+            continue  # they say nothing without stages
         if key.field == "mics_shard_size" and any(other.field == "zero_hpz_partition_size" for other in keys):
             continue  # they exclude each other
         if key.refused:
@@ -701,3 +701,24 @@ def test_what_is_trained_rounded_is_not_stored_in_few_bits_at_once() -> None:
     assert "call dspass.quantise(model)" in str(error)
     missing = {"weight_quantization": {"shared_parameters": {"enabled": True}}}
     assert "no group of layers is there" in str(refused({"compression_training": missing}))
+
+
+def test_pipelines() -> None:
+    config = Config.load({"pipeline": {"stages": 4, "micro_batches": 16, "schedule": "Interleaved1F1B"}})
+    assert (config.pipeline.stages, config.pipeline.micro_batches, config.pipeline.schedule) == (
+        4,
+        16,
+        "interleaved1f1b",
+    )
+    assert config.engine_stage == 1
+    for off in ("auto", 1, None):
+        assert Config.load({"pipeline": {"stages": off}}) == Config.load({})
+    assert Config.load({"pipeline": {"stages": 2, "micro_batches": "auto"}}).pipeline.micro_batches is None
+    for options, key in [
+        ({"stages": True}, "stages"),
+        ({"stages": 2, "schedule": "2f1b"}, "schedule"),
+        ({"stages": 2, "boundaries": [1]}, "boundaries"),
+        ({"micro_batches": 4}, "micro_batches"),
+        ({"stages": 2, "micro_batches": 0}, "micro_batches"),
+    ]:
+        assert refused({"pipeline": options}).key == f"pipeline.{key}"
