@@ -567,15 +567,16 @@ KEYS: tuple[Key, ...] = (
     _section("pipeline"),
     _act("pipeline.stages", "stages", "integer", None, "ranks",
          "Ranks that the model's layers are divided over, a divisor of all ranks; what remains of the ranks is the data axis, "
-         "which the stage says how to use. All ranks of one pipeline pass the same batch. Absent, 1 or `\"auto\"`: no pipeline.",
-         low=1, off=("auto",)),
+         "which the stage says how to use. All ranks of one pipeline pass the same batch. 1 with micro-batches: each rank splits "
+         "its batch. Absent or `\"auto\"`: no pipeline.", low=1, off=("auto",)),
     _act("pipeline.micro_batches", "micro_batches", "integer", None, "",
          "Equal parts, along its first dimension, that the batch of one call is split into. Absent: what a timed simulation "
          "finds fastest, of the batch's divisors.", low=1, off=("auto",)),
     _act("pipeline.schedule", "schedule", "text", "auto", "",
          "Order of forwards and backwards, a name of `torch.distributed.pipelining` in any case: `gpipe`, `1f1b`, "
          "`interleaved1f1b`, `loopedbfs`, `interleavedzerobubble` (with one stage a rank that is ZB-H1, `zbh1`), "
-         "`zbvzerobubble` (`zbv`), `dualpipev`. `auto`: what a timed simulation finds fastest.", choices=_SCHEDULES, any_case=True, off=("auto",)),
+         "`zbvzerobubble` (`zbv`), `dualpipev`. `auto`: what a timed simulation finds fastest.",
+         choices=_SCHEDULES, any_case=True, off=("auto",)),
     _act("pipeline.virtual_stages", "virtual_stages", "integer", None, "stages",
          "Stages of one rank. Absent: the schedule's usual number, 1 or 2.", low=1),
     _act("pipeline.boundaries", "boundaries", "list", None, "",
@@ -953,8 +954,13 @@ class PipelineConfig:
     outputs: str = "all"
     """Who gets outputs without gradients: ``"all"`` or ``"last"``."""
 
+    @property
+    def enabled(self) -> bool:
+        """Whether a call's batch is split, over ranks or on one."""
+        return self.stages is not None and (self.stages > 1 or (self.micro_batches or 1) > 1)
+
     def __post_init__(self) -> None:
-        if any(_same(self.stages, off) for off in (1, "auto")):
+        if self.stages == "auto":
             object.__setattr__(self, "stages", None)
         if self.micro_batches == "auto":
             object.__setattr__(self, "micro_batches", None)
@@ -1203,7 +1209,7 @@ class Config:
         stages hold, so no parameter is: at stage 0 the others are whole on every rank, and everything is reduced as at stage
         1."""
         assert self.zero.stage is not None, "the stage is not resolved"
-        return max(self.zero.stage, int(self.expert_parallel.enabled or self.pipeline.stages is not None))
+        return max(self.zero.stage, int(self.expert_parallel.enabled or self.pipeline.enabled))
 
     @property
     def layers(self) -> LayersConfig:
