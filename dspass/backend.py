@@ -41,6 +41,8 @@ from dspass.owners import Heap
 from dspass.passes.base import Pass
 from dspass.passes.divide_experts import DivideExperts
 from dspass.pipeline import build
+from dspass.pipeline_outputs import PipelineUseError
+from dspass.pipelined import pipelined
 from dspass.runtime import compat, kernels
 from dspass.runtime.engine import Engine
 from dspass.runtime.params import ParamSpec
@@ -61,6 +63,8 @@ def deepspeed(
     if torch.cuda.is_available():
         kernels.serve_once()
     config = Config.load(options).resolve_stage(dist.is_initialized())
+    if config.pipeline.enabled:
+        return torch._dynamo.disable(_FirstOfPipeline(gm, example_inputs, config), reason="runs once, before stages are cut")
     config = config.resolve_batch(dist.get_world_size() if dist.is_initialized() else 1)
     passes = build(config)
     params = [p for p in example_inputs if isinstance(p, nn.Parameter)]
@@ -231,6 +235,27 @@ class _FirstCall(_ByHand):
             keys = {node: spec.key for node, v in zip(nodes, inputs, strict=True) if (spec := spec_of(v)) is not None}
             round_layers(self.gm, keys, choose(self.root, self.config), engine)
         return self.run(inputs, whole)
+
+
+class _FirstOfPipeline:
+    """Runs a model as a pipeline from inside of its own forward, once; from then on it has a forward that does."""
+
+    def __init__(self, gm: fx.GraphModule, inputs: Sequence[Any], config: Config) -> None:
+        params = [p for p in inputs if isinstance(p, nn.Parameter)]
+        root = _root(Heap.scan(), params)
+        if root is None:
+            raise PipelineUseError(
+                "a function was compiled, and a pipeline divides the layers of a module: call torch.compile on the module whose "
+                "forward answers the loss."
+            )
+        self.root, self.config = root, config
+        (output,) = gm.graph.find_nodes(op="output")
+        self.outputs = len(output.args[0])  # type: ignore[arg-type]
+        self.broken = compat.broken_graph()
+
+    def __call__(self, *inputs: Any) -> Any:
+        args, kwargs = compat.call_of(self.root)
+        return pipelined(self.root, self.config).first_call(args, kwargs, self.outputs, self.broken)
 
 
 class _FirstStored(_ByHand):

@@ -73,6 +73,33 @@ def in_resumed_frame() -> bool:
     return current.f_code.co_name.startswith("torch_dynamo_resume_in_")
 
 
+def broken_graph() -> str | None:
+    """Why Dynamo hands over the graph at hand before the function has ended; None where it has all of it."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        reason = InstructionTranslator.current_tx().output.compile_subgraph_reason
+    except AttributeError:  # not inside of a trace
+        return None
+    return reason.reason if reason is not None and reason.graph_break else None
+
+
+def call_of(module: torch.nn.Module) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    """What the call of ``module`` that is on this thread's stack was given.
+
+    Dynamo hands a graph its inputs, and not the call's arguments; ``nn.Module``'s own frame has them.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "_call_impl" and frame.f_locals.get("self") is module:
+            return frame.f_locals["args"], frame.f_locals["kwargs"]
+        frame = frame.f_back
+    raise RuntimeError(
+        f"{type(module).__name__} was not called as a module: call the model itself, and not its forward, or call "
+        "dspass.shard(model, config) first."
+    )
+
+
 def inductor_decompositions(patches: Mapping[str, Any]) -> Any:
     from torch._inductor import config
     from torch._inductor.decomposition import select_decomp_table

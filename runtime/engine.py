@@ -23,10 +23,11 @@ autograd has filled every ``.grad``. An average of averages is the same average,
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal
@@ -120,6 +121,7 @@ class Engine:
     _calls: int = 0
     _within_no_sync: bool = False
     _last: bool = True
+    _last_of_call: bool | None = None
 
     def add(self, spec: ParamSpec) -> ParamSpec:
         register(spec)
@@ -413,6 +415,8 @@ class Engine:
 
     def _is_last_backward(self) -> bool:
         """Count backwards, not graphs: several graphs of one ``loss.backward()`` share one autograd run."""
+        if self._last_of_call is not None:
+            return self._last_of_call
         run = compat.backward_run()
         if run != self._run or run == -1:
             self._run = run
@@ -429,6 +433,23 @@ class Engine:
                     if self.stage < 2 and run != -1:
                         compat.at_end_of_backward(self._average_the_rest)
         return self._last
+
+    @contextlib.contextmanager
+    def one_call(self) -> Iterator[None]:
+        """Inside, backwards are those of a pipeline's micro-batches: at stages 0 and 1 their gradients add up until
+        :meth:`backward_of_call` tells of the last. What is reduced then is the call's, not the step's: the loss that it belongs
+        to may be scaled afterwards, and the next call's otherwise."""
+        self._run = min(self._run, -1) - 1
+        self._last_of_call = False
+        try:
+            yield
+        finally:
+            self._last_of_call = None
+            self._waiting.clear()
+
+    def backward_of_call(self, last: bool) -> None:
+        """The next backward is, or is not, the last of its stage's in :meth:`one_call`."""
+        self._last_of_call = last
 
     def _begun_anew(self) -> bool:
         """Whether ``zero_grad()`` gave up a step half-way, as after a bad loss: it leaves no gradient at all."""

@@ -1,0 +1,151 @@
+"""What a call of a pipeline answers: micro-batches' outputs put together, the loss with its gradients, and what stands for the
+rest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from dspass.passes.split_stages import StageGraph
+from dspass.runtime.engine import Engine
+
+
+class PipelineUseError(RuntimeError):
+    """A model, or a use of it, that cannot be run as a pipeline: why, and the way out."""
+
+
+class NotComputed(torch.Tensor):
+    """Stands for an output that no stage keeps, or that another rank has; whatever reads its values raises."""
+
+    _why: str
+
+    @staticmethod
+    def __new__(cls, shape: Sequence[int], dtype: torch.dtype, why: str) -> NotComputed:
+        made = torch.Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device="meta")
+        made._why = why
+        return made
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"NotComputed(shape={tuple(self.shape)}, dtype={self.dtype})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = next(a for a in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(a, NotComputed))
+        raise PipelineUseError(f"{func.name()} reads an output that is not here: {found._why}")
+
+
+_DROPPED = (
+    "a pipeline that trains answers the loss alone, and each micro-batch's other outputs are gone when its backward has run. "
+    "Compute what you need of them inside of the model's forward, as a part of the loss, or call the model under "
+    "torch.no_grad()."
+)
+_ELSEWHERE = 'only the last stage answers outputs, as pipeline.outputs says; write "all" for every rank to have them.'
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """One output of the captured graph: of ``shape`` and ``dtype`` for a micro-batch, made on ``stage``, or equal to an
+    ``input`` of the graph by position, or a ``literal``. ``parts``: each micro-batch has its own rows."""
+
+    stage: int | None = None
+    input: int | None = None
+    literal: Any = None
+    shape: tuple[int, ...] = ()
+    dtype: torch.dtype = torch.float32
+    parts: bool = False
+    is_loss: bool = False
+
+    def whole(self, values: Sequence[Any]) -> Any:
+        """Of all micro-batches' ``values`` the batch's. A loss has been weighted: its parts add up."""
+        if not isinstance(values[0], torch.Tensor):
+            return values[0]
+        if self.is_loss:
+            return torch.stack(list(values)).sum(0)
+        if self.parts:
+            return torch.cat(list(values))
+        if values[0].dim() == 0 and values[0].dtype.is_floating_point:
+            return torch.stack(list(values)).mean()
+        return values[0]
+
+    def whole_shape(self, count: int) -> tuple[int, ...]:
+        return (self.shape[0] * count, *self.shape[1:]) if self.parts else self.shape
+
+    def stand_in(self, count: int, trains: bool) -> NotComputed:
+        return NotComputed(self.whole_shape(count), self.dtype, _DROPPED if trains else _ELSEWHERE)
+
+
+def outputs_of(graph: fx.Graph, loss: fx.Node | None, of_batch: set[fx.Node]) -> list[Output]:
+    """Each output of a captured graph; ``of_batch`` are its inputs that were split into micro-batches."""
+    (output,) = graph.find_nodes(op="output")
+    answers: Sequence[Any] = output.args[0]  # type: ignore[assignment]
+    places = {node: i for i, node in enumerate(graph.find_nodes(op="placeholder"))}
+    split = set(of_batch)
+    rows = {node.meta["example_value"].shape[0] for node in of_batch}
+    for node in graph.nodes:
+        if any(source in split for source in node.all_input_nodes):
+            split.add(node)
+    found = []
+    for answer in answers:
+        if not isinstance(answer, fx.Node):
+            found.append(Output(literal=answer))
+            continue
+        value = answer.meta.get("example_value")
+        if not isinstance(value, torch.Tensor):
+            found.append(Output(input=places.get(answer), literal=value))
+            continue
+        found.append(
+            Output(
+                input=places.get(answer),
+                shape=tuple(int(s) for s in value.shape),
+                dtype=value.dtype,
+                parts=answer in split and value.dim() > 0 and value.shape[0] in rows,
+                is_loss=answer is loss,
+            )
+        )
+    return found
+
+
+def on_stages(outputs: Sequence[Output], graphs: Sequence[StageGraph]) -> list[Output]:
+    """``outputs`` with the stages that make them."""
+    stage_of = {position: graph.index for graph in graphs for position in graph.results}
+    return [replace(output, stage=stage_of.get(position)) for position, output in enumerate(outputs)]
+
+
+class _Deliver(torch.autograd.Function):
+    """Answers a loss whose gradients are known, and hands them out, times what arrives."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: torch.Tensor, gradients: list[torch.Tensor | None], *shards: torch.Tensor) -> torch.Tensor:
+        ctx.gradients = gradients
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        held, ctx.gradients = ctx.gradients, None
+        if held is None:
+            raise PipelineUseError(
+                "the gradients of this loss have been delivered: a pipeline runs all backwards in the call of the model, and "
+                "keeps them once. Call the model again instead of backward() a second time."
+            )
+        for one in held:
+            if one is not None:
+                one.mul_(gradient.to(one.device))
+        return None, None, *held
+
+
+def delivered(engine: Engine, loss: torch.Tensor, gradients: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """``loss`` as the model's own would be: its backward gives each parameter that lies here its gradient."""
+    keys = list(gradients)
+    shards = []
+    for key in keys:
+        param: Any = engine.specs[key].param()
+        shards.append(param.to_local())
+    anchor = torch.zeros((), requires_grad=True)  # a loss has a backward on every rank, whatever is frozen there
+    return _Deliver.apply(loss, [*(gradients[key] for key in keys), None], *shards, anchor)
+
+
+__all__ = ["NotComputed", "Output", "PipelineUseError", "delivered", "on_stages", "outputs_of"]

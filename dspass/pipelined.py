@@ -1,0 +1,482 @@
+"""A model whose layers are divided over ranks, from a plain training loop.
+
+The model gets a forward of ours. It splits the batch that it is called with into micro-batches, and where the captured graph ends
+in a loss, it runs the whole schedule, forward and backward of each, holds the gradients, and answers the loss;
+``loss.backward()`` then delivers them, times what arrives: so a loss that is scaled, added to others or called several times a
+step does what it does without a pipeline. Without gradients it runs forward only and answers the outputs.
+
+The person's own forward is still what Dynamo captures, at the size of a micro-batch and in one piece. Its guards say when it has
+to be captured anew, it takes arguments apart into the graph's inputs, and puts outputs together again: the compiled function
+is called with each micro-batch, and its graph gives up as soon as it has its inputs; at the end it is called once more, and its
+graph answers what the schedule has made.
+
+Dropped: to rewrite the graph that was captured with the whole batch. Its sizes are written into it as numbers, and which of
+them are the batch's nobody can say. Dropped: ``torch.export``, which wants the model without its training loop, and has no
+guards.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.fx as fx
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from dspass import steps
+from dspass.compilation import compile_graph
+from dspass.config import Config
+from dspass.engines import new_engine
+from dspass.owners import unwrap
+from dspass.passes.combine_losses import Combination, combine_losses, loss_of
+from dspass.passes.split_stages import StageGraph, keep_outputs, split_stages
+from dspass.pipeline import build
+from dspass.pipeline_outputs import Output, PipelineUseError, delivered, on_stages, outputs_of
+from dspass.planner.stages import follow
+from dspass.runtime import compat
+from dspass.runtime.axis import Axis, axis_of
+from dspass.runtime.engine import Engine
+from dspass.runtime.pipeline import Executor, Stage
+from dspass.runtime.schedule import Kind
+from dspass.shard import Fill, agree, refuse_wrapped
+from dspass.staged import pipeline_mesh, place_stages, prepare, sum_tied
+from dspass.staging import Staging, forward_only, plan_stages
+
+
+def pipelined(
+    model: nn.Module, config: Config, *, fill: Fill | None = None, device: torch.device | str | None = None
+) -> Pipelined:
+    """Give ``model`` a forward that runs as a pipeline. Its parameters are placed in the first call, when the graph is known."""
+    root = unwrap(model)
+    known = root.__dict__.get("forward")
+    if isinstance(known, Pipelined):
+        return known
+    refuse_wrapped(root)
+    found = Pipelined(root, config, fill, device)
+    root.forward = found  # type: ignore[method-assign]
+    return found
+
+
+@dataclass(kw_only=True, eq=False)
+class Built:
+    """A captured graph in stages, as it runs."""
+
+    executor: Executor
+    combination: Combination | None
+    loss: int | None
+    """Position of the output whose gradients are held, where there are any."""
+    graphs: list[StageGraph]
+    outputs: list[Output]
+
+
+@dataclass(kw_only=True, eq=False)
+class Capture:
+    """What Dynamo captured for one kind of micro-batch, and what was made of it by the number of micro-batches."""
+
+    gm: fx.GraphModule
+    built: dict[int, Built] = field(default_factory=dict)
+
+
+class _Collected(Exception):
+    """Carries a micro-batch's graph inputs out of the compiled function."""
+
+    def __init__(self, capture: Capture, inputs: Sequence[Any]) -> None:
+        super().__init__()
+        self.capture, self.inputs = capture, inputs
+
+
+@dataclass(kw_only=True, eq=False)
+class _Batches:
+    """A call's micro-batches: as arguments, as inputs of the captured graph, and which of those are split (``split``)."""
+
+    calls: list[Any]
+    inputs: list[Sequence[Any]]
+    capture: Capture
+    split: set[int]
+    whole: Sequence[Any] | None = None
+    """The whole batch's inputs of the graph that was captured with it."""
+    whole_graph: fx.Graph | None = None
+
+
+class Pipelined:
+    """The forward of a model that runs as a pipeline."""
+
+    def __init__(self, root: nn.Module, config: Config, fill: Fill | None, device: torch.device | str | None) -> None:
+        self.root, self.config, self.fill, self.device = root, config, fill, device
+        self.passes = build(config)
+        self.engine: Engine | None = None
+        self.staging: Staging | None = None
+        self.last: Built | None = None
+        """What ran last, for the report."""
+        self._answer: Sequence[Any] | None = None
+        self._keeps_answers = False
+        self._answers_kept: Sequence[Any] | None = None
+        original = type(root).forward
+
+        def whole_forward(*args: Any, **kwargs: Any) -> Any:
+            return original(root, *args, **kwargs)
+
+        self._captured = torch.compile(whole_forward, backend=self._capture, fullgraph=True, dynamic=False)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise PipelineUseError(
+            "a model whose layers are divided over ranks cannot be copied: no rank has all of it. Copy it before its first "
+            "call, or build another and load dspass.full_state_dict(model)."
+        )
+
+    @torch._dynamo.disable(reason="runs a pipeline's schedule")
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.engine is None:
+            self._begin(args, kwargs)
+        leaves, structure = tree_flatten((args, kwargs))
+        size, trains = _batch_size(leaves), torch.is_grad_enabled()
+        _refuse_gradients(leaves, trains)
+        if self.staging is None:
+            guess = self._micro_batches(size, trains)
+            self._stage(self._collect(leaves, structure, size, guess).capture.gm, size, guess, trains)
+        count = self._micro_batches(size, trains)
+        batches = self._collect(leaves, structure, size, count)
+        if count > 1 and self.config.pipeline.loss_reduction is None:
+            whole = self._collect(leaves, structure, size, 1)
+            batches.whole, batches.whole_graph = whole.inputs[0], whole.capture.gm.graph
+        if count not in batches.capture.built:
+            batches.capture.built[count] = self._build(batches, count, trains)
+        self.last = batches.capture.built[count]
+        return self._run(self.last, batches, trains)
+
+    def first_call(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], outputs: int, broken: str | None
+    ) -> Sequence[Any]:
+        """The first call of a model that was compiled and not prepared by ``dspass.shard``: its own forward is running, as a graph
+        with so many ``outputs``, or as the first piece of a ``broken`` one; answers them for the whole batch."""
+        way_out = "Call dspass.shard(model, config) before the optimiser is built: then the model is captured in one piece."
+        if broken is not None:
+            raise PipelineUseError(f"the model's forward was captured in pieces, which cannot be stages: {broken} {way_out}")
+        self._keeps_answers = True
+        try:
+            self(*args, **kwargs)
+            answers, self._answers_kept = self._answers_kept, None
+        finally:
+            self._keeps_answers = False
+        assert answers is not None
+        if len(answers) != outputs:
+            raise PipelineUseError(
+                f"the model's forward gave {outputs} outputs to its first capture and {len(answers)} to the second. {way_out}"
+            )
+        return answers
+
+    # -- before the first call -------------------------------------------------------------------------------------
+
+    def _begin(self, args: Any, kwargs: Any) -> None:
+        compat.check_torch()
+        config, root = self.config, self.root
+        self.kind = torch.device(self.device).type if self.device is not None else _device_of(root, args, kwargs)
+        self.mesh = pipeline_mesh(config.pipeline.stages or 1, self.kind)
+        self.pipe: Axis = axis_of("pipe", self.mesh, 0)
+        agree(root, config, self.mesh)
+        self.engine = new_engine(root, config)
+        prepare(root, self.engine, config, self.mesh)
+
+    def _micro_batches(self, size: int, trains: bool) -> int:
+        """How many parts a batch is split into."""
+        written = self.config.pipeline.micro_batches
+        asked = self.staging.micro_batches if self.staging is not None and written is None else written
+        if asked is None:  # a first guess, which the planner replaces
+            asked = 2 * (self.config.pipeline.stages or 1)
+        elif trains and written is not None and size % written:
+            divisors = [d for d in range(1, size + 1) if size % d == 0]
+            near = sorted(divisors, key=lambda d: abs(d - written))[:2]
+            raise PipelineUseError(
+                f"pipeline.micro_batches: {written} does not divide this call's batch of {size}. Write one of {sorted(near)}, "
+                "or drop or pad a last, smaller batch (DataLoader(drop_last=True))."
+            )
+        return max(d for d in range(1, size + 1) if size % d == 0 and d <= asked)
+
+    def _stage(self, gm: fx.GraphModule, size: int, count: int, trains: bool) -> None:
+        """Decide on stages, as rank 0 finds, and place the parameters."""
+        assert self.engine is not None
+        self.staging = plan_stages(gm, self.config, self.engine, self.pipe, size, count, trains)
+        if dist.get_world_size() > 1 and dist.get_backend() != "fake":
+            told = [self.staging]
+            dist.broadcast_object_list(told, 0)
+            self.staging = told[0]
+        mine = self.staging.schedule.stages_of(self.pipe.rank)
+        place_stages(
+            self.root,
+            self.engine,
+            self.config,
+            self.mesh,
+            self.staging.keys(self.engine),
+            mine,
+            fill=self.fill,
+            device=self.device,
+        )
+        self.fill = None
+        steps.watch(self.engine, self.config)
+
+    # -- capture ---------------------------------------------------------------------------------------------------
+
+    def _capture(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        """Dynamo's backend: the graph answers what was put there for it, or gives up its inputs."""
+        for node, value in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True):
+            if isinstance(value, nn.Parameter):
+                compat.guard_identity(node)
+                break
+        capture = Capture(gm=gm)
+
+        def run(*inputs: Any) -> Any:
+            if self._answer is not None:
+                return self._answer
+            raise _Collected(capture, inputs)
+
+        return torch._dynamo.disable(run, reason="gives up its inputs")
+
+    def _collect(self, leaves: Sequence[Any], structure: Any, size: int, count: int) -> _Batches:
+        calls, inputs, captures, split = [], [], [], set()
+        for i in range(count):
+            part = _part(leaves, size, count, i)
+            args, kwargs = call = tree_unflatten(part, structure)
+            try:
+                with compat.ignoring_logs():
+                    self._captured(*args, **kwargs)
+            except _Collected as found:
+                captures.append(found.capture)
+                inputs.append(found.inputs)
+                calls.append(call)
+            else:
+                raise PipelineUseError("the model's forward computes nothing that could be divided over ranks.")
+            if i == 0:
+                parts = {id(t) for t, whole in zip(part, leaves, strict=True) if t is not whole}
+                split = {j for j, value in enumerate(inputs[0]) if id(value) in parts}
+        if any(capture is not captures[0] for capture in captures):
+            raise PipelineUseError(
+                "micro-batches of one call were captured as different graphs: the model's forward depends on values of its "
+                "arguments, or counts its calls. Take that out of it, or set pipeline.micro_batches to 1."
+            )
+        return _Batches(calls=calls, inputs=inputs, capture=captures[0], split=split)
+
+    # -- stages ----------------------------------------------------------------------------------------------------
+
+    def _build(self, batches: _Batches, count: int, trains: bool) -> Built:
+        """Cut a captured graph as the parameters lie, and compile this rank's stages."""
+        assert self.engine is not None
+        assert self.staging is not None
+        staging = self.staging
+        gm = _copied(batches.capture.gm)
+        graph = gm.graph
+        placeholders = graph.find_nodes(op="placeholder")
+        split = {placeholders[i] for i in batches.split}
+        _refuse_state(graph, placeholders, trains)
+        loss, combination = self._combined(graph, batches.whole_graph, count, trains)
+        (output,) = graph.find_nodes(op="output")
+        answers: Sequence[Any] = output.args[0]  # type: ignore[assignment]
+        position = next((i for i, answer in enumerate(answers) if answer is loss), None)
+        described = outputs_of(graph, loss, split)
+        if trains and position is not None:
+            keep_outputs(gm, [position])
+        cuts = follow(gm, staging.schedule.stages, staging.keys(self.engine), staging.known)
+        graphs = split_stages(gm, [s.nodes for s in cuts.stages], [c.values for c in cuts.cuts], cuts.stage_of)
+        schedule = staging.schedule_of(count) if trains else forward_only(staging.schedule, count)
+        inputs = [*batches.inputs[0], *_totals(combination, batches)]
+        parts = {action.stage for row in schedule.actions for action in row if action.kind is Kind.INPUT}
+        stages = {s: self._compile(graphs[s], inputs, trains, s in parts) for s in schedule.stages_of(self.pipe.rank)}
+        executor = Executor(
+            schedule=schedule,
+            axis=self.pipe if self.pipe.size > 1 else None,
+            stages=stages,
+            device=torch.device(self.kind),
+            loss=position if trains else None,
+            on_last=self.engine.backward_of_call,
+        )
+        outputs = on_stages(described, graphs)
+        return Built(executor=executor, combination=combination, loss=position, graphs=graphs, outputs=outputs)
+
+    def _combined(
+        self, graph: fx.Graph, whole: fx.Graph | None, count: int, trains: bool
+    ) -> tuple[fx.Node | None, Combination | None]:
+        """The loss, rewritten so that micro-batches' add up to the batch's. Without gradients there may be none."""
+        try:
+            combination = combine_losses(graph, loss_of(graph), whole, count, self.config.pipeline.loss_reduction)
+        except ValueError as error:
+            if trains:
+                raise PipelineUseError(str(error)) from error
+            return None, None
+        return combination.loss, combination
+
+    def _compile(self, graph: StageGraph, inputs: Sequence[Any], trains: bool, in_parts: bool) -> Stage:
+        assert self.engine is not None
+        values = {v.name: v for v in graph.received}
+        examples = []
+        for name in graph.reads:
+            like = torch.zeros(values[name].shape, dtype=values[name].dtype, device=self.kind)
+            examples.append(like.requires_grad_(trains and values[name].has_gradient))
+        examples += [inputs[i] for i in graph.inputs]
+        examples += [shard_of(self.engine, key, trains) for key in graph.keys]
+        with torch.set_grad_enabled(trains):
+            run = compile_graph(
+                graph.gm,
+                examples,
+                self.engine,
+                self.config,
+                self.passes,
+                split=range(len(graph.reads)) if in_parts else None,
+            )
+        return Stage(
+            index=graph.index,
+            run=run,
+            received=graph.received,
+            sent=graph.sent,
+            reads=graph.reads,
+            makes=graph.makes,
+            inputs=graph.inputs,
+            keys=graph.keys,
+            results=graph.results,
+            halves=self.engine.compilations[-1].split,
+        )
+
+    # -- run -------------------------------------------------------------------------------------------------------
+
+    def _run(self, built: Built, batches: _Batches, trains: bool) -> Any:
+        assert self.engine is not None
+        engine, inputs = self.engine, batches.inputs
+        totals = _totals(built.combination, batches)
+        inputs = [[*batch, *totals] for batch in inputs]
+        keys = dict.fromkeys(key for stage in built.executor.stages.values() for key in stage.keys)
+        shards = {key: shard_of(engine, key, trains) for key in keys}
+        with engine.one_call():
+            results = built.executor(inputs, shards)
+        answers = self._answers(built, results, inputs, trains)
+        if trains:
+            assert built.loss is not None
+            gradients = {key: shard.grad for key, shard in shards.items() if shard.grad is not None}
+            sum_tied(engine, gradients)
+            answers[built.loss] = delivered(engine, answers[built.loss], gradients)
+        self._answer = answers
+        self._answers_kept = answers if self._keeps_answers else None
+        try:
+            args, kwargs = batches.calls[0]
+            with compat.ignoring_logs():
+                return self._captured(*args, **kwargs)
+        finally:
+            self._answer = None
+
+    def _answers(
+        self, built: Built, results: Mapping[int, list[Any]], inputs: Sequence[Sequence[Any]], trains: bool
+    ) -> list[Any]:
+        """The captured graph's outputs for the whole batch, where they are asked for."""
+        answers: list[Any] = []
+        rank_of, count = built.executor.schedule.rank_of, len(inputs)
+        for position, output in enumerate(built.outputs):
+            if output.input is not None:
+                answers.append(output.whole([batch[output.input] for batch in inputs]))
+            elif trains and position != built.loss:
+                answers.append(output.literal if output.stage is None and not output.shape else output.stand_in(count, trains))
+            elif output.stage is None:
+                answers.append(output.literal)
+            else:
+                owner = rank_of[output.stage]
+                mine = output.whole(results[position]) if owner == self.pipe.rank else None
+                if self.config.pipeline.outputs == "all" or output.is_loss:
+                    mine = self._from(owner, mine, output, count)
+                answers.append(mine if mine is not None else output.stand_in(count, trains))
+        return answers
+
+    def _from(self, owner: int, value: torch.Tensor | None, output: Output, count: int) -> torch.Tensor:
+        """The value that rank ``owner`` of the pipeline has, on all of its ranks."""
+        if value is None:
+            value = torch.empty(output.whole_shape(count), dtype=output.dtype, device=self.kind)
+        if self.pipe.size > 1:
+            value = value.contiguous()
+            dist.broadcast(value, self.pipe.ranks[owner], self.pipe.group)
+        return value
+
+
+def shard_of(engine: Engine, key: str, trains: bool) -> torch.Tensor:
+    """This rank's part of a parameter as a leaf of its own, in whose ``.grad`` a call's gradients gather."""
+    spec = engine.specs[key]
+    param: Any = spec.param()
+    return param.to_local().detach().requires_grad_(trains and spec.trains)
+
+
+def _totals(combination: Combination | None, batches: _Batches) -> list[torch.Tensor]:
+    """What each micro-batch is told of the whole batch, such as how many labels it has."""
+    return combination.values(batches.whole) if combination is not None and batches.whole is not None else []
+
+
+def _copied(gm: fx.GraphModule) -> fx.GraphModule:
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    made = fx.GraphModule(gm, graph)
+    (old,), (new,) = gm.graph.find_nodes(op="output"), graph.find_nodes(op="output")
+    new.meta = dict(old.meta)
+    return made
+
+
+def _batch_size(leaves: Sequence[Any]) -> int:
+    """The length that most tensors have along their first dimension."""
+    sizes = Counter(t.shape[0] for t in leaves if isinstance(t, torch.Tensor) and t.dim())
+    if not sizes:
+        raise PipelineUseError(
+            "a call without tensors that have a dimension has no batch to split into micro-batches: pass the batch as tensors."
+        )
+    return max(sizes, key=lambda size: sizes[size])
+
+
+def _part(leaves: Sequence[Any], size: int, count: int, i: int) -> list[Any]:
+    """Micro-batch ``i``: of each tensor that has the batch's rows its own, of all else the whole. Tensors passed twice stay one."""
+    rows = size // count
+    known: dict[int, torch.Tensor] = {}
+    found = []
+    for leaf in leaves:
+        if count > 1 and isinstance(leaf, torch.Tensor) and leaf.dim() and leaf.shape[0] == size:
+            found.append(known.setdefault(id(leaf), leaf.narrow(0, i * rows, rows)))
+        elif isinstance(leaf, torch.Tensor) and leaf.dim() and leaf.shape[0] == size:
+            found.append(known.setdefault(id(leaf), leaf.view_as(leaf)))
+        else:
+            found.append(leaf)
+    return found
+
+
+def _refuse_gradients(leaves: Sequence[Any], trains: bool) -> None:
+    if trains and any(isinstance(t, torch.Tensor) and t.requires_grad for t in leaves):
+        raise PipelineUseError(
+            "an argument of the model wants a gradient: a pipeline delivers those of its parameters alone. Move what makes the "
+            "argument into the model, or detach it."
+        )
+
+
+def _refuse_state(graph: fx.Graph, placeholders: Sequence[fx.Node], trains: bool) -> None:
+    """Refuse what a micro-batch would change for the next: buffers that the forward writes, as batch norm does."""
+    if not trains:
+        return
+    for node in graph.nodes:
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        if name == "batch_norm" and _argument(node, 5, "training"):
+            raise PipelineUseError(
+                f"{node.name} normalises over a batch and keeps its statistics: split into micro-batches it would compute "
+                "something else. Call eval() on the batch norms, use group or layer norm, or do without a pipeline."
+            )
+        if node.op == "call_method" and name.endswith("_") and not name.endswith("__") and node.args[0] in placeholders:
+            raise PipelineUseError(
+                f"{node.name} writes into {compat.placeholder_source(node.args[0]) or node.args[0]}, which each micro-batch "
+                "would do again. Take it out of the forward."
+            )
+
+
+def _argument(node: fx.Node, place: int, name: str) -> Any:
+    return node.args[place] if len(node.args) > place else node.kwargs.get(name, False)
+
+
+def _device_of(root: nn.Module, args: Any, kwargs: Any) -> str:
+    for tensor in (*root.parameters(), *tree_flatten((args, kwargs))[0]):
+        if isinstance(tensor, torch.Tensor) and not tensor.is_meta:
+            return tensor.device.type
+    return "cpu"
+
+
+__all__ = ["Built", "Capture", "Pipelined", "pipelined", "shard_of"]

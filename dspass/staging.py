@@ -1,0 +1,151 @@
+"""Which stages a pipeline has, where they lie and in which order they run: decided once, by rank 0, and told to all.
+
+Costs of the captured graph's nodes are those of one micro-batch. Those of other sizes are taken to be in proportion to their
+rows: the planner compares numbers of micro-batches without capturing each. What a rank holds all the time is its parameters, as
+the ZeRO stage divides them, with a gradient and two states of an optimiser that trains them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch.fx as fx
+
+from dspass.config import Config
+from dspass.passes import devices
+from dspass.passes.captured_cost import costs_of
+from dspass.passes.devices import Device
+from dspass.planner.schedule_times import Link, StageCost
+from dspass.planner.schedules import NAMES, Choice, choose, make
+from dspass.planner.stages import Cuts, cut
+from dspass.runtime.axis import Axis
+from dspass.runtime.engine import Engine
+from dspass.runtime.schedule import Action, Kind, Schedule, Timeline
+from dspass.settings import kind_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Staging:
+    """``stages_of`` are the stages that read each parameter, by the model's names; ``known`` has the stage of each node of the
+    graph that was cut, by name. The rest is for the report."""
+
+    schedule: Schedule
+    micro_batches: int
+    stages_of: Mapping[str, frozenset[int]]
+    known: Mapping[str, int]
+    predicted: Timeline | None = None
+    why: tuple[str, ...] = ()
+    table: str = ""
+
+    def schedule_of(self, count: int) -> Schedule:
+        """The same schedule for another number of micro-batches."""
+        if count == self.schedule.micro_batches:
+            return self.schedule
+        return make(self.schedule.name, self.schedule.ranks, count, self.schedule.virtual_stages)
+
+    def keys(self, engine: Engine) -> dict[str, frozenset[int]]:
+        """``stages_of`` by the keys of this rank's engine."""
+        return {f"{engine.name}/{name}": stages for name, stages in self.stages_of.items()}
+
+
+def forward_only(schedule: Schedule, count: int) -> Schedule:
+    """Forwards alone on the same stages: on each rank in rounds of as many micro-batches as there are ranks."""
+    rows = []
+    for rank in range(schedule.ranks):
+        actions = [Action(Kind.FORWARD, s, i) for s in schedule.stages_of(rank) for i in range(count)]
+        rows.append(tuple(sorted(actions, key=lambda a: (a.micro_batch // schedule.ranks, a.stage, a.micro_batch))))
+    return Schedule("forward only", schedule.ranks, schedule.stages, count, schedule.rank_of, tuple(rows))
+
+
+def plan_stages(
+    gm: fx.GraphModule,
+    config: Config,
+    engine: Engine,
+    pipe: Axis,
+    batch: int,
+    count: int,
+    trains: bool,
+    budget_bytes: int | None = None,
+) -> Staging:
+    """Cut ``gm``, captured with one of ``count`` micro-batches of a ``batch``, and choose the schedule.
+
+    Raises ``CutError`` where it cannot be cut so, ``ScheduleError`` where there is no such schedule, or none fits.
+    """
+    pipeline = config.pipeline
+    on = devices.tabled(kind_of(engine))
+    costs = costs_of(gm, on, trains)
+    divided = max(engine.stages.data.size, 1) if engine.stages is not None and engine.stage else 1
+
+    @functools.cache
+    def cut_into(stages: int) -> Cuts:
+        return cut(gm, stages, costs, on, micro_batches=count, boundaries=pipeline.boundaries)
+
+    def costs_for(stages: int, micro_batches: int) -> tuple[Sequence[StageCost], Sequence[Link]]:
+        return _costs(cut_into(stages), on, count / micro_batches, divided)
+
+    virtual = pipeline.virtual_stages
+    if virtual is None and pipeline.boundaries is not None and (len(pipeline.boundaries) + 1) % pipe.size == 0:
+        virtual = (len(pipeline.boundaries) + 1) // pipe.size
+    named = pipeline.schedule != "auto"
+    if named and virtual is None:
+        virtual = make(pipeline.schedule, pipe.size, pipeline.micro_batches or 2 * pipe.size).virtual_stages
+    if named and pipeline.micro_batches is not None:
+        make(pipeline.schedule, pipe.size, pipeline.micro_batches, virtual)  # its own words for why not
+    choice = choose(
+        pipe.size,
+        costs_for,
+        batch=batch,
+        micro_batches=pipeline.micro_batches,
+        names=(pipeline.schedule,) if named else NAMES,
+        virtual_stages=virtual,
+        budget_bytes=budget_bytes,
+        overlaps=on.overlaps,
+    )
+    return _staging(cut_into(choice.schedule.stages), choice)
+
+
+def _staging(cuts: Cuts, choice: Choice) -> Staging:
+    stages_of: dict[str, frozenset[int]] = {}
+    for stage in cuts.stages:
+        for name in stage.parameters:
+            stages_of[name] = stages_of.get(name, frozenset()) | {stage.index}
+    return Staging(
+        schedule=choice.schedule,
+        micro_batches=choice.schedule.micro_batches,
+        stages_of=stages_of,
+        known={node.name: stage for node, stage in cuts.stage_of.items()},
+        predicted=choice.timeline,
+        why=cuts.why,
+        table=choice.table(),
+    )
+
+
+def _costs(cuts: Cuts, on: Device, rows: float, divided: int) -> tuple[list[StageCost], list[Link]]:
+    """Of stages and cuts, for micro-batches of ``rows`` times those that were captured."""
+    stages = [
+        StageCost(
+            forward=rows * s.forward,
+            backward=rows * (s.input_gradient + s.weight_gradient),
+            input=rows * s.input_gradient,
+            weight=rows * s.weight_gradient,
+            saved_bytes=int(rows * s.saved_bytes),
+            held_bytes=int(rows * s.saved_bytes),
+            static_bytes=4 * s.parameter_bytes // divided,
+        )
+        for s in cuts.stages
+    ]
+    links = [
+        Link(
+            forward=on.latency + rows * c.bytes / on.link,
+            backward=on.latency + rows * c.gradient_bytes / on.link,
+            forward_bytes=int(rows * c.bytes),
+            backward_bytes=int(rows * c.gradient_bytes),
+        )
+        for c in cuts.cuts
+    ]
+    return stages, links
+
+
+__all__ = ["Staging", "forward_only", "plan_stages"]

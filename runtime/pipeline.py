@@ -1,0 +1,292 @@
+"""What runs a pipeline's schedule on one rank: forwards and backwards of stages, and messages between neighbours.
+
+One call runs all of a batch's micro-batches, forward and backward. Gradients of parameters gather in ``.grad`` of the shards
+that it is given, which are leaves of its own: whoever called hands them out when the loss's own backward is asked for.
+
+A message is a list of tensors whose names, shapes and types both ends know from the graph, so none are told. Receives are
+posted where the schedule has them and waited for by what reads them; sends are kept until the end of the call, and their
+tensors with them until they have gone. On the way back a message holds the gradients of those values that have one.
+
+Dropped: ``torch.distributed.pipelining``'s own runtime under its schedules. It passes inputs to the first stage alone, so that
+labels and masks would have to travel; splits backwards by walking autograd's graph, which compiled stages have none of; and
+gathers gradients in ``.grad`` of the parameters, where a loss that is scaled afterwards comes too late. Its orders are used
+(:mod:`dspass.runtime.schedule`), and its rule for an order of messages in which nobody waits in a circle.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from dspass.runtime.axis import Axis
+from dspass.runtime.schedule import Action, Direction, Kind, Receive, Schedule, Send, Span
+
+
+class PipelineError(RuntimeError):
+    """A message did not come or could not be sent: another rank has stopped."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Value:
+    """One tensor of a message between two stages. ``has_gradient``: the message back holds its gradient."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    has_gradient: bool
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+class Halves(Protocol):
+    """A compiled backward in two parts (:mod:`dspass.lowering.split_backward`)."""
+
+    def deferred(self, token: int) -> Any:
+        """A context in which the backward computes gradients of activations alone, and keeps the rest under ``token``."""
+
+    def weights(self, token: int) -> Sequence[torch.Tensor | None]:
+        """The gradients that were left, by the position of the graph's input."""
+
+
+@dataclass(kw_only=True, eq=False)
+class Stage:
+    """One stage that lies on this rank; see :class:`dspass.passes.split_stages.StageGraph` for its parts. ``run`` takes the
+    values that it reads, inputs of the batch and shards of parameters, and answers what it makes and its results."""
+
+    index: int
+    run: Callable[..., Sequence[Any]]
+    received: tuple[Value, ...]
+    sent: tuple[Value, ...]
+    reads: tuple[str, ...]
+    makes: tuple[str, ...]
+    inputs: tuple[int, ...]
+    keys: tuple[str, ...]
+    results: tuple[int, ...]
+    halves: Halves | None = None
+
+
+@dataclass(kw_only=True, eq=False)
+class _Run:
+    """A forward whose backward has not ended."""
+
+    leaves: dict[str, torch.Tensor]
+    made: dict[str, torch.Tensor]
+    losses: list[torch.Tensor]
+
+
+@dataclass(kw_only=True, eq=False)
+class Executor:
+    """Runs ``schedule`` on the rank ``axis.rank`` of a pipeline. ``loss`` is the position of the captured graph's output whose
+    gradient is asked for; None where there are no backwards. ``on_last`` is told before each backward whether it is the last
+    of its stage in this call that gives gradients of weights."""
+
+    schedule: Schedule
+    axis: Axis | None
+    stages: Mapping[int, Stage]
+    device: torch.device
+    loss: int | None
+    on_last: Callable[[bool], None] = lambda last: None
+    spans: list[Span] = field(default_factory=list)
+    wait_seconds: float = 0.0
+    """Of the last call, in which this rank waited for messages."""
+    sent_bytes: int = 0
+    """Of the last call."""
+
+    def __call__(
+        self, batches: Sequence[Sequence[Any]], shards: Mapping[str, torch.Tensor]
+    ) -> dict[int, list[torch.Tensor]]:
+        """Run all micro-batches, of each of which ``batches`` has the captured graph's inputs; ``shards`` are those of
+        parameters by key. Answers results by output and micro-batch, of those stages that lie here.
+
+        Raises :class:`PipelineError` where another rank stops meanwhile.
+        """
+        return _Call(self, batches, shards).run()
+
+    @property
+    def last_weights(self) -> set[Action]:
+        """Of each stage here the last action that gives gradients of weights."""
+        last = {}
+        for action in self.schedule.actions[self.axis.rank if self.axis is not None else 0]:
+            if action.kind in (Kind.BACKWARD, Kind.WEIGHT):
+                last[action.stage] = action
+        return set(last.values())
+
+
+class _Call:
+    def __init__(
+        self, executor: Executor, batches: Sequence[Sequence[Any]], shards: Mapping[str, torch.Tensor]
+    ) -> None:
+        self.executor, self.batches, self.shards = executor, batches, shards
+        self.stages, self.axis = executor.stages, executor.axis
+        self.inbox: dict[tuple[Direction, int, int], list[torch.Tensor]] = {}
+        self.posted: dict[tuple[Direction, int, int], tuple[list[torch.Tensor], list[Any], int]] = {}
+        self.outbox: dict[tuple[Direction, int, int], list[torch.Tensor]] = {}
+        self.going: list[tuple[Any, torch.Tensor, int]] = []
+        self.runs: dict[tuple[int, int], _Run] = {}
+        self.results: dict[int, list[torch.Tensor]] = defaultdict(list)
+        self.last = executor.last_weights
+        self.waited, self.sent = 0.0, 0
+
+    def run(self) -> dict[int, list[torch.Tensor]]:
+        spans = []
+        rank = self.axis.rank if self.axis is not None else 0
+        for step in self.executor.schedule.steps(rank):
+            if isinstance(step, Send):
+                self._send(step)
+            elif isinstance(step, Receive):
+                self._post(step)
+            else:
+                message = self._message(step)
+                start = time.perf_counter()
+                self._compute(step, message)
+                spans.append(Span(step, start, time.perf_counter()))
+        for work, _, peer in self.going:
+            self._wait(work, peer, "take")
+        self.executor.spans, self.executor.wait_seconds, self.executor.sent_bytes = spans, self.waited, self.sent
+        return dict(self.results)
+
+    # -- messages --------------------------------------------------------------------------------------------------
+
+    def _values(self, direction: Direction, source: int, destination: int) -> list[Value]:
+        """What a message holds. Of the two stages that it is between at least one lies here."""
+        if direction is Direction.FORWARD:
+            ends = self.stages.get(destination), self.stages.get(source)
+            found = ends[0].received if ends[0] is not None else ends[1].sent if ends[1] is not None else ()
+            return list(found)
+        ends = self.stages.get(destination), self.stages.get(source)
+        found = ends[0].sent if ends[0] is not None else ends[1].received if ends[1] is not None else ()
+        return [v for v in found if v.has_gradient]
+
+    def _post(self, step: Receive) -> None:
+        assert self.axis is not None
+        buffers = [
+            torch.empty(v.shape, dtype=v.dtype, device=self.executor.device)
+            for v in self._values(step.direction, step.source, step.destination)
+        ]
+        works = [dist.irecv(b, self.axis.ranks[step.peer], self.axis.group) for b in buffers if b.numel()]
+        self.posted[step.direction, step.destination, step.micro_batch] = buffers, works, step.peer
+
+    def _send(self, step: Send) -> None:
+        assert self.axis is not None
+        self.going = [entry for entry in self.going if not entry[0].is_completed()]
+        for tensor in self.outbox.pop((step.direction, step.destination, step.micro_batch)):
+            if tensor.numel():
+                tensor = tensor.contiguous()
+                try:
+                    work = dist.isend(tensor, self.axis.ranks[step.peer], self.axis.group)
+                except RuntimeError as error:
+                    raise self._stopped(step.peer, "take") from error
+                self.going.append((work, tensor, step.peer))
+                self.sent += tensor.nbytes
+
+    def _message(self, action: Action) -> list[torch.Tensor]:
+        """Wait for what an action reads."""
+        direction = Direction.FORWARD if action.kind is Kind.FORWARD else Direction.BACKWARD
+        place = direction, action.stage, action.micro_batch
+        if action.kind is Kind.WEIGHT:
+            return []
+        if place in self.posted:
+            buffers, works, peer = self.posted.pop(place)
+            start = time.perf_counter()
+            for work in works:
+                self._wait(work, peer, "send")
+            self.waited += time.perf_counter() - start
+            return buffers
+        return self.outbox.pop(place, [])  # from a stage on this rank; none for the first, and behind the last
+
+    def _wait(self, work: Any, peer: int, what: str) -> None:
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise self._stopped(peer, what) from error
+
+    def _stopped(self, peer: int, what: str) -> PipelineError:
+        assert self.axis is not None
+        return PipelineError(
+            f"rank {self.axis.ranks[peer]}, stage {' and '.join(map(str, self.executor.schedule.stages_of(peer)))} of the "
+            f"pipeline, did not {what} a message of rank {self.axis.ranks[self.axis.rank]}: it has stopped, or was not called "
+            "with a batch of its own within the process group's time-out. Look for its error: that came first."
+        )
+
+    # -- compute ---------------------------------------------------------------------------------------------------
+
+    def _compute(self, action: Action, message: list[torch.Tensor]) -> None:
+        stage = self.stages[action.stage]
+        if action.kind is Kind.FORWARD:
+            self._forward(stage, action.micro_batch, message)
+            return
+        self.executor.on_last(action in self.last)
+        if action.kind is Kind.WEIGHT:
+            self._weights(stage, action.micro_batch)
+        elif action.kind is Kind.BACKWARD or stage.halves is None:
+            self._backward(stage, action.micro_batch, message)
+        else:
+            with stage.halves.deferred(action.micro_batch):
+                self._backward(stage, action.micro_batch, message)
+
+    def _forward(self, stage: Stage, batch: int, message: list[torch.Tensor]) -> None:
+        trains = self.executor.loss is not None
+        arrived = {v.name: t for v, t in zip(stage.received, message, strict=True)}
+        gradients = {v.name for v in stage.received if v.has_gradient} if trains else set()
+        leaves = {n: arrived[n].detach().requires_grad_(n in gradients) for n in stage.reads}
+        inputs = self.batches[batch]
+        with torch.set_grad_enabled(trains):
+            answers = stage.run(
+                *leaves.values(), *(inputs[i] for i in stage.inputs), *(self.shards[key] for key in stage.keys)
+            )
+        made = dict(zip(stage.makes, answers[: len(stage.makes)], strict=True))
+        results = dict(zip(stage.results, answers[len(stage.makes) :], strict=True))
+        if stage.sent:
+            sent = [(made[v.name] if v.name in made else arrived[v.name]).detach() for v in stage.sent]
+            self.outbox[Direction.FORWARD, stage.index + 1, batch] = sent
+        for position, result in results.items():
+            self.results[position].append(result.detach() if isinstance(result, torch.Tensor) else result)
+        if trains:
+            losses = [results[self.executor.loss]] if self.executor.loss in results else []
+            self.runs[stage.index, batch] = _Run(leaves=leaves, made=made, losses=losses)
+
+    def _backward(self, stage: Stage, batch: int, message: list[torch.Tensor]) -> None:
+        run = self.runs.pop((stage.index, batch))
+        sent = [v for v in stage.sent if v.has_gradient]
+        come = {v.name: t for v, t in zip(sent, message, strict=True)}
+        roots = [(run.made[n], g) for n, g in come.items() if n in run.made and run.made[n].requires_grad]
+        roots += [(loss, torch.ones_like(loss)) for loss in run.losses if loss.requires_grad]
+        if roots:
+            torch.autograd.backward([root for root, _ in roots], [gradient for _, gradient in roots])
+        if stage.index:
+            back = []
+            for value in stage.received:
+                if value.has_gradient:
+                    own = run.leaves[value.name].grad if value.name in run.leaves else None
+                    passing = come.get(value.name)
+                    back.append(_sum(own, passing, value, self.executor.device))
+            self.outbox[Direction.BACKWARD, stage.index - 1, batch] = back
+
+    def _weights(self, stage: Stage, batch: int) -> None:
+        if stage.halves is None:
+            return
+        gradients = stage.halves.weights(batch)
+        for key, gradient in zip(stage.keys, gradients[len(stage.reads) + len(stage.inputs) :], strict=True):
+            if gradient is not None:
+                shard = self.shards[key]
+                shard.grad = gradient if shard.grad is None else shard.grad.add_(gradient)
+
+
+def _sum(
+    own: torch.Tensor | None, passing: torch.Tensor | None, value: Value, device: torch.device
+) -> torch.Tensor:
+    """The gradient of a value that a stage read, handed on, or both."""
+    if own is None:
+        return passing if passing is not None else torch.zeros(value.shape, dtype=value.dtype, device=device)
+    return own if passing is None else own + passing
+
+
+__all__ = ["Executor", "Halves", "PipelineError", "Stage", "Value"]
