@@ -128,7 +128,7 @@ def peak_bytes(schedule: Schedule, costs: Sequence[StageCost], links: Sequence[L
 
     A receive takes its memory from where it is posted until it is read: activations are then part of what a forward saves, and
     gradients are gone after the backward. What an action makes for another stage is held while it runs, and if that stage is on
-    the same rank, until it is read.
+    the same rank, until it is read; what is sent is taken to be away when the next action begins.
     """
     links = _checked(schedule, costs, links)
     if not any(link.forward_bytes or link.backward_bytes for link in links):  # then transfers need not be placed

@@ -117,6 +117,7 @@ def _nearest(rule: _Rule, ranks: int, micro_batches: int, virtual_stages: int) -
         up = next((v for v in range(value + 1, value + 2 * ranks + 1) if works(v)), None)
         return [v for v in (down, up) if v is not None]
 
+    others = [r.name for r in _RULES if r is not rule and r.refusal(ranks, micro_batches, virtual_stages) is None]
     beside = ""
     if rule.virtual and virtual_stages not in rule.virtual:
         virtual_stages = min(rule.virtual, key=lambda v: abs(v - virtual_stages))
@@ -128,7 +129,6 @@ def _nearest(rule: _Rule, ranks: int, micro_batches: int, virtual_stages: int) -
         yield f"{beside}micro_batches {value}"
     for value in near(ranks, lambda p: rule.refusal(p, micro_batches, virtual_stages) is None):
         yield f"{beside}stages {value}"
-    others = [r.name for r in _RULES if r is not rule and r.refusal(ranks, micro_batches, virtual_stages) is None]
     if others:
         yield f"schedule {' or '.join(others[:3])}"
 

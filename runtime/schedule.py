@@ -107,7 +107,7 @@ class Schedule:
     @property
     def splits(self) -> bool:
         """Whether some backwards are in two parts."""
-        return bool(self.split)
+        return bool(self.split_backwards)
 
     def stages_of(self, rank: int) -> tuple[int, ...]:
         """The stages that lie on a rank, in order."""
@@ -137,7 +137,7 @@ class Schedule:
         return Receive(direction, stage - ahead, stage, batch, self.rank_of[stage - ahead])
 
     @cached_property
-    def split(self) -> frozenset[tuple[int, int]]:
+    def split_backwards(self) -> frozenset[tuple[int, int]]:
         """Stage and micro-batch of each backward that is in two parts."""
         return frozenset((a.stage, a.micro_batch) for row in self.actions for a in row if a.kind is Kind.INPUT)
 
@@ -161,7 +161,9 @@ class Schedule:
         own = Action(Kind.FORWARD, stage, batch)
         if stage == self.stages - 1:
             return (own,)
-        return own, Action(Kind.INPUT if (stage + 1, batch) in self.split else Kind.BACKWARD, stage + 1, batch)
+        return own, Action(
+            Kind.INPUT if (stage + 1, batch) in self.split_backwards else Kind.BACKWARD, stage + 1, batch
+        )
 
     def reader(self, action: Action) -> Action | None:
         """The action of a neighbouring stage that reads what an action makes for it."""
@@ -170,7 +172,7 @@ class Schedule:
             return Action(kind, stage + 1, batch) if stage < self.stages - 1 else None
         if kind is Kind.WEIGHT or stage == 0:
             return None
-        return Action(Kind.INPUT if (stage - 1, batch) in self.split else Kind.BACKWARD, stage - 1, batch)
+        return Action(Kind.INPUT if (stage - 1, batch) in self.split_backwards else Kind.BACKWARD, stage - 1, batch)
 
 
 @dataclass(frozen=True)
