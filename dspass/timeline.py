@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from html import escape
 
+from rich.console import Console
 from rich.text import Text
 
 from dspass.report import format_bytes, format_seconds
@@ -41,14 +42,14 @@ def timeline_text(timelines: Mapping[str, Timeline], width: int = 100) -> Text:
     """Timelines by what they are, such as "predicted", as text of ``width`` columns for their rows.
 
     Each action is its letter, and its micro-batch where that fits; letters are small for all stages of a rank but the first.
-    ``print`` of ``.plain`` for a log, ``rich.print`` for a terminal. ``ValueError``: there is nothing to show.
+    ``.plain`` is for a log, :func:`show_timelines` for a terminal. ``ValueError``: there is nothing to show.
     """
     scale = _longest(timelines)
     text = Text(no_wrap=True)
     for i, (name, timeline) in enumerate(timelines.items()):
         text.append(("\n" if i else "") + f"{name}: {_head(timeline)}\n")
-        labels = [f"rank {rank} " for rank in range(len(timeline.spans))]
-        notes = [_note(timeline, rank) for rank in range(len(timeline.spans))]
+        labels = [f"rank {rank} " for rank in _ranks(timeline)]
+        notes = [_note(timeline, rank) for rank in _ranks(timeline)]
         for rank, (label, note) in enumerate(zip(labels, notes, strict=True)):
             text.append(label.ljust(max(map(len, labels))) + "|")
             for shown, style in _cells(timeline, rank, width, scale):
@@ -56,6 +57,24 @@ def timeline_text(timelines: Mapping[str, Timeline], width: int = 100) -> Text:
             text.append(f"|  {note}\n")
     text.append(_legend(timelines.values()))
     return text
+
+
+def show_timelines(timelines: Mapping[str, Timeline], console: Console | None = None) -> None:
+    """Print them as wide as the terminal is; elsewhere than on a terminal, without colours."""
+    console = console or Console()
+    beside = max(
+        (
+            len(f"rank {rank} ||  {_note(timeline, rank)}")
+            for timeline in timelines.values()
+            for rank in _ranks(timeline)
+        ),
+        default=0,
+    )
+    console.print(timeline_text(timelines, max(console.width - beside, 20)), crop=False, soft_wrap=True)
+
+
+def _ranks(timeline: Timeline) -> range:
+    return range(len(timeline.spans))
 
 
 def _cells(timeline: Timeline, rank: int, width: int, scale: float) -> Iterator[tuple[str, str]]:
@@ -127,7 +146,7 @@ def timeline_svg(timelines: Mapping[str, Timeline]) -> str:
     for name, timeline in timelines.items():
         parts.append(f'<text class="name" x="0" y="{top + 15}">{escape(name)}: {escape(_head(timeline))}</text>')
         top += _HEAD
-        for rank in range(len(timeline.spans)):
+        for rank in _ranks(timeline):
             parts.extend(_row(timeline, rank, top, scale))
             top += _ROW + _GAP
         top += _GAP

@@ -665,7 +665,7 @@ def pipeline_order(name: str, ranks: int, virtual_stages: int, micro_batches: in
 
     # Sends and receives are added later, to what is kept: torch would add its own to an order that is only read.
     cls = schedules.get_schedule_class(name)
-    cls = type(cls.__name__, (cls,), {"_prepare_schedule_with_comms": lambda self, actions: None})
+    cls = type(cls.__name__, (cls,), {"_prepare_schedule_with_comms": lambda *_, **__: None})
     stages = [_NumberedStage(ranks, ranks * virtual_stages) for _ in range(virtual_stages)]
     single = issubclass(cls, schedules.PipelineScheduleSingle)
     order = cls(stages[0] if single else stages, micro_batches).pipeline_order

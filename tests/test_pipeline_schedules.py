@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import re
 import xml.etree.ElementTree as ElementTree
@@ -12,6 +13,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from dspass.planner.schedule_times import Link, StageCost, peak_bytes, simulate
 from dspass.planner.schedules import NAMES, choose, make
@@ -28,7 +30,7 @@ from dspass.runtime.schedule import (
     Step,
     Timeline,
 )
-from dspass.timeline import timeline_html, timeline_svg, timeline_text
+from dspass.timeline import show_timelines, timeline_html, timeline_svg, timeline_text
 
 RANKS = (1, 2, 3, 4)
 COUNTS = (1, 2, 3, 4, 6, 8, 9, 12)
@@ -485,6 +487,29 @@ F forward, B backward, . idle"""
 
 def test_the_picture_in_text() -> None:
     assert timeline_text(two(), 60).plain == TEXT
+
+
+@pytest.mark.parametrize("width", [120, 30])
+def test_the_picture_fills_a_terminal(width: int) -> None:
+    plain, colourful = (
+        Console(
+            file=io.StringIO(),
+            width=width,
+            force_terminal=is_terminal,
+            color_system="truecolor" if is_terminal else None,
+        )
+        for is_terminal in (False, True)
+    )
+    for console in (plain, colourful):
+        show_timelines(two(), console)
+    assert isinstance(plain.file, io.StringIO)
+    assert isinstance(colourful.file, io.StringIO)
+    rows = [line for line in plain.file.getvalue().splitlines() if line.startswith("rank")]
+    assert len(rows) == 4
+    assert max(map(len, rows)) == (width if width > 100 else len(rows[0]))
+    assert "\x1b[" not in plain.file.getvalue()
+    assert re.sub(r"\x1b\[[\d;]*m", "", colourful.file.getvalue()) == plain.file.getvalue()
+    assert "\x1b[34mF0" in colourful.file.getvalue()
 
 
 def test_small_letters_are_later_stages() -> None:
