@@ -266,6 +266,9 @@ def test_peaks_by_hand() -> None:
     # Rank 0, its second forward: two micro-batches, what it sends, what it works in.
     # Rank 1, its first backward: one micro-batch, the next one's input, the gradient that it sends, what it works in.
     assert peak_bytes(schedule, [cost] * 2, [Link(0, 0, 10, 7)]) == (1000 + 200 + 10 + 3, 1000 + 100 + 10 + 7 + 3)
+    # Both stages of a V on one rank, at the last stage's backward: what both save, and the gradient for the other.
+    bent = make("zbv", 1, 1)
+    assert peak_bytes(bent, [StageCost(1, 2, saved_bytes=100, held_bytes=40)] * 2, [Link(0, 0, 10, 7)]) == (207,)
 
 
 @pytest.mark.parametrize("name", NAMES)
