@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch.fx as fx
 
 from dspass.config import Config
 from dspass.lowering.segments import SegmentCompiler, lower, shared_order
+from dspass.lowering.split_backward import SplitBackward
 from dspass.passes import devices
 from dspass.passes.base import Pass, PassContext, PassResult, Where, run_passes
 from dspass.passes.held import mark_all, mark_static
@@ -38,6 +39,8 @@ class Compilation:
     graphs: dict[str, fx.GraphModule] = field(default_factory=dict)
     programs: dict[str, Program] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    split: SplitBackward | None = None
+    """Where the backward was compiled in two halves; ``programs`` are then "forward", "input" and "weight"."""
     plan: Plan | None = None
     made_for: MadeFor | None = None
     frame: int = -1
@@ -46,10 +49,10 @@ class Compilation:
     @property
     def measured_seconds(self) -> float | None:
         """Of a forward and a backward, the medians of the last; None until there are enough."""
-        if not {"forward", "backward"} <= self.programs.keys():
+        if "forward" not in self.programs or len(self.programs) == 1:
             return None
-        both = [self.programs[where].clock.seconds for where in ("forward", "backward")]
-        return sum(s for s in both if s is not None) if None not in both else None
+        parts = [program.clock.seconds for program in self.programs.values()]
+        return sum(s for s in parts if s is not None) if None not in parts else None
 
 
 def compile_graph(
@@ -59,10 +62,16 @@ def compile_graph(
     config: Config,
     passes: Sequence[Pass],
     compiler: Callable[..., Any] | None = None,
+    split: Collection[int] | None = None,
 ) -> Callable[..., Any]:
-    """Compile ``gm``, in which sharded parameters are read through ``dspass::unshard``; inference and training alike."""
+    """Compile ``gm``, in which sharded parameters are read through ``dspass::unshard``; inference and training alike.
+
+    ``split`` are the positions in ``inputs`` of activations: the backward can then answer their gradients before those of
+    parameters, through the compilation's :attr:`Compilation.split`.
+    """
     done = Compilation(name=f"graph {len(engine.compilations)}", frame=compat.compiled_frame())
     engine.compilations.append(done)
+    done.split = None if split is None else SplitBackward(len(inputs), split)
     patches = inductor_settings(config)
     known = engine.compiler
     if isinstance(known, SegmentCompiler) and (known.patches, known.share) != (patches, config.dspass.segment_cache):
@@ -130,14 +139,20 @@ def compile_graph(
             start = time.perf_counter()
             if is_inference:
                 graph = prepare(compat.joint_graph_passes(graph, patches), "forward", trains=False)
-            program = lower(
-                graph, chosen, is_backward=is_backward, is_inference=is_inference, probe=engine.probe, order=order
-            )
-            done.programs[where] = program
+            run: Program | SplitBackward
+            if is_backward and done.split is not None:
+                run = done.split
+                run.lower(graph, chosen, probe=engine.probe, order=order)
+                done.programs |= run.programs
+            else:
+                run = done.programs[where] = lower(
+                    graph, chosen, is_backward=is_backward, is_inference=is_inference, probe=engine.probe, order=order
+                )
             if is_backward:
-                program.clock.then = functools.partial(_refine, done)
+                last = list(done.programs.values())[-1]
+                last.clock.then = functools.partial(_refine, done)
             done.seconds[where] = time.perf_counter() - start
-            return program.boxed()
+            return run.boxed()
 
         return compile_one
 

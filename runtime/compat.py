@@ -12,6 +12,7 @@ import itertools
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 from unittest import mock
@@ -114,6 +115,36 @@ def aot_backend(**options: Any) -> Callable[..., Any]:
     from torch._dynamo.backends.common import aot_autograd
 
     return aot_autograd(**options)
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """What an output of a backward graph is: the gradient ``of`` an input of the compiled graph, by its place there;
+    ``is_part`` of it where the input is a tensor subclass, such as a DTensor, and this belongs inside of its gradient."""
+
+    of: int
+    is_part: bool
+
+
+def gradient(desc: Any) -> Gradient | None:
+    """Read AOTAutograd's description of an output of a backward graph; None where it describes another thing than a gradient
+    of an input."""
+    from torch._functorch._aot_autograd import descriptors
+
+    is_part = False
+    while isinstance(desc, descriptors.SubclassGetAttrAOTOutput):
+        desc, is_part = desc.base, True
+    if not isinstance(desc, descriptors.GradAOTOutput):
+        return None
+    source: Any = desc.grad_of
+    while isinstance(source, (descriptors.ViewBaseAOTInput, descriptors.SyntheticBaseAOTInput)):
+        source = source.base_of  # several inputs of one memory
+    return Gradient(source.idx, is_part) if isinstance(source, descriptors.PlainAOTInput) else None
+
+
+def without_autocast() -> contextlib.AbstractContextManager[Any]:
+    """Inside, operators compute in the precision of their inputs, whatever ``torch.autocast`` says outside."""
+    return torch._C._DisableAutocast()
 
 
 def joint_graph_passes(gm: fx.GraphModule, patches: Mapping[str, Any]) -> fx.GraphModule:
