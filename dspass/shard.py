@@ -61,6 +61,11 @@ def shard(
     config = config.resolve_stage(dist.is_initialized())
     root = unwrap(model)
     refuse_wrapped(root)
+    if config.pipeline.enabled:
+        from dspass.pipelined import pipelined  # which places parameters with what is here
+
+        pipelined(root, config, fill=fill, device=device)
+        return model
     if config.engine_stage == 0:
         if fill is not None:
             _materialise(root, fill, device)

@@ -1,0 +1,299 @@
+"""Pipelines from a plain training loop: they train as one process does, whatever the model, the schedule and the mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import dspass
+from dspass.config import Config
+from dspass.engines import engine_of
+from dspass.pipeline_outputs import PipelineUseError
+from tests.models import Block
+from tests.ranks import run
+from tests.training import call, sgd, without_inductor, zero
+
+Batch = dict[str, Any]
+
+
+def _tokens(draw: torch.Generator, rows: int) -> Batch:
+    ids = torch.randint(0, 61, (rows, 8), generator=draw)
+    return {"input_ids": ids, "labels": ids}
+
+
+def _ignored(draw: torch.Generator, rows: int) -> Batch:
+    """Each row has another number of labels that count, some none."""
+    batch = _tokens(draw, rows)
+    labels = batch["labels"].clone()
+    for row in range(rows):
+        labels[row, : (3 * row) % 9] = -100
+    return {**batch, "labels": labels}
+
+
+def _images(draw: torch.Generator, rows: int) -> Batch:
+    return {
+        "pixel_values": torch.randn(rows, 3, 8, 8, generator=draw),
+        "labels": torch.randint(0, 3, (rows,), generator=draw),
+    }
+
+
+def _pairs(draw: torch.Generator, rows: int) -> Batch:
+    return {
+        "input_ids": torch.randint(1, 61, (rows, 7), generator=draw),
+        "labels": torch.randint(1, 61, (rows, 5), generator=draw),
+    }
+
+
+class Tied(nn.Module):
+    """Blocks between an embedding and a head that share their weight; the loss's count is visible in the graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(61, 32), nn.Linear(32, 61, bias=False)
+        self.head.weight = self.embed.weight
+        self.blocks, self.norm = nn.ModuleList([Block(32) for _ in range(4)]), nn.LayerNorm(32)
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        x = self.embed(input_ids)
+        for block in self.blocks:
+            x = block(x)
+        each = nn.functional.cross_entropy(self.head(self.norm(x)).transpose(1, 2), labels, reduction="none")
+        mask = (labels >= 0).float()
+        return (each * mask).sum() / mask.sum()
+
+
+def _gpt2() -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"n_layer": 4, "n_embd": 32, "n_head": 2, "n_positions": 16, "vocab_size": 61}
+    drops = dict.fromkeys(("attn_pdrop", "resid_pdrop", "embd_pdrop"), 0.0)
+    return GPT2LMHeadModel(GPT2Config(**sizes, **drops, use_cache=False))
+
+
+def _llama() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+            vocab_size=61, use_cache=False,
+        )
+    )  # fmt: skip
+
+
+def _t5() -> nn.Module:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    return T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=61, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0, dropout_rate=0.0,
+            use_cache=False,
+        )
+    )  # fmt: skip
+
+
+def _vit() -> nn.Module:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    return ViTForImageClassification(
+        ViTConfig(
+            hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64, image_size=8, patch_size=4,
+            num_labels=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        )
+    )  # fmt: skip
+
+
+SUBJECTS: dict[str, tuple[Callable[[], nn.Module], Callable[[torch.Generator, int], Batch]]] = {
+    "gpt2": (_gpt2, _tokens),
+    "llama": (_llama, _ignored),
+    "t5": (_t5, _pairs),
+    "vit": (_vit, _images),
+    "tied": (Tied, _tokens),
+}
+
+
+@without_inductor
+def _train(
+    subject: str,
+    options: dict[str, Any],
+    *,
+    steps: int = 20,
+    rows: int = 8,
+    calls: int = 1,
+    how: str = "shard",
+    scale: float = 1.0,
+    optimizer: Callable[[Any], torch.optim.Optimizer] = sgd,
+) -> dict[str, Any]:
+    """Train beside one process that has all batches; answers the largest differences and what was seen."""
+    build, batches = SUBJECTS[subject]
+    torch.manual_seed(0)
+    reference = build()
+    torch.manual_seed(dist.get_rank())  # rank 0's values are every rank's
+    model = build()
+    plain = sum(p.numel() for p in model.parameters())
+    if dist.get_rank() == 0:
+        model.load_state_dict(reference.state_dict())
+    config = {"gradient_accumulation_steps": calls, **options}
+    if how == "shard":
+        dspass.shard(model, config)
+    compiled: Any = torch.compile(model, backend="deepspeed", options=config)
+    ours, theirs = optimizer(model.parameters()), optimizer(reference.parameters())
+    stages = options["pipeline"]["stages"]
+    data = dist.get_world_size() // stages
+    place = dist.get_rank() % data
+    draw, worst = torch.Generator().manual_seed(1), 0.0
+    for _ in range(steps):
+        for _ in range(calls):
+            given = [batches(draw, rows) for _ in range(data)]
+            loss = call(compiled, given[place])
+            (loss * scale).backward()
+            for i, batch in enumerate(given):
+                expected = call(reference, batch)
+                (expected * scale / data).backward()
+                if i == place:
+                    worst = max(worst, abs(loss.item() - expected.item()) / abs(expected.item()))
+        if options.get("gradient_clipping"):
+            torch.nn.utils.clip_grad_norm_(reference.parameters(), options["gradient_clipping"])
+        for step in (ours, theirs):
+            step.step()
+            step.zero_grad()
+    whole, expected_state = dspass.full_state_dict(model), reference.state_dict()
+    apart = max(
+        ((whole[n] - p).norm() / p.norm().clamp(min=1e-12)).item()
+        for n, p in expected_state.items()
+        if p.is_floating_point()
+    )
+    with torch.no_grad():
+        batch = batches(draw, rows)
+        evaluated = abs(call(compiled, batch).item() - call(reference, batch).item())
+    engine = engine_of(model)
+    assert engine is not None
+    return {
+        "loss": worst,
+        "params": apart,
+        "evaluated": evaluated,
+        "here": sum(p.numel() for p in model.parameters() if not p.is_meta) / plain,
+        "compiled": len(engine.compilations),
+        "halves": [
+            sorted(c.programs) for c in engine.compilations if c.split is not None and "backward" not in c.programs
+        ],
+    }
+
+
+def _close(results: list[dict[str, Any]], within: float = 1e-5) -> None:
+    for result in results:
+        assert result["loss"] <= within
+        assert result["params"] <= within
+        assert result["evaluated"] <= 1e-4
+
+
+def _pipeline(stages: int, schedule: str = "1f1b", micro_batches: int = 4, stage: int = 0, **more: Any) -> dict[str, Any]:
+    section = {"stages": stages, "schedule": schedule, "micro_batches": micro_batches, **more}
+    return zero(stage, pipeline=section)
+
+
+@pytest.mark.parametrize("subject", SUBJECTS)
+@pytest.mark.parametrize("stages", [2, 3, 4])
+def test_models_train_as_on_one_process(subject: str, stages: int) -> None:
+    results = run(stages, _train, subject, _pipeline(stages))
+    _close(results)
+    assert all(result["here"] < 0.9 for result in results)  # others' bytes are freed
+
+
+@pytest.mark.parametrize(
+    "schedule", ["gpipe", "interleaved1f1b", "loopedbfs", "zbh1", "interleavedzerobubble", "zbv", "dualpipev"]
+)
+def test_schedules_train_as_on_one_process(schedule: str) -> None:
+    results = run(2, _train, "gpt2", _pipeline(2, schedule))
+    _close(results)
+    if schedule.startswith("zb") or "zero" in schedule:
+        assert all(result["halves"] for result in results)  # each backward is in two programs
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_stages_on_one_axis_and_zero_on_the_other(stage: int) -> None:
+    _close(run(4, _train, "llama", _pipeline(2, stage=stage), steps=4))
+
+
+def test_the_one_line_way() -> None:
+    _close(run(2, _train, "llama", _pipeline(2), steps=3, how="compile"))
+
+
+def test_inductor_compiles_stages() -> None:
+    _close(run(2, _train, "gpt2", _pipeline(2, "zbh1"), steps=3, inductor=True))
+
+
+def test_losses_are_scaled_and_calls_add_up() -> None:
+    _close(run(2, _train, "tied", _pipeline(2), steps=4, calls=3, scale=0.25))
+
+
+def test_clipping_is_of_all_stages() -> None:
+    _close(run(2, _train, "gpt2", {**_pipeline(2), "gradient_clipping": 0.05}, steps=6))
+
+
+def test_one_rank_splits_its_batch() -> None:
+    _close(run(1, _train, "llama", _pipeline(1, micro_batches=2), steps=3))
+
+
+def test_the_planner_chooses() -> None:
+    config = {"pipeline": {"stages": 2}, "zero_optimization": {"stage": 1}}
+    _close(run(2, _train, "llama", config, steps=3))
+
+
+class Refused(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.first, self.second, self.norm = kind, nn.Linear(8, 8), nn.Linear(8, 8), nn.BatchNorm1d(8)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        x = self.first(x)
+        if self.kind == "break":
+            torch._dynamo.graph_break()
+        if self.kind == "norm":
+            x = self.norm(x)
+        x = self.second(x)
+        return x if self.kind == "no loss" else (x.square().mean(), x)
+
+
+def _refusals() -> None:
+    config = _pipeline(2)
+    for kind, words in {
+        "break": "graph_break",
+        "norm": "normalises over a batch",
+        "no loss": "loss",
+    }.items():
+        model = dspass.shard(Refused(kind), config)
+        with pytest.raises(Exception, match=words):
+            model(torch.randn(4, 8))
+    model = dspass.shard(Refused(""), config)
+    with pytest.raises(PipelineUseError, match=r"does not divide this call's batch of 6"):
+        model(torch.randn(6, 8))
+    with pytest.raises(PipelineUseError, match="wants a gradient"):
+        model(torch.randn(4, 8, requires_grad=True))
+    loss, logits = model(torch.randn(4, 8))
+    assert logits.shape == (4, 8)
+    with pytest.raises(PipelineUseError, match="answers the loss alone"):
+        logits.sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(PipelineUseError, match="have been delivered"):
+        loss.backward()
+    with torch.no_grad():
+        torch.testing.assert_close(model(torch.randn(4, 8))[1].shape, torch.Size([4, 8]))
+
+
+def test_what_cannot_be_a_pipeline_says_why() -> None:
+    run(2, _refusals)
+
+
+def test_a_pipeline_needs_a_divisor_of_the_ranks() -> None:
+    with pytest.raises(AssertionError, match=r"3 does not divide the 2 ranks"):
+        run(2, _train, "tied", _pipeline(3))
+
+
+def test_configuration_names_what_is_absent() -> None:
+    assert Config.load(_pipeline(2)).pipeline.enabled
