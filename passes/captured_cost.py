@@ -27,9 +27,10 @@ from typing import Any
 
 import torch
 import torch.fx as fx
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import sdpa_backward_flop_count
+from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 
 from dspass.passes.cost import arithmetic_seconds, is_attention, is_product, operator_name
 from dspass.passes.devices import Device
@@ -58,6 +59,8 @@ _BY_RESULT = frozenset("_softmax _log_softmax exp expm1 tanh sigmoid relu sqrt r
 _BILINEAR = frozenset(("mul", "div"))
 
 _ALIASES = frozenset(("detach", "alias", "lift_fresh", "_unsafe_view", "_reshape_alias"))
+
+_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention.default
 
 _MARKERS = (torch.ops.dspass.unshard, torch.ops.dspass.unshard_experts)
 
@@ -147,6 +150,7 @@ class _Recorder(TorchDispatchMode):
         self.values: dict[fx.Node, Any] = {}
         self.operators: list[_Operator] = []
         self.with_gradient: set[int] = set()
+        self.memory_with_gradient: set[int] = set()  # what was written in place
         self.of_parameters: set[int] = set()
         self.random: set[fx.Node] = set()
         self.written: dict[fx.Node, list[torch.Tensor]] = {}
@@ -159,17 +163,19 @@ class _Recorder(TorchDispatchMode):
             self._record(func, args, kwargs, result)
         return result
 
-    def _record(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
+    def _record(
+        self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any, is_run: bool = True
+    ) -> None:
         assert self.node is not None
         reads = _tensors((args, dict(kwargs)))
         differentiable = self.records_gradients and operator_name(func) != "detach"
         floating = [t for t in _tensors(result) if t.is_floating_point() or t.is_complex()]
-        has_gradient = differentiable and bool(floating) and any(id(t) in self.with_gradient for t in reads)
+        has_gradient = differentiable and bool(floating) and any(map(self.needs_gradient, reads))
         if has_gradient:
             self.with_gradient.update(map(id, floating))
         if reads and all(id(t) in self.of_parameters for t in reads):
             self.of_parameters.update(map(id, _tensors(result)))
-        if func is not None:
+        if func is not None and is_run:
             if torch.Tag.nondeterministic_seeded in func.tags:
                 self.random.add(self.node)
             if func._schema.is_mutable:
@@ -177,7 +183,12 @@ class _Recorder(TorchDispatchMode):
                 changed = [v for a, v in named if a.alias_info is not None and a.alias_info.is_write]
                 changed += [kwargs[a.name] for a in func._schema.arguments if a.name in kwargs and _is_written(a)]
                 self.written.setdefault(self.node, []).extend(_tensors(changed))
+                if has_gradient:
+                    self.memory_with_gradient.update(map(_storage, _tensors(changed)))
         self.operators.append(_Operator(self.node, func, args, kwargs, result, has_gradient))
+
+    def needs_gradient(self, tensor: torch.Tensor) -> bool:
+        return id(tensor) in self.with_gradient or _storage(tensor) in self.memory_with_gradient
 
     def run(self, gm: fx.GraphModule) -> None:
         """The whole graph; called in the fake mode of its values."""
@@ -203,6 +214,8 @@ class _Recorder(TorchDispatchMode):
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), self.values.__getitem__)
         before = len(self.operators)
         self.node = node
+        if node.target is F.scaled_dot_product_attention and isinstance(example, torch.Tensor) and example.dim() == 4:
+            return self._attention(args, kwargs, example)
         try:
             with self:
                 return _call(node, args, kwargs)
@@ -212,6 +225,20 @@ class _Recorder(TorchDispatchMode):
             return example
         finally:
             self.node = None
+
+
+    def _attention(self, args: Sequence[Any], kwargs: dict[str, Any], result: torch.Tensor) -> torch.Tensor:
+        """By a fused kernel, as a device has it: which one torch would take for fake tensors is another matter."""
+        given = dict(zip(("query", "key", "value", "attn_mask", "dropout_p"), args, strict=False)) | kwargs
+        assert self.node is not None
+        if given.get("dropout_p", 0.0):
+            self.random.add(self.node)
+        read = [given["query"], given["key"], given["value"]]
+        if isinstance(given.get("attn_mask"), torch.Tensor):
+            read.append(given["attn_mask"])
+        self._record(_ATTENTION, read, {}, result, is_run=False)
+        self.node = None
+        return result
 
 
 def _call(node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -286,7 +313,7 @@ def _described(node: fx.Node, recorder: _Recorder) -> NodeCost:
     memory = frozenset(map(_storage, tensors))
     sources = {_storage(t) for n in node.all_input_nodes for t in _tensors(recorder.values[n])}
     return NodeCost(
-        has_gradient=any(id(t) in recorder.with_gradient for t in tensors),
+        has_gradient=any(recorder.needs_gradient(t) for t in tensors),
         is_random=node in recorder.random,
         is_view=bool(memory) and memory <= sources,
         memory=memory,
@@ -305,7 +332,7 @@ def _forward_seconds(
     for op in work:
         if not op.is_fused:
             stretch += 1
-            arithmetic = arithmetic_seconds(op.func, op.args, op.kwargs, op.result, on) if op.func is not None else 0.0
+            arithmetic = _arithmetic(op, on) if op.func is not None else 0.0
             yield op, max(arithmetic, sum(map(_bytes, (*op.reads, *op.writes))) / on.memory)
             continue
         moved = sum(_bytes(t) for t in op.writes if _storage(t) in in_memory)
@@ -318,6 +345,15 @@ def _forward_seconds(
         yield op, moved / on.memory + _function_seconds(op, on)
 
 
+def _arithmetic(op: _Operator, on: Device) -> float:
+    if not is_attention(op.func):
+        return arithmetic_seconds(op.func, op.args, op.kwargs, op.result, on)
+    query, key, value = _shapes(op)
+    heads = math.prod(compat.expected(n) for n in query[:2])
+    operations = float(compat.expected(sdpa_flop_count(query, key, value)))
+    return heads * on.computing("attention", op.writes[0].dtype, operations / heads)
+
+
 def _function_seconds(op: _Operator, on: Device) -> float:
     name = {"_softmax": "exp", "_log_softmax": "exp", "silu": "sigmoid", "gelu": "erf", "rsqrt": ""}.get(op.name, op.name)
     return on.functions.get(name, 0.0) * max(map(compat.expected_elements, op.writes), default=0)
@@ -328,7 +364,7 @@ def _function_seconds(op: _Operator, on: Device) -> float:
 
 def _derivatives(op: _Operator, forward: float, recorder: _Recorder, on: Device) -> tuple[float, float]:
     """Seconds of an operator's gradients of activations, and of parameters."""
-    derived = [t for t in op.reads if id(t) in recorder.with_gradient]
+    derived = [t for t in op.reads if recorder.needs_gradient(t)]
     weights = [t for t in derived if id(t) in recorder.of_parameters]
     others = len(derived) - len(weights)
     if is_attention(op.func):
@@ -344,8 +380,14 @@ def _derivatives(op: _Operator, forward: float, recorder: _Recorder, on: Device)
     return of_inputs, (incoming + reduced) / on.memory
 
 
+def _shapes(op: _Operator) -> list[Sequence[Any]]:
+    """Of query, key and value; heads that several queries share count for each."""
+    query, *others = (t.shape for t in op.reads[:3])
+    return [query, *((*query[:2], *shape[2:]) for shape in others)]
+
+
 def _attention_backward(op: _Operator, forward: float, on: Device) -> float:
-    result, shapes = op.writes[0], [t.shape for t in op.reads[:3]]
+    result, shapes = op.writes[0], _shapes(op)
     heads = math.prod(compat.expected(n) for n in result.shape[:2])
     operations = float(compat.expected(sdpa_backward_flop_count(result.shape, *shapes)))
     return max(2 * forward, heads * on.computing("attention backward", result.dtype, operations / heads))
@@ -369,10 +411,10 @@ def _needed(op: _Operator, recorder: _Recorder) -> list[torch.Tensor]:
     if is_attention(op.func):
         return [*floating[:3], op.writes[0]]
     if is_product(op.func) or op.name in _BILINEAR:
-        derived = [id(t) for t in floating if id(t) in recorder.with_gradient]
+        derived = [id(t) for t in floating if recorder.needs_gradient(t)]
         return [t for t in floating if any(other != id(t) for other in derived) or derived.count(id(t)) > 1]
     if op.name in _LINEAR:
         return []
     if op.name in _BY_RESULT:
         return op.writes[:1]
-    return [t for t in floating if id(t) in recorder.with_gradient][:1]
+    return [t for t in floating if recorder.needs_gradient(t)][:1]

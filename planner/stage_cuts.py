@@ -5,11 +5,11 @@ Units of work ``u`` with edges ``u -> v`` where ``v`` reads ``u`` are given a st
     (1)  minimise   max over s of c(s)
     (2)  c(s) = t(s) + l(s-1) + l(s)                  or max(t(s), l(s-1) + l(s)) where links run beside compute
     (3)  t(s) = Σ t(u) over x(u) = s  +  Σ t(k) over what is shared (k) with a reader on s
-    (4)  l(s) = latency · directions + (b(s) + g(s)) / link
+    (4)  l(s) = latency · directions + (b(s) + g(s)) / link, or 0 where both stages are on one rank
     (5)  b(s) = Σ b(v) over values with x(source) <= s < x(a reader),  g(s) the same of those with a gradient
     (6)  m(s) = states · Σ p(k) over k with a reader on s  +  flying(s) · Σ saved(u) over x(u) = s
     (7)  Σ m(s) over the stages of each rank  <=  limit
-    (8)  x(u) <= x(v) for each edge, no stage is empty, x(last) = S-1
+    (8)  x(u) <= x(v) for each edge, no stage is empty or without a parameter, x(last) = S-1
 
 :func:`outcome` is (2) to (7) of an assignment, and says which (7) and (8) it breaks. A parameter that several stages read is on
 each of them, and a value that skips stages is carried, so it counts at each cut that it crosses.
@@ -50,7 +50,7 @@ import heapq
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -62,8 +62,8 @@ TOLERANCE = 0.02
 #: So many places for a cut are tried on a chain, those that the least bytes cross: 0.3 s for 16 stages.
 PLACES = 2000
 
-#: So many units that could move are tried in all, in a search that began with a chain's best cut.
-MOVES = 400
+#: So many changes of an assignment are tried, fewer of large graphs: together they look at so many units.
+MOVES, LOOKS = 400, 100_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +97,8 @@ class Shared:
 class Work:
     """A graph to be cut into ``stages``. ``edges`` are ``u -> v``, of values or of order alone; units are numbered in an order
     that keeps them. ``flying`` are the micro-batches that each stage has saved at a time, ``rank_of`` the rank of each,
-    ``states`` the bytes that a byte of parameters takes, ``limit`` bytes of a rank. ``last`` is a unit of the last stage."""
+    ``states`` the bytes that a byte of parameters takes, ``limit`` bytes of a rank. ``last`` is a unit of the last stage;
+    with ``each_has_parameters`` a stage without one is as bad as an empty one."""
 
     units: Sequence[Unit]
     values: Sequence[Value] = ()
@@ -112,6 +113,7 @@ class Work:
     states: float = 1.0
     limit: float = math.inf
     last: int | None = None
+    each_has_parameters: bool = False
 
     def __post_init__(self) -> None:
         assert len(self.flying) == len(self.rank_of) == self.stages
@@ -136,9 +138,13 @@ class Work:
         read = ((v.source, r) for v in self.values for r in v.readers if r != v.source)
         return self.edges | frozenset(read)
 
+    def is_sent(self, s: int) -> bool:
+        """Whether a cut lies between ranks: behind the last stage and before the first is none."""
+        return 0 <= s < self.stages - 1 and self.rank_of[s] != self.rank_of[s + 1]
+
     def link_seconds(self, count: float, gradient: float) -> float:
         """(4)"""
-        directions = (count > 0) + (gradient > 0)
+        directions = int(count > 0) + int(gradient > 0)
         return directions * self.latency + (count + gradient) / self.link
 
     def stage_seconds(self, compute: float, before: float, behind: float) -> float:
@@ -182,7 +188,7 @@ def outcome(work: Work, stage_of: Sequence[int]) -> Outcome | None:
         return None
     if work.last is not None and stage_of[work.last] != work.stages - 1:
         return None
-    compute, memory = [0.0] * work.stages, [0.0] * work.stages
+    compute, memory, holders = [0.0] * work.stages, [0.0] * work.stages, set()
     for unit, s in zip(work.units, stage_of, strict=True):
         compute[s] += unit.seconds
         memory[s] += work.flying[s] * unit.saved
@@ -190,12 +196,16 @@ def outcome(work: Work, stage_of: Sequence[int]) -> Outcome | None:
         for s in {stage_of[r] for r in shared.readers}:
             compute[s] += shared.seconds
             memory[s] += work.states * shared.bytes
+            holders |= {s} if shared.bytes else set()
+    if work.each_has_parameters and len(holders) < work.stages:
+        return None
     crossing, gradients = [0] * work.stages, [0] * work.stages  # behind each stage; nothing is behind the last
     for value in work.values:
         for s in range(stage_of[value.source], max((stage_of[r] for r in value.readers), default=0)):
             crossing[s] += value.bytes
             gradients[s] += value.gradient
-    links = [work.link_seconds(b, g) for b, g in zip(crossing, gradients, strict=True)]
+    both = zip(crossing, gradients, strict=True)
+    links = [work.link_seconds(b, g) if work.is_sent(s) else 0.0 for s, (b, g) in enumerate(both)]
     seconds = tuple(work.stage_seconds(t, links[s - 1] if s else 0.0, links[s]) for s, t in enumerate(compute))
     of_rank = [0.0] * (max(work.rank_of) + 1)
     for s, r in enumerate(work.rank_of):
@@ -256,9 +266,9 @@ class _Chain:
         return np.concatenate([[0], inner, [count]]).astype(int)
 
     def intervals(self) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
-        """For each place but the first, by the places before it where an interval could begin: its seconds (2), bytes of
+        """For each place but the first, by the places before it where an interval could begin: its seconds (3), bytes of
         parameters and saved bytes."""
-        work, places = self.work, self.places
+        places = self.places
         twice = sorted(self.twice, key=lambda item: item[1])
         less_seconds, less_bytes = np.zeros(len(places)), np.zeros(len(places))
         done = 0
@@ -271,15 +281,17 @@ class _Chain:
                 less_bytes[:inside] += count
                 done += 1
             begin = places[:k]
-            compute = self.seconds[end] - self.seconds[begin] - less_seconds[:k]
-            links = self.links[begin] + self.links[end]
-            total = np.maximum(compute, links) if work.overlaps else compute + links
             yield (
                 k,
-                total,
+                self.seconds[end] - self.seconds[begin] - less_seconds[:k],
                 self.params[end] - self.params[begin] - less_bytes[:k],
                 self.saved[end] - self.saved[begin],
             )
+
+    def stage_seconds(self, s: int, k: int, compute: np.ndarray) -> np.ndarray:
+        """(2) of intervals that end at place ``k``, as stage ``s``."""
+        links = self.links[self.places[:k]] * self.work.is_sent(s - 1) + self.links[self.places[k]] * self.work.is_sent(s)
+        return np.maximum(compute, links) if self.work.overlaps else compute + links
 
     def memory(self, s: int, params: np.ndarray, saved: np.ndarray) -> np.ndarray:
         """(6)"""
@@ -297,11 +309,14 @@ def cut_chain(
     first = np.full((work.stages, count), math.inf)  # (9) or the bytes of (10)
     second = np.full((work.stages, count), math.inf)  # the fullest stage of (10)
     came = np.zeros((work.stages, count), dtype=int)
-    for k, seconds, params, saved in chain.intervals():
+    for k, compute, params, saved in chain.intervals():
         for s in range(work.stages):
+            seconds = chain.stage_seconds(s, k, compute)
             memory = chain.memory(s, params, saved)
             before = first[s - 1, :k] if s else np.where(np.arange(k) == 0, 0.0, math.inf)
             fits = memory <= limits[s]
+            if work.each_has_parameters:
+                fits &= params > 0
             if bound is None:
                 best = np.where(fits, np.maximum(before, seconds), math.inf)
                 i = int(np.argmin(best))
@@ -421,7 +436,7 @@ def refine(work: Work, stage_of: Sequence[int]) -> list[int]:
     best = list(stage_of)
     found = outcome(work, best)
     assert found is not None
-    moves = MOVES
+    moves = min(MOVES, LOOKS // max(len(work.units), 1))
     goal = least_seconds(work) * (1 + TOLERANCE)
     improved = True
     while improved and moves > 0 and (found.over or found.bottleneck > goal):
@@ -488,7 +503,7 @@ class Cutting:
 
 
 def solve(work: Work) -> Cutting | None:
-    """The best assignment found. Where no one that was tried keeps the limit, the one that lacks least; None where there are fewer
+    """The best assignment found; one with a stage without parameters only where there is no other. Where no one that was tried keeps the limit, the one that lacks least; None where there are fewer
     units than stages."""
     if len(work.units) < work.stages:
         return None
@@ -504,7 +519,7 @@ def solve(work: Work) -> Cutting | None:
         if found is not None:
             tried.append(found)
     if not tried:
-        return None
+        return solve(replace(work, each_has_parameters=False)) if work.each_has_parameters else None
     best = min(tried, key=lambda a: _key(work, a))
     refined = min((refine(work, a) for a in _distinct(tried)), key=lambda a: _key(work, a))
     if _key(work, refined) < _key(work, best):

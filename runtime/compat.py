@@ -610,6 +610,13 @@ def sizes_of(value: Any) -> Iterator[Any]:
             yield leaf
 
 
+def is_unbacked(size: Any) -> bool:
+    """Whether only a run tells it."""
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+    return isinstance(size, torch.SymInt) and bool(free_unbacked_symbols(size))
+
+
 def _is_unknown(size: Any) -> bool:
     """Whether it is made of what :func:`unknown_size` has made."""
     return isinstance(size, torch.SymInt) and not _expectations.get(size.node.shape_env, {}).keys().isdisjoint(
