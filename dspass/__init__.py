@@ -22,7 +22,7 @@ from dspass.report import Report
 from dspass.runtime import compat
 from dspass.shard import shard
 from dspass.weights import quantise
-from dspass.wishes import keep, recompute
+from dspass.wishes import keep, recompute, stage_boundary
 
 if "deepspeed" not in torch._dynamo.list_backends(exclude_tags=()):
     torch._dynamo.register_backend(deepspeed, name="deepspeed")
@@ -48,4 +48,5 @@ __all__ = [
     "recompute",
     "resume_at",
     "shard",
+    "stage_boundary",
 ]

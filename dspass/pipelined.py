@@ -33,16 +33,19 @@ from dspass.compilation import compile_graph
 from dspass.config import Config
 from dspass.engines import new_engine
 from dspass.owners import unwrap
+from dspass.passes import devices
+from dspass.passes.captured_cost import costs_of
 from dspass.passes.combine_losses import Combination, combine_losses, loss_of
 from dspass.passes.split_stages import StageGraph, keep_outputs, split_stages
 from dspass.pipeline import build
 from dspass.pipeline_outputs import Output, PipelineUseError, delivered, on_stages, outputs_of
-from dspass.planner.stages import follow
+from dspass.planner.follow_stages import follow
 from dspass.runtime import compat
 from dspass.runtime.axis import Axis, axis_of
 from dspass.runtime.engine import Engine
 from dspass.runtime.pipeline import Executor, Stage
 from dspass.runtime.schedule import Kind
+from dspass.settings import kind_of
 from dspass.shard import Fill, agree, refuse_wrapped
 from dspass.staged import pipeline_mesh, place_stages, prepare, sum_tied
 from dspass.staging import Staging, forward_only, plan_stages
@@ -118,8 +121,8 @@ class Pipelined:
         self._answers_kept: Sequence[Any] | None = None
         original = type(root).forward
 
-        def whole_forward(*args: Any, **kwargs: Any) -> Any:
-            return original(root, *args, **kwargs)
+        def whole_forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return original(model, *args, **kwargs)
 
         self._captured = torch.compile(whole_forward, backend=self._capture, fullgraph=True, dynamic=False)
 
@@ -227,6 +230,7 @@ class Pipelined:
             if isinstance(value, nn.Parameter):
                 compat.guard_identity(node)
                 break
+        compat.allow_compilations(1)
         capture = Capture(gm=gm)
 
         def run(*inputs: Any) -> Any:
@@ -243,7 +247,7 @@ class Pipelined:
             args, kwargs = call = tree_unflatten(part, structure)
             try:
                 with compat.ignoring_logs():
-                    self._captured(*args, **kwargs)
+                    self._captured(self.root, *args, **kwargs)
             except _Collected as found:
                 captures.append(found.capture)
                 inputs.append(found.inputs)
@@ -279,7 +283,8 @@ class Pipelined:
         described = outputs_of(graph, loss, split)
         if trains and position is not None:
             keep_outputs(gm, [position])
-        cuts = follow(gm, staging.schedule.stages, staging.keys(self.engine), staging.known)
+        costs = costs_of(gm, devices.tabled(kind_of(self.engine)), trains)
+        cuts = follow(gm, staging.schedule.stages, costs, staging.stages_of, staging.known)
         graphs = split_stages(gm, [s.nodes for s in cuts.stages], [c.values for c in cuts.cuts], cuts.stage_of)
         schedule = staging.schedule_of(count) if trains else forward_only(staging.schedule, count)
         inputs = [*batches.inputs[0], *_totals(combination, batches)]
@@ -361,7 +366,7 @@ class Pipelined:
         try:
             args, kwargs = batches.calls[0]
             with compat.ignoring_logs():
-                return self._captured(*args, **kwargs)
+                return self._captured(self.root, *args, **kwargs)
         finally:
             self._answer = None
 

@@ -1,6 +1,7 @@
-"""What a person wants saved for the backward, or computed again in it, said in the model's own code.
+"""What a person wants saved for the backward, or computed again in it, and where stages of a pipeline begin, said in the
+model's own code.
 
-Both are constraints for whoever splits the graph: for the planner under ``dspass.memory_budget``, and without a budget for
+The first two are constraints for whoever splits the graph: for the planner under ``dspass.memory_budget``, and without a budget for
 Inductor's min-cut. ``torch.utils.checkpoint`` and its policies reach both by the same road, tags on the nodes of the graph, so
 :func:`recompute` of a function is ``torch.utils.checkpoint`` and no code of ours. A single value has no such road in torch; it
 gets a node beside it (:mod:`dspass.runtime.wish`, which says what was dropped), which a pass turns into the same tag.
@@ -14,7 +15,7 @@ from typing import Any, ParamSpec, TypeVar, overload
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from dspass.runtime.wish import KEEP, RECOMPUTE, WISH
+from dspass.runtime.wish import KEEP, RECOMPUTE, STAGE_BOUNDARY, WISH
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -68,3 +69,20 @@ def recompute(value: Any, /, *args: Any, **kwargs: Any) -> Any:
             "value to be computed again, or on the function that makes them."
         )
     return checkpoint(value, *args, use_reentrant=False, **kwargs)
+
+
+def stage_boundary(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` itself, behind which the next stage of a pipeline begins: what the model computes after this call.
+
+    There has to be one call less than there are stages, or none, and ``"pipeline": {"boundaries": ...}`` overrules them all.
+    Without a pipeline, and in code that is not compiled, this does nothing.
+
+    Raises ``TypeError`` for anything but a tensor.
+    """
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(
+            f"dspass.stage_boundary takes a tensor, not a {type(tensor).__name__}: call it on a value that the next stage reads."
+        )
+    if torch.compiler.is_compiling():
+        STAGE_BOUNDARY(tensor)
+    return tensor

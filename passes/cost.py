@@ -12,9 +12,9 @@ from __future__ import annotations
 import math
 import operator
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.fx as fx
@@ -214,17 +214,25 @@ def function_seconds(node: fx.Node, on: Device) -> float:
 
 def function_of(node: fx.Node) -> str:
     """``exp``, ``sum rows``."""
-    return f"{_name(node)} {direction_of(node)}" if node.target in REDUCTIONS else _name(node)
+    return f"{operator_name(node.target)} {direction_of(node)}" if node.target in REDUCTIONS else operator_name(node.target)
 
 
 def operation_seconds(node: fx.Node, on: Device) -> float:
     """The arithmetic of a product or an attention; an attention's rate depends on the size of one of its heads."""
-    value = next(iter(leaves(node.meta.get("val"))), None)
-    name = _name(node)
+    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta.get("val"))
+    kind = "linear" if node.target is LINEAR or (on.name == "cpu" and fits(node)) else "product"
+    return arithmetic_seconds(node.target, args, kwargs, node.meta.get("val"), on, kind)
+
+
+def arithmetic_seconds(
+    target: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any, on: Device, kind: str = "product"
+) -> float:
+    """:func:`operation_seconds` of an operator that was called with such values, and answered ``result``."""
+    value = next(iter(leaves(result)), None)
     if value is None:
         return 0.0
-    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta.get("val"))
-    if name.startswith("_scaled_dot_product"):
+    name = operator_name(target)
+    if is_attention(target):
         backward = "backward" in name
         shapes = [t.shape for t in args[: 4 if backward else 3]]
         operations, heads = (
@@ -232,17 +240,26 @@ def operation_seconds(node: fx.Node, on: Device) -> float:
             math.prod(shapes[0][:2]),
         )
         return heads * on.computing("attention backward" if backward else "attention", value.dtype, operations / heads)
-    counter = flop_registry.get(getattr(node.target, "overloadpacket", None))
+    counter = flop_registry.get(getattr(target, "overloadpacket", None))
     if counter is None:
         return 0.0
-    operations = float(compat.expected(counter(*args, **kwargs, out_val=node.meta.get("val"))) or 0)
-    if node.target in _GROUPED:  # a product for each expert
+    operations = float(compat.expected(counter(*args, **kwargs, out_val=result)) or 0)
+    if target in _GROUPED:  # a product for each expert
         experts = max(args[-1].shape[0], 1)
         kind = "linear" if on.name == "cpu" and grouped.by_onednn(value.dtype) else "product"
         return experts * on.computing(kind, value.dtype, operations / experts)
-    kind = "linear" if node.target is LINEAR or (on.name == "cpu" and fits(node)) else "product"
     return on.computing(kind, value.dtype, operations)
 
 
-def _name(node: fx.Node) -> str:
-    return getattr(getattr(node.target, "overloadpacket", None), "__name__", "")
+def is_attention(target: Any) -> bool:
+    return operator_name(target).startswith("_scaled_dot_product")
+
+
+def is_product(target: Any) -> bool:
+    """Whether an operator's arithmetic is counted: products, convolutions and attentions."""
+    return is_attention(target) or getattr(target, "overloadpacket", None) in flop_registry
+
+
+def operator_name(target: Any) -> str:
+    """Of an operator, without its namespace and overload; empty for other functions."""
+    return getattr(getattr(target, "overloadpacket", None), "__name__", "")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +14,8 @@ from torch.utils.checkpoint import CheckpointPolicy
 from dspass.passes.base import Pass, PassContext, Where
 from dspass.passes.kernels import is_view
 from dspass.passes.nodes import GATHERED, calls
-from dspass.runtime.wish import KEEP, WISH
+from dspass.passes.text import place_of
+from dspass.runtime.wish import KEEP, STAGE_BOUNDARY, WISH
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,8 @@ class HonourWishes(Pass):
     The tags are those that ``torch.utils.checkpoint`` and its policies leave, and a mark overrules them: the planner and
     Inductor's partitioner read both alike. Where an operator makes several values its tag is for all of them, as it is run
     once more or not at all. Marks on one value that contradict each other raise ``ValueError``. A wish that cannot be
-    honoured is left alone with a warning and not an error: a graph break is enough to make an input of a value.
+    honoured is left alone with a warning and not an error: a graph break is enough to make an input of a value. Where stages
+    of a pipeline begin is marked too, and taken out without a word.
     """
 
     name: ClassVar[str] = "honour_wishes"
@@ -39,7 +40,7 @@ class HonourWishes(Pass):
             ctx.say(f"{len(marks)} marks without effect: no backward follows")
         else:
             _honour(marks, ctx)
-        for mark in marks:
+        for mark in (*marks, *calls(graph, STAGE_BOUNDARY)):  # stages are cut before, where there are some
             graph.erase_node(mark)
         return graph
 
@@ -58,13 +59,13 @@ def _honour(marks: list[fx.Node], ctx: PassContext) -> None:
         if first.args[1] != mark.args[1]:
             keeper, other = (mark, first) if keep else (first, mark)
             raise ValueError(
-                f"one value cannot be both kept and computed again: dspass.keep {_place(keeper)} and dspass.recompute "
-                f"{_place(other)} mark the value {value.name!r} (a view counts as the value under it). Drop one of them."
+                f"one value cannot be both kept and computed again: dspass.keep {place_of(keeper)} and dspass.recompute "
+                f"{place_of(other)} mark the value {value.name!r} (a view counts as the value under it). Drop one of them."
             )
         problem = _problem(value, keep)
         if problem is not None:
             refused += 1
-            warnings.warn(f"dspass.{mark.args[1]} {_place(mark)} has no effect: {problem}", stacklevel=2)
+            warnings.warn(f"dspass.{mark.args[1]} {place_of(mark)} has no effect: {problem}", stacklevel=2)
             continue
         (kept if keep else again).add(value)
         if keep:
@@ -127,9 +128,3 @@ def _made_of_parameters(value: fx.Node) -> bool:
             leaves += 1
         stack.extend(node.all_input_nodes)
     return leaves > 0
-
-
-def _place(mark: fx.Node) -> str:
-    """Where in the model's code a mark stands: the innermost frame but that of the function that sets it."""
-    frames = re.findall(r'File "(.+?)", line (\d+)', mark.meta.get("stack_trace") or "")[:-1]
-    return f"at {frames[-1][0]}:{frames[-1][1]}" if frames else f"on {mark.args[0]}"

@@ -59,7 +59,7 @@ _FUSIBLE = REDUCTIONS | {
 }
 
 #: Those that read only a part of their first input, as large as what they answer.
-_PICKS = {_aten.embedding.default, _aten.gather.default, _aten.index.Tensor}
+PICKS = {_aten.embedding.default, _aten.gather.default, _aten.index.Tensor}
 
 
 #: A fused value with several readers reads no more tensors than this, and none more than that (Inductor's
@@ -180,7 +180,7 @@ def _part(node: fx.Node, in_memory: set[fx.Node], parts: dict[fx.Node, _Part]) -
     """What ``node`` reads from memory, and computes on the way, if it is written where it stands."""
     part = _Part()
     for i, source in enumerate(node.all_input_nodes):
-        picks = is_view(node) or (i == 0 and node.target in _PICKS)
+        picks = is_view(node) or (i == 0 and node.target in PICKS)
         for read, size in ({source: size_of(source)} if source in in_memory else parts[source].reads).items():
             part.reads[read] = max(min(size, size_of(node)) if picks else size, part.reads.get(read, 0))
         if source not in in_memory:
@@ -220,7 +220,12 @@ def _joins(kernel: Kernel, part: _Part, elements: int, direction: str) -> bool:
 
 def fuses(node: fx.Node) -> bool:
     """Whether Inductor makes this part of a generated kernel."""
-    return torch.Tag.pointwise in getattr(node.target, "tags", ()) or node.target in _FUSIBLE
+    return is_fusible(node.target)
+
+
+def is_fusible(target: Any) -> bool:
+    """:func:`fuses` of an operator."""
+    return torch.Tag.pointwise in getattr(target, "tags", ()) or target in _FUSIBLE
 
 
 def is_view(node: fx.Node) -> bool:

@@ -6,6 +6,7 @@ reader finds them again in Inductor's output.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -63,6 +64,12 @@ def print_value(value: Any) -> str:
     if value is None:
         return "?"
     return str(value) if isinstance(value, (torch.SymInt, torch.SymFloat)) else type(value).__name__
+
+
+def place_of(mark: fx.Node) -> str:
+    """Where in the model's code a mark stands: the innermost frame but that of the function that sets it."""
+    frames = re.findall(r'File "(.+?)", line (\d+)', mark.meta.get("stack_trace") or "")[:-1]
+    return f"at {frames[-1][0]}:{frames[-1][1]}" if frames else f"on {mark.args[0]}"
 
 
 def _argument(value: Any) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import logging
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -470,6 +471,37 @@ def mode_of(values: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
     return detect_fake_mode(list(values)) or contextlib.nullcontext()
 
 
+@contextlib.contextmanager
+def apart(values: Sequence[Any]) -> Iterator[None]:
+    """Computing with the fake tensors among ``values`` inside leaves no trace: no guard, no gradient, no node in the trace at
+    hand."""
+    from torch._guards import detect_fake_mode
+
+    mode = detect_fake_mode(list(values))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch._guards.tracing(None))
+        stack.enter_context(without_fake_mode())
+        stack.enter_context(torch.no_grad())
+        if mode is not None:
+            stack.enter_context(mode)
+            if mode.shape_env is not None:
+                stack.enter_context(mode.shape_env.suppress_guards())
+        yield
+
+
+def storage_of(tensor: torch.Tensor) -> int:
+    """A number of the memory that a tensor lies in, the same for its views, while it lives; fake ones have one too."""
+    return tensor.untyped_storage()._cdata
+
+
+def ignoring_logs() -> contextlib.AbstractContextManager[Any]:
+    """Have Dynamo leave out calls of loggers while it captures: each would break the graph."""
+    from torch._dynamo import config
+
+    methods = vars(logging.Logger).values()  # those that other libraries have added are among them
+    return config.patch(ignore_logger_methods={m for m in methods if callable(m)})
+
+
 def without_fake_mode() -> contextlib.AbstractContextManager[Any]:
     """Inside, tensors are real again: a device mesh computes with its own."""
     from torch._subclasses.fake_tensor import unset_fake_temporarily
@@ -635,6 +667,13 @@ def sizes_of(value: Any) -> Iterator[Any]:
             yield from (*leaf.shape, *leaf.stride(), leaf.storage_offset())
         else:
             yield leaf
+
+
+def is_unbacked(size: Any) -> bool:
+    """Whether only a run tells it."""
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+    return isinstance(size, torch.SymInt) and bool(free_unbacked_symbols(size))
 
 
 def _is_unknown(size: Any) -> bool:

@@ -1,6 +1,7 @@
-"""``dspass::wish``: what a person wants done with one value, as a node of the graph beside that value.
+"""``dspass::wish``: what a person wants done with one value, as a node of the graph beside that value; and
+``dspass::stage_boundary``, behind which a pipeline's next stage begins.
 
-The operator takes the value and answers nothing, so the value itself goes on as if nothing stood there: it keeps its name,
+Each operator takes the value and answers nothing, so the value itself goes on as if nothing stood there: it keeps its name,
 its views, its gradient, and what is written into it. It has a side effect by declaration only, so that no tracer drops it.
 A pass takes it out (``passes/honour_wishes.py``); where that pass is dropped, or another backend compiles, it runs and does
 nothing.
@@ -29,8 +30,23 @@ def _(value: torch.Tensor, kind: str) -> None:
     return None
 
 
+torch.library.define("dspass::stage_boundary", "(Tensor value) -> ()")
+
+
+@torch.library.impl("dspass::stage_boundary", "CompositeExplicitAutograd")
+def _no_cut(value: torch.Tensor) -> None:
+    """Without a pipeline there is none."""
+
+
+@torch.library.register_fake("dspass::stage_boundary")
+def _(value: torch.Tensor) -> None:
+    return None
+
+
 WISH = torch.ops.dspass.wish.default
+STAGE_BOUNDARY = torch.ops.dspass.stage_boundary.default
 has_side_effect(WISH)
+has_side_effect(STAGE_BOUNDARY)
 
 #: The kinds: never computed again, and never saved.
 KEEP = "keep"
