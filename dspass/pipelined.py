@@ -36,7 +36,7 @@ from dspass.owners import unwrap
 from dspass.passes import devices
 from dspass.passes.captured_cost import costs_of
 from dspass.passes.combine_losses import Combination, combine_losses, loss_of
-from dspass.passes.split_stages import StageGraph, keep_outputs, split_stages
+from dspass.passes.split_stages import StageGraph, keep_outputs, read_parameters, split_stages
 from dspass.pipeline import build
 from dspass.pipeline_outputs import Output, PipelineUseError, delivered, on_stages, outputs_of
 from dspass.planner.follow_stages import follow
@@ -45,9 +45,10 @@ from dspass.runtime.axis import Axis, axis_of
 from dspass.runtime.engine import Engine
 from dspass.runtime.pipeline import Executor, Stage
 from dspass.runtime.schedule import Kind
+from dspass.runtime.tied import sum_tied
 from dspass.settings import kind_of
 from dspass.shard import Fill, agree, refuse_wrapped
-from dspass.staged import pipeline_mesh, place_stages, prepare, sum_tied
+from dspass.staged import pipeline_mesh, place_stages, prepare
 from dspass.staging import Staging, forward_only, plan_stages
 
 
@@ -231,6 +232,7 @@ class Pipelined:
                 compat.guard_identity(node)
                 break
         compat.allow_compilations(1)
+        read_parameters(gm.graph)
         capture = Capture(gm=gm)
 
         def run(*inputs: Any) -> Any:

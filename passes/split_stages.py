@@ -56,6 +56,17 @@ def key_of(marker: fx.Node) -> str:
     return key
 
 
+def read_parameters(graph: fx.Graph) -> None:
+    """Have markers read parameters themselves, and not the local part of a DTensor: shards become inputs of their own."""
+    for marker in filter(is_marker, list(graph.nodes)):
+        source: Any = marker.args[0]
+        while source.op != "placeholder":
+            source, made = source.all_input_nodes[0], source
+            made.replace_all_uses_with(source, delete_user_cb=lambda user, marker=marker: user is marker)
+            if not made.users:
+                graph.erase_node(made)
+
+
 def keep_outputs(gm: fx.GraphModule, positions: Collection[int]) -> None:
     """Have the others be None; positions stay."""
     (output,) = gm.graph.find_nodes(op="output")
@@ -130,8 +141,7 @@ def _extract(
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     markers = [n for n in nodes if is_marker(n)]
-    skipped = _shards_of(markers)
-    used = {s for n in nodes if n not in skipped and not is_marker(n) for s in n.all_input_nodes}
+    used = {s for n in nodes if not is_marker(n) for s in n.all_input_nodes}
     inputs = [n for n in nodes if n.op == "placeholder" and (n in used or n in targets)]
     keys = list(dict.fromkeys(map(key_of, markers)))
     for node in (*reads, *inputs):
@@ -142,22 +152,10 @@ def _extract(
         if is_marker(node):
             copies[node] = graph.call_function(torch.ops.dspass.unshard.default, (shards[key_of(node)], key_of(node)))
             copies[node].meta = dict(node.meta)
-        elif node not in copies and node not in skipped and node.op != "placeholder":
+        elif node not in copies and node.op != "placeholder":
             copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(tuple(copies[n] for n in targets))
     return fx.GraphModule(gm, graph), inputs, keys
-
-
-def _shards_of(markers: Sequence[fx.Node]) -> set[fx.Node]:
-    """What the captured graph makes of parameters for their markers alone: a shard becomes an input of its own."""
-    found: set[fx.Node] = set()
-    todo = [n for marker in markers for n in marker.all_input_nodes]
-    while todo:
-        node = todo.pop()
-        if node.op != "placeholder" and node not in found:
-            found.add(node)
-            todo += node.all_input_nodes
-    return found
 
 
 def _with_gradients(graph: fx.Graph) -> set[fx.Node]:
@@ -185,4 +183,4 @@ def _value(node: fx.Node, has_gradient: bool) -> Value:
     )
 
 
-__all__ = ["StageGraph", "is_marker", "keep_outputs", "key_of", "split_stages"]
+__all__ = ["StageGraph", "is_marker", "keep_outputs", "key_of", "read_parameters", "split_stages"]
