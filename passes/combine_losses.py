@@ -95,8 +95,10 @@ class Combination:
         A batch that counts nothing has the loss that the model itself would answer: NaN for a mean of no labels."""
         if self.of_batch is None:
             return []
-        if any(writes(node) for node in self.of_batch.graph.nodes):  # what is written is a copy
-            inputs = [v.clone() if isinstance(v, torch.Tensor) and not v.is_meta else v for v in inputs]
+        if any(writes(node) for node in self.of_batch.graph.nodes):  # into copies, then
+            placeholders = self.of_batch.graph.find_nodes(op="placeholder")
+            are_read = [bool(node.users) for node in placeholders]
+            inputs = [v.clone() if read else v for v, read in zip(inputs, are_read, strict=True)]
         with torch.no_grad():
             return list(self.of_batch(*inputs))
 
@@ -401,9 +403,17 @@ def _of_batch(whole: fx.Graph, recipes: Sequence[tuple[Callable[..., Any] | None
     kept = needed(whole, parts)
     made = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
+
+    def copy(node: fx.Node) -> fx.Node:
+        if node not in copies:  # only what it is like is read
+            like = value_of(node)
+            one = made.call_function(torch.empty, ((),), {"dtype": like.dtype, "device": like.device})
+            copies[node] = made.call_method("expand", (one, tuple(like.shape)))
+        return copies[node]
+
     for node in whole.nodes:
         if node.op == "placeholder" or node in kept:
-            copies[node] = made.node_copy(node, copies.__getitem__)
+            copies[node] = made.node_copy(node, copy)
     results = []
     for function, given in recipes:
         inputs = fx.map_arg(given, copies.__getitem__)
@@ -422,7 +432,7 @@ def _emit(
     node.meta = {key: value for key, value in like.meta.items() if key != "example_value"}
     values, named = fx.map_arg((args, kwargs), value_of)
     function = getattr(torch.Tensor, target) if isinstance(target, str) else target
-    with compat.mode_of(tree_leaves((values, named))):
+    with compat.mode_of(tree_leaves((values, named))), warnings.catch_warnings(action="ignore"):
         node.meta["example_value"] = function(*values, **named)
     return node
 

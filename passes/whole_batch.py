@@ -48,6 +48,12 @@ _ALONG = {
     "sort": (1, -1), "argsort": (1, -1), "normalize": (2, 1),
 }  # fmt: skip
 
+#: Of one argument these read the shape, the dtype and the device, and no values: the first, or the second.
+_LIKE = {f"{kind}_like" for kind in ("zeros", "ones", "empty", "full", "rand", "randn", "randint")} | {
+    f"new_{kind}" for kind in ("zeros", "ones", "empty", "full", "tensor")
+}
+_AS = {"type_as", "expand_as", "view_as", "reshape_as", "to"}
+
 _RANDOM = {
     "bernoulli", "multinomial", "normal", "uniform", "poisson", "rrelu", "gumbel_softmax", "exponential", "geometric",
     "cauchy",
@@ -105,7 +111,7 @@ def _pairs(graph: fx.Graph, whole: fx.Graph) -> Iterable[tuple[fx.Node, fx.Node]
 
 
 def _judge(node: fx.Node, other: fx.Node, micro_batches: int, found: Compared) -> None:
-    inputs = node.all_input_nodes
+    inputs = reads(node)
     grows = [grown(a, b, micro_batches) for a, b in zip(_tensors(node), _tensors(other), strict=False)]
     has_other_numbers = node.op != "output" and _numbers(node) != _numbers(other)
     if is_parameter(node) or any(n in found.of_parameters for n in inputs):
@@ -155,8 +161,20 @@ def writes(node: fx.Node) -> bool:
     return by_operator or (name.endswith("_") and not name.startswith("_")) or node.kwargs.get("inplace") is True
 
 
+def reads(node: fx.Node) -> list[fx.Node]:
+    """The nodes whose values it depends on, and not only on what they are like."""
+    name, args = name_of(node), node.args
+    if name in _LIKE:
+        args = args[1:]
+    elif name in _AS:
+        args = args[:1] + args[2:]
+    found: dict[fx.Node, None] = {}
+    fx.map_arg((args, node.kwargs), found.setdefault)
+    return list(found)
+
+
 def needed(graph: fx.Graph, nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """All nodes that the values of ``nodes`` depend on, themselves and what is written in place among them."""
+    """All nodes that the values of ``nodes`` depend on (:func:`reads`), themselves and what is written in place among them."""
     writers = [(n, set(_storages(n.args[0]))) for n in graph.nodes if writes(n)]
     found: set[fx.Node] = set()
     todo = list(nodes)
@@ -165,7 +183,7 @@ def needed(graph: fx.Graph, nodes: Iterable[fx.Node]) -> set[fx.Node]:
         if node in found:
             continue
         found.add(node)
-        todo.extend(node.all_input_nodes)
+        todo.extend(reads(node))
         mine = set(_storages(node))
         todo.extend(writer for writer, written in writers if mine & written)
     return found

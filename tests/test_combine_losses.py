@@ -55,7 +55,7 @@ class Split:
         """One a micro-batch."""
         place = self.gm.graph.output_node().args[0].index(self.combination.loss)
         parts = zip(*(_chunks(value, self.micro_batches) for value in batch), strict=True)
-        return [self.gm(*self._inputs(part), *totals)[place] for part in parts]
+        return [self.gm(*self._inputs([v.clone() for v in part]), *totals)[place] for part in parts]
 
     def _inputs(self, batch: Sequence[torch.Tensor]) -> list[Any]:
         return inputs_of(self.sources, batch)
@@ -115,9 +115,13 @@ def gradients(model: nn.Module, loss: torch.Tensor) -> list[torch.Tensor]:
 def assert_equal(
     model: nn.Module, names: Sequence[str] | None, made: Split, batch: Sequence[torch.Tensor], within: float = 1e-6
 ) -> None:
-    answer = model(*batch) if names is None else model(**dict(zip(names, batch, strict=True)))
+    copies = [value.clone() for value in batch]  # models may write into their inputs
+    answer = model(*copies) if names is None else model(**dict(zip(names, copies, strict=True)))
     whole = answer if isinstance(answer, torch.Tensor) else answer[0]
-    parts = sum(made.losses(batch, made.totals(batch)))
+    copies = [value.clone() for value in batch]
+    totals = made.totals(batch)
+    assert all(torch.equal(value, copy) for value, copy in zip(batch, copies, strict=True))
+    parts = sum(made.losses(batch, totals))
     assert isinstance(parts, torch.Tensor)
     torch.testing.assert_close(parts, whole, rtol=within, atol=within, equal_nan=True)
     for part, wanted in zip(gradients(model, parts), gradients(model, whole), strict=True):
@@ -151,10 +155,15 @@ def in_place(m: Small, h: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor
     return loss
 
 
-def _seen(m: Small, h: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, items: torch.Tensor) -> Any:
+def _mask_written(m: Small, h: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, items: torch.Tensor) -> Any:
     kept = mask.sum()
     kept.clamp_(min=2)
     return (h.square().mean(-1) * mask / kept).sum()
+
+
+def _labels_written(m: Small, h: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, items: torch.Tensor) -> Any:
+    labels[mask == 0] = 1
+    return (h.square().mean(-1) * labels).sum() / (labels.sum() + 300)
 
 
 def _hidden(h: torch.Tensor) -> torch.Tensor:
@@ -196,13 +205,18 @@ FORMS: dict[str, Form] = {
     ),
     "mask": per_mask,
     "mask, rows divided": lambda m, h, labels, mask, items: (h.square().mean(-1) * mask / mask.sum()).sum(),
-    "mask, clamped in place": _seen,
+    "mask, clamped in place": _mask_written,
+    "labels that are written": _labels_written,
     "mean of a mask": lambda m, h, labels, mask, items: (h.square().mean(-1) * mask).mean() / (mask.mean() + 1e-3),
     "rows of learned weight, divided": lambda m, h, labels, mask, items: (
         h.square().mean(-1) * mask / (mask.sum() + 1) * m.scale
     ).sum(),
     "a number by name": lambda m, h, labels, mask, items: torch.add(h.mean(), h.square().sum(), alpha=1 / h.shape[0]),
     "a number as a tensor": lambda m, h, labels, mask, items: h.square().sum() / torch.tensor(h.shape[0]),
+    "a sum that begins with zeros": lambda m, h, labels, mask, items: (
+        sum([F.cross_entropy(h[:, i], labels[:, i], reduction="sum") for i in range(LENGTH)], h.new_zeros(()))
+        / (labels != -100).type_as(h).sum()
+    ),
     "number of items": lambda m, h, labels, mask, items: h.square().sum() / items,
     "several": lambda m, h, labels, mask, items: (
         counted(m, h, labels, mask, items) + 0.5 * mean_of_rows(m, h, labels, mask, items) - h[..., 0].sum() + 1
