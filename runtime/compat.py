@@ -717,6 +717,14 @@ def is_fake(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, FakeTensor)
 
 
+def storage_of(tensor: torch.Tensor) -> int | None:
+    """What is the same for a tensor and its views; None for what has no memory of its own, as a tensor inside of ``vmap``."""
+    try:
+        return tensor.untyped_storage()._cdata
+    except (RuntimeError, NotImplementedError):
+        return None
+
+
 def traced(function: Callable[..., Any], values: Sequence[Any]) -> fx.GraphModule:
     """``function`` in ATen operators that write nothing in place, for fake ``values`` of another trace than the one at hand; no
     guard comes of it."""
