@@ -64,7 +64,9 @@ def deepspeed(
         kernels.serve_once()
     config = Config.load(options).resolve_stage(dist.is_initialized())
     if config.pipeline.enabled:
-        return torch._dynamo.disable(_FirstOfPipeline(gm, example_inputs, config), reason="runs once, before stages are cut")
+        return torch._dynamo.disable(
+            _FirstOfPipeline(gm, example_inputs, config), reason="runs once, before stages are cut"
+        )
     config = config.resolve_batch(dist.get_world_size() if dist.is_initialized() else 1)
     passes = build(config)
     params = [p for p in example_inputs if isinstance(p, nn.Parameter)]

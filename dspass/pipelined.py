@@ -158,9 +158,13 @@ class Pipelined:
     ) -> Sequence[Any]:
         """The first call of a model that was compiled and not prepared by ``dspass.shard``: its own forward is running, as a graph
         with so many ``outputs``, or as the first piece of a ``broken`` one; answers them for the whole batch."""
-        way_out = "Call dspass.shard(model, config) before the optimiser is built: then the model is captured in one piece."
+        way_out = (
+            "Call dspass.shard(model, config) before the optimiser is built: then the model is captured in one piece."
+        )
         if broken is not None:
-            raise PipelineUseError(f"the model's forward was captured in pieces, which cannot be stages: {broken} {way_out}")
+            raise PipelineUseError(
+                f"the model's forward was captured in pieces, which cannot be stages: {broken} {way_out}"
+            )
         self._keeps_answers = True
         try:
             self(*args, **kwargs)
@@ -382,7 +386,9 @@ class Pipelined:
             if output.input is not None:
                 answers.append(output.whole([batch[output.input] for batch in inputs]))
             elif trains and position != built.loss:
-                answers.append(output.literal if output.stage is None and not output.shape else output.stand_in(count, trains))
+                answers.append(
+                    output.literal if output.stage is None and not output.shape else output.stand_in(count, trains)
+                )
             elif output.stage is None:
                 answers.append(output.literal)
             else:

@@ -282,7 +282,7 @@ def _bytes(tensor: torch.Tensor) -> int:
 
 
 def _storage(tensor: torch.Tensor) -> int:
-    return compat.storage_of(tensor)
+    return compat.storage_of(tensor) or 0
 
 
 def _price(graph: fx.Graph, recorder: _Recorder, on: Device) -> dict[fx.Node, NodeCost]:

@@ -104,7 +104,9 @@ def split_stages(
         made = [n for n in after if stage_of[n] == s]
         targets = [*made, *(answers[i] for i in results[s])]
         mine = sorted({*nodes[s], *_missing(targets, {*nodes[s], *before})}, key=order.__getitem__)
-        reads = [n for n in before if any(n in node.all_input_nodes for node in mine if not is_marker(node)) or n in targets]
+        reads = [
+            n for n in before if any(n in node.all_input_nodes for node in mine if not is_marker(node)) or n in targets
+        ]
         extracted, inputs, keys = _extract(gm, mine, reads, targets)
         found.append(
             StageGraph(

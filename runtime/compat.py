@@ -490,11 +490,6 @@ def apart(values: Sequence[Any]) -> Iterator[None]:
         yield
 
 
-def storage_of(tensor: torch.Tensor) -> int:
-    """A number of the memory that a tensor lies in, the same for its views, while it lives; fake ones have one too."""
-    return tensor.untyped_storage()._cdata
-
-
 def ignoring_logs() -> contextlib.AbstractContextManager[Any]:
     """Have Dynamo leave out calls of loggers while it captures: each would break the graph."""
     from torch._dynamo import config
