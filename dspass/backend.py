@@ -247,8 +247,8 @@ class _FirstOfPipeline:
         root = _root(Heap.scan(), params)
         if root is None:
             raise PipelineUseError(
-                "a function was compiled, and a pipeline divides the layers of a module: call torch.compile on the module whose "
-                "forward answers the loss."
+                "a function was compiled, and a pipeline divides the layers of a module: call torch.compile on the module "
+                "whose forward answers the loss."
             )
         self.root, self.config = root, config
         (output,) = gm.graph.find_nodes(op="output")

@@ -128,8 +128,8 @@ def place_stages(
 
     ``stages_of`` has the stages that use a parameter, by its key; one that is not in it is used by none. Rank 0's values are
     handed out, one parameter at a time, unless ``fill`` has them, as for :func:`dspass.shard`: then no rank asks for those of
-    other stages. Layouts follow the ZeRO stage within the ranks of a stage. What this rank does not keep is freed, in optimisers
-    as well.
+    other stages. Layouts follow the ZeRO stage within the ranks of a stage. What this rank does not keep is freed, in
+    optimisers as well.
 
     Raises ``RuntimeError`` on all ranks where they do not agree on the stages, or the model is on the meta device and there is
     no ``fill``, or an optimiser holds parameters where they cannot be exchanged; ``KeyError`` where ``fill`` lacks a name.

@@ -640,7 +640,7 @@ def test_an_overflow_on_one_stage_skips_the_step_on_all(fused: bool) -> None:
         assert answers == [(4.0, set()), (2.0, set()), (2.0, trained)]
 
 
-# -- tied parameters -------------------------------------------------------------------------------------------------------------
+# -- tied parameters -------------------------------------------------------------------------------------------------
 
 
 def _summed(stages: int) -> None:
