@@ -252,7 +252,7 @@ class _FirstOfPipeline:
             )
         self.root, self.config = root, config
         (output,) = gm.graph.find_nodes(op="output")
-        self.outputs = len(output.args[0])  # type: ignore[arg-type]
+        self.outputs = len(output.args[0])
         self.broken = compat.broken_graph()
 
     def __call__(self, *inputs: Any) -> Any:

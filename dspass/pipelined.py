@@ -6,8 +6,8 @@ ends in a loss, it runs the whole schedule, forward and backward of each, holds 
 step does what it does without a pipeline. Without gradients it runs forward only and answers the outputs.
 
 The person's own forward is still what Dynamo captures, at the size of a micro-batch and in one piece. Its guards say when it
-has to be captured anew, it takes arguments apart into the graph's inputs, and puts outputs together again: the compiled function
-is called with each micro-batch, and its graph gives up as soon as it has its inputs; at the end it is called once more, and its
+has to be captured anew, it takes arguments apart into the graph's inputs, and puts outputs together again: the compiled
+function is called with each micro-batch, and its graph gives up as soon as it has its inputs; at the end it is called once more, and its
 graph answers what the schedule has made.
 
 Dropped: to rewrite the graph that was captured with the whole batch. Its sizes are written into it as numbers, and which of
@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -62,7 +62,7 @@ def pipelined(
         return known
     refuse_wrapped(root)
     found = Pipelined(root, config, fill, device)
-    root.forward = found  # type: ignore[method-assign]
+    root.forward = found
     return found
 
 
@@ -284,7 +284,7 @@ class Pipelined:
         _refuse_state(graph, placeholders, trains)
         loss, combination = self._combined(graph, batches.whole_graph, count, trains)
         (output,) = graph.find_nodes(op="output")
-        answers: Sequence[Any] = output.args[0]  # type: ignore[assignment]
+        answers: Sequence[Any] = output.args[0]
         position = next((i for i, answer in enumerate(answers) if answer is loss), None)
         described = outputs_of(graph, loss, split)
         if trains and position is not None:
@@ -311,8 +311,9 @@ class Pipelined:
         self, graph: fx.Graph, whole: fx.Graph | None, count: int, trains: bool
     ) -> tuple[fx.Node | None, Combination | None]:
         """The loss, rewritten so that micro-batches' add up to the batch's. Without gradients there may be none."""
+        reduction: Literal["mean"] | None = "mean" if self.config.pipeline.loss_reduction == "mean" else None
         try:
-            combination = combine_losses(graph, loss_of(graph), whole, count, self.config.pipeline.loss_reduction)
+            combination = combine_losses(graph, loss_of(graph), whole, count, reduction)
         except ValueError as error:
             if trains:
                 raise PipelineUseError(str(error)) from error
@@ -441,7 +442,7 @@ def _batch_size(leaves: Sequence[Any]) -> int:
 
 
 def _part(leaves: Sequence[Any], size: int, count: int, i: int) -> list[Any]:
-    """Micro-batch ``i``: of each tensor that has the batch's rows its own, of all else the whole. One passed twice stays one."""
+    """Micro-batch ``i``: of each tensor that has the batch's rows its own, of all else the whole; one given twice stays one."""
     rows = size // count
     known: dict[int, torch.Tensor] = {}
     found = []

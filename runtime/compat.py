@@ -629,7 +629,7 @@ def _total_norm_cell() -> Any:
             f"torch {torch.__version__} defines torch.nn.utils.get_total_norm in another way than torch 2.11 to 2.13, so norms "
             "over pipeline stages cannot be had from it: install one of those."
         )
-    return wrapper.__closure__[names.index("func")]  # type: ignore[attr-defined]
+    return wrapper.__closure__[names.index("func")]
 
 
 def extend_found_inf(extended: Callable[[torch.optim.Optimizer, dict[torch.device, torch.Tensor]], None]) -> None:
@@ -656,7 +656,7 @@ def extend_found_inf(extended: Callable[[torch.optim.Optimizer, dict[torch.devic
         extended(optimizer, found)
         return found
 
-    GradScaler._unscale_grads_ = ours  # type: ignore[method-assign]
+    GradScaler._unscale_grads_ = ours
 
 
 def asked_for_full_state() -> bool:
