@@ -7,8 +7,8 @@ step does what it does without a pipeline. Without gradients it runs forward onl
 
 The person's own forward is still what Dynamo captures, at the size of a micro-batch and in one piece. Its guards say when it
 has to be captured anew, it takes arguments apart into the graph's inputs, and puts outputs together again: the compiled
-function is called with each micro-batch, and its graph gives up as soon as it has its inputs; at the end it is called once more, and its
-graph answers what the schedule has made.
+function is called with each micro-batch, and its graph gives up as soon as it has its inputs; at the end it is called once
+more, and its graph answers what the schedule has made.
 
 Dropped: to rewrite the graph that was captured with the whole batch. Its sizes are written into it as numbers, and which of
 them are the batch's nobody can say. Dropped: ``torch.export``, which wants the model without its training loop, and has no

@@ -211,7 +211,7 @@ def _tied_axis(mesh: DeviceMesh, stages: StageMesh, held_by: tuple[int, ...]) ->
         with compat.without_fake_mode():
             columns = mesh.mesh[list(held_by)].t().tolist()
         for ranks in columns:
-            group = dist.new_group(ranks)
+            group: Any = dist.new_group(ranks)
             if dist.get_rank() in ranks:
                 known[stages.pipe.size, held_by] = Axis.of("tied", group)
     return known[stages.pipe.size, held_by]

@@ -31,7 +31,8 @@ UNSHARD = (torch.ops.dspass.unshard, torch.ops.dspass.unshard.default)
 class StageGraph:
     """One stage. ``received`` are the values that come from the stage before it and ``sent`` those that go to the next. The
     graph reads ``reads`` of the former and makes ``makes`` of the latter, by name; the others pass by. ``inputs`` are
-    positions of the captured graph's inputs, ``keys`` those of parameters, ``results`` positions of the captured graph's outputs.
+    positions of the captured graph's inputs, ``keys`` those of parameters, ``results`` positions of the captured graph's
+    outputs.
 
     The graph's inputs are ``reads``, ``inputs`` and ``keys``, its outputs ``makes`` and ``results``, in these orders."""
 

@@ -23,6 +23,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from dspass.runtime.axis import Axis
 from dspass.runtime.schedule import Action, Direction, Kind, Receive, Schedule, Send, Span
@@ -75,10 +76,11 @@ class Stage:
 
 @dataclass(kw_only=True, eq=False)
 class _Run:
-    """A forward whose backward has not ended."""
+    """A forward whose backward has not ended. Of what it made there are edges of autograd's graph alone: values that have been
+    sent need no memory here unless the backward reads them."""
 
     leaves: dict[str, torch.Tensor]
-    made: dict[str, torch.Tensor]
+    made: dict[str, GradientEdge]
     losses: list[torch.Tensor]
 
 
@@ -251,13 +253,16 @@ class _Call:
             self.results[position].append(result.detach() if isinstance(result, torch.Tensor) else result)
         if trains:
             losses = [results[self.executor.loss]] if self.executor.loss in results else []
-            self.runs[stage.index, batch] = _Run(leaves=leaves, made=made, losses=losses)
+            edges = {n: get_gradient_edge(t) for n, t in made.items() if t.requires_grad}
+            self.runs[stage.index, batch] = _Run(leaves=leaves, made=edges, losses=losses)
 
     def _backward(self, stage: Stage, batch: int, message: list[torch.Tensor]) -> None:
         run = self.runs.pop((stage.index, batch))
         sent = [v for v in stage.sent if v.has_gradient]
         come = {v.name: t for v, t in zip(sent, message, strict=True)}
-        roots = [(run.made[n], g) for n, g in come.items() if n in run.made and run.made[n].requires_grad]
+        roots: list[tuple[torch.Tensor | GradientEdge, torch.Tensor]] = [
+            (run.made[n], g) for n, g in come.items() if n in run.made
+        ]
         roots += [(loss, torch.ones_like(loss)) for loss in run.losses if loss.requires_grad]
         if roots:
             torch.autograd.backward([root for root, _ in roots], [gradient for _, gradient in roots])
