@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from dspass import steps
 from dspass.compilation import compile_graph
-from dspass.config import Config
+from dspass.config import Config, ConfigError
 from dspass.engines import new_engine
 from dspass.owners import unwrap
 from dspass.passes import devices
@@ -44,7 +44,7 @@ from dspass.runtime import compat
 from dspass.runtime.axis import Axis, axis_of
 from dspass.runtime.engine import Engine
 from dspass.runtime.pipeline import Executor, Stage
-from dspass.runtime.schedule import Kind
+from dspass.runtime.schedule import Kind, ScheduleError
 from dspass.runtime.tied import sum_tied
 from dspass.settings import kind_of
 from dspass.shard import Fill, agree, refuse_wrapped
@@ -182,9 +182,10 @@ class Pipelined:
 
     def _begin(self, args: Any, kwargs: Any) -> None:
         compat.check_torch()
-        config, root = self.config, self.root
+        root, stages = self.root, self.config.pipeline.stages or 1
         self.kind = torch.device(self.device).type if self.device is not None else _device_of(root, args, kwargs)
-        self.mesh = pipeline_mesh(config.pipeline.stages or 1, self.kind)
+        self.mesh = pipeline_mesh(stages, self.kind)
+        self.config = config = self.config.resolve_batch(dist.get_world_size() // stages)
         self.pipe: Axis = axis_of("pipe", self.mesh, 0)
         agree(root, config, self.mesh)
         self.engine = new_engine(root, config)
@@ -208,7 +209,10 @@ class Pipelined:
     def _stage(self, gm: fx.GraphModule, size: int, count: int, trains: bool) -> None:
         """Decide on stages, as rank 0 finds, and place the parameters."""
         assert self.engine is not None
-        self.staging = plan_stages(gm, self.config, self.engine, self.pipe, size, count, trains)
+        try:
+            self.staging = plan_stages(gm, self.config, self.engine, self.pipe, size, count, trains)
+        except ScheduleError as error:
+            raise ConfigError(f"pipeline.{error.setting}", f"{error.cause}.", error.way_out) from error
         if dist.get_world_size() > 1 and dist.get_backend() != "fake":
             told = [self.staging]
             dist.broadcast_object_list(told, 0)
