@@ -543,7 +543,8 @@ def _total_norm_cell() -> Any:
             f"torch {torch.__version__} defines torch.nn.utils.get_total_norm in another way than torch 2.11 to 2.13, so norms "
             "over pipeline stages cannot be had from it: install one of those."
         )
-    return wrapper.__closure__[names.index("func")]
+    closure: Any = wrapper.__closure__
+    return closure[names.index("func")]
 
 
 #: Answers, by device, what is not 0 where a gradient of the optimiser was not finite, from what this rank has found; that is
