@@ -10,10 +10,10 @@ said. Nodes of the graph are of three kinds:
 - calls without a tensor that change what comes behind them (:data:`~dspass.passes.captured_cost.CONTEXTS`), which each stage
   runs. What nothing needs is run by none.
 
-Assigned nodes that no cut may part are one unit: what makes something other than one tensor of known sizes, and who reads it;
-what lies in memory transposed or with gaps, such as a view,
-and who reads that; what writes in place, what makes the memory that is
-written, and who reads that before. What is left of cycles among these joins too.
+Assigned nodes that no cut may part are one unit: what makes something other than one tensor of known sizes, and who reads
+it; what lies in memory transposed or with gaps, such as a view, and who reads that; what writes in place, what makes the
+memory that is written, and who reads that before; a layer of experts, whose rows are exchanged as a whole. What is left of
+cycles among these joins too.
 
 A value that skips stages is carried through those between. What the graph answers beside its loss stays where it is made.
 
@@ -38,6 +38,7 @@ import torch.fx as fx
 
 from dspass.passes.captured_cost import CONTEXTS, NodeCost, parameter_of
 from dspass.passes.devices import Device
+from dspass.passes.experts import find_experts
 from dspass.passes.text import place_of
 from dspass.planner.stage_cuts import Outcome, Shared, Unit, Value, Work, outcome, solve
 from dspass.runtime import compat
@@ -269,7 +270,8 @@ class _Parts:
         self._join()
         order = nx.Graph()
         order.add_nodes_from(self.assigned)
-        order.add_edges_from(tuple(pair) for pair in self.joined)
+        for one, other in self.joined:
+            order.add_edge(one, other)
         group_of = {n: k for k, group in enumerate(nx.connected_components(order)) for n in group}
         quotient = nx.DiGraph()
         quotient.add_nodes_from(group_of.values())
@@ -360,6 +362,10 @@ class _Parts:
                 for user in node.users:
                     if user in self.assigned:
                         self.joined[frozenset((node, user))] = f"%{node.name} {problem}"
+        for layer in find_experts(self.graph, lambda n: parameter_of(n) is not None)[0]:
+            together = [n for n in (*layer.entering(), *layer.inside) if n in self.assigned]
+            for one, other in itertools.pairwise(together):
+                self.joined[frozenset((one, other))] = "they are of one layer of experts"
         self._join_writes()
 
     def _unsendable(self, node: fx.Node) -> str | None:
