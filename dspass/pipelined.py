@@ -39,7 +39,7 @@ from dspass.passes.combine_losses import Combination, combine_losses, loss_of
 from dspass.passes.split_stages import StageGraph, keep_outputs, read_parameters, split_stages
 from dspass.pipeline import build
 from dspass.pipeline_outputs import Output, PipelineUseError, delivered, on_stages, outputs_of
-from dspass.planner.follow_stages import follow
+from dspass.planner.stages import follow
 from dspass.runtime import compat
 from dspass.runtime.axis import Axis, axis_of
 from dspass.runtime.engine import Engine
@@ -329,8 +329,7 @@ class Pipelined:
         values = {v.name: v for v in graph.received}
         examples = []
         for name in graph.reads:
-            like = torch.zeros(values[name].shape, dtype=values[name].dtype, device=self.kind)
-            examples.append(like.requires_grad_(trains and values[name].has_gradient))
+            examples.append(values[name].zeros(self.kind).requires_grad_(trains and values[name].has_gradient))
         examples += [inputs[i] for i in graph.inputs]
         examples += [shard_of(self.engine, key, trains) for key in graph.keys]
         with torch.set_grad_enabled(trains):

@@ -177,13 +177,7 @@ def _with_gradients(graph: fx.Graph) -> set[fx.Node]:
 
 
 def _value(node: fx.Node, has_gradient: bool) -> Value:
-    value = node.meta["example_value"]
-    return Value(
-        name=node.name,
-        shape=tuple(int(s) for s in value.shape),
-        dtype=value.dtype,
-        has_gradient=has_gradient and value.dtype.is_floating_point,
-    )
+    return Value.like(node.name, node.meta["example_value"], has_gradient)
 
 
 __all__ = ["StageGraph", "is_marker", "keep_outputs", "key_of", "read_parameters", "split_stages"]

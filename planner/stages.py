@@ -15,6 +15,9 @@ it; what lies in memory transposed or with gaps, such as a view, and who reads t
 memory that is written, and who reads that before; a layer of experts, whose rows are exchanged as a whole. What is left of
 cycles among these joins too.
 
+Other graphs of a model whose parameters lie on stages already (:func:`follow`), with other sizes or without its loss, are cut
+where the first one was: nodes go by their names, and what is new by the parameters that it reads.
+
 A value that skips stages is carried through those between. What the graph answers beside its loss stays where it is made.
 
 Dropped: to cut between modules. What crosses there is not less for it, a graph need not be made of them, and where they are a
@@ -29,7 +32,7 @@ import functools
 import itertools
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 
 import networkx as nx
@@ -180,6 +183,49 @@ def cut(
         bottleneck=result.bottleneck,
         why=(how, *_said(found, crossings, stage_of)),
     )
+
+
+def follow(
+    gm: fx.GraphModule,
+    stages: int,
+    costs: Mapping[fx.Node, NodeCost],
+    stages_of: Mapping[str, Collection[int]],
+    known: Mapping[str, int],
+) -> Cuts:
+    """Cut ``gm`` so that each stage reads only parameters that lie on it, of which ``stages_of`` has the stages by name, and
+    runs the nodes that it ran in the graph that was cut first (``known``, by name).
+
+    What is new goes to the first stage that has what it reads. Raises :class:`CutError` where a parameter is read by what comes
+    too late for it.
+    """
+    parts = _Parts(gm.graph, costs)
+    reads: dict[int, set[str]] = defaultdict(set)
+    for unit, nodes in enumerate(parts.nodes_of):
+        reads[unit] = {named[0] for n in parts.needed(nodes) if (named := parts.parameter(n)) is not None}
+    before: dict[int, set[int]] = defaultdict(set)
+    for u, v in parts.edges:
+        before[v].add(u)
+    stage_of_unit: list[int] = []
+    for unit, nodes in enumerate(parts.nodes_of):
+        stage = max([0, *(stage_of_unit[u] for u in before[unit]), *(known.get(n.name, 0) for n in nodes)])
+        while unmet := [name for name in reads[unit] if stage not in stages_of.get(name, ())]:
+            later = [s for s in sorted(stages_of.get(unmet[0], ())) if s > stage]
+            if not later:
+                raise CutError(
+                    f"%{nodes[0].name} reads {unmet[0]} on stage {stage}, and that parameter lies on stages "
+                    f"{sorted(stages_of.get(unmet[0], ()))}: the model uses its parameters in another order than in its first "
+                    "call, by which it was divided. Let the first call be one that is typical."
+                )
+            stage = later[0]
+        stage_of_unit.append(stage)
+    stage_of = {n: stage_of_unit[u] for n, u in parts.unit_of.items()}
+    found = tuple(_stage(parts, stage_of, s) for s in range(stages))
+    crossing = []
+    for s in range(stages - 1):
+        values = parts.crossing(stage_of, s)
+        sent, back = sum(map(_bytes, values)), sum(_bytes(n) for n in values if costs[n].has_gradient)
+        crossing.append(Cut(index=s, values=values, bytes=sent, gradient_bytes=back, seconds=0.0))
+    return Cuts(stage_of=stage_of, stages=found, cuts=tuple(crossing), bottleneck=max(s.seconds for s in found), why=())
 
 
 def _assign(parts: _Parts, work: Work, boundaries: Sequence[str] | None) -> tuple[list[int], str]:
@@ -404,6 +450,10 @@ class _Parts:
     def _is_sent(self, node: fx.Node) -> bool:
         return self._unsendable(node) is None and any(r in self.assigned for r in node.users)
 
+    def crossing(self, stage_of: Mapping[fx.Node, int], s: int) -> tuple[fx.Node, ...]:
+        """The values that stage ``s`` or one before it makes, and a later one reads."""
+        return tuple(n for n, rs in self.readers.items() if stage_of[n] <= s < max(stage_of[r] for r in rs))
+
     # -- what stages have of their own
 
     @functools.cached_property
@@ -546,9 +596,7 @@ def _stage(parts: _Parts, stage_of: Mapping[fx.Node, int], s: int) -> Stage:
 
 
 def _cut(parts: _Parts, stage_of: Mapping[fx.Node, int], s: int, work: Work, result: Outcome) -> Cut:
-    values = tuple(
-        n for n, readers in parts.readers.items() if stage_of[n] <= s < max(stage_of[reader] for reader in readers)
-    )
+    values = parts.crossing(stage_of, s)
     count, gradients = result.crossing[s], result.gradients[s]
     return Cut(
         index=s,

@@ -35,12 +35,36 @@ class PipelineError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Value:
-    """One tensor of a message between two stages. ``has_gradient``: the message back holds its gradient."""
+    """One tensor of a message between two stages, which lies in memory with its dimensions in the order ``dims``, as channels
+    last do. ``has_gradient``: the message back holds its gradient."""
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     has_gradient: bool
+    dims: tuple[int, ...]
+
+    @classmethod
+    def like(cls, name: str, tensor: torch.Tensor, has_gradient: bool) -> Value:
+        """A value like ``tensor``, which may be fake."""
+        dims = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+        plain = tensor.is_contiguous() or not tensor.permute(dims).is_contiguous()
+        return cls(
+            name=name,
+            shape=tuple(int(s) for s in tensor.shape),
+            dtype=tensor.dtype,
+            has_gradient=has_gradient and tensor.dtype.is_floating_point,
+            dims=tuple(range(tensor.dim()) if plain else dims),
+        )
+
+    def zeros(self, device: torch.device | str) -> torch.Tensor:
+        """A tensor of its shape, that lies as it does."""
+        flat = torch.zeros([self.shape[d] for d in self.dims], dtype=self.dtype, device=device)
+        return flat.permute([self.dims.index(d) for d in range(len(self.dims))])
+
+    def in_order(self, tensor: torch.Tensor) -> torch.Tensor:
+        """``tensor`` as it travels: contiguous, and if it lies as it should the same memory."""
+        return tensor.permute(self.dims).contiguous()
 
     @property
     def nbytes(self) -> int:
@@ -169,19 +193,23 @@ class _Call:
 
     def _post(self, step: Receive) -> None:
         assert self.axis is not None
-        buffers = [
-            torch.empty(v.shape, dtype=v.dtype, device=self.executor.device)
-            for v in self._values(step.direction, step.source, step.destination)
+        values = self._values(step.direction, step.source, step.destination)
+        buffers = [v.zeros(self.executor.device) for v in values]
+        works = [
+            dist.irecv(v.in_order(b), self.axis.ranks[step.peer], self.axis.group)
+            for v, b in zip(values, buffers, strict=True)
+            if b.numel()
         ]
-        works = [dist.irecv(b, self.axis.ranks[step.peer], self.axis.group) for b in buffers if b.numel()]
         self.posted[step.direction, step.destination, step.micro_batch] = buffers, works, step.peer
 
     def _send(self, step: Send) -> None:
         assert self.axis is not None
         self.going = [entry for entry in self.going if not entry[0].is_completed()]
-        for tensor in self.outbox.pop((step.direction, step.destination, step.micro_batch)):
+        values = self._values(step.direction, step.source, step.destination)
+        tensors = self.outbox.pop((step.direction, step.destination, step.micro_batch))
+        for value, tensor in zip(values, tensors, strict=True):
             if tensor.numel():
-                tensor = tensor.contiguous()
+                tensor = value.in_order(tensor)
                 try:
                     work = dist.isend(tensor, self.axis.ranks[step.peer], self.axis.group)
                 except RuntimeError as error:
@@ -288,7 +316,7 @@ class _Call:
 def _sum(own: torch.Tensor | None, passing: torch.Tensor | None, value: Value, device: torch.device) -> torch.Tensor:
     """The gradient of a value that a stage read, handed on, or both."""
     if own is None:
-        return passing if passing is not None else torch.zeros(value.shape, dtype=value.dtype, device=device)
+        return passing if passing is not None else value.zeros(device)
     return own if passing is None else own + passing
 
 
