@@ -329,7 +329,7 @@ class Pipelined:
         values = {v.name: v for v in graph.received}
         examples = []
         for name in graph.reads:
-            examples.append(values[name].zeros(self.kind).requires_grad_(trains and values[name].has_gradient))
+            examples.append(values[name].empty(self.kind).zero_().requires_grad_(trains and values[name].has_gradient))
         examples += [inputs[i] for i in graph.inputs]
         examples += [shard_of(self.engine, key, trains) for key in graph.keys]
         with torch.set_grad_enabled(trains):

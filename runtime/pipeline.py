@@ -57,14 +57,20 @@ class Value:
             dims=tuple(range(tensor.dim()) if plain else dims),
         )
 
-    def zeros(self, device: torch.device | str) -> torch.Tensor:
+    def empty(self, device: torch.device | str) -> torch.Tensor:
         """A tensor of its shape, that lies as it does."""
-        flat = torch.zeros([self.shape[d] for d in self.dims], dtype=self.dtype, device=device)
-        return flat.permute([self.dims.index(d) for d in range(len(self.dims))])
+        return self._back(torch.empty([self.shape[d] for d in self.dims], dtype=self.dtype, device=device))
 
     def in_order(self, tensor: torch.Tensor) -> torch.Tensor:
         """``tensor`` as it travels: contiguous, and if it lies as it should the same memory."""
         return tensor.permute(self.dims).contiguous()
+
+    def laid(self, tensor: torch.Tensor) -> torch.Tensor:
+        """``tensor``, lying as it does where it has travelled."""
+        return self._back(self.in_order(tensor))
+
+    def _back(self, travelled: torch.Tensor) -> torch.Tensor:
+        return travelled.permute([self.dims.index(d) for d in range(len(self.dims))])
 
     @property
     def nbytes(self) -> int:
@@ -194,7 +200,7 @@ class _Call:
     def _post(self, step: Receive) -> None:
         assert self.axis is not None
         values = self._values(step.direction, step.source, step.destination)
-        buffers = [v.zeros(self.executor.device) for v in values]
+        buffers = [v.empty(self.executor.device) for v in values]
         works = [
             dist.irecv(v.in_order(b), self.axis.ranks[step.peer], self.axis.group)
             for v, b in zip(values, buffers, strict=True)
@@ -275,7 +281,7 @@ class _Call:
         made = dict(zip(stage.makes, answers[: len(stage.makes)], strict=True))
         results = dict(zip(stage.results, answers[len(stage.makes) :], strict=True))
         if stage.sent:
-            sent = [(made[v.name] if v.name in made else arrived[v.name]).detach() for v in stage.sent]
+            sent = [v.laid((made[v.name] if v.name in made else arrived[v.name]).detach()) for v in stage.sent]
             self.outbox[Direction.FORWARD, stage.index + 1, batch] = sent
         for position, result in results.items():
             self.results[position].append(result.detach() if isinstance(result, torch.Tensor) else result)
@@ -316,7 +322,7 @@ class _Call:
 def _sum(own: torch.Tensor | None, passing: torch.Tensor | None, value: Value, device: torch.device) -> torch.Tensor:
     """The gradient of a value that a stage read, handed on, or both."""
     if own is None:
-        return passing if passing is not None else value.zeros(device)
+        return passing if passing is not None else value.empty(device).zero_()
     return own if passing is None else own + passing
 
 
