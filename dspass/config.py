@@ -332,6 +332,9 @@ KEYS: tuple[Key, ...] = (
          "`zero_quantized_weights`.", choices=FORMATS),
     _act("dspass.quantise.gradients", "gradients", "text", None, "",
          "What gradients are reduced as. Absent: whole, or `int4` with `zero_quantized_gradients`.", choices=FORMATS),
+    _act("dspass.quantise.exchanges", "exchanges", "text", None, "",
+         "What rows go to experts on other ranks as, and come back as, forward and backward: each row in blocks of its own, of "
+         "`block` values at most. Absent: whole. Its effect needs `expert_parallel`.", choices=FORMATS),
     _act("dspass.quantise.activations", "activations", "text", None, "",
          "What saved activations may wait for the backward as: under a `memory_budget` those that the planner chooses, without "
          "one all that can be. Absent: whole. Changes gradients, not the loss.", choices=FORMATS),
@@ -345,8 +348,9 @@ KEYS: tuple[Key, ...] = (
          "whole parameters on each rank. Absent: where `zeropp_loco_param` holds something.", stages=(3,)),
     _act("dspass.quantise.max_relative_error", "max_relative_error", "number", None, "share",
          "A bucket of which one parameter's rounding error, as a norm over that of the parameter and measured when it is "
-         "sharded, is larger, is gathered whole. Gradients and activations are not known when that is decided: it does not "
-         "act on them.", low=0),
+         "sharded, is larger, is gathered whole. Gradients, activations and rows of experts are not known when that is "
+         "decided: it does not act on them. Of rows the report says how far the first ones were off, and which by more.",
+         low=0),
     _act("dspass.experts.capacity_factor", "capacity_factor", "number", None, "share",
          "Most rows that an expert takes of a rank's, in even shares: of `tokens * experts a token / experts` rows, rounded "
          "up. What is beyond, last in the order of tokens, becomes zeros; sizes are fixed, so every rank needs as many tokens. "
@@ -829,6 +833,8 @@ class QuantiseConfig:
     """Format of gathers; None leaves it to ``zero_quantized_weights``."""
     gradients: str | None = None
     """Format of reductions; None leaves it to ``zero_quantized_gradients``."""
+    exchanges: str | None = None
+    """Format of rows that go to experts and back; None sends them whole."""
     activations: str | None = None
     """Format of saved activations; None saves them whole."""
     block: int = 256
@@ -1225,7 +1231,14 @@ class Config:
             if key.field and stage not in key.stages and (value := self._value(key)) not in (None, key.default)
             and value is not False
         )  # fmt: skip
-        return replace(self, ignored=self.ignored + notes + self._notes_of_feedback())
+        return replace(self, ignored=self.ignored + notes + self._notes_of_feedback() + self._notes_of_experts())
+
+    def _notes_of_experts(self) -> tuple[Ignored, ...]:
+        """Note what asks for rows of experts to travel in another way, where experts are not divided and none travel."""
+        if self.quantise.exchanges is None or self.expert_parallel.enabled:
+            return ()
+        reason = "no rows travel; it acts with expert_parallel"
+        return (Ignored(key="dspass.quantise.exchanges", value=self.quantise.exchanges, reason=reason),)
 
     def _notes_of_feedback(self) -> tuple[Ignored, ...]:
         """Note what asks for error feedback where it has no use, or is switched off."""

@@ -10,10 +10,19 @@ from typing import Any, ClassVar
 import torch.fx as fx
 
 from dspass.passes.base import Pass, PassContext
-from dspass.passes.nodes import combine_start, counts_start, dispatch_start, even_start, exchange_wait, mean_start
+from dspass.passes.nodes import (
+    ROWS,
+    combine_start,
+    counts_start,
+    dispatch_start,
+    even_start,
+    exchange_wait,
+    mean_start,
+)
 from dspass.runtime.exchange import COMBINE, COUNTS, DISPATCH, EVEN, MEAN
 
-#: Of each marker what begins it, and which of its arguments that takes.
+#: Of each marker what begins it, and which of its arguments that takes: the first of rows in a list, for a pass may divide it
+#: into codes and scales.
 _STARTS: dict[Any, tuple[Callable[..., Any], tuple[int, ...]]] = {
     COUNTS: (counts_start, (0, 1, 2)),
     DISPATCH: (dispatch_start, (0, 1, 2, 4)),
@@ -29,6 +38,7 @@ class ExchangeRows(Pass):
     a wait and its item, where they stand."""
 
     name: ClassVar[str] = "exchange_rows"
+    provides: ClassVar[frozenset[str]] = frozenset({"exchanges"})
 
     def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
         markers = [n for n in graph.nodes if n.op == "call_function" and n.target in _STARTS]
@@ -36,7 +46,8 @@ class ExchangeRows(Pass):
             begin, places = _STARTS[marker.target]
             value = marker.meta["val"]
             with graph.inserting_before(marker):
-                start = graph.call_function(begin, tuple(marker.args[i] for i in places))
+                first, *others = (marker.args[i] for i in places)
+                start = graph.call_function(begin, ([first] if begin in ROWS else first, *others))
                 wait = graph.call_function(exchange_wait, (start,))
                 item = graph.call_function(operator.getitem, (wait, 0))
             start.meta["val"] = wait.meta["val"] = [value]

@@ -35,8 +35,9 @@ import torch
 
 from dspass.runtime import compat
 from dspass.runtime.host_states import HostStates
-from dspass.runtime.params import Over, ParamSpec, register
+from dspass.runtime.params import Over, Packed, ParamSpec, register
 from dspass.runtime.program import Probe
+from dspass.runtime.quantise import rounding_squares
 from dspass.runtime.routing import Routing
 from dspass.runtime.stepping import Optimizer
 from dspass.runtime.traffic import (
@@ -61,6 +62,9 @@ if TYPE_CHECKING:
     from dspass.runtime.fake_quantise import Schedule
 
 _numbers = itertools.count()
+
+#: What rows are sent for: to their experts, back from them, or one of the two in fixed sizes.
+RowsKind = Literal["dispatch", "combine", "even"]
 
 #: Gradients averaged at the end of a backward travel in buffers of this size.
 _LEFT_OVER_BYTES = 25 * 2**20
@@ -98,6 +102,9 @@ class Engine:
     expected_imbalance: float = 1.0
     #: By parameter, what its rounding is off by where it is gathered in few bits; see :mod:`dspass.quantising`.
     quantised_errors: dict[str, float] = field(default_factory=dict)
+    #: What rounding is taken to change of rows that go to experts in few bits, as added squares of that and of the rows, by
+    #: their weight, direction, kind and width; of the first that were sent.
+    row_errors: dict[tuple[str, str, str, int], torch.Tensor] = field(default_factory=dict)
     #: What is rounded while it trains, ("weight" or "activation", name); see :mod:`dspass.fake_quantising`.
     roundings: dict[tuple[Literal["weight", "activation"], str], Schedule] = field(default_factory=dict)
     #: Parameters whose optimiser states wait on the host between steps.
@@ -221,17 +228,19 @@ class Engine:
     def start_even(
         self,
         spec: ParamSpec,
-        x: torch.Tensor,
+        rows: Sequence[torch.Tensor],
         ends: torch.Tensor | None,
         scores: torch.Tensor | None,
         opens: bool,
+        packed: Packed = None,
     ) -> Exchange:
-        """Begin to send row ``r`` of ``x[ranks, experts here, capacity, ...]`` to rank ``r``."""
+        """Begin to send row ``r`` of each of ``rows[ranks, experts here, capacity, ...]`` to rank ``r``."""
         axis = spec.divided_over
         if opens:
-            self._compare_capacities(spec, x, ends, scores)
-        flight = transport_for(axis, self.dry).all_to_all(axis, [x])
-        return Exchange(self, flight, self.traffic.add(even_cost(axis, x.nbytes, _direction())))
+            self._compare_capacities(spec, rows[0], ends, scores)
+        self._note_rounding(spec, "even", rows, packed)
+        flight = transport_for(axis, self.dry).all_to_all(axis, rows)
+        return Exchange(self, flight, self.traffic.add(even_cost(axis, sum(t.nbytes for t in rows), _direction())))
 
     def _compare_capacities(
         self, spec: ParamSpec, x: torch.Tensor, ends: torch.Tensor | None, scores: torch.Tensor | None
@@ -278,34 +287,56 @@ class Engine:
         return here.to(grad.dtype)
 
     def start_dispatch(
-        self, spec: ParamSpec, rows: torch.Tensor, ends: torch.Tensor, arriving: torch.Tensor
+        self,
+        spec: ParamSpec,
+        rows: Sequence[torch.Tensor],
+        ends: torch.Tensor,
+        arriving: torch.Tensor,
+        packed: Packed = None,
     ) -> Exchange:
-        """Begin to send rows, in the order of experts, to the ranks that hold them."""
-        size = rows.shape[0]
-        arrivals = self.expected_arrivals(spec, size) if compat.is_fake(rows) else None
+        """Begin to send rows, in the order of experts, to the ranks that hold them; tensors of one call have as many."""
+        size = rows[0].shape[0]
+        arrivals = self.expected_arrivals(spec, size) if compat.is_fake(rows[0]) else None
         sent, received = self._splits(spec, size, ends, arriving, arrivals)
         self.routing.dispatched(spec, size - sum(sent))
+        self._note_rounding(spec, "dispatch", rows, packed)
         return self._start_rows(spec, rows, sent, received)
 
     def start_combine(
-        self, spec: ParamSpec, rows: torch.Tensor, ends: torch.Tensor, arriving: torch.Tensor, size: int
+        self,
+        spec: ParamSpec,
+        rows: Sequence[torch.Tensor],
+        ends: torch.Tensor,
+        arriving: torch.Tensor,
+        size: int,
+        packed: Packed = None,
     ) -> Exchange:
         """Begin to send rows back; ``size`` is how many there were."""
-        sent, received = self._splits(spec, size, ends, arriving, rows.shape[0])
+        sent, received = self._splits(spec, size, ends, arriving, rows[0].shape[0])
         lost = size - sum(sent)
+        self._note_rounding(spec, "combine", rows, packed)
         exchange = self._start_rows(spec, rows, received, sent)
         if lost:
-            exchange.then = lambda results: [torch.cat([results[0], results[0].new_zeros((lost, *rows.shape[1:]))])]
+            exchange.then = lambda results: [torch.cat([t, t.new_zeros((lost, *t.shape[1:]))]) for t in results]
         return exchange
 
     def _start_rows(
-        self, spec: ParamSpec, rows: torch.Tensor, sent: Sequence[int], received: Sequence[int]
+        self, spec: ParamSpec, rows: Sequence[torch.Tensor], sent: Sequence[int], received: Sequence[int]
     ) -> Exchange:
         axis = spec.divided_over
         flight = transport_for(axis, self.dry).exchange(axis, rows, sent, received)
         others = sum(sent) - sent[axis.rank]
-        cost = rows_cost(axis, others * prod(rows.shape[1:]) * rows.dtype.itemsize, _direction())
+        cost = rows_cost(axis, others * sum(prod(t.shape[1:]) * t.dtype.itemsize for t in rows), _direction())
         return Exchange(self, flight, self.traffic.add(cost))
+
+    def _note_rounding(self, spec: ParamSpec, kind: RowsKind, rows: Sequence[torch.Tensor], packed: Packed) -> None:
+        """What rounding has changed of the first rows of their kind that this rank sends in few bits."""
+        if packed is None or compat.is_fake(rows[0]) or not rows[0].numel():
+            return
+        key = (spec.key, _direction(), kind, packed[1])
+        if key not in self.row_errors:
+            codes, scales = (t.flatten(0, -2) for t in rows)
+            self.row_errors[key] = rounding_squares(codes, scales, *packed)
 
     def expected_arrivals(self, spec: ParamSpec, size: Any) -> Any:
         """How many rows come to the busiest rank where each sends ``size``, which may be a symbol."""
@@ -503,7 +534,7 @@ class Engine:
 
     def forget(self) -> None:
         """Begin as an engine that has not run yet: no copies, no gradients, no counts, nobody who watches."""
-        self.traffic, self.routing, self.probe = TrafficCounter(), Routing(), Probe()
+        self.traffic, self.routing, self.probe, self.row_errors = TrafficCounter(), Routing(), Probe(), {}
         self._resident, self._in_node, self._waiting, self._errors = {}, {}, {}, {}
         self._local, self._averaged = set(), set()
         self._run, self._calls, self._within_no_sync, self._last = -1, 0, False, True

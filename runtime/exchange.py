@@ -83,7 +83,7 @@ def dispatch_rows(
     """Of ``rows[rows, ...]``, in the order of all experts, those of the experts here from all ranks: ``[arriving.sum(), ...]``,
     those of rank 0 first. Rows behind the last end go nowhere. ``received`` is the sum where it is known."""
     spec = lookup(key)
-    (arrived,) = spec.engine.start_dispatch(spec, rows, ends, arriving).wait()
+    (arrived,) = spec.engine.start_dispatch(spec, [rows], ends, arriving).wait()
     return arrived
 
 
@@ -95,7 +95,7 @@ def _combine_fake(rows: torch.Tensor, ends: torch.Tensor, arriving: torch.Tensor
 def combine_rows(rows: torch.Tensor, ends: torch.Tensor, arriving: torch.Tensor, size: int, key: str) -> torch.Tensor:
     """The way back: ``[size, ...]``, rows where :func:`dispatch_rows` took them, and zeros behind the last end."""
     spec = lookup(key)
-    (arrived,) = spec.engine.start_combine(spec, rows, ends, arriving, size).wait()
+    (arrived,) = spec.engine.start_combine(spec, [rows], ends, arriving, size).wait()
     return arrived
 
 
@@ -144,7 +144,7 @@ def exchange_even(
     Raises ``RuntimeError`` on all ranks where capacities differ, or one has NaN among its scores.
     """
     spec = lookup(key)
-    (arrived,) = spec.engine.start_even(spec, x, ends, scores, opens).wait()
+    (arrived,) = spec.engine.start_even(spec, [x], ends, scores, opens).wait()
     return arrived
 
 

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 #: All ranks of a group, those of this rank's node, or those of its place in all nodes.
 Over = Literal["node", "across"] | None
 
+#: Of rows of experts that travel in few bits: their format, and how many values a row has.
+Packed = tuple[str, int] | None
+
 Layout = Literal["plain", "replicate", "shard"]
 
 

@@ -46,6 +46,7 @@ from dspass.passes.offload_saved import OffloadSaved
 from dspass.passes.onednn_products import OnednnProducts
 from dspass.passes.packed import DEQUANTISE, SUM
 from dspass.passes.prefetch_gathers import PrefetchGathers
+from dspass.passes.quantise_exchanges import QuantiseExchanges
 from dspass.passes.quantise_gathers import QuantiseGathers
 from dspass.passes.quantise_reductions import QuantiseReductions
 from dspass.passes.quantise_saved import QUANTISE as QUANTISE_SAVED
@@ -495,6 +496,18 @@ class CodesSummed(QuantiseReductions):
         graph = super().run(graph, ctx)
         for mean in calls(graph, SUM):
             mean.args = (*mean.args[:5], 1.0, mean.args[6])
+        return graph
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodesReadTooSoon(QuantiseExchanges):
+    """Rows are made of codes that are still on their way."""
+
+    def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
+        graph = super().run(graph, ctx)
+        for whole in calls(graph, DEQUANTISE):
+            codes = whole.args[0]
+            codes.replace_input_with(codes.args[0], codes.args[0].args[0])
         return graph
 
 
