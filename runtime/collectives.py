@@ -173,21 +173,19 @@ def counts_start(ends: torch.Tensor, scores: torch.Tensor | None, key: str) -> E
     return spec.engine.start_counts(spec, ends, scores)
 
 
-def dispatch_start(
-    rows: list[torch.Tensor], ends: torch.Tensor, arriving: torch.Tensor, key: str, packed: Packed = None
-) -> Exchange:
+def dispatch_start(rows: list[torch.Tensor], splits: torch.Tensor, key: str, packed: Packed = None) -> Exchange:
     """Begin :func:`dspass.runtime.exchange.dispatch_rows`. ``rows`` is one tensor; where it is ``packed``, the graph has
     quantised each of its rows by itself, and here are its codes and its scales."""
     spec = lookup(key)
-    return spec.engine.start_dispatch(spec, rows, ends, arriving, packed)
+    return spec.engine.start_dispatch(spec, rows, splits, packed)
 
 
 def combine_start(
-    rows: list[torch.Tensor], ends: torch.Tensor, arriving: torch.Tensor, size: int, key: str, packed: Packed = None
+    rows: list[torch.Tensor], splits: torch.Tensor, size: int, key: str, packed: Packed = None
 ) -> Exchange:
     """Begin :func:`dspass.runtime.exchange.combine_rows`, of rows as :func:`dispatch_start` takes them."""
     spec = lookup(key)
-    return spec.engine.start_combine(spec, rows, ends, arriving, size, packed)
+    return spec.engine.start_combine(spec, rows, splits, size, packed)
 
 
 def mean_start(values: torch.Tensor, key: str) -> Exchange:
@@ -211,7 +209,8 @@ def even_start(
 
 
 def exchange_wait(exchange: Exchange) -> list[torch.Tensor]:
-    """What the start of an exchange of counts, rows or shares asked for: one tensor, or codes and scales."""
+    """What the start of an exchange of counts, rows or shares asked for: one tensor, or codes and scales;
+    of counts also what the host has of them."""
     return exchange.wait()
 
 

@@ -198,7 +198,8 @@ class Engine:
     def start_counts(self, spec: ParamSpec, ends: torch.Tensor, scores: torch.Tensor | None) -> Exchange:
         """Begin to tell each rank how many rows come for each of its experts.
 
-        It is told of all experts, a few hundred numbers, for the report. Megatron-LM's dispatcher gathers as much.
+        It is told of all experts, a few hundred numbers, for the report. Megatron-LM's dispatcher gathers as much. The host
+        reads them, once for all that is sent by them: on a GPU each time would wait for all that it has begun.
         """
         axis = spec.divided_over
         counts = ends.diff(prepend=ends.new_zeros(1)).to(torch.int32)
@@ -209,11 +210,13 @@ class Engine:
 
         def arrived(results: list[torch.Tensor]) -> list[torch.Tensor]:
             (all_told,) = results
+            on_host = all_told.cpu()
             if not compat.is_fake(all_told):
-                _refuse_nan(spec, all_told[:, -1])
+                _refuse_nan(spec, on_host[:, -1])
                 self.routing.counted(spec, all_told[:, :-1])
             here = ends.shape[0] // axis.size
-            return [all_told[:, axis.rank * here : (axis.rank + 1) * here].contiguous()]
+            splits = on_host[:, :-1].reshape(axis.size, axis.size, here).sum(2, dtype=torch.int32)
+            return [all_told[:, axis.rank * here : (axis.rank + 1) * here].contiguous(), splits]
 
         return Exchange(self, flight, counted, arrived)
 
@@ -290,14 +293,13 @@ class Engine:
         self,
         spec: ParamSpec,
         rows: Sequence[torch.Tensor],
-        ends: torch.Tensor,
-        arriving: torch.Tensor,
+        splits: torch.Tensor,
         packed: Packed = None,
     ) -> Exchange:
         """Begin to send rows, in the order of experts, to the ranks that hold them; tensors of one call have as many."""
         size = rows[0].shape[0]
         arrivals = self.expected_arrivals(spec, size) if compat.is_fake(rows[0]) else None
-        sent, received = self._splits(spec, size, ends, arriving, arrivals)
+        sent, received = self._splits(spec, size, splits, arrivals)
         self.routing.dispatched(spec, size - sum(sent))
         self._note_rounding(spec, "dispatch", rows, packed)
         return self._start_rows(spec, rows, sent, received)
@@ -306,13 +308,12 @@ class Engine:
         self,
         spec: ParamSpec,
         rows: Sequence[torch.Tensor],
-        ends: torch.Tensor,
-        arriving: torch.Tensor,
+        splits: torch.Tensor,
         size: int,
         packed: Packed = None,
     ) -> Exchange:
         """Begin to send rows back; ``size`` is how many there were."""
-        sent, received = self._splits(spec, size, ends, arriving, rows[0].shape[0])
+        sent, received = self._splits(spec, size, splits, rows[0].shape[0])
         lost = size - sum(sent)
         self._note_rounding(spec, "combine", rows, packed)
         exchange = self._start_rows(spec, rows, received, sent)
@@ -345,15 +346,14 @@ class Engine:
         return -(-size * thousandths // 1000)
 
     def _splits(
-        self, spec: ParamSpec, size: int, ends: torch.Tensor, arriving: torch.Tensor, arrivals: int | None
+        self, spec: ParamSpec, size: int, splits: torch.Tensor, arrivals: int | None
     ) -> tuple[list[int], list[int]]:
         """How many rows go to each rank and come from each; of fake tensors so that there are ``arrivals``."""
         axis = spec.divided_over
-        if compat.is_fake(ends):
+        if compat.is_fake(splits):
             assert arrivals is not None
             return expected_splits(axis, size, arrivals)
-        lasts = ends.view(axis.size, -1)[:, -1].tolist()
-        return [b - a for a, b in itertools.pairwise([0, *lasts])], arriving.sum(1).tolist()
+        return splits[axis.rank].tolist(), splits[:, axis.rank].tolist()
 
     # -- reductions ------------------------------------------------------------------------------------------------
 

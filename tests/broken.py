@@ -84,9 +84,9 @@ class NotSentBack(DivideExperts):
     def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
         graph = super().run(graph, ctx)
         for back in calls(graph, torch.ops.dspass.combine_rows):
-            rows, ends, arriving, size, key = back.args
+            rows, splits, size, key = back.args
             with graph.inserting_before(back):
-                sent = graph.call_function(torch.ops.dspass.dispatch_rows, (rows, ends, arriving, size, key))
+                sent = graph.call_function(torch.ops.dspass.dispatch_rows, (rows, splits, size, key))
             back.replace_all_uses_with(sent)
             graph.erase_node(back)
         return graph
@@ -116,7 +116,7 @@ class WaitsTooSoon(HideExchanges):
 
     def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
         for wait in calls(graph, exchange_wait):
-            (item,) = wait.users
+            item = min(wait.users)
             reader = next(iter(item.users))
             if reader.op != "output":
                 wait.prepend(reader)

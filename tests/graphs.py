@@ -617,28 +617,30 @@ def _mean(key: str, grads: PerRank) -> PerRank:
 
 
 def _counts(ends: PerRank, world: int) -> PerRank:
-    counts = [e.diff(prepend=e.new_zeros(1)).int().view(world, -1) for e in ends]
-    return PerRank(torch.stack([counts[source][rank] for source in range(world)]) for rank in range(world))
+    """Of each rank the rows that arrive for each expert here, and those of every rank for every other one."""
+    counts = torch.stack([e.diff(prepend=e.new_zeros(1)).int().view(world, -1) for e in ends])
+    splits = counts.sum(2, dtype=torch.int32)
+    return PerRank((counts[:, rank], splits) for rank in range(world))
 
 
-def _sent(ends: PerRank, source: int, rank: int) -> slice:
+def _sent(splits: torch.Tensor, source: int, rank: int) -> slice:
     """The rows of ``source`` for ``rank``."""
-    lasts = [0, *ends[source].view(len(ends), -1)[:, -1].tolist()]
-    return slice(lasts[rank], lasts[rank + 1])
+    begin = int(splits[source][:rank].sum())
+    return slice(begin, begin + int(splits[source][rank]))
 
 
-def _dispatched(rows: PerRank, ends: PerRank) -> PerRank:
+def _dispatched(rows: PerRank, splits: PerRank) -> PerRank:
     ranks = range(len(rows))
-    return PerRank(torch.cat([rows[source][_sent(ends, source, rank)] for source in ranks]) for rank in ranks)
+    return PerRank(torch.cat([rows[source][_sent(splits[0], source, rank)] for source in ranks]) for rank in ranks)
 
 
-def _combined(rows: PerRank, ends: PerRank, arriving: PerRank, sizes: PerRank) -> PerRank:
+def _combined(rows: PerRank, splits: PerRank, sizes: PerRank) -> PerRank:
     ranks, found = range(len(rows)), []
     for rank in ranks:
         result = rows[rank].new_zeros((sizes[rank], *rows[rank].shape[1:]))
         for holder in ranks:
-            begin = int(arriving[holder][:rank].sum())
-            mine = _sent(ends, rank, holder)
+            begin = int(splits[0][:rank, holder].sum())
+            mine = _sent(splits[0], rank, holder)
             result[mine] = rows[holder][begin : begin + mine.stop - mine.start]
         found.append(result)
     return PerRank(found)
@@ -652,8 +654,8 @@ def _averaged(values: PerRank) -> PerRank:
 EXCHANGES: dict[Any, Any] = {
     COUNTS: lambda ends, *_: _counts(ends, len(ends)),
     counts_start: lambda ends, *_: _counts(ends, len(ends)),
-    DISPATCH: lambda rows, ends, *_: _dispatched(rows, ends),
-    COMBINE: lambda rows, ends, arriving, sizes, *_: _combined(rows, ends, arriving, sizes),
+    DISPATCH: lambda rows, splits, *_: _dispatched(rows, splits),
+    COMBINE: lambda rows, splits, sizes, *_: _combined(rows, splits, sizes),
     MEAN: lambda values, _: _averaged(values),
     mean_start: lambda values, _: _averaged(values),
 }
@@ -739,7 +741,11 @@ def _call(node: fx.Node, values: Mapping[fx.Node, Any], world: int, trace: Trace
     if (exchange := EXCHANGES.get(_overload(node.target))) is not None:
         given = [PerRank(_of_rank(a, values, r) for r in range(world)) for a in node.args]
         answer = exchange(*given)
-        return Flight("exchange", [answer]) if node.target in RUNTIME_FUNCTIONS else answer
+        if node.target not in RUNTIME_FUNCTIONS:
+            return answer
+        is_of_counts = isinstance(answer[0], tuple)
+        parts = [PerRank(one) for one in zip(*answer, strict=True)] if is_of_counts else [answer]
+        return Flight("exchange", parts)
     if node.target in (gather_wait, reduce_wait, exchange_wait):
         flight = values[first]
         kind = {gather_wait: "gather", reduce_wait: "reduce", exchange_wait: "exchange"}[node.target]

@@ -452,19 +452,19 @@ def test_prefetching_obeys_the_limit_on_live_parameters() -> None:
 
 def test_products_that_are_made_of_each_other_stay_in_order_while_rows_travel() -> None:
     graph = fx.Graph()
-    x, ends, arriving = (graph.placeholder(name) for name in ("x", "ends", "arriving"))
+    x, splits = (graph.placeholder(name) for name in ("x", "splits"))
 
     def call(target: Any, *args: Any) -> fx.Node:
         node = graph.call_function(target, args)
         node.meta["val"] = torch.empty(4, 4)
         return node
 
-    for node in (x, ends, arriving):
+    for node in (x, splits):
         node.meta["val"] = torch.empty(4, 4)
     first = call(torch.ops.aten.mm.default, x, x)
     second = call(torch.ops.aten.mm.default, first, x)
     third = call(torch.ops.aten.tanh.default, second)
-    start = call(dispatch_start, [x], ends, arriving, "m/w")
+    start = call(dispatch_start, [x], splits, "m/w")
     wait = call(exchange_wait, start)
     item = call(operator.getitem, wait, 0)
     graph.output((call(torch.ops.aten.add.Tensor, item, third),))
