@@ -577,6 +577,12 @@ KEYS: tuple[Key, ...] = (
     _act("dspass.experts.expected_imbalance", "expected_imbalance", "number", 1.0, "times the mean",
          "How many tokens the busiest rank is expected to get for its experts, over the mean: a prediction and a memory budget "
          "suppose it, for how many come is known in each step alone. The report shows what it is.", low=1.0),
+    _act("dspass.experts.hierarchical", "hierarchical", "flag", None, "",
+         "Rows on their way to experts, and back, go inside of the node first, to the rank whose place is that of the one that "
+         "they are for, and then across nodes: fewer and larger messages, the same numbers. Nodes have "
+         "`zero_hpz_partition_size` ranks where that is above 1, else as many as were started on this one; a prediction's as "
+         "many as the device's. Absent: where the experts' ranks span nodes, and by the device's figures the latency of "
+         "messages is more than what the first way takes."),
     _section("expert_parallel"),
     _act("expert_parallel.enabled", "enabled", "flag", False, "",
          "Divide the experts of mixtures of experts over ranks, and send tokens to them. What they are is recognised in the "
@@ -931,6 +937,8 @@ class ExpertsConfig:
     """False drops none in spite of a factor."""
     min_capacity: int | None = None
     """Least capacity; None is 4."""
+    hierarchical: bool | None = None
+    """Whether rows go inside of the node first; None: where it pays."""
 
     @property
     def limits(self) -> bool:

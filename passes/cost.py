@@ -35,6 +35,7 @@ from dspass.passes.kernels import (
 )
 from dspass.passes.nodes import (
     EXCHANGES,
+    ROWS,
     combine_start,
     counts_start,
     even_start,
@@ -59,12 +60,15 @@ from dspass.runtime.traffic import (
     counts_cost,
     even_cost,
     expected_splits,
+    expected_table,
     gather_cost,
+    level_costs,
     mean_cost,
     packed_gather_cost,
     packed_reduce_cost,
     reduce_cost,
     rows_cost,
+    turned,
 )
 
 _STARTS = {gather_start, reduce_start, *EXCHANGES}
@@ -94,13 +98,14 @@ def estimate(graph: fx.Graph, on: Device) -> Estimate:
     compute = 0.0
     for node in graph.nodes:
         if node.target in _STARTS:
-            for kind, group, seconds in _collectives(node, on):
-                begin = max(now, link_free)
-                link_free = begin + seconds
+            begun = _collectives(node, on)
+            for i, (kind, group, seconds) in enumerate(begun):
+                link_free = max(now, link_free) + seconds
                 arrives[node] = (link_free, (kind, group))
-                if not on.overlaps:
-                    exposed[kind, group] += seconds
-                    waits[node] += seconds
+                # Counts, and what goes inside of a node first, are there before rows go on.
+                if not on.overlaps or (node.target in ROWS and i < len(begun) - 1):
+                    exposed[kind, group] += link_free - now
+                    waits[node] += link_free - now
                     now = link_free
         elif node.target in (offload_start, reload_start):
             kind = "offload" if node.target is offload_start else "reload"
@@ -152,7 +157,10 @@ def _exchanged(start: fx.Node) -> list[Collective]:
         return [counts_cost(axis, leaves(first.meta["val"])[0].shape[0], "forward")]
     if start.target is even_start:
         told = [counts_cost(axis, spec.full_shape[0] + 1, "forward")] if start.args[3] else []
-        return [*told, even_cost(axis, sum(map(size_of, first)), "forward")]
+        size, alike = sum(map(size_of, first)), [[1] * axis.size] * axis.size
+        if spec.expert_levels is not None and spec.expert_levels.pay(alike, size // axis.size):
+            return [*told, *level_costs(spec.expert_levels, axis.rank, alike, size // axis.size, "forward")]
+        return [*told, even_cost(axis, size, "forward")]
     sent, got = [n.meta["val"] for n in first], start.meta["val"]
     if start.target is combine_start:
         sent, got = got, sent
@@ -160,6 +168,11 @@ def _exchanged(start: fx.Node) -> list[Collective]:
     going, coming = expected_splits(axis, *counts)
     others = max(counts[0] - going[axis.rank], counts[1] - coming[axis.rank])
     row = sum(math.prod(t.shape[1:]) * t.element_size() for t in got)
+    if spec.expert_levels is not None:
+        table = expected_table(axis, *counts)
+        if spec.expert_levels.pay(table, row):
+            ways = (level_costs(spec.expert_levels, axis.rank, t, row, "forward") for t in (table, turned(table)))
+            return [max(both, key=lambda cost: cost.bytes) for both in zip(*ways, strict=True)]
     return [rows_cost(axis, others * row, "forward")]
 
 

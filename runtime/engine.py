@@ -35,6 +35,7 @@ import torch
 
 from dspass.runtime import compat
 from dspass.runtime.host_states import HostStates
+from dspass.runtime.levels import Levels, Table, exchange_by_levels
 from dspass.runtime.params import Over, Packed, ParamSpec, register
 from dspass.runtime.program import Probe
 from dspass.runtime.quantise import rounding_squares
@@ -47,14 +48,16 @@ from dspass.runtime.traffic import (
     TrafficCounter,
     counts_cost,
     even_cost,
-    expected_splits,
+    expected_table,
     gather_cost,
+    level_costs,
     mean_cost,
     packed_gather_cost,
     packed_reduce_cost,
     reduce_cost,
     reduction_steps,
     rows_cost,
+    turned,
 )
 from dspass.runtime.transport import InFlight, transport_for
 
@@ -242,8 +245,11 @@ class Engine:
         if opens:
             self._compare_capacities(spec, rows[0], ends, scores)
         self._note_rounding(spec, "even", rows, packed)
+        size, table = sum(t.nbytes for t in rows), [[1] * axis.size] * axis.size
+        if spec.expert_levels is not None and spec.expert_levels.pay(table, size // axis.size):
+            return self._start_by_levels(spec, spec.expert_levels, rows, table)
         flight = transport_for(axis, self.dry).all_to_all(axis, rows)
-        return Exchange(self, flight, self.traffic.add(even_cost(axis, sum(t.nbytes for t in rows), _direction())))
+        return Exchange(self, flight, self.traffic.add(even_cost(axis, size, _direction())))
 
     def _compare_capacities(
         self, spec: ParamSpec, x: torch.Tensor, ends: torch.Tensor | None, scores: torch.Tensor | None
@@ -299,10 +305,10 @@ class Engine:
         """Begin to send rows, in the order of experts, to the ranks that hold them; tensors of one call have as many."""
         size = rows[0].shape[0]
         arrivals = self.expected_arrivals(spec, size) if compat.is_fake(rows[0]) else None
-        sent, received = self._splits(spec, size, splits, arrivals)
-        self.routing.dispatched(spec, size - sum(sent))
+        table = self._table(spec, size, splits, arrivals)
+        self.routing.dispatched(spec, size - sum(table[spec.divided_over.rank]))
         self._note_rounding(spec, "dispatch", rows, packed)
-        return self._start_rows(spec, rows, sent, received)
+        return self._start_rows(spec, rows, table)
 
     def start_combine(
         self,
@@ -313,22 +319,29 @@ class Engine:
         packed: Packed = None,
     ) -> Exchange:
         """Begin to send rows back; ``size`` is how many there were."""
-        sent, received = self._splits(spec, size, splits, rows[0].shape[0])
-        lost = size - sum(sent)
+        table = self._table(spec, size, splits, rows[0].shape[0])
+        lost = size - sum(table[spec.divided_over.rank])
         self._note_rounding(spec, "combine", rows, packed)
-        exchange = self._start_rows(spec, rows, received, sent)
+        exchange = self._start_rows(spec, rows, turned(table))
         if lost:
             exchange.then = lambda results: [torch.cat([t, t.new_zeros((lost, *t.shape[1:]))]) for t in results]
         return exchange
 
-    def _start_rows(
-        self, spec: ParamSpec, rows: Sequence[torch.Tensor], sent: Sequence[int], received: Sequence[int]
-    ) -> Exchange:
-        axis = spec.divided_over
+    def _start_rows(self, spec: ParamSpec, rows: Sequence[torch.Tensor], table: Table) -> Exchange:
+        axis, row_bytes = spec.divided_over, sum(prod(t.shape[1:]) * t.dtype.itemsize for t in rows)
+        if spec.expert_levels is not None and spec.expert_levels.pay(table, row_bytes):
+            return self._start_by_levels(spec, spec.expert_levels, rows, table)
+        sent, received = table[axis.rank], [row[axis.rank] for row in table]
         flight = transport_for(axis, self.dry).exchange(axis, rows, sent, received)
-        others = sum(sent) - sent[axis.rank]
-        cost = rows_cost(axis, others * sum(prod(t.shape[1:]) * t.dtype.itemsize for t in rows), _direction())
+        cost = rows_cost(axis, (sum(sent) - sent[axis.rank]) * row_bytes, _direction())
         return Exchange(self, flight, self.traffic.add(cost))
+
+    def _start_by_levels(self, spec: ParamSpec, levels: Levels, rows: Sequence[torch.Tensor], table: Table) -> Exchange:
+        rank, row_bytes = spec.divided_over.rank, sum(prod(t.shape[1:]) * t.dtype.itemsize for t in rows)
+        inside, across = map(self.traffic.add, level_costs(levels, rank, table, row_bytes, _direction()))
+        waited, flight = exchange_by_levels(levels, rank, rows, table, self.dry)
+        self.traffic.exposed[inside] += waited
+        return Exchange(self, flight, across)
 
     def _note_rounding(self, spec: ParamSpec, kind: RowsKind, rows: Sequence[torch.Tensor], packed: Packed) -> None:
         """What rounding has changed of the first rows of their kind that this rank sends in few bits."""
@@ -345,15 +358,13 @@ class Engine:
         thousandths = round(1000 * min(self.expected_imbalance, axis.size))
         return -(-size * thousandths // 1000)
 
-    def _splits(
-        self, spec: ParamSpec, size: int, splits: torch.Tensor, arrivals: int | None
-    ) -> tuple[list[int], list[int]]:
-        """How many rows go to each rank and come from each; of fake tensors so that there are ``arrivals``."""
-        axis = spec.divided_over
+    def _table(self, spec: ParamSpec, size: int, splits: torch.Tensor, arrivals: int | None) -> Table:
+        """How many rows each rank has for each other one; of fake tensors so that there are ``arrivals``."""
         if compat.is_fake(splits):
             assert arrivals is not None
-            return expected_splits(axis, size, arrivals)
-        return splits[axis.rank].tolist(), splits[:, axis.rank].tolist()
+            return expected_table(spec.divided_over, size, arrivals)
+        table: Table = splits.tolist()
+        return table
 
     # -- reductions ------------------------------------------------------------------------------------------------
 

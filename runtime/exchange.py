@@ -48,7 +48,7 @@ def _counts_fake(ends: torch.Tensor, scores: torch.Tensor | None, key: str) -> t
 
 @operator("exchange_counts(Tensor ends, Tensor? scores, str key) -> (Tensor, Tensor)", fake=_counts_fake)
 def exchange_counts(ends: torch.Tensor, scores: torch.Tensor | None, key: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """``int32[ranks, experts here]``: the rows that each rank has for each expert here; and on the host ``int32[ranks, ranks]``,
+    """``int32[ranks, experts here]``: the rows that each rank has for each expert here; on the host ``int32[ranks, ranks]``,
     those that each rank has for each other one. ``ends[experts]``: the row behind each expert's last on this rank.
     ``scores``, the router's, are looked through for NaN. ``key``: a weight of the experts.
 

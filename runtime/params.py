@@ -18,6 +18,7 @@ from dspass.runtime.axis import Axis
 
 if TYPE_CHECKING:
     from dspass.runtime.engine import Engine
+    from dspass.runtime.levels import Levels
 
 #: All ranks of a group, those of this rank's node, or those of its place in all nodes.
 Over = Literal["node", "across"] | None
@@ -41,7 +42,8 @@ class ParamSpec:
 
     Weights of experts that are divided over ranks have an ``expert_axis`` (:mod:`dspass.passes.divide_experts`). Then ``shape``
     is that of the experts of this rank's place on it, ``shard_axis`` the ranks that share that place, and what is said of a
-    whole parameter holds of those experts; :attr:`full_shape` is that of all.
+    whole parameter holds of those experts; :attr:`full_shape` is that of all. ``expert_levels`` are those of that axis, where
+    it spans nodes and rows may go over both.
     """
 
     key: str
@@ -59,6 +61,7 @@ class ParamSpec:
     node_axis: Axis | None = None
     across_axis: Axis | None = None
     expert_axis: Axis | None = None
+    expert_levels: Levels | None = None
     param: Callable[[], torch.nn.Parameter | None] = field(default=lambda: None)
 
     def axis(self, over: Over) -> Axis:
