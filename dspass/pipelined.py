@@ -25,6 +25,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 import torch.fx as fx
+import torch.nn.functional as F
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -488,13 +489,14 @@ def _refuse_state(graph: fx.Graph, placeholders: Sequence[fx.Node], trains: bool
     """Refuse what a micro-batch would change for the next: buffers that the forward writes, as batch norm does."""
     if not trains:
         return
-    for node in graph.nodes:
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-        if name == "batch_norm" and _argument(node, 5, "training"):
+    for node in graph.find_nodes(op="call_function", target=F.batch_norm):
+        if _argument(node, 5, "training"):
             raise PipelineUseError(
                 f"{node.name} normalises over a batch and keeps its statistics: split into micro-batches it would compute "
                 "something else. Call eval() on the batch norms, use group or layer norm, or do without a pipeline."
             )
+    for node in graph.nodes:
+        name = str(node.target)
         if node.op == "call_method" and name.endswith("_") and not name.endswith("__") and node.args[0] in placeholders:
             raise PipelineUseError(
                 f"{node.name} writes into {compat.placeholder_source(node.args[0]) or node.args[0]}, which each micro-batch "
