@@ -218,6 +218,7 @@ class _Call:
         values = self._values(step.direction, step.source, step.destination)
         tensors = self.outbox.pop((step.direction, step.destination, step.micro_batch))
         for value, tensor in zip(values, tensors, strict=True):
+            assert (tensor.dtype, tensor.shape) == (value.dtype, value.shape), f"{value} is sent as {tensor.dtype}"
             if tensor.numel():
                 tensor = value.in_order(tensor)
                 try:
