@@ -38,6 +38,7 @@ from dspass.owners import unwrap
 from dspass.passes import devices
 from dspass.passes.captured_cost import costs_of
 from dspass.passes.combine_losses import Combination, combine_losses, loss_of
+from dspass.passes.regions import read_in_front
 from dspass.passes.split_stages import StageGraph, keep_outputs, read_parameters, split_stages
 from dspass.pipeline import build
 from dspass.pipeline_outputs import Output, PipelineUseError, delivered, on_stages, outputs_of
@@ -49,7 +50,7 @@ from dspass.runtime.pipeline import Executor, Stage
 from dspass.runtime.schedule import Kind, ScheduleError
 from dspass.runtime.tied import sum_tied
 from dspass.settings import kind_of
-from dspass.shard import Fill, agree, refuse_wrapped
+from dspass.shard import Fill, agree, materialise_buffers, refuse_wrapped
 from dspass.staged import pipeline_mesh, place_stages, prepare
 from dspass.staging import Staging, forward_only, plan_stages
 
@@ -143,6 +144,12 @@ class Pipelined:
 
     @torch._dynamo.disable(reason="runs a pipeline's schedule")
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # Without gradients is enough: what is made in inference mode has no versions, and could not be captured or trained.
+        trains = torch.is_grad_enabled()
+        with torch.inference_mode(False), torch.set_grad_enabled(trains):
+            return self._call(args, kwargs)
+
+    def _call(self, args: Any, kwargs: Any) -> Any:
         if self.engine is None:
             self._begin(args, kwargs)
         leaves, structure = tree_flatten((args, kwargs))
@@ -199,6 +206,8 @@ class Pipelined:
         agree(root, config, self.mesh)
         self.engine = new_engine(root, config)
         prepare(root, self.engine, config, self.mesh)
+        if self.fill is not None:  # parameters are captured from the meta device, buffers are computed with
+            materialise_buffers(root, self.fill, self.device or self.kind)
 
     def _micro_batches(self, size: int, trains: bool) -> int:
         """How many parts a batch is split into."""
@@ -249,6 +258,7 @@ class Pipelined:
                 compat.guard_identity(node)
                 break
         compat.allow_compilations(1)
+        read_in_front(gm)
         read_parameters(gm.graph)
         cast_inputs(gm, self.config)
         capture = Capture(gm=gm)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -82,6 +82,10 @@ class Halves(Protocol):
 
     def deferred(self, token: int) -> Any:
         """A context in which the backward computes gradients of activations alone, and keeps the rest under ``token``."""
+
+    @property
+    def waiting(self) -> Collection[Hashable]:
+        """The tokens of what is kept."""
 
     def weights(self, token: int) -> Sequence[torch.Tensor | None]:
         """The gradients that were left, by the position of the graph's input."""
@@ -214,6 +218,7 @@ class _Call:
         values = self._values(step.direction, step.source, step.destination)
         tensors = self.outbox.pop((step.direction, step.destination, step.micro_batch))
         for value, tensor in zip(values, tensors, strict=True):
+            assert (tensor.dtype, tensor.shape) == (value.dtype, value.shape), f"{value} is sent as {tensor.dtype}"
             if tensor.numel():
                 tensor = value.in_order(tensor)
                 try:
@@ -310,7 +315,7 @@ class _Call:
             self.outbox[Direction.BACKWARD, stage.index - 1, batch] = back
 
     def _weights(self, stage: Stage, batch: int) -> None:
-        if stage.halves is None:
+        if stage.halves is None or batch not in stage.halves.waiting:  # the latter where nothing here trains
             return
         gradients = stage.halves.weights(batch)
         for key, gradient in zip(stage.keys, gradients[len(stage.reads) + len(stage.inputs) :], strict=True):
