@@ -36,6 +36,7 @@ from dspass.fake_quantising import rounded_layers
 from dspass.lowering.simulate import GraphSimulator, InductorSimulator
 from dspass.owners import unwrap
 from dspass.passes import cost, devices
+from dspass.pipelined import Pipelined
 from dspass.planner.record import BudgetError, Plan, Tensors
 from dspass.planner.saved import PlanError
 from dspass.quantising import quantised_tensors
@@ -48,6 +49,7 @@ from dspass.report import (
     Memory,
     MemoryPoint,
     PassRecord,
+    PipelineRecord,
     PlanPoint,
     PlanRecord,
     PlanTensors,
@@ -56,6 +58,7 @@ from dspass.report import (
     format_bytes,
     format_seconds,
 )
+from dspass.report_pipeline import record_of
 from dspass.runtime import compat
 from dspass.runtime.axis import MODELLED
 from dspass.runtime.engine import Engine
@@ -201,10 +204,11 @@ def _predicted(
     with (
         _rare_collections(),
         compat.restored_limits(),
-        _fake_group(world, "gloo" if on_cpu else "modelled nccl"),
+        _fake_group(world, "gloo" if on_cpu else "modelled nccl", config.pipeline.enabled),
         compat.fake_mode() as mode,
     ):
-        config = config.resolve_stage(dist.is_initialized()).resolve_batch(world)
+        # All ranks of a pipeline see the same batch. Ranks that are no multiple of its stages are refused below.
+        config = config.resolve_stage(dist.is_initialized()).resolve_batch(max(world // (config.pipeline.stages or 1), 1))
         fake = _faked(model, mode)
         fake.train(train)
         batch, named = _fake_inputs(args, mode), _fake_inputs(kwargs, mode)
@@ -241,6 +245,9 @@ def _predicted(
             )
             for (kind, direction, group, size), (n, b, _) in engine.traffic.last.items()
         ]
+        pipeline = _pipelined(fake)
+        if pipeline is not None:
+            seconds += _schedule_seconds(pipeline, train) * engine.accumulation_steps
         timeline = _timeline(_ordered(ledger.points))
         memory = Memory(timeline=timeline, time_unit="events", first_call_peak_bytes=first_call)
         notes[:0] = _first_call_notes(first_call, devices.tabled(device), engine.stage)
@@ -444,14 +451,15 @@ def _rare_collections() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _fake_group(world: int, backend: str) -> Iterator[None]:
-    """A process group of ``world`` ranks in which nothing is sent; modelled as ``backend``."""
+def _fake_group(world: int, backend: str, always: bool) -> Iterator[None]:
+    """A process group of ``world`` ranks in which nothing is sent; modelled as ``backend``. One rank has none, unless
+    ``always``."""
     if dist.is_initialized():
         raise RuntimeError(
             "dspass.explain predicts in a fake process group, and this process is in a real one: predict before "
             "init_process_group(), or in a process of its own (python -m dspass explain --help)."
         )
-    if world == 1:
+    if world == 1 and not always:
         yield
         return
     compat.init_fake_group(world)

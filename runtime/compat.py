@@ -477,11 +477,11 @@ def apart(values: Sequence[Any]) -> Iterator[None]:
     hand."""
     from torch._guards import detect_fake_mode
 
-    mode = detect_fake_mode(list(values))
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch._guards.tracing(None))
         stack.enter_context(without_fake_mode())
         stack.enter_context(torch.no_grad())
+        mode = detect_fake_mode(list(values))  # here, where no other mode is at hand that would have to be the same
         if mode is not None:
             stack.enter_context(mode)
             if mode.shape_env is not None:
