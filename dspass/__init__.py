@@ -21,6 +21,7 @@ from dspass.planner.saved import PlanError
 from dspass.report import Report
 from dspass.runtime import compat
 from dspass.shard import shard
+from dspass.staged import full_state_dict
 from dspass.weights import quantise
 from dspass.wishes import keep, recompute, stage_boundary
 
@@ -41,6 +42,7 @@ __all__ = [
     "experts",
     "explain",
     "fit",
+    "full_state_dict",
     "keep",
     "measure",
     "no_sync",

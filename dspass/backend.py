@@ -46,7 +46,7 @@ from dspass.pipelined import pipelined
 from dspass.runtime import compat, kernels
 from dspass.runtime.engine import Engine
 from dspass.runtime.params import ParamSpec
-from dspass.shard import agree, axes_of, mesh_for, place, precision, refuse_wrapped
+from dspass.shard import agree, axes_of, hand_out, mesh_for, place, precision, refuse_wrapped
 from dspass.sharded import ENGINE
 from dspass.weights import quantise, refuse_to_freeze, stored_of
 
@@ -64,7 +64,9 @@ def deepspeed(
         kernels.serve_once()
     config = Config.load(options).resolve_stage(dist.is_initialized())
     if config.pipeline.enabled:
-        return torch._dynamo.disable(_FirstOfPipeline(gm, example_inputs, config), reason="runs once, before stages are cut")
+        return torch._dynamo.disable(
+            _FirstOfPipeline(gm, example_inputs, config), reason="runs once, before stages are cut"
+        )
     config = config.resolve_batch(dist.get_world_size() if dist.is_initialized() else 1)
     passes = build(config)
     params = [p for p in example_inputs if isinstance(p, nn.Parameter)]
@@ -207,7 +209,7 @@ class _FirstCall(_ByHand):
             else {f"parameter_{len(engine.specs)}_{i}": p for i, p in enumerate(plain)}
         )
         if self.root is not None:
-            _hand_out(list(self.root.buffers()))
+            hand_out(list(self.root.buffers()))
         ledger = engine.probe.ledger
         with ledger.watching() if ledger is not None else contextlib.nullcontext():
             return self._run(engine, heap, mesh, todo, inputs)
@@ -245,8 +247,8 @@ class _FirstOfPipeline:
         root = _root(Heap.scan(), params)
         if root is None:
             raise PipelineUseError(
-                "a function was compiled, and a pipeline divides the layers of a module: call torch.compile on the module whose "
-                "forward answers the loss."
+                "a function was compiled, and a pipeline divides the layers of a module: call torch.compile on the module "
+                "whose forward answers the loss."
             )
         self.root, self.config = root, config
         (output,) = gm.graph.find_nodes(op="output")
@@ -266,7 +268,7 @@ class _FirstStored(_ByHand):
     def __call__(self, *inputs: Any) -> Any:
         params = list(self.root.parameters())
         agree(self.root, self.config, None, _kinds(inputs, params))
-        _hand_out([*params, *self.root.buffers()])
+        hand_out([*params, *self.root.buffers()])
         modules = {id(w): m for m in self.root.modules() if (w := m._parameters.get("weight")) is not None}
         quantise(self.root, self.config)
         stored = {key: module for key, module in modules.items() if "weight" not in module._parameters}
@@ -297,7 +299,7 @@ class _Stage0:
             if dist.is_initialized():
                 params = [p for ref in self.params if (p := ref()) is not None]
                 agree(self.root, self.config, None, _kinds(inputs, params))
-                _hand_out(params if self.root is None else [*self.root.parameters(), *self.root.buffers()])
+                hand_out(params if self.root is None else [*self.root.parameters(), *self.root.buffers()])
             begin(self.engine, self.root, self.config)
         return self.run(*inputs)
 
@@ -423,14 +425,6 @@ def _kinds(inputs: Sequence[Any], params: Sequence[nn.Parameter]) -> list[tuple[
         for v in inputs
         if id(v) not in known and not isinstance(v, int)  # sizes: how many there are depends on which are equal
     ]
-
-
-def _hand_out(tensors: Sequence[torch.Tensor]) -> None:
-    """Rank 0's values become those of every rank."""
-    if dist.is_initialized() and dist.get_world_size() > 1 and dist.get_backend() != "fake":
-        with torch.no_grad():
-            for tensor in tensors:
-                dist.broadcast(tensor.data, 0)
 
 
 __all__ = ["Compilation", "deepspeed"]

@@ -567,8 +567,8 @@ KEYS: tuple[Key, ...] = (
     _section("pipeline"),
     _act("pipeline.stages", "stages", "integer", None, "ranks",
          "Ranks that the model's layers are divided over, a divisor of all ranks; what remains of the ranks is the data axis, "
-         "which the stage says how to use. All ranks of one pipeline pass the same batch. 1 with micro-batches: each rank splits "
-         "its batch. Absent or `\"auto\"`: no pipeline.", low=1, off=("auto",)),
+         "which the stage says how to use. All ranks of one pipeline pass the same batch. 1 with micro-batches: each rank "
+         "splits its batch. Absent or `\"auto\"`: no pipeline.", low=1, off=("auto",)),
     _act("pipeline.micro_batches", "micro_batches", "integer", None, "",
          "Equal parts, along its first dimension, that the batch of one call is split into. Absent: what a timed simulation "
          "finds fastest, of the batch's divisors.", low=1, off=("auto",)),

@@ -14,11 +14,13 @@ from torch import nn
 
 from dspass.config import Config
 from dspass.owners import unwrap
+from dspass.runtime.axis import StageMesh
 from dspass.runtime.engine import Engine
 
 _engines: weakref.WeakKeyDictionary[nn.Module, Engine] = weakref.WeakKeyDictionary()
 _no_sync: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 _steps: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+_staged: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 
 def engine_of(model: nn.Module) -> Engine | None:
@@ -51,6 +53,17 @@ def adopt(root: nn.Module, engine: Engine) -> None:
     engine.root = weakref.ref(root)
     engine.no_sync_depth = _no_sync.get(root, 0)
     engine.steps = _steps.get(root, engine.steps)
+
+
+def join(engine: Engine, stages: StageMesh) -> None:
+    """Let ``engine`` be that of a model whose pipeline stages lie on ``stages``."""
+    engine.stages = stages
+    _staged.add(engine)
+
+
+def staged_engines() -> list[Engine]:
+    """The engines of all live models that are divided into pipeline stages."""
+    return list(_staged)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ name one owner of a tied parameter only, and none of an optimiser.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,10 +96,14 @@ def shard_states(optimizer: torch.optim.Optimizer) -> None:
                 state[key] = distribute_tensor(value, param.device_mesh, param.placements, src_data_rank=None)
 
 
-def exchange(heap: Heap, replaced: dict[int, tuple[nn.Parameter, nn.Parameter, Any]]) -> None:
+#: By the id of an old parameter: it, the new one, and what divides a state of the old one alike, or None to drop it.
+Replaced = dict[int, tuple[nn.Parameter, nn.Parameter, Callable[[torch.Tensor], torch.Tensor] | None]]
+
+
+def exchange(heap: Heap, replaced: Replaced) -> None:
     """Let optimisers, plain lists and dictionaries hold the new parameters where they held the old ones.
 
-    ``replaced`` maps the id of an old parameter to it, the new one, and a function that shards a state tensor alike.
+    States of a parameter of which this rank keeps nothing are dropped.
     """
     for optimizer in heap.optimizers:
         for group in optimizer.param_groups:
@@ -107,6 +111,8 @@ def exchange(heap: Heap, replaced: dict[int, tuple[nn.Parameter, nn.Parameter, A
         for old in [p for p in optimizer.state if id(p) in replaced]:
             _, new, shard_like = replaced[id(old)]
             state = optimizer.state.pop(old)
+            if shard_like is None:
+                continue
             optimizer.state[new] = {k: shard_like(v) if _is_of_a_parameter(k, v, old) else v for k, v in state.items()}
     olds = [old for old, _, _ in replaced.values()]
     for holder in gc.get_referrers(*olds):

@@ -119,7 +119,9 @@ class _Deliver(torch.autograd.Function):
     """Answers a loss whose gradients are known, and hands them out, times what arrives."""
 
     @staticmethod
-    def forward(ctx: Any, loss: torch.Tensor, gradients: list[torch.Tensor | None], *shards: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, loss: torch.Tensor, gradients: list[torch.Tensor | None], *shards: torch.Tensor
+    ) -> torch.Tensor:
         ctx.gradients = gradients
         return loss.clone()
 

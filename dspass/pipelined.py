@@ -1,12 +1,12 @@
 """A model whose layers are divided over ranks, from a plain training loop.
 
-The model gets a forward of ours. It splits the batch that it is called with into micro-batches, and where the captured graph ends
-in a loss, it runs the whole schedule, forward and backward of each, holds the gradients, and answers the loss;
+The model gets a forward of ours. It splits the batch that it is called with into micro-batches, and where the captured graph
+ends in a loss, it runs the whole schedule, forward and backward of each, holds the gradients, and answers the loss;
 ``loss.backward()`` then delivers them, times what arrives: so a loss that is scaled, added to others or called several times a
 step does what it does without a pipeline. Without gradients it runs forward only and answers the outputs.
 
-The person's own forward is still what Dynamo captures, at the size of a micro-batch and in one piece. Its guards say when it has
-to be captured anew, it takes arguments apart into the graph's inputs, and puts outputs together again: the compiled function
+The person's own forward is still what Dynamo captures, at the size of a micro-batch and in one piece. Its guards say when it
+has to be captured anew, it takes arguments apart into the graph's inputs, and puts outputs together again: the compiled function
 is called with each micro-batch, and its graph gives up as soon as it has its inputs; at the end it is called once more, and its
 graph answers what the schedule has made.
 
@@ -57,7 +57,7 @@ from dspass.staging import Staging, forward_only, plan_stages
 def pipelined(
     model: nn.Module, config: Config, *, fill: Fill | None = None, device: torch.device | str | None = None
 ) -> Pipelined:
-    """Give ``model`` a forward that runs as a pipeline. Its parameters are placed in the first call, when the graph is known."""
+    """Give ``model`` a forward that runs as a pipeline. Its parameters are placed in the first call, by its graph."""
     root = unwrap(model)
     known = root.__dict__.get("forward")
     if isinstance(known, Pipelined):
@@ -166,11 +166,15 @@ class Pipelined:
     def first_call(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], outputs: int, broken: str | None
     ) -> Sequence[Any]:
-        """The first call of a model that was compiled and not prepared by ``dspass.shard``: its own forward is running, as a graph
-        with so many ``outputs``, or as the first piece of a ``broken`` one; answers them for the whole batch."""
-        way_out = "Call dspass.shard(model, config) before the optimiser is built: then the model is captured in one piece."
+        """The first call of a model that was compiled and not prepared by ``dspass.shard``: its own forward is running, as a
+        graph with so many ``outputs``, or as the first piece of a ``broken`` one; answers them for the whole batch."""
+        way_out = (
+            "Call dspass.shard(model, config) before the optimiser is built: then the model is captured in one piece."
+        )
         if broken is not None:
-            raise PipelineUseError(f"the model's forward was captured in pieces, which cannot be stages: {broken} {way_out}")
+            raise PipelineUseError(
+                f"the model's forward was captured in pieces, which cannot be stages: {broken} {way_out}"
+            )
         self._keeps_answers = True
         try:
             self(*args, **kwargs)
@@ -408,7 +412,9 @@ class Pipelined:
             if output.input is not None:
                 answers.append(output.whole([batch[output.input] for batch in inputs]))
             elif trains and position != built.loss:
-                answers.append(output.literal if output.stage is None and not output.shape else output.stand_in(count, trains))
+                answers.append(
+                    output.literal if output.stage is None and not output.shape else output.stand_in(count, trains)
+                )
             elif output.stage is None:
                 answers.append(output.literal)
             else:
@@ -466,7 +472,7 @@ def _batch_size(leaves: Sequence[Any]) -> int:
 
 
 def _part(leaves: Sequence[Any], size: int, count: int, i: int) -> list[Any]:
-    """Micro-batch ``i``: of each tensor that has the batch's rows its own, of all else the whole. Tensors passed twice stay one."""
+    """Micro-batch ``i``: of each tensor that has the batch's rows its own, of all else the whole. One passed twice stays one."""
     rows = size // count
     known: dict[int, torch.Tensor] = {}
     found = []

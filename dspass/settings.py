@@ -120,6 +120,8 @@ def step_bytes(engine: Engine, trained: Sequence[torch.Tensor], away: Sequence[s
 
 
 def kind_of(engine: Engine) -> str:
+    if engine.target is None and engine.stages is not None:
+        return engine.stages.device.type
     return engine.target or next((p.device.type for s in engine.specs.values() if (p := s.param()) is not None), "cpu")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -22,9 +22,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from dspass import steps
 from dspass.config import Config, ConfigError
-from dspass.engines import adopt, engine_of, new_engine
+from dspass.engines import adopt, engine_of, join, new_engine
 from dspass.expert_weights import ExpertMesh, likely_weights
-from dspass.owners import Heap, exchange, refuse_stale, unwrap
+from dspass.owners import Heap, Replaced, exchange, refuse_stale, unwrap
 from dspass.quantising import measure_errors
 from dspass.runtime import compat
 from dspass.runtime.axis import Axis, axis_of
@@ -72,7 +72,7 @@ def shard(
         return model
     mesh = mesh_for(config, _device_type(root, device))
     if fill is not None:
-        _materialise_buffers(root, fill, device)
+        materialise_buffers(root, fill, device)
     meta = [n for n, p in root.named_parameters() if p.is_meta]
     if meta and fill is None:
         raise RuntimeError(
@@ -197,7 +197,7 @@ def place(
     node_axis, across_axis = node_axes_of(mesh, config)
     divided = {id(p) for p in experts}
     among = ExpertMesh.over(mesh, config, {n: p for n, p in params.items() if id(p) in divided}) if divided else None
-    replaced: dict[int, tuple[nn.Parameter, nn.Parameter, Any]] = {}
+    replaced: Replaced = {}
     specs: dict[int, ParamSpec] = {}
     for name, param in params.items():
         if isinstance(param, DTensor) or id(param) in specs:
@@ -213,8 +213,8 @@ def place(
         elif replicate_axis is not None:
             placements = [Replicate(), *placements]
         on_host = config.offload_param == "cpu" and layout == "shard"
-        rows = _rows(param.shape, layout, its_axis, mine)
-        new = _distribute(name, param, its_mesh, rows, placements, fill, device, on_host)
+        rows = rows_of(param.shape, layout, its_axis, mine)
+        new = distribute(name, param, its_mesh, rows, placements, fill, device, on_host)
         key = f"{engine.name}/{name}"
         spec = ParamSpec(
             key=key,
@@ -222,7 +222,7 @@ def place(
             shape=shape,
             dtype=param.dtype,
             compute_dtype=precision(config, param.dtype),
-            reduce_dtype=_reduce_dtype(param.dtype),
+            reduce_dtype=reduction_dtype(param.dtype),
             layout=layout,
             shard_axis=its_axis,
             replicate_axis=None if mine else replicate_axis,
@@ -241,14 +241,27 @@ def place(
             return distribute_tensor(state, mesh, placements)
 
         replaced[id(param)] = (param, new, shard_like)
+    install(heap, replaced, specs)
+    measure_errors(engine, specs.values(), config)
+    return specs
+
+
+def install(heap: Heap, replaced: Replaced, specs: Mapping[int, ParamSpec]) -> None:
+    """Put new parameters where the old ones of ``replaced`` are held, by the ids of the old ones."""
     for module, name in heap.owners(old for old, _, _ in replaced.values()):
         old = module._parameters[name]
         assert old is not None
         module._parameters[name] = replaced[id(old)][1]
         attach(module, {name: specs[id(old)]})
     exchange(heap, replaced)
-    measure_errors(engine, specs.values(), config)
-    return specs
+
+
+def hand_out(tensors: Iterable[torch.Tensor]) -> None:
+    """Rank 0's values become those of every rank."""
+    if dist.is_initialized() and dist.get_world_size() > 1 and dist.get_backend() != "fake":
+        with torch.no_grad():
+            for tensor in tensors:
+                dist.broadcast(tensor.data, 0)
 
 
 def layout_of(param: torch.Tensor, config: Config, stage: int) -> Layout:
@@ -264,11 +277,11 @@ def layout_of(param: torch.Tensor, config: Config, stage: int) -> Layout:
     return "shard" if param.requires_grad else "replicate"
 
 
-def _reduce_dtype(dtype: torch.dtype) -> torch.dtype:
+def reduction_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype.is_floating_point and dtype.itemsize < 4 else dtype
 
 
-def _rows(shape: torch.Size, layout: Layout, axis: Axis | None, experts: ExpertMesh | None) -> tuple[int, int] | None:
+def rows_of(shape: torch.Size, layout: Layout, axis: Axis | None, experts: ExpertMesh | None) -> tuple[int, int] | None:
     """First row and count of those that this rank holds of a parameter; None where it has none, or all of them."""
     if experts is not None:
         here = shape[0] // experts.axis.size
@@ -277,7 +290,7 @@ def _rows(shape: torch.Size, layout: Layout, axis: Axis | None, experts: ExpertM
     return axis.rows(shape[0]) if layout == "shard" and axis is not None else None
 
 
-def _distribute(
+def distribute(
     name: str,
     param: nn.Parameter,
     mesh: DeviceMesh,
@@ -287,6 +300,7 @@ def _distribute(
     device: torch.device | str | None,
     on_host: bool = False,
 ) -> nn.Parameter:
+    """What this rank holds of ``param``: its ``rows`` of what ``fill`` answers, or what the mesh's first rank hands out."""
     if fill is None:
         value = distribute_tensor(param.data, mesh, placements)
     else:
@@ -330,10 +344,10 @@ def _materialise(root: nn.Module, fill: Fill, device: torch.device | str | None)
             if param is not None and param.is_meta:
                 whole = filled(fill, f"{module_name}.{name}".lstrip("."), param).to(device or "cpu")
                 module._parameters[name] = nn.Parameter(whole.detach().clone(), requires_grad=param.requires_grad)
-    _materialise_buffers(root, fill, device)
+    materialise_buffers(root, fill, device)
 
 
-def _materialise_buffers(root: nn.Module, fill: Fill, device: torch.device | str | None) -> None:
+def materialise_buffers(root: nn.Module, fill: Fill, device: torch.device | str | None) -> None:
     for module_name, module in root.named_modules():
         for name, buffer in list(module._buffers.items()):
             if buffer is not None and buffer.is_meta:
@@ -425,6 +439,8 @@ def adopt_copy(original: nn.Module, new: nn.Module, memo: dict[int, Any]) -> Non
             engines[old.engine] = Engine(
                 stage=old.engine.stage, accumulation_steps=old.engine.accumulation_steps, steps=old.engine.steps
             )
+            if old.engine.stages is not None:
+                join(engines[old.engine], old.engine.stages)
         engine, param = engines[old.engine], new._parameters[name]
         assert param is not None
         fresh = f"{engine.name}/{old.name}"

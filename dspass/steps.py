@@ -70,9 +70,9 @@ def _before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     for engine, clip in _theirs(optimizer):
         _refuse_unsharded(optimizer)
         shard_states(optimizer)
-        if clip:
-            params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            clip_grad_norm_(params, clip)
+        if clip and not compat.in_state_initialisation():
+            # Those without a gradient too: a pipeline stage that has none at all takes part in the norm of the others.
+            clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip)
         engine.before_step()
     _fetch_states(optimizer, args, kwargs)
 

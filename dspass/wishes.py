@@ -1,10 +1,11 @@
 """What a person wants saved for the backward, or computed again in it, and where stages of a pipeline begin, said in the
 model's own code.
 
-The first two are constraints for whoever splits the graph: for the planner under ``dspass.memory_budget``, and without a budget for
-Inductor's min-cut. ``torch.utils.checkpoint`` and its policies reach both by the same road, tags on the nodes of the graph, so
-:func:`recompute` of a function is ``torch.utils.checkpoint`` and no code of ours. A single value has no such road in torch; it
-gets a node beside it (:mod:`dspass.runtime.wish`, which says what was dropped), which a pass turns into the same tag.
+The first two are constraints for whoever splits the graph: for the planner under ``dspass.memory_budget``, and without a
+budget for Inductor's min-cut. ``torch.utils.checkpoint`` and its policies reach both by the same road, tags on the nodes of
+the graph, so :func:`recompute` of a function is ``torch.utils.checkpoint`` and no code of ours. A single value has no such
+road in torch; it gets a node beside it (:mod:`dspass.runtime.wish`, which says what was dropped), which a pass turns into
+the same tag.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def stage_boundary(tensor: torch.Tensor) -> torch.Tensor:
     """
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(
-            f"dspass.stage_boundary takes a tensor, not a {type(tensor).__name__}: call it on a value that the next stage reads."
+            f"dspass.stage_boundary takes a tensor, not a {type(tensor).__name__}: call it on what the next stage reads."
         )
     if torch.compiler.is_compiling():
         STAGE_BOUNDARY(tensor)

@@ -5,7 +5,7 @@ activations alone, the part I of a backward, and fills its bubbles with the grad
 cuts the graph that the passes left. I has what the wanted gradients are made of, in the graph's order, runtime nodes among
 it; W has the rest, such as the products that make weights' gradients and the reductions of these.
 
-Values that both need are handed over, and held from I to W, so as few bytes as can be: what is pointwise may be made again in
+Values that both need are handed over, and held from I to W, as few bytes as can be: what is pointwise may be made again in
 W of values that are handed over in its place. That is a minimum cut between what cannot be made again and W, each value with
 its bytes. Of several minimum cuts the one next to W is taken, which makes the least again. What was brought from elsewhere, a
 gathered parameter or a value from the host, counts with its bytes too; but where W needs a large one it is brought again, for
@@ -38,7 +38,7 @@ from dspass.passes.nodes import STATIC, calls, is_packed, items_of, wait_of
 from dspass.passes.packed import DEQUANTISE
 from dspass.passes.quantise_saved import DEQUANTISE as DEQUANTISE_SAVED
 from dspass.runtime import compat
-from dspass.runtime.collectives import RUNTIME_FUNCTIONS, gather_start, gather_wait
+from dspass.runtime.collectives import gather_start, gather_wait
 from dspass.runtime.host import reload_start, reload_wait
 from dspass.runtime.program import Probe, Program
 
@@ -46,8 +46,6 @@ from dspass.runtime.program import Probe, Program
 HELD_BYTES = 2**20
 
 CONVOLUTION_BACKWARD = torch.ops.aten.convolution_backward.default
-
-_STARTS = {function for function in RUNTIME_FUNCTIONS if function.__name__.endswith("_start")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +131,7 @@ def _with_products_apart(graph: fx.Graph) -> fx.Graph:
     found.output(outputs)
     for both in (copies[n] for n in convolutions):
         *rest, mask = both.args
+        assert isinstance(mask, (list, tuple))
         for which in ((0,), (1, 2)):
             items = [item for item in both.users if item.args[1] in which]
             if not items:
@@ -164,8 +163,6 @@ def _needed(graph: fx.Graph, wanted: Sequence[fx.Node], written: Mapping[fx.Node
                 continue
             inside.add(node)
             stack += node.all_input_nodes
-            if node.target in _STARTS:
-                stack += node.users
         missing = _out_of_order(graph, inside, effects, written)
     return inside
 
@@ -237,8 +234,8 @@ def _cheapest(read: Collection[fx.Node], written: Set[fx.Node]) -> set[fx.Node]:
         network.add_edge((node, "made"), "sink")
     while stack:
         node = stack.pop()
-        bytes_ = _bytes_held(node)
-        network.add_edge((node, "inputs"), (node, "made"), **({} if _is_alias(node) else {"capacity": bytes_}))
+        capacity = {} if _is_alias(node) else {"capacity": _bytes_held(node)}
+        network.add_edge((node, "inputs"), (node, "made"), **capacity)
         too_late = not _is_alias(node) and any(_memory(n) in written for n in node.all_input_nodes)
         if too_late or not _is_cheap(node):
             network.add_edge("source", (node, "inputs"))
@@ -340,7 +337,8 @@ def _bring_less(graph: fx.Graph) -> None:
             assert item is not None
             item.args = (wait, place)
         listed = 2 if start.target is gather_start else 1  # the shards and their keys, or the values
-        start.args = (*([argument[i] for i in used] for argument in start.args[:listed]), *start.args[listed:])
+        arguments: list[Any] = list(start.args)
+        start.args = (*([argument[i] for i in used] for argument in arguments[:listed]), *arguments[listed:])
         start.meta = {**start.meta, "val": [start.meta["val"][i] for i in used]}
         wait.meta = {**wait.meta, "val": start.meta["val"]}
 
@@ -368,7 +366,7 @@ class SplitBackward:
         self._reads: dict[str, tuple[str, ...]] = {}  # of these, what each half reads
         self._places: dict[int, int] = {}  # of a gradient among the outputs, its input's
         self._inside: dict[int, torch.Tensor] = {}  # what a gradient inside of a DTensor is like
-        self._waiting: dict[Hashable, list[Any]] = {}
+        self._waiting: dict[Hashable, tuple[list[Any], list[int]]] = {}
         self._deferred = False
         self._token: Hashable = None
 
@@ -420,7 +418,8 @@ class SplitBackward:
         """The gradients of one backward that waited, the oldest or that of ``token``, each at the place of its input of the
         graph that was compiled; None where an input has none, or has had it. Of a DTensor the local part.
 
-        Raises ``LookupError`` where none waits, or none of that token.
+        Raises ``LookupError`` where none waits, or none of that token, and ``RuntimeError`` where something has been changed in
+        place that they are made of: autograd watches saved tensors until the backward, which was long ago.
         """
         if token is None and self._waiting:
             token = next(iter(self._waiting))
@@ -430,8 +429,16 @@ class SplitBackward:
                 f"no weight gradients wait under {token!r}, {known}: run the backward inside of deferred(...) first, and "
                 "ask once for each."
             )
+        held, versions = self._waiting.pop(token)
+        if versions != _versions(held):
+            names = (*self.halves.carried, *self._reads["weight"]) if self.halves is not None else ()
+            changed = [n for n, *both in zip(names, versions, _versions(held), strict=True) if both[0] != both[1]]
+            raise RuntimeError(
+                f"{changed} of the backward graph changed in place between a backward and its weight gradients, which would be "
+                "wrong: give each micro-batch tensors of its own, and step the optimiser behind weights()."
+            )
         with compat.without_autocast(), self._watched():
-            answers = self._weights(self._waiting.pop(token))
+            answers = self._weights(held)
         found: list[torch.Tensor | None] = [None] * self.inputs
         for position, value in answers.items():
             found[self._places[position]] = value
@@ -474,7 +481,7 @@ class SplitBackward:
             del results
         values.clear()
         if self._deferred:
-            self._waiting[token] = held
+            self._waiting[token] = held, _versions(held)
             answers |= {i: self._zeros(i) for i in halves.rest}
         else:
             answers |= self._weights(held)
@@ -505,6 +512,11 @@ class SplitBackward:
     def _zeros(self, position: int) -> torch.Tensor | None:
         like = self._inside.get(position)
         return None if like is None else torch.zeros((), dtype=like.dtype, device=like.device).expand(like.shape)
+
+
+def _versions(held: Sequence[Any]) -> list[int]:
+    """Each changes when the tensor is changed in place; those of inference mode have none."""
+    return [v._version if isinstance(v, torch.Tensor) and not v.is_inference() else 0 for v in held]
 
 
 def gradients_of(backward: fx.Graph) -> list[compat.Gradient | None]:

@@ -6,13 +6,14 @@ can be. A value goes to memory where a kernel of its own reads it, where the bac
 is it counted, written once, and read once between two products. Derivatives follow from the forward:
 
 - one of a product takes as long as the product, for each operand that has a gradient; it is the weight gradient's where that
-  operand is a parameter, or a view or cast of some. An attention's are counted by torch's own formula;
+  operand is a parameter, or a view or cast of some. An attention is one kernel, whose derivatives torch's formula counts;
 - one of anything else moves twice as much, its gradients and what was saved. Reducing the gradient of a bias or a norm's
   weight reads what comes in once more, and an embedding's writes the whole weight.
 
 What the backward needs is counted as eager code saves it: operands of products, and one value of each other operator that is
-not linear, its result or its input. Each tensor counts once, with the node that saves it first, and parameters and inputs of the
-graph never. Inductor's partitioner saves less of it, on all stages alike.
+not linear, its result or its input. Each tensor counts once, with the node that saves it first, and parameters and inputs of
+the graph never. Of a region under ``torch.utils.checkpoint`` its inputs are saved, and it runs once more in the backward.
+Inductor's partitioner saves less of the rest, on all stages alike.
 
 Dropped: the joint graph of AOTAutograd, whose kernels :mod:`dspass.passes.cost` prices more exactly. It takes a minute where
 this takes seconds, and its nodes would have to be led back to captured ones, which the cut is of.
@@ -21,6 +22,7 @@ this takes seconds, and its nodes would have to be led back to captured ones, wh
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -40,20 +42,32 @@ from dspass.runtime.params import ParamSpec, lookup
 
 #: Operators that Inductor takes apart and fuses, though each is one of ATen's kernels in eager code.
 _TAKEN_APART = frozenset(
-    "_softmax _log_softmax native_layer_norm native_group_norm native_batch_norm _native_batch_norm_legit native_dropout "
-    "nll_loss_forward _fused_rms_norm var_mean cumsum amin any all max min argmax constant_pad_nd stack new_zeros new_ones "
-    "zeros_like ones_like full_like arange zeros ones full bernoulli rand rand_like copy fill masked_fill".split()
-)
+    {
+        "_softmax", "_log_softmax", "native_layer_norm", "native_group_norm", "native_batch_norm",
+        "_native_batch_norm_legit", "native_dropout", "nll_loss_forward", "_fused_rms_norm", "var_mean", "cumsum",
+        "amin", "any", "all", "max", "min", "argmax", "constant_pad_nd", "stack", "new_zeros", "new_ones",
+        "zeros_like", "ones_like", "full_like", "arange", "zeros", "ones", "full", "bernoulli", "rand", "rand_like",
+        "copy", "fill", "masked_fill",
+    }
+)  # fmt: skip
 
 #: Operators whose derivatives need neither inputs nor results.
 _LINEAR = frozenset(
-    "add sub rsub neg clone contiguous _to_copy copy sum mean cat stack slice slice_scatter select select_scatter expand "
-    "constant_pad_nd embedding gather index fill masked_fill where cumsum convert_element_type nll_loss_forward "
-    "scatter_add index_put lerp zeros_like ones_like full_like new_zeros new_ones".split()
-)
+    {
+        "add", "sub", "rsub", "neg", "clone", "contiguous", "_to_copy", "copy", "sum", "mean", "cat", "stack",
+        "slice", "slice_scatter", "select", "select_scatter", "expand", "constant_pad_nd", "embedding", "gather",
+        "index", "fill", "masked_fill", "where", "cumsum", "convert_element_type", "nll_loss_forward",
+        "scatter_add", "index_put", "lerp", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones",
+    }
+)  # fmt: skip
 
 #: Operators whose derivatives are made of their results.
-_BY_RESULT = frozenset("_softmax _log_softmax exp expm1 tanh sigmoid relu sqrt rsqrt reciprocal native_dropout".split())
+_BY_RESULT = frozenset(
+    {
+        "_softmax", "_log_softmax", "exp", "expm1", "tanh", "sigmoid", "relu", "sqrt", "rsqrt", "reciprocal",
+        "native_dropout",
+    }
+)  # fmt: skip
 
 #: Operators whose derivative for one operand is made of the other.
 _BILINEAR = frozenset(("mul", "div"))
@@ -63,6 +77,8 @@ _ALIASES = frozenset(("detach", "alias", "lift_fresh", "_unsafe_view", "_reshape
 _ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention.default
 
 _MARKERS = (torch.ops.dspass.unshard, torch.ops.dspass.unshard_experts)
+
+_CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 
 #: Calls that change what the nodes behind them do. They answer no tensor.
 CONTEXTS = frozenset(
@@ -149,6 +165,7 @@ class _Recorder(TorchDispatchMode):
         self.trains, self.records_gradients = trains, True
         self.values: dict[fx.Node, Any] = {}
         self.operators: list[_Operator] = []
+        self.abandoned: list[_Operator] = []
         self.with_gradient: set[int] = set()
         self.memory_with_gradient: set[int] = set()  # what was written in place
         self.of_parameters: set[int] = set()
@@ -199,7 +216,7 @@ class _Recorder(TorchDispatchMode):
     def _value(self, gm: fx.GraphModule, node: fx.Node) -> Any:
         example = node.meta.get("example_value")
         if node.op == "get_attr" and example is None:
-            example = gm.get_submodule(node.target) if _is_module(gm, node.target) else None
+            example = operator.attrgetter(str(node.target))(gm)  # the graph of a region, or a constant
         spec = parameter_of(node)
         if node.op in ("placeholder", "get_attr") or (spec is not None and example is not None):
             if spec is not None or isinstance(example, torch.nn.Parameter):
@@ -220,12 +237,12 @@ class _Recorder(TorchDispatchMode):
             with self:
                 return _call(node, args, kwargs)
         except Exception:  # no values to compute with, or an operator without a fake
+            self.abandoned += self.operators[before:]
             del self.operators[before:]
             self._record(None, args, kwargs, example)
             return example
         finally:
             self.node = None
-
 
     def _attention(self, args: Sequence[Any], kwargs: dict[str, Any], result: torch.Tensor) -> torch.Tensor:
         """By a fused kernel, as a device has it: which one torch would take for fake tensors is another matter."""
@@ -246,12 +263,8 @@ def _call(node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     if args and isinstance(args[0], fx.GraphModule):  # a region, such as one that is checkpointed: all that is in it
         return args[0](*args[1:])
-    assert node.op == "call_function" and callable(node.target), node.format_node()
-    return node.target(*args, **kwargs)
-
-
-def _is_module(gm: fx.GraphModule, name: str) -> bool:
-    return any(name == known for known, _ in gm.named_modules())
+    function: Any = node.target
+    return function(*args, **kwargs)
 
 
 def _is_written(argument: Any) -> bool:
@@ -269,7 +282,7 @@ def _bytes(tensor: torch.Tensor) -> int:
 
 
 def _storage(tensor: torch.Tensor) -> int:
-    return compat.storage_of(tensor)
+    return compat.storage_of(tensor) or 0
 
 
 def _price(graph: fx.Graph, recorder: _Recorder, on: Device) -> dict[fx.Node, NodeCost]:
@@ -290,11 +303,12 @@ def _price(graph: fx.Graph, recorder: _Recorder, on: Device) -> dict[fx.Node, No
         found[node] = replace(found[node], saved_bytes=found[node].saved_bytes + size)
     for op, forward in _forward_seconds(work, in_memory, on):
         derived = _derivatives(op, forward, recorder, on) if op.has_gradient else (0.0, 0.0)
+        again = forward if op.has_gradient and op.node.target is _CHECKPOINT else 0.0
         cost = found[op.node]
         found[op.node] = replace(
             cost,
             forward=cost.forward + forward,
-            input_gradient=cost.input_gradient + derived[0],
+            input_gradient=cost.input_gradient + derived[0] + again,
             weight_gradient=cost.weight_gradient + derived[1],
             has_product=cost.has_product or is_product(op.func),
         )
@@ -324,9 +338,7 @@ def _described(node: fx.Node, recorder: _Recorder) -> NodeCost:
 # -- forward -------------------------------------------------------------------------------------------------
 
 
-def _forward_seconds(
-    work: Sequence[_Operator], in_memory: set[int], on: Device
-) -> Iterator[tuple[_Operator, float]]:
+def _forward_seconds(work: Sequence[_Operator], in_memory: set[int], on: Device) -> Iterator[tuple[_Operator, float]]:
     stretch = 0  # products so far: what is fused between two of them reads a value once
     read: dict[int, int] = {}
     for op in work:
@@ -355,7 +367,9 @@ def _arithmetic(op: _Operator, on: Device) -> float:
 
 
 def _function_seconds(op: _Operator, on: Device) -> float:
-    name = {"_softmax": "exp", "_log_softmax": "exp", "silu": "sigmoid", "gelu": "erf", "rsqrt": ""}.get(op.name, op.name)
+    name = {"_softmax": "exp", "_log_softmax": "exp", "silu": "sigmoid", "gelu": "erf", "rsqrt": ""}.get(
+        op.name, op.name
+    )
     return on.functions.get(name, 0.0) * max(map(compat.expected_elements, op.writes), default=0)
 
 
@@ -400,7 +414,11 @@ def _saved(work: Sequence[_Operator], given: set[int], recorder: _Recorder) -> d
     """The storages that the backward needs: the node that saves each first, and its bytes."""
     found: dict[int, tuple[fx.Node, int]] = {}
     for op in work:
-        for tensor in _needed(op, recorder) if op.has_gradient else ():
+        if not op.has_gradient:
+            continue
+        is_checkpointed = op.node.target is _CHECKPOINT
+        entering = [recorder.values[n] for n in op.node.all_input_nodes]
+        for tensor in _tensors(entering) if is_checkpointed else _needed(op, recorder):
             if id(tensor) not in recorder.of_parameters and _storage(tensor) not in given:
                 found.setdefault(_storage(tensor), (op.node, _bytes(tensor)))
     return found

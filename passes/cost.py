@@ -214,7 +214,11 @@ def function_seconds(node: fx.Node, on: Device) -> float:
 
 def function_of(node: fx.Node) -> str:
     """``exp``, ``sum rows``."""
-    return f"{operator_name(node.target)} {direction_of(node)}" if node.target in REDUCTIONS else operator_name(node.target)
+    return (
+        f"{operator_name(node.target)} {direction_of(node)}"
+        if node.target in REDUCTIONS
+        else operator_name(node.target)
+    )
 
 
 def operation_seconds(node: fx.Node, on: Device) -> float:

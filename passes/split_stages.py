@@ -29,9 +29,9 @@ UNSHARD = (torch.ops.dspass.unshard, torch.ops.dspass.unshard.default)
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StageGraph:
-    """One stage. ``received`` are the values that come from the stage before it and ``sent`` those that go to the next. The graph
-    reads ``reads`` of the former and makes ``makes`` of the latter, by name; the others pass by. ``inputs`` are positions of the
-    captured graph's inputs, ``keys`` those of parameters, ``results`` positions of the captured graph's outputs.
+    """One stage. ``received`` are the values that come from the stage before it and ``sent`` those that go to the next. The
+    graph reads ``reads`` of the former and makes ``makes`` of the latter, by name; the others pass by. ``inputs`` are positions of
+    the captured graph's inputs, ``keys`` those of parameters, ``results`` positions of the captured graph's outputs.
 
     The graph's inputs are ``reads``, ``inputs`` and ``keys``, its outputs ``makes`` and ``results``, in these orders."""
 
@@ -104,7 +104,9 @@ def split_stages(
         made = [n for n in after if stage_of[n] == s]
         targets = [*made, *(answers[i] for i in results[s])]
         mine = sorted({*nodes[s], *_missing(targets, {*nodes[s], *before})}, key=order.__getitem__)
-        reads = [n for n in before if any(n in node.all_input_nodes for node in mine if not is_marker(node)) or n in targets]
+        reads = [
+            n for n in before if any(n in node.all_input_nodes for node in mine if not is_marker(node)) or n in targets
+        ]
         extracted, inputs, keys = _extract(gm, mine, reads, targets)
         found.append(
             StageGraph(

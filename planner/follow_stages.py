@@ -18,8 +18,8 @@ def follow(
     stages_of: Mapping[str, Collection[int]],
     known: Mapping[str, int],
 ) -> Cuts:
-    """Cut ``gm`` so that each stage reads only parameters that lie on it, of which ``stages_of`` has the stages by name, and runs
-    the nodes that it ran in the graph that was cut first (``known``, by name).
+    """Cut ``gm`` so that each stage reads only parameters that lie on it, of which ``stages_of`` has the stages by name, and
+    runs the nodes that it ran in the graph that was cut first (``known``, by name).
 
     What is new goes to the first stage that has what it reads. Raises :class:`CutError` where a parameter is read by what comes
     too late for it.

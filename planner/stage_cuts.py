@@ -14,16 +14,17 @@ Units of work ``u`` with edges ``u -> v`` where ``v`` reads ``u`` are given a st
 :func:`outcome` is (2) to (7) of an assignment, and says which (7) and (8) it breaks. A parameter that several stages read is on
 each of them, and a value that skips stages is carried, so it counts at each cut that it crosses.
 
-*On a chain*, or on any graph whose units are put in an order, a stage is an interval, and :func:`cut_chain` solves (1) exactly
-under a limit a stage, by dynamic programming over positions and stages (as PipeDream plans: Narayanan et al., 2019)::
+*On a chain*, or on any graph whose units are put in an order, a stage is an interval, and :func:`cut_chain` solves (1)
+exactly under a limit a stage, by dynamic programming over positions and stages (as PipeDream plans: Narayanan et al., 2019)::
 
     (9)   B(s, j) = min over i < j of max(B(s-1, i), c(i, j))
-    (10)  X(s, j) = lexicographic min over i < j with c(i, j) <= (1 + tolerance) B of (X(s-1, i) + b(j), max(P(s-1, i), m(i, j)))
+    (10)  X(s, j), P(s, j) = least over i < j of (X(s-1, i) + b(j), max(P(s-1, i), m(i, j)))
+                             with c(i, j) <= (1 + tolerance) B, the first of the pair first
 
-(10) is asked with the ``B`` that (9) found: times are predictions, so what is within :data:`TOLERANCE` counts as equal, and of
-equal cuts the one that sends least is taken, then the one whose fullest stage is emptiest. Both are exact: the first of the
-pair adds up and the second is a maximum. What is shared is counted once in an interval, by taking off a reader's share where the
-reader before it is in the interval too.
+(10) is asked with the ``B`` that (9) found: times are predictions, so what is within :data:`TOLERANCE` counts as equal, and
+of equal cuts the one that sends least is taken, then the one whose fullest stage is emptiest. Both are exact: the first of the
+pair adds up and the second is a maximum. What is shared is counted once in an interval, by taking off a reader's share where
+the reader before it is in the interval too.
 
 *On a graph without a chain*, such as two towers, every assignment that keeps (8) is a chain in some order, so the order is what
 is searched. :func:`orders` gives two: the program's, and depth first from the end, which keeps branches together. From what
@@ -288,54 +289,59 @@ class _Chain:
                 self.saved[end] - self.saved[begin],
             )
 
-    def stage_seconds(self, s: int, k: int, compute: np.ndarray) -> np.ndarray:
-        """(2) of intervals that end at place ``k``, as stage ``s``."""
-        links = self.links[self.places[:k]] * self.work.is_sent(s - 1) + self.links[self.places[k]] * self.work.is_sent(s)
+    @functools.cached_property
+    def _remote(self) -> np.ndarray:
+        """(S + 1, 1): whether the cut before each stage, and the one behind the last, lies between ranks."""
+        return np.array([[self.work.is_sent(s)] for s in range(-1, self.work.stages)])
+
+    def stage_seconds(self, k: int, compute: np.ndarray) -> np.ndarray:
+        """(S, k): (2) of intervals that end at place ``k``, as each stage."""
+        links = self.links[self.places[:k]] * self._remote[:-1] + self.links[self.places[k]] * self._remote[1:]
         return np.maximum(compute, links) if self.work.overlaps else compute + links
 
-    def memory(self, s: int, params: np.ndarray, saved: np.ndarray) -> np.ndarray:
-        """(6)"""
-        return self.work.states * params + self.work.flying[s] * saved
+    def memory(self, params: np.ndarray, saved: np.ndarray) -> np.ndarray:
+        """(S, k): (6)"""
+        return self.work.states * params + np.array(self.work.flying)[:, None] * saved
 
 
 def cut_chain(
     work: Work, order: Sequence[int], bound: float | None = None, limits: Sequence[float] | None = None
 ) -> list[int] | None:
-    """The best assignment of which each stage is an interval of ``order``, by (9), or by (10) where no stage may take longer than
-    ``bound``. ``limits`` are bytes a stage (as large as the rank's where None). None where no cut keeps them."""
-    limits = [work.limit] * work.stages if limits is None else limits
+    """The best assignment of which each stage is an interval of ``order``, by (9), or by (10) where no stage may take longer
+    than ``bound``. ``limits`` are bytes a stage (the rank's where None). None where no cut keeps them."""
+    most = np.array([work.limit] * work.stages if limits is None else limits)[:, None]
     chain = _Chain(work, order)
     count = len(chain.places)
-    first = np.full((work.stages, count), math.inf)  # (9) or the bytes of (10)
-    second = np.full((work.stages, count), math.inf)  # the fullest stage of (10)
-    came = np.zeros((work.stages, count), dtype=int)
+    rows = np.arange(work.stages)
+    # Row s is of the first s stages: (9) or the bytes of (10), the fullest stage of (10), and the place before the last cut.
+    first = np.full((work.stages + 1, count), math.inf)
+    second = np.zeros((work.stages + 1, count))
+    came = np.zeros((work.stages + 1, count), dtype=int)
+    first[0, 0] = 0.0
     for k, compute, params, saved in chain.intervals():
-        for s in range(work.stages):
-            seconds = chain.stage_seconds(s, k, compute)
-            memory = chain.memory(s, params, saved)
-            before = first[s - 1, :k] if s else np.where(np.arange(k) == 0, 0.0, math.inf)
-            fits = memory <= limits[s]
-            if work.each_has_parameters:
-                fits &= params > 0
-            if bound is None:
-                best = np.where(fits, np.maximum(before, seconds), math.inf)
-                i = int(np.argmin(best))
-                first[s, k], came[s, k] = best[i], i
-                continue
+        seconds, memory = chain.stage_seconds(k, compute), chain.memory(params, saved)
+        fits = memory <= most
+        if work.each_has_parameters:
+            fits &= params > 0
+        before = first[:-1, :k]
+        if bound is None:
+            best = np.where(fits, np.maximum(before, seconds), math.inf)
+            chosen = best.argmin(axis=1)
+            first[1:, k] = best[rows, chosen]
+        else:
             sent = np.where(fits & (seconds <= bound), before, math.inf)
-            least = sent.min()
-            if least == math.inf:
-                continue
-            fullest = np.maximum(second[s - 1, :k], memory) if s else memory
-            i = int(np.argmin(np.where(sent == least, fullest, math.inf)))
-            crossing = chain.crossing[chain.places[k]]
-            first[s, k], second[s, k], came[s, k] = least + crossing, fullest[i], i
+            least = sent.min(axis=1, keepdims=True)
+            fullest = np.where(sent == least, np.maximum(second[:-1, :k], memory), math.inf)
+            chosen = fullest.argmin(axis=1)
+            first[1:, k] = least[:, 0] + chain.crossing[chain.places[k]]
+            second[1:, k] = fullest[rows, chosen]
+        came[1:, k] = chosen
     if first[-1, -1] == math.inf:
         return None
     stage_of = [0] * len(order)
     k = count - 1
     for s in reversed(range(work.stages)):
-        i = came[s, k]
+        i = came[s + 1, k]
         for u in order[chain.places[i] : chain.places[k]]:
             stage_of[u] = s
         k = i
@@ -393,9 +399,7 @@ def divide(work: Work, stage_of: Sequence[int], s: int, price: float) -> list[in
     inside = [u for u, stage in enumerate(stage_of) if stage in (s, s + 1)]
     index = {u: i for i, u in enumerate(inside)}
     touching = [
-        v
-        for v in work.values
-        if (v.source in index or stage_of[v.source] < s) and any(r in index for r in v.readers)
+        v for v in work.values if (v.source in index or stage_of[v.source] < s) and any(r in index for r in v.readers)
     ]
     network = Network(len(inside) + len(touching) + 2)
     source, sink = len(inside) + len(touching), len(inside) + len(touching) + 1
@@ -459,11 +463,15 @@ def _neighbours(work: Work, stage_of: list[int], now: Outcome) -> Iterator[list[
         for u in (u for u, stage in enumerate(stage_of) if stage == s):
             low = max((stage_of[v] for v in work.before[u]), default=0)
             high = min((stage_of[v] for v in work.behind[u]), default=work.stages - 1)
-            for other in sorted(range(low, high + 1), key=lambda t, s=s: abs(t - s))[1:]:
+            for _, other in sorted((abs(t - s), t) for t in range(low, high + 1) if t != s):
                 yield [*stage_of[:u], other, *stage_of[u + 1 :]]
     for s in range(work.stages - 1):
         down = [u for u, t in enumerate(stage_of) if t == s + 1 and all(stage_of[v] <= s for v in work.before[u])]
-        up = [u for u, t in enumerate(stage_of) if t == s and all(stage_of[v] > s for v in work.behind[u] if v not in down)]
+        up = [
+            u
+            for u, t in enumerate(stage_of)
+            if t == s and all(stage_of[v] > s for v in work.behind[u] if v not in down)
+        ]
         for u, v in itertools.product(up, down):
             trial = list(stage_of)
             trial[u], trial[v] = s + 1, s
@@ -503,8 +511,8 @@ class Cutting:
 
 
 def solve(work: Work) -> Cutting | None:
-    """The best assignment found; one with a stage without parameters only where there is no other. Where no one that was tried keeps the limit, the one that lacks least; None where there are fewer
-    units than stages."""
+    """The best assignment found: one with a stage without parameters only where there is no other, and where none keeps the
+    limit the one that lacks least. None where there are fewer units than stages."""
     if len(work.units) < work.stages:
         return None
     tried: list[list[int]] = []

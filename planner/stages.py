@@ -43,7 +43,6 @@ from dspass.planner.stage_cuts import Outcome, Shared, Unit, Value, Work, outcom
 from dspass.runtime import compat
 from dspass.runtime.wish import STAGE_BOUNDARY
 
-
 #: How a tensor that is received may lie in memory, by its dimensions.
 _FORMATS = {
     0: (torch.contiguous_format,),
@@ -68,7 +67,8 @@ class Memory:
 @dataclass(frozen=True, kw_only=True)
 class Stage:
     """One stage. ``nodes`` are all that it runs, in the graph's order: its own, what it computes again, its parameters' markers
-    and their placeholders. Seconds and saved bytes are a micro-batch's, ``parameter_bytes`` in the parameters' own precision."""
+    and their placeholders. Seconds and saved bytes are a micro-batch's, ``parameter_bytes`` in the parameters' own
+    precision."""
 
     index: int
     nodes: tuple[fx.Node, ...]
@@ -98,7 +98,8 @@ class Cut:
 
 @dataclass(frozen=True, kw_only=True)
 class Cuts:
-    """``stage_of`` has the assigned nodes. ``bottleneck`` are seconds of the slowest stage with its links, for a micro-batch."""
+    """``stage_of`` has the assigned nodes. ``bottleneck`` are a micro-batch's seconds on the slowest stage, with its links.
+    ``why`` are lines for a report."""
 
     stage_of: Mapping[fx.Node, int]
     stages: tuple[Stage, ...]
@@ -122,10 +123,10 @@ def cut(
 ) -> Cuts:
     """Cut a captured graph into ``stages``, which ``costs`` (:func:`dspass.passes.captured_cost.costs_of`) say what they take.
 
-    ``rank_of`` is the rank of each stage (its own), whose ``memory`` its stages share; ``in_flight`` the micro-batches that each
-    has saved at a time (as in 1F1B: ``min(stages - s, micro_batches)``); ``link`` the bytes a second between neighbours (the
-    device's, between nodes). ``boundaries`` are names of modules, the first nodes of which begin the second stage and so on;
-    without them, calls of :func:`dspass.stage_boundary` in the graph are; without either, costs decide.
+    ``rank_of`` is the rank of each stage (its own), whose ``memory`` its stages share; ``in_flight`` the micro-batches that
+    each has saved at a time (as in 1F1B: ``min(stages - s, micro_batches)``); ``link`` the bytes a second between neighbours
+    (the device's, between nodes). ``boundaries`` are names of modules, the first nodes of which begin the second stage and so
+    on; without them, calls of :func:`dspass.stage_boundary` in the graph are; without either, costs decide.
 
     Raises :class:`CutError`, a ``ValueError``, where there are fewer places to cut than asked for, where boundaries are not one
     less than stages, have no such name or no place, and where no cut found fits into the memory.
@@ -204,7 +205,8 @@ def _as_told(parts: _Parts, work: Work, told: Sequence[tuple[str, fx.Node]]) -> 
     if len(told) != work.stages - 1:
         raise CutError(
             f"{work.stages} stages have {work.stages - 1} boundaries between them, and {len(told)} are given "
-            f"({', '.join(name for name, _ in told) or 'none'}): give {work.stages - 1}, or set pipeline.stages to {len(told) + 1}."
+            f"({', '.join(name for name, _ in told) or 'none'}): give {work.stages - 1}, or set pipeline.stages to "
+            f"{len(told) + 1}."
         )
     if list(told) != sorted(told, key=lambda item: parts.position[item[1]]):
         raise CutError(f"boundaries come in the order in which the model runs: {', '.join(name for name, _ in told)}.")
@@ -230,7 +232,7 @@ def _as_told(parts: _Parts, work: Work, told: Sequence[tuple[str, fx.Node]]) -> 
 
 
 def _refuse_memory(work: Work, result: Outcome, how: str) -> None:
-    ranks = defaultdict(float)
+    ranks: dict[int, float] = defaultdict(float)
     for s, r in enumerate(work.rank_of):
         ranks[r] += result.memory[s]
     rank, need = max(ranks.items(), key=lambda item: item[1])
@@ -271,9 +273,7 @@ class _Parts:
         group_of = {n: k for k, group in enumerate(nx.connected_components(order)) for n in group}
         quotient = nx.DiGraph()
         quotient.add_nodes_from(group_of.values())
-        quotient.add_edges_from(
-            (group_of[u], group_of[v]) for u, v in self._flow() if group_of[u] != group_of[v]
-        )
+        quotient.add_edges_from((group_of[u], group_of[v]) for u, v in self._flow() if group_of[u] != group_of[v])
         whole = nx.condensation(quotient)  # what joins may have closed to cycles
         members: dict[int, list[fx.Node]] = defaultdict(list)
         for n in self.assigned:
@@ -281,18 +281,14 @@ class _Parts:
         sequence = nx.lexicographical_topological_sort(whole, key=lambda c: self.position[members[c][0]])
         self.nodes_of = [members[c] for c in sequence]
         self.unit_of = {n: u for u, nodes in enumerate(self.nodes_of) for n in nodes}
-        self.readers = {
-            n: [r for r in n.users if r in self.unit_of] for n in self.assigned if self._is_sent(n)
-        }
+        self.readers = {n: [r for r in n.users if r in self.unit_of] for n in self.assigned if self._is_sent(n)}
         self.edges = {(self.unit_of[u], self.unit_of[v]) for u, v in self._flow()}
         self.edges = {(u, v) for u, v in self.edges if u != v}
 
     @property
     def units(self) -> list[Unit]:
         return [
-            Unit(
-                seconds=sum(self.costs[n].seconds for n in nodes), saved=sum(self.costs[n].saved_bytes for n in nodes)
-            )
+            Unit(seconds=sum(self.costs[n].seconds for n in nodes), saved=sum(self.costs[n].saved_bytes for n in nodes))
             for nodes in self.nodes_of
         ]
 
@@ -306,7 +302,10 @@ class _Parts:
         found = [
             n
             for n in self.graph.find_nodes(op="output")[0].all_input_nodes
-            if n in self.unit_of and self.costs[n].has_gradient and _value(n) is not None and _value(n).dim() == 0
+            if n in self.unit_of
+            and self.costs[n].has_gradient
+            and (value := _value(n)) is not None
+            and value.dim() == 0
         ]
         return self.unit_of[found[0]] if len(found) == 1 else None
 
@@ -475,12 +474,19 @@ class _Parts:
         near = difflib.get_close_matches(module, names, n=3)
         raise CutError(
             f"no module {module!r} computes anything with a parameter in the captured graph"
-            + (f"; did you mean {' or '.join(map(repr, near))}?" if near else f". Those that do: {', '.join(sorted(names)[:20])}.")
+            + (
+                f"; did you mean {' or '.join(map(repr, near))}?"
+                if near
+                else f". Those that do: {', '.join(sorted(names)[:20])}."
+            )
         )
 
 
 def _is_mark(node: fx.Node) -> bool:
-    return node.op == "call_function" and getattr(node.target, "overloadpacket", node.target) is STAGE_BOUNDARY.overloadpacket
+    return (
+        node.op == "call_function"
+        and getattr(node.target, "overloadpacket", node.target) is STAGE_BOUNDARY.overloadpacket
+    )
 
 
 def _is_cast(node: fx.Node) -> bool:

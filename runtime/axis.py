@@ -6,6 +6,7 @@ import weakref
 from contextvars import ContextVar
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -66,3 +67,21 @@ def axis_of(name: str, mesh: DeviceMesh, dim: int) -> Axis:
     if name not in known:
         known[name] = Axis.of(name, group)
     return known[name]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StageMesh:
+    """Where the stages of a model lie. ``pipe`` are the ranks of this rank's pipeline, which hold different stages; ``data``,
+    and ``mesh`` of one dimension, those that hold the same stages and divide their parameters. Tensors are on ``device``."""
+
+    pipe: Axis
+    data: Axis
+    mesh: DeviceMesh
+    device: torch.device
+
+    @classmethod
+    def of(cls, mesh: DeviceMesh) -> StageMesh:
+        """Of a mesh of the dimensions "pipe" and "data"."""
+        data = mesh["data"]
+        device = torch.empty(0, device=mesh.device_type).device  # with the number of the one at hand
+        return cls(pipe=axis_of("pipe", mesh, 0), data=axis_of("data", data, 0), mesh=data, device=device)

@@ -37,7 +37,9 @@ def _apart(whole: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
 @unshard.register_fake
 def _(local: torch.Tensor, key: str) -> torch.Tensor:
     spec = lookup(key)
-    return local.new_empty(spec.full_shape, dtype=spec.compute_dtype)
+    # A parameter on the meta device waits for values, or is another pipeline stage's: what is computed with it is not there.
+    device = spec.engine.stages.device if local.is_meta and spec.engine.stages is not None else local.device
+    return local.new_empty(spec.full_shape, dtype=spec.compute_dtype, device=device)
 
 
 @torch.library.custom_op("dspass::reduce_grad", mutates_args=())

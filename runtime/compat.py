@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import itertools
 import logging
 import sys
@@ -489,11 +490,6 @@ def apart(values: Sequence[Any]) -> Iterator[None]:
         yield
 
 
-def storage_of(tensor: torch.Tensor) -> int:
-    """A number of the memory that a tensor lies in, the same for its views, while it lives; fake ones have one too."""
-    return tensor.untyped_storage()._cdata
-
-
 def ignoring_logs() -> contextlib.AbstractContextManager[Any]:
     """Have Dynamo leave out calls of loggers while it captures: each would break the graph."""
     from torch._dynamo import config
@@ -582,6 +578,107 @@ def reduce_overflow_of_mixed_placements() -> None:
         return theirs(op_call, (grads, *args[1:]), kwargs)
 
     handlers[operator] = ours
+
+
+#: Answers the norm of ``tensors`` in place of torch's function, which is its first argument. Behind the arguments of that stand
+#: the parameters that the tensors are gradients of, or None where those are not known.
+TotalNorm = Callable[
+    [Callable[..., torch.Tensor], Sequence[torch.Tensor], float, bool, bool | None, Sequence[torch.Tensor] | None],
+    torch.Tensor,
+]
+
+
+def extend_total_norm(extended: TotalNorm) -> None:
+    """Have ``torch.nn.utils.get_total_norm``, and ``clip_grad_norm_`` that calls it, answer what ``extended`` does.
+
+    The function is exchanged inside of its wrapper (``no_grad``), so that scripts which imported the name before get it too.
+    Raises :class:`UnsupportedTorchError` where torch has no such function.
+    """
+    from torch.nn.utils import clip_grad
+
+    cell = _total_norm_cell()
+    theirs = cell.cell_contents
+    if hasattr(theirs, "__wrapped__"):
+        return
+
+    @functools.wraps(theirs)
+    def ours(
+        tensors: Any, norm_type: float = 2.0, error_if_nonfinite: bool = False, foreach: bool | None = None
+    ) -> torch.Tensor:
+        tensors = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
+        caller = sys._getframe(2)  # above the wrapper
+        clips = caller.f_code.co_name == "clip_grad_norm_" and caller.f_code.co_filename == clip_grad.__file__
+        params = caller.f_locals.get("parameters") if clips else None
+        return extended(theirs, tensors, norm_type, error_if_nonfinite, foreach, params)
+
+    cell.cell_contents = ours
+
+
+def total_norm(tensors: Sequence[torch.Tensor], norm_type: float, foreach: bool | None) -> torch.Tensor:
+    """torch's own norm of gradients that lie alike, whatever :func:`extend_total_norm` has made of it for others."""
+    function = _total_norm_cell().cell_contents
+    with torch.no_grad():
+        return getattr(function, "__wrapped__", function)(tensors, norm_type, False, foreach)
+
+
+def _total_norm_cell() -> Any:
+    wrapper = torch.nn.utils.get_total_norm
+    names = getattr(getattr(wrapper, "__code__", None), "co_freevars", ())
+    if "func" not in names:
+        raise UnsupportedTorchError(
+            f"torch {torch.__version__} defines torch.nn.utils.get_total_norm in another way than torch 2.11 to 2.13, so norms "
+            "over pipeline stages cannot be had from it: install one of those."
+        )
+    return wrapper.__closure__[names.index("func")]  # type: ignore[attr-defined]
+
+
+def extend_found_inf(extended: Callable[[torch.optim.Optimizer, dict[torch.device, torch.Tensor]], None]) -> None:
+    """Have ``extended`` change, in place, what a ``GradScaler`` has found in the gradients of an optimiser: by device, not 0
+    where one was not finite, and nothing where there are no gradients. Its device is that of the scale, for one to be added."""
+    from torch.amp.grad_scaler import GradScaler
+
+    theirs = getattr(GradScaler, "_unscale_grads_", None)
+    if theirs is None:
+        raise UnsupportedTorchError(
+            f"GradScaler of torch {torch.__version__} works in another way than that of torch 2.11 to 2.13, so one pipeline "
+            "stage would not hear of another one's overflow: install one of those."
+        )
+    if hasattr(theirs, "__wrapped__"):
+        return
+
+    @functools.wraps(theirs)
+    def ours(
+        self: Any, optimizer: torch.optim.Optimizer, inv_scale: torch.Tensor, found_inf: torch.Tensor, allow_fp16: bool
+    ) -> dict[torch.device, torch.Tensor]:
+        found = theirs(self, optimizer, inv_scale, found_inf, allow_fp16)
+        if not found:
+            found = {found_inf.device: found_inf}
+        extended(optimizer, found)
+        return found
+
+    GradScaler._unscale_grads_ = ours  # type: ignore[method-assign]
+
+
+def asked_for_full_state() -> bool:
+    """Whether ``get_model_state_dict`` is at work with the option ``full_state_dict``, which ``state_dict()`` is not told."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "_get_model_state_dict" and code.co_filename.endswith("state_dict.py"):
+            return bool(frame.f_locals["info"].full_state_dict)
+        frame = frame.f_back
+    return False
+
+
+def in_state_initialisation() -> bool:
+    """Whether torch.distributed.checkpoint has an optimiser make its states, with a step of zero gradients that moves nothing.
+    A rank whose optimiser has states already takes no such step."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "_init_optim_state" and frame.f_code.co_filename.endswith("state_dict.py"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def unknown_size(like: torch.Tensor, likely: Any) -> Any:
@@ -715,6 +812,14 @@ def is_fake(tensor: torch.Tensor) -> bool:
     from torch._subclasses.fake_tensor import FakeTensor
 
     return isinstance(tensor, FakeTensor)
+
+
+def storage_of(tensor: torch.Tensor) -> int | None:
+    """What is the same for a tensor and its views; None for what has no memory of its own, as a tensor inside of ``vmap``."""
+    try:
+        return tensor.untyped_storage()._cdata
+    except (RuntimeError, NotImplementedError):
+        return None
 
 
 def traced(function: Callable[..., Any], values: Sequence[Any]) -> fx.GraphModule:

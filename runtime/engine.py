@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from dspass.runtime import compat
+from dspass.runtime.axis import StageMesh
 from dspass.runtime.host_states import HostStates
 from dspass.runtime.params import Over, ParamSpec, register
 from dspass.runtime.program import Probe
@@ -95,6 +96,8 @@ class Engine:
     supposed_optimizer: Optimizer | None = None
     #: The kind of device that a prediction is for; None where the model runs on the devices of its own tensors.
     target: str | None = None
+    #: Where pipeline stages lie, if the model is divided into some.
+    stages: StageMesh | None = None
     #: How many rows the busiest rank of an expert axis is expected to get, over the mean.
     expected_imbalance: float = 1.0
     #: By parameter, what its rounding is off by where it is gathered in few bits; see :mod:`dspass.quantising`.
@@ -530,12 +533,13 @@ class Engine:
         self._run, self._calls, self._within_no_sync, self._last = -1, 0, False, True
 
     def params(self) -> dict[str, torch.Tensor]:
-        """The model's parameters by name, also those that no rank shares, which have no specs."""
-        known = {spec.name: param for spec in self.specs.values() if (param := spec.param()) is not None}
+        """The model's parameters that this rank has a part in by name, also those that no rank shares, which have no specs."""
+        known = {spec: param for spec in self.specs.values() if (param := spec.param()) is not None}
         root = self.root() if self.root is not None else None
-        names = {id(p): n for n, p in known.items()}
+        names = {id(param) for param in known.values()}
         others = root.named_parameters() if root is not None else ()
-        return {**known, **{n: p for n, p in others if id(p) not in names}}
+        here = {spec.name: param for spec, param in known.items() if not spec.is_elsewhere}
+        return {**here, **{n: p for n, p in others if id(p) not in names}}
 
     def resident_copies(self) -> list[torch.Tensor]:
         """Gathered copies that outlive their graph (stages 1 and 2), and rows of them that are kept in the node."""

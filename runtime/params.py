@@ -39,6 +39,10 @@ class ParamSpec:
     Weights of experts that are divided over ranks have an ``expert_axis`` (:mod:`dspass.passes.divide_experts`). Then ``shape``
     is that of the experts of this rank's place on it, ``shard_axis`` the ranks that share that place, and what is said of a
     whole parameter holds of those experts; :attr:`full_shape` is that of all.
+
+    Where a model is divided into pipeline stages, ``held_by`` are the places on the pipe axis whose ranks hold the parameter,
+    in order, and ``param`` is a stand-in without values on all other ranks. One that stages of several ranks use, as tied
+    weights are, has a ``tied_axis``: those ranks, over which its gradients are summed.
     """
 
     key: str
@@ -56,6 +60,8 @@ class ParamSpec:
     node_axis: Axis | None = None
     across_axis: Axis | None = None
     expert_axis: Axis | None = None
+    held_by: tuple[int, ...] = ()
+    tied_axis: Axis | None = None
     param: Callable[[], torch.nn.Parameter | None] = field(default=lambda: None)
 
     def axis(self, over: Over) -> Axis:
@@ -69,6 +75,18 @@ class ParamSpec:
         """The axis that experts are divided over, of a weight of experts."""
         assert self.expert_axis is not None, f"{self.name} is no weight of experts that are divided"
         return self.expert_axis
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether only other pipeline stages' ranks hold it."""
+        stages = self.engine.stages
+        return stages is not None and bool(self.held_by) and stages.pipe.rank not in self.held_by
+
+    @property
+    def counts_here(self) -> bool:
+        """Whether this rank is the one of its pipeline that speaks for it, where several hold it."""
+        stages = self.engine.stages
+        return stages is None or not self.held_by or stages.pipe.rank == self.held_by[0]
 
     @property
     def layer(self) -> str:

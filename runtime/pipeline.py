@@ -296,9 +296,7 @@ class _Call:
                 shard.grad = gradient if shard.grad is None else shard.grad.add_(gradient)
 
 
-def _sum(
-    own: torch.Tensor | None, passing: torch.Tensor | None, value: Value, device: torch.device
-) -> torch.Tensor:
+def _sum(own: torch.Tensor | None, passing: torch.Tensor | None, value: Value, device: torch.device) -> torch.Tensor:
     """The gradient of a value that a stage read, handed on, or both."""
     if own is None:
         return passing if passing is not None else torch.zeros(value.shape, dtype=value.dtype, device=device)

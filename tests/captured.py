@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,17 +23,17 @@ def capture(model: nn.Module, batch: Mapping[str, Any] | Sequence[Any]) -> tuple
     """The graph of a call, and the engine that its parameters' keys live as long as."""
     found: list[tuple[fx.GraphModule, Sequence[Any]]] = []
 
+    def stop(*_: Any) -> Any:
+        raise _Captured
+
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
         found.append((gm, inputs))
-        return lambda *_: (_ for _ in ()).throw(_Captured)
+        return stop
 
     torch._dynamo.reset()
     args, kwargs = ((), batch) if isinstance(batch, Mapping) else (batch, {})
-    with compat.ignoring_logs():
-        try:
-            torch.compile(model, backend=backend, fullgraph=True)(*args, **kwargs)
-        except _Captured:
-            pass
+    with compat.ignoring_logs(), contextlib.suppress(_Captured):
+        torch.compile(model, backend=backend, fullgraph=True)(*args, **kwargs)
     ((gm, inputs),) = found
     engine = new_engine(model, Config.load({}))
     mark_plain(gm, inputs, specs_of(model, engine))

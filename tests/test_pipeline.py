@@ -192,7 +192,9 @@ def _close(results: list[dict[str, Any]], within: float = 1e-5) -> None:
         assert result["evaluated"] <= 1e-4
 
 
-def _pipeline(stages: int, schedule: str = "1f1b", micro_batches: int = 4, stage: int = 0, **more: Any) -> dict[str, Any]:
+def _pipeline(
+    stages: int, schedule: str = "1f1b", micro_batches: int = 4, stage: int = 0, **more: Any
+) -> dict[str, Any]:
     section = {"stages": stages, "schedule": schedule, "micro_batches": micro_batches, **more}
     return zero(stage, pipeline=section)
 

@@ -25,20 +25,22 @@ from dspass.compilation import Compilation, compile_graph
 from dspass.config import Config
 from dspass.engines import new_engine
 from dspass.lowering import split_backward
-from dspass.lowering.split_backward import Halves, Literal, SplitBackward, split
+from dspass.lowering.split_backward import Halves, Literal, SplitBackward, gradients_of, split
 from dspass.passes.kernels import is_view, size_of
 from dspass.passes.nodes import calls, items_of, wait_of
 from dspass.pipeline import build
 from dspass.runtime.collectives import RUNTIME_FUNCTIONS, gather_start, gather_wait, reduce_start
+from dspass.runtime.ledger import Ledger
+from dspass.shard import shard
 from tests.graphs import (
     PerRank,
     as_written,
     copy_graph,
+    fake_world,
     inputs_of,
     options,
     run_pipeline,
     saved_of,
-    shard,
     simulate,
 )
 from tests.test_passes import toy_of
@@ -394,7 +396,7 @@ class Stage:
 
     @property
     def done(self) -> Compilation:
-        return self.engine.compilations[-1]
+        return next(c for c in reversed(self.engine.compilations) if c.split is not None)
 
     @property
     def split(self) -> SplitBackward:
@@ -474,5 +476,165 @@ def test_input_and_weight_gradients_are_the_backward_s(model: Any, shape: Sequen
     halves = stage.split.halves
     assert halves is not None
     products = weight_product_flops(stage.model, stage.x)
+    outputs = stage.done.graphs["backward"].graph.find_nodes(op="output")[0].args[0]
+    assert not {outputs[i].name for i in halves.rest} & set(halves.carried), "I has made a parameter's gradient"
     assert flops(halves.weight) == products, "W has the weight products and nothing else"
     assert flops(halves.input) + products == flops(stage.engine.compilations[0].graphs["backward"])
+
+
+# -- together, apart, in any order -------------------------------------------------------------------------------
+
+
+def stage_of(sharded: bool = False) -> Stage:
+    torch.manual_seed(0)
+    stage = Stage(Mlp(), torch.randn(5, 6), as_written, sharded)
+    stage.gradients(stage.halves)  # compiles the backward
+    return stage
+
+
+def test_weight_gradients_come_oldest_first_or_by_token() -> None:
+    stage = stage_of()
+    batches = [torch.full((5, 6), i + 1.0, requires_grad=True) for i in range(4)]
+    wanted = []
+    for stage.x in batches:
+        wanted.append(stage.gradients(stage.halves))
+    tokens: list[Any] = [("micro-batch", 0), ("micro-batch", 1), ("micro-batch", 2), None]
+    for i, stage.x in enumerate(batches):
+        assert torch.equal(stage.input_gradient(tokens[i]), wanted[i]["x"])
+    assert stage.split.waiting[:3] == tuple(tokens[:3])
+    for token, i in ((tokens[1], 1), (None, 0), (None, 2), (None, 3)):
+        for name, gradient in stage.weight_gradients(token).items():
+            assert torch.equal(gradient, wanted[i][name])
+    assert stage.split.waiting == ()
+
+
+def test_what_does_not_wait_cannot_be_asked_for() -> None:
+    stage = stage_of()
+    with pytest.raises(LookupError, match=r"no weight gradients wait under None, none do: run the backward inside of"):
+        stage.split.weights()
+    stage.input_gradient(token=1)
+    with pytest.raises(LookupError, match=r"under 2, those of \[1\] do"):
+        stage.split.weights(2)
+    with pytest.raises(RuntimeError, match=r"wait under 1: take them with weights\(1\) first, or give each backward"):
+        stage.input_gradient(token=1)
+    stage.split.drop()
+    assert stage.split.waiting == ()
+    stage.input_gradient(token=1)
+
+
+def test_what_changes_in_place_meanwhile_is_refused() -> None:
+    stage = stage_of()
+    stage.input_gradient()
+    with torch.no_grad():
+        stage.x.zero_()
+    with pytest.raises(RuntimeError, match=r"^\['primals_3'\] of the backward graph changed in place between"):
+        stage.split.weights()
+
+
+def test_meanwhile_parameters_have_no_gradient() -> None:
+    """AOTAutograd takes None for it, and autograd then leaves what is there."""
+    stage = stage_of()
+    stage.model.zero_grad()
+    with stage.split.deferred():
+        stage.halves(stage.x).sum().backward()
+    assert all(p.grad is None for p in stage.model.parameters())
+    stage.split.drop()
+    stage.halves(stage.x).sum().backward()
+    assert all(p.grad is not None for p in stage.model.parameters())
+
+
+def test_sharded_parameters_have_zeros_of_no_memory_meanwhile() -> None:
+    with fake_world(1):
+        stage = stage_of(sharded=True)
+        wanted = stage.gradients(stage.whole)
+        assert torch.equal(stage.input_gradient(), wanted["x"])
+        found = stage.weight_gradients()
+        assert found.keys() | {"x"} == wanted.keys()
+        for name, gradient in found.items():
+            assert torch.equal(gradient, wanted[name].to_local())  # type: ignore[operator]
+        stage.model.zero_grad()
+        with stage.split.deferred():
+            stage.halves(stage.x).sum().backward()
+        assert all(p.grad is not None and not p.grad.any() for p in stage.model.parameters())
+    torch._dynamo.reset()
+
+
+def test_between_the_halves_lives_what_was_said_and_no_more() -> None:
+    """Saved values that only input gradients need are free behind them."""
+    stage = stage_of()
+    ledger = Ledger()
+    ledger.note(list(stage.model.parameters()), "parameters")
+    ledger.note(stage.x, "parameters")
+    stage.engine.probe.ledger = ledger
+    before = ledger.totals()
+    gradient = stage.input_gradient()
+    halves = stage.split.halves
+    assert halves is not None
+    held = ledger.total - sum(before.values()) - gradient.nbytes
+    assert 0 < held <= halves.held_bytes()
+    stage.split.weights()
+    del gradient
+    assert ledger.total == sum(before.values())
+    weight = [p for p in ledger.points if p.label == "weight gradients"]
+    assert {p.phase for p in weight} == {"backward"}
+    assert ledger.phase == "forward"
+
+
+def test_autocast_outside_does_not_reach_the_weight_products() -> None:
+    """Autograd runs a compiled backward without it."""
+    stage = stage_of()
+    wanted = stage.gradients(stage.halves)
+    stage.input_gradient()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = stage.weight_gradients()
+    for name, gradient in found.items():
+        assert torch.equal(gradient, wanted[name])
+
+
+def test_the_first_stage_has_weight_gradients_only() -> None:
+    """No input of it has a gradient: its I does nothing but keep what W needs."""
+    torch.manual_seed(0)
+    stage = Stage(nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 3)), torch.empty(0), as_written)
+    stage.x = torch.randint(7, (5,))
+    stage.halves(stage.x).square().sum().backward()
+    wanted = {name: p.grad.clone() for name, p in stage.model.named_parameters() if p.grad is not None}
+    assert len(wanted) == 3
+    halves = stage.split.halves
+    assert halves is not None
+    assert halves.input is None
+    some = next(stage.model.parameters())
+    loss = stage.halves(stage.x).square().sum()
+    with stage.split.deferred():
+        (nothing,) = torch.autograd.grad(loss, [some], allow_unused=True)
+    assert nothing is None
+    found = stage.weight_gradients()
+    assert found.keys() == wanted.keys()
+    for name, gradient in found.items():
+        assert torch.equal(gradient, wanted[name])
+
+
+def test_a_stage_without_parameters_has_nothing_to_wait_for() -> None:
+    stage = Stage(nn.Sequential(nn.GELU(), nn.Softmax(-1)), torch.randn(3, 4), as_written)
+    wanted = stage.gradients(stage.whole)
+    assert torch.equal(stage.gradients(stage.halves)["x"], wanted["x"])
+    assert stage.split.halves is not None
+    assert stage.split.halves.weight is None
+    assert torch.equal(stage.input_gradient(), wanted["x"])
+    assert stage.split.weights() == [None]
+
+
+def test_times_of_both_halves_are_the_backward_s() -> None:
+    stage = stage_of()
+    assert set(stage.done.programs) == {"forward", "input", "weight"}
+    assert stage.done.measured_seconds is None
+    for _ in range(12):
+        stage.input_gradient()
+        stage.split.weights()
+    assert stage.done.measured_seconds is not None
+
+
+def test_gradients_are_known_by_their_inputs() -> None:
+    stage = stage_of()
+    backward = stage.done.graphs["backward"].graph
+    places = [g.of for g in gradients_of(backward) if g is not None]
+    assert places == list(range(len(stage.parameters)))

@@ -1,0 +1,286 @@
+"""Parameters of a model that is divided into pipeline stages: who holds them, and how they are saved.
+
+A rank of a pipeline holds the parameters that its own stages use, as DTensors on its data axis, as :mod:`dspass.shard` does
+without a pipeline. Every other parameter is a stand-in: a meta tensor without gradient, in modules and optimisers, so that
+``model.parameters()`` has the same length and names on all ranks, and no bytes that this rank has no use for. A parameter that
+stages of several ranks use lives on all of them (:mod:`dspass.runtime.tied`); one that none uses on the first.
+
+:func:`prepare` comes before the model is captured, when nobody knows yet which stage uses what; :func:`place_stages` after.
+
+Dropped: taking other stages' modules out of the model, as stages written by hand do. Names in checkpoints, optimisers' groups
+and what a script reaches through ``model.layers[3]`` would differ from rank to rank.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from dspass.clipping import span_stages
+from dspass.config import Config, ConfigError
+from dspass.engines import join
+from dspass.owners import Heap, Replaced, refuse_stale, unwrap
+from dspass.quantising import measure_errors
+from dspass.runtime import compat
+from dspass.runtime.axis import Axis, StageMesh
+from dspass.runtime.engine import Engine
+from dspass.runtime.params import ParamSpec
+from dspass.shard import (
+    Fill,
+    distribute,
+    hand_out,
+    install,
+    layout_of,
+    materialise_buffers,
+    precision,
+    reduction_dtype,
+    rows_of,
+)
+from dspass.sharded import COLLECTING, attach, collected
+
+_meshes: weakref.WeakKeyDictionary[Any, dict[tuple[str, int], DeviceMesh]] = weakref.WeakKeyDictionary()
+_ties: weakref.WeakKeyDictionary[Any, dict[tuple[int, tuple[int, ...]], Axis | None]] = weakref.WeakKeyDictionary()
+
+
+def pipeline_mesh(stages: int, device_type: str) -> DeviceMesh:
+    """The mesh ("pipe", "data") of all ranks, ``stages`` of which make a pipeline: the same object for the same arguments.
+
+    Rank ``r`` has the place ``r // (ranks // stages)`` on the pipe axis, so that ranks that reduce gradients together lie next
+    to each other. Raises ``RuntimeError`` without a process group, ``ConfigError`` where the ranks cannot be divided so.
+    """
+    key = "pipeline.stages"
+    if not dist.is_initialized():
+        raise RuntimeError(
+            f"{key} is {stages}, and there is no process group: start the script with torchrun and call "
+            "torch.distributed.init_process_group() before the first forward, or remove the section pipeline."
+        )
+    world = dist.get_world_size()
+    if stages < 1 or world % stages:
+        divisors = [d for d in range(1, world + 1) if world % d == 0]
+        raise ConfigError(key, f"{stages} does not divide the {world} ranks.", f"Use one of {divisors}.")
+    known = _meshes.setdefault(dist.group.WORLD, {})
+    if (device_type, stages) not in known:
+        with compat.without_fake_mode():
+            shape = (stages, world // stages)
+            known[device_type, stages] = init_device_mesh(device_type, shape, mesh_dim_names=("pipe", "data"))
+    return known[device_type, stages]
+
+
+def prepare(root: nn.Module, engine: Engine, config: Config, mesh: DeviceMesh) -> None:
+    """Have a capture of ``root`` read each parameter through ``dspass::unshard``, plain and meta ones too.
+
+    Every parameter gets a :class:`ParamSpec` in ``engine``, tied ones one, with the key ``{engine.name}/{name}``. What is
+    computed in a capture lies on the device of ``mesh``; see :func:`pipeline_mesh`. Until :func:`place_stages` parameters are
+    what they were. Raises ``ConfigError`` for what cannot be divided into stages.
+    """
+    for key, asked in {
+        "zero_optimization.mics_shard_size": config.zero.mics_shard_size is not None,
+        "zero_optimization.zero_hpz_partition_size": config.zero.zero_hpz_partition_size > 1,
+        "expert_parallel": config.expert_parallel.enabled,
+    }.items():
+        if asked:
+            raise ConfigError(key, "it does not go together with pipeline stages yet.", "Remove one of the two.")
+    with compat.without_fake_mode():
+        join(engine, StageMesh.of(mesh))
+    assert engine.stages is not None
+    specs: dict[int, ParamSpec] = {}
+    for name, param in root.named_parameters():
+        specs[id(param)] = engine.add(
+            ParamSpec(
+                key=f"{engine.name}/{name}",
+                name=name,
+                shape=tuple(param.shape),
+                dtype=param.dtype,
+                compute_dtype=precision(config, param.dtype),
+                reduce_dtype=reduction_dtype(param.dtype),
+                layout="replicate",
+                shard_axis=engine.stages.data,
+                replicate_axis=None,
+                trains=param.requires_grad,
+                engine=engine,
+                param=weakref.ref(param),
+            )
+        )
+    for module in root.modules():
+        mine = {name: specs[id(param)] for name, param in module._parameters.items() if param is not None}
+        if mine:
+            attach(module, mine)
+
+
+def place_stages(
+    root: nn.Module,
+    engine: Engine,
+    config: Config,
+    mesh: DeviceMesh,
+    stages_of: Mapping[str, frozenset[int]],
+    mine: Collection[int],
+    fill: Fill | None = None,
+    device: torch.device | str | None = None,
+) -> None:
+    """Leave on this rank what its stages ``mine`` use of the parameters that :func:`prepare` has seen; all ranks call this.
+
+    ``stages_of`` has the stages that use a parameter, by its key; one that is not in it is used by none. Rank 0's values are
+    handed out, one parameter at a time, unless ``fill`` has them, as for :func:`dspass.shard`: then no rank asks for those of
+    other stages. Layouts follow the ZeRO stage within the ranks of a stage. What this rank does not keep is freed, in
+    optimisers as well.
+
+    Raises ``RuntimeError`` on all ranks where they do not agree on the stages, or the model is on the meta device and there is
+    no ``fill``, or an optimiser holds parameters where they cannot be exchanged; ``KeyError`` where ``fill`` lacks a name.
+    """
+    stages = engine.stages
+    assert stages is not None, "prepare comes first"
+    params = dict(root.named_parameters())
+    meta = [name for name, param in params.items() if param.is_meta]
+    if meta and fill is None:
+        raise RuntimeError(
+            f"{len(meta)} parameters are on the meta device, {meta[0]!r} for one, and have no values to hand out: give "
+            "dspass.shard(model, config, fill=...) a function (name, shape, dtype) -> tensor or a state dict."
+        )
+    specs = {id(param): engine.specs[f"{engine.name}/{name}"] for name, param in params.items()}
+    homes = _homes(stages, {spec.name: sorted(stages_of.get(spec.key, ())) for spec in specs.values()}, mine)
+    heap = Heap.scan()
+    refuse_stale(heap, params.values())
+    for spec in specs.values():
+        spec.held_by = tuple(sorted({homes[stage] for stage in stages_of.get(spec.key, ())})) or (0,)
+    for held_by in sorted({spec.held_by for spec in specs.values() if len(spec.held_by) > 1}):
+        axis = _tied_axis(mesh, stages, held_by)  # groups are made by all ranks, those outside of them too
+        for spec in specs.values():
+            if spec.held_by == held_by and not spec.is_elsewhere:
+                spec.tied_axis = axis
+    replaced: Replaced = {}
+    with torch.inference_mode(False):  # parameters that are made in it could never be trained
+        for param in params.values():
+            spec = specs[id(param)]
+            if fill is None:
+                _receive(param, spec, stages)
+            replaced[id(param)] = _left_of(param, spec, config, stages, fill, device)
+            if not param.is_meta:  # an object that somebody still holds holds no memory
+                param.data = param.data.new_empty(()).expand(param.shape)
+                param.grad = None
+    install(heap, replaced, specs)
+    for old, new, _ in replaced.values():
+        specs[id(old)].param = weakref.ref(new)
+    if fill is None:
+        hand_out(root.buffers())
+    else:
+        materialise_buffers(root, fill, device)
+    span_stages()
+    measure_errors(engine, [spec for spec in specs.values() if not spec.is_elsewhere], config)
+
+
+def _homes(stages: StageMesh, uses: Mapping[str, list[int]], mine: Collection[int]) -> dict[int, int]:
+    """Each stage's place on the pipe axis. Where nothing is sent, in a prediction, others' stages are dealt out in turns."""
+    here = stages.pipe.rank
+    if dist.get_backend() == "fake" or dist.get_world_size() == 1:
+        return {s: s % stages.pipe.size for of in uses.values() for s in of} | dict.fromkeys(mine, here)
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (here, sorted(mine), dict(uses)))
+    homes: dict[int, int] = {}
+    for rank, (place, theirs, used) in enumerate(everyone):
+        if used != everyone[0][2]:
+            name = next(n for n in {**used, **everyone[0][2]} if used.get(n) != everyone[0][2].get(n))
+            raise RuntimeError(
+                f"ranks 0 and {rank} differ in the stages that use {name}: {everyone[0][2].get(name)} and {used.get(name)}. "
+                "Every rank must build the same model and be given inputs of the same sizes."
+            )
+        for stage in theirs:
+            if homes.setdefault(stage, place) != place:
+                raise RuntimeError(
+                    f"stage {stage} is on the places {homes[stage]} and {place} of the pipeline at once."
+                )
+    lost = sorted({stage for of in uses.values() for stage in of} - homes.keys())
+    if lost:
+        raise RuntimeError(f"stages {lost} use parameters, and are on no rank of the pipeline.")
+    return homes
+
+
+def _tied_axis(mesh: DeviceMesh, stages: StageMesh, held_by: tuple[int, ...]) -> Axis | None:
+    """The ranks of these places in this rank's pipeline, None where it is not among them."""
+    if len(held_by) == stages.pipe.size:
+        return stages.pipe
+    known = _ties.setdefault(dist.group.WORLD, {})
+    if (stages.pipe.size, held_by) not in known:
+        known[stages.pipe.size, held_by] = None
+        with compat.without_fake_mode():
+            columns = mesh.mesh[list(held_by)].t().tolist()
+        for ranks in columns:
+            group = dist.new_group(ranks)
+            if dist.get_rank() in ranks:
+                known[stages.pipe.size, held_by] = Axis.of("tied", group)
+    return known[stages.pipe.size, held_by]
+
+
+def _receive(param: nn.Parameter, spec: ParamSpec, stages: StageMesh) -> None:
+    """Rank 0's value on the first rank of each stage that holds the parameter; that one divides it over its data axis."""
+    if stages.data.rank or dist.get_backend() == "fake":
+        return
+    pipe = stages.pipe
+    if pipe.rank == 0:
+        for place in spec.held_by:
+            if place:
+                dist.send(param.detach().contiguous(), pipe.ranks[place], group=pipe.group)
+    elif not spec.is_elsewhere:
+        value = param.data.contiguous()
+        dist.recv(value, pipe.ranks[0], group=pipe.group)
+        param.data.copy_(value)  # nothing to do where it is the same memory
+
+
+def _left_of(
+    param: nn.Parameter,
+    spec: ParamSpec,
+    config: Config,
+    stages: StageMesh,
+    fill: Fill | None,
+    device: torch.device | str | None,
+) -> tuple[nn.Parameter, nn.Parameter, Any]:
+    """``param``, what takes its place on this rank, and what divides its optimiser's states alike, if it stays."""
+    if spec.is_elsewhere:
+        stand_in = nn.Parameter(torch.empty_like(param, device="meta"), requires_grad=False)
+        for attribute, content in param.__dict__.items():
+            setattr(stand_in, attribute, content)
+        return param, stand_in, None
+    spec.layout = layout_of(param, config, config.zero.stage or 0)
+    spec.on_host = config.offload_param == "cpu" and spec.layout == "shard"
+    placements: Sequence[Any] = [Shard(0)] if spec.layout == "shard" else [Replicate()]
+    rows = rows_of(param.shape, spec.layout, stages.data, None)
+    new = distribute(spec.name, param, stages.mesh, rows, placements, fill, device, spec.on_host)
+    return param, new, lambda state: distribute_tensor(state, stages.mesh, placements)
+
+
+def full_state_dict(model: nn.Module, *, rank0_only: bool = False) -> dict[str, Any]:
+    """What one process would get of ``model.state_dict()``: whole tensors on the CPU, under the model's own names.
+
+    All ranks call this together, whatever their stages hold; with ``rank0_only`` the others get ``{}``. One whole parameter at
+    a time is on the device. ``model.load_state_dict`` takes the result, on any number of ranks and stages.
+    """
+    keeps = not rank0_only or not dist.is_initialized() or dist.get_rank() == 0
+    made: dict[str, torch.Tensor] = {}
+
+    def on_cpu(whole: torch.Tensor) -> torch.Tensor:
+        return whole.detach().to("cpu", copy=True) if keeps else torch.empty(0)
+
+    def collect(spec: ParamSpec) -> torch.Tensor:
+        if spec.key not in made:  # a tied one has several names
+            made[spec.key] = on_cpu(collected(spec))
+        return made[spec.key]
+
+    token = COLLECTING.set(collect)
+    try:
+        state = unwrap(model).state_dict()
+    finally:
+        COLLECTING.reset(token)
+    stored = set(map(id, made.values()))
+    for name, value in state.items():
+        if isinstance(value, torch.Tensor) and id(value) not in stored:
+            state[name] = on_cpu(value.full_tensor() if isinstance(value, DTensor) else value)
+    return state if keeps else {}
+
+
+__all__ = ["full_state_dict", "pipeline_mesh", "place_stages", "prepare"]
