@@ -46,7 +46,7 @@ from dspass.runtime import compat
 from dspass.runtime.axis import Axis, axis_of
 from dspass.runtime.engine import Engine
 from dspass.runtime.pipeline import Executor, Stage
-from dspass.runtime.schedule import Kind
+from dspass.runtime.schedule import Kind, Timeline
 from dspass.runtime.tied import sum_tied
 from dspass.settings import kind_of
 from dspass.shard import Fill, agree, refuse_wrapped
@@ -188,6 +188,13 @@ class Pipelined:
             )
         return answers
 
+    def predicted(self, trains: bool) -> Timeline:
+        """What its schedule takes by the cost model, with or without the backwards."""
+        staging = self.staging
+        assert staging is not None
+        schedule = staging.schedule
+        return staging.timeline(schedule if trains else forward_only(schedule, schedule.micro_batches))
+
     # -- before the first call -------------------------------------------------------------------------------------
 
     def _begin(self, args: Any, kwargs: Any) -> None:
@@ -237,6 +244,10 @@ class Pipelined:
         )
         self.fill = None
         steps.watch(self.engine, self.config)
+        if self.config.dspass.report is not None and dist.get_rank() == 0 and not is_in_prediction():
+            from dspass.explain import report_at_exit  # which reads what is here
+
+            report_at_exit(self.root, self.config.dspass.report)
 
     # -- capture ---------------------------------------------------------------------------------------------------
 

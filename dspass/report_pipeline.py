@@ -39,18 +39,18 @@ _RANKS, _CUTS, _OTHERS = 8, 4, 3
 _BESIDE = 44
 
 
-def record_of(staging: Staging, rank: int, predicted: Timeline | None, measured: Measured | None) -> PipelineRecord:
-    """What is known of a pipeline, on its ``rank``."""
+def record_of(staging: Staging, rank: int, predicted: Timeline, measured: Measured | None) -> PipelineRecord:
+    """What is known of a pipeline, on its ``rank``. ``predicted`` is of a schedule of ``staging``'s own stages."""
     return PipelineRecord(
         schedule=staging.schedule.name,
         rank_of=list(staging.schedule.rank_of),
         rank=rank,
         why=list(staging.why),
         candidates=staging.table.splitlines(),
-        predicted=None if predicted is None else _times(predicted),
+        predicted=_times(predicted, sent_bytes=staging.sent_bytes(predicted.schedule)),
         measured=None
         if measured is None
-        else _times(measured.timeline, list(measured.wait_seconds), list(measured.sent_bytes)),
+        else _times(measured.timeline, measured.wait_seconds, measured.sent_bytes),
     )
 
 
