@@ -218,7 +218,9 @@ def _predicted(
         compat.fake_mode() as mode,
     ):
         # All ranks of a pipeline see the same batch. Ranks that are no multiple of its stages are refused below.
-        config = config.resolve_stage(dist.is_initialized()).resolve_batch(max(world // (config.pipeline.stages or 1), 1))
+        config = config.resolve_stage(dist.is_initialized()).resolve_batch(
+            max(world // (config.pipeline.stages or 1), 1)
+        )
         fake = _faked(model, mode)
         fake.train(train)
         batch, named = _fake_inputs(args, mode), _fake_inputs(kwargs, mode)
@@ -270,7 +272,9 @@ def _predicted(
         if pipeline is not None:
             record = _predicted_pipeline(pipeline, memory.peak_bytes, train)
             notes.append(_OF_ONE_RANK)
-        return _report("predicted", engine, fake, memory, traffic, copies, seconds, world, device, notes, config, record)
+        return _report(
+            "predicted", engine, fake, memory, traffic, copies, seconds, world, device, notes, config, record
+        )
 
 
 def _first_call_notes(peak: int, on: devices.Device, stage: int) -> list[str]:
@@ -341,9 +345,7 @@ def _seconds(
     return exposed, total
 
 
-def _exposed_of_stages(
-    engine: Engine, pipeline: Pipelined, on: devices.Device
-) -> dict[tuple[str, str, str], float]:
+def _exposed_of_stages(engine: Engine, pipeline: Pipelined, on: devices.Device) -> dict[tuple[str, str, str], float]:
     """Exposed seconds in one step of this rank's collectives over its data axis. A stage's graph runs once a micro-batch, and not
     each time with all of its collectives: what was counted says how often. Sums of tied weights' gradients stand in no graph,
     and nothing runs beside them."""

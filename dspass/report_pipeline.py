@@ -48,15 +48,11 @@ def record_of(staging: Staging, rank: int, predicted: Timeline, measured: Measur
         why=list(staging.why),
         candidates=staging.table.splitlines(),
         predicted=_times(predicted, sent_bytes=staging.sent_bytes(predicted.schedule)),
-        measured=None
-        if measured is None
-        else _times(measured.timeline, measured.wait_seconds, measured.sent_bytes),
+        measured=None if measured is None else _times(measured.timeline, measured.wait_seconds, measured.sent_bytes),
     )
 
 
-def _times(
-    timeline: Timeline, wait_seconds: Sequence[float] = (), sent_bytes: Sequence[int] = ()
-) -> PipelineTimeline:
+def _times(timeline: Timeline, wait_seconds: Sequence[float] = (), sent_bytes: Sequence[int] = ()) -> PipelineTimeline:
     begin = timeline.begin
     return PipelineTimeline(
         micro_batches=timeline.schedule.micro_batches,
@@ -84,7 +80,8 @@ def timelines_of(record: PipelineRecord) -> dict[str, Timeline]:
     found = {}
     for name, one in record.timelines.items():
         spans = tuple(
-            tuple(Span(Action(_KINDS[s.kind], s.stage, s.micro_batch), s.start, s.end) for s in row) for row in one.spans
+            tuple(Span(Action(_KINDS[s.kind], s.stage, s.micro_batch), s.start, s.end) for s in row)
+            for row in one.spans
         )
         if one.seconds > 0 and len(spans) == record.ranks == len(set(record.rank_of)):
             schedule = Schedule(

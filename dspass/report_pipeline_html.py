@@ -94,9 +94,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: range) -
     body = "".join(
         "<tr>" + "".join(f"<td{kind(i)}>{escape(cell)}</td>" for i, cell in enumerate(row)) + "</tr>" for row in rows
     )
-    return (
-        f'<div class="table-box"><table class="figures"><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table></div>'
-    )
+    return f'<div class="table-box"><table class="figures"><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 __all__ = ["pipeline_html"]

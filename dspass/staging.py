@@ -127,9 +127,7 @@ def plan_stages(
     return _staging(cut_into(choice.schedule.stages), choice, costs_of_stages, links, on.overlaps)
 
 
-def _staging(
-    cuts: Cuts, choice: Choice, costs: Sequence[StageCost], links: Sequence[Link], overlaps: bool
-) -> Staging:
+def _staging(cuts: Cuts, choice: Choice, costs: Sequence[StageCost], links: Sequence[Link], overlaps: bool) -> Staging:
     stages_of: dict[str, frozenset[int]] = {}
     for stage in cuts.stages:
         for name in stage.parameters:
