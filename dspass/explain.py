@@ -168,8 +168,8 @@ def _measured(model: nn.Module) -> Report:
         record = record_of(pipeline.staging, pipeline.pipe.rank, pipeline.predicted(True), pipeline.measured)
         if pipeline.measured is None:
             notes.append(
-                "Times of the pipeline's ranks were not gathered yet: that is done in the 3rd call that trains, the 10th, the 30th, "
-                "the 100th and so on."
+                "Times of the pipeline's ranks were not gathered yet: that is done in the 3rd call that trains, the 10th, the "
+                "30th, the 100th and so on."
             )
     return _report(
         "measured",
@@ -290,9 +290,9 @@ def _first_call_notes(peak: int, on: devices.Device, stage: int) -> list[str]:
 
 
 _OF_ONE_RANK = (
-    "Memory, traffic and passes are those of the pipeline's first rank, as it would run. Times of the pipeline, what crosses its "
-    "cuts, and the peaks of its other ranks are modelled from the captured graph: parameters with gradients and two states, saved "
-    "values of the micro-batches in flight, no temporaries."
+    "Memory, traffic and passes are those of the pipeline's first rank, as it would run. Times of the pipeline, what crosses "
+    "its cuts, and the peaks of its other ranks are modelled from the captured graph: parameters with gradients and two "
+    "states, saved values of the micro-batches in flight, no temporaries."
 )
 
 
@@ -346,9 +346,9 @@ def _seconds(
 
 
 def _exposed_of_stages(engine: Engine, pipeline: Pipelined, on: devices.Device) -> dict[tuple[str, str, str], float]:
-    """Exposed seconds in one step of this rank's collectives over its data axis. A stage's graph runs once a micro-batch, and not
-    each time with all of its collectives: what was counted says how often. Sums of tied weights' gradients stand in no graph,
-    and nothing runs beside them."""
+    """Exposed seconds in one step of this rank's collectives over its data axis. A stage's graph runs once a micro-batch, and
+    not each time with all of its collectives: what was counted says how often. Sums of tied weights' gradients stand in no
+    graph, and nothing runs beside them."""
     seconds: Counter[tuple[str, str, str]] = Counter()
     calls: Counter[tuple[str, str, str]] = Counter()
     assert pipeline.last is not None

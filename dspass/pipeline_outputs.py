@@ -25,11 +25,11 @@ class NotComputed(torch.Tensor):
 
     @staticmethod
     def __new__(cls, shape: Sequence[int], dtype: torch.dtype, why: str) -> NotComputed:
-        made = torch.Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device="meta")
+        made = torch.Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=torch.device("meta"))
         made._why = why
         return made
 
-    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+    def __repr__(self, **_: Any) -> str:
         return f"NotComputed(shape={tuple(self.shape)}, dtype={self.dtype})"
 
     @classmethod
@@ -81,7 +81,7 @@ class Output:
 def outputs_of(graph: fx.Graph, loss: fx.Node | None, of_batch: set[fx.Node]) -> list[Output]:
     """Each output of a captured graph; ``of_batch`` are its inputs that were split into micro-batches."""
     (output,) = graph.find_nodes(op="output")
-    answers: Sequence[Any] = output.args[0]  # type: ignore[assignment]
+    answers: Sequence[Any] = output.args[0]
     places = {node: i for i, node in enumerate(graph.find_nodes(op="placeholder"))}
     split = set(of_batch)
     rows = {node.meta["example_value"].shape[0] for node in of_batch}
@@ -126,7 +126,7 @@ class _Deliver(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
         held, ctx.gradients = ctx.gradients, None
         if held is None:
             raise PipelineUseError(

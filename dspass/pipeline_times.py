@@ -1,12 +1,12 @@
 """When each rank of a pipeline did what in a call that trained: gathered from all of them, now and then.
 
-The calls are the same on all ranks, for each counts the ones it takes part in: the third, when compiling is over, then the 10th,
-30th, 100th and so on. So a gather costs nothing in the long run, and nobody is waited for who does not come.
+The calls are the same on all ranks, for each counts the ones it takes part in: the third, when compiling is over, then the
+10th, 30th, 100th and so on. So a gather costs nothing in the long run, and nobody is waited for who does not come.
 
 Ranks have clocks of their own. ``time.perf_counter`` of each is told with what it is behind ``time.time``, which makes them one
-clock as far as the machines' own agree: to a microsecond on one host, to what NTP or PTP leaves between several (often some
-milliseconds with NTP, so that a receive may seem to end before its send; the lengths of spans, and waits, are each rank's own and
-right all the same).
+clock as far as the machines' own agree: on one host they are the same, and between several NTP or PTP leaves a difference. If
+that is longer than a message takes, one seems to arrive before it was sent; lengths of spans, and waits, are each rank's own
+and right all the same.
 
 Dropped: to gather whenever the report is asked for. One rank may ask, and the others would not come.
 """

@@ -6,9 +6,9 @@ ends in a loss, it runs the whole schedule, forward and backward of each, holds 
 step does what it does without a pipeline. Without gradients it runs forward only and answers the outputs.
 
 The person's own forward is still what Dynamo captures, at the size of a micro-batch and in one piece. Its guards say when it
-has to be captured anew, it takes arguments apart into the graph's inputs, and puts outputs together again: the compiled function
-is called with each micro-batch, and its graph gives up as soon as it has its inputs; at the end it is called once more, and its
-graph answers what the schedule has made.
+has to be captured anew, it takes arguments apart into the graph's inputs, and puts outputs together again: the compiled
+function is called with each micro-batch, and its graph gives up as soon as it has its inputs; at the end it is called once
+more, and its graph answers what the schedule has made.
 
 Dropped: to rewrite the graph that was captured with the whole batch. Its sizes are written into it as numbers, and which of
 them are the batch's nobody can say. Dropped: ``torch.export``, which wants the model without its training loop, and has no
@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -30,8 +30,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from dspass import pipeline_times as times
 from dspass import steps
+from dspass.casts import cast_inputs
 from dspass.compilation import Compilation, compile_graph
-from dspass.config import Config
+from dspass.config import Config, ConfigError
 from dspass.engines import new_engine
 from dspass.owners import unwrap
 from dspass.passes import devices
@@ -41,12 +42,12 @@ from dspass.passes.split_stages import StageGraph, keep_outputs, read_parameters
 from dspass.pipeline import build
 from dspass.pipeline_outputs import Output, PipelineUseError, delivered, on_stages, outputs_of
 from dspass.pipeline_times import Measured
-from dspass.planner.follow_stages import follow
+from dspass.planner.stages import follow
 from dspass.runtime import compat
 from dspass.runtime.axis import Axis, axis_of
 from dspass.runtime.engine import Engine
 from dspass.runtime.pipeline import Executor, Stage
-from dspass.runtime.schedule import Kind, Timeline
+from dspass.runtime.schedule import Kind, ScheduleError, Timeline
 from dspass.runtime.tied import sum_tied
 from dspass.settings import kind_of
 from dspass.shard import Fill, agree, refuse_wrapped
@@ -64,7 +65,7 @@ def pipelined(
         return known
     refuse_wrapped(root)
     found = Pipelined(root, config, fill, device)
-    root.forward = found  # type: ignore[method-assign]
+    root.forward = found
     return found
 
 
@@ -76,10 +77,16 @@ class Built:
     combination: Combination | None
     loss: int | None
     """Position of the output whose gradients are held, where there are any."""
+    trains: bool
     graphs: list[StageGraph]
     outputs: list[Output]
     compilations: list[Compilation]
     """Of this rank's stages."""
+
+    @property
+    def needs_batch(self) -> bool:
+        """Whether each micro-batch is told something of the whole batch."""
+        return self.combination is not None and bool(self.combination.totals)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -153,15 +160,16 @@ class Pipelined:
             self._stage(self._collect(leaves, structure, size, guess).capture.gm, size, guess, trains)
         count = self._micro_batches(size, trains)
         batches = self._collect(leaves, structure, size, count)
-        if count > 1 and self.config.pipeline.loss_reduction is None:
+        built = batches.capture.built.get(count)
+        if count > 1 and (built.needs_batch if built else self.config.pipeline.loss_reduction is None):
             whole = self._collect(leaves, structure, size, 1)
             batches.whole, batches.whole_graph = whole.inputs[0], whole.capture.gm.graph
-        if count not in batches.capture.built:
-            batches.capture.built[count] = self._build(batches, count, trains)
-        self.last = batches.capture.built[count]
-        if trains:
-            self.last_trained = self.last
-        return self._run(self.last, batches, trains)
+        if built is None:
+            built = batches.capture.built[count] = self._build(batches, count, trains)
+        self.last = built
+        if built.trains:
+            self.last_trained = built
+        return self._run(built, batches)
 
     def first_call(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], outputs: int, broken: str | None
@@ -199,9 +207,10 @@ class Pipelined:
 
     def _begin(self, args: Any, kwargs: Any) -> None:
         compat.check_torch()
-        config, root = self.config, self.root
+        root, stages = self.root, self.config.pipeline.stages or 1
         self.kind = torch.device(self.device).type if self.device is not None else _device_of(root, args, kwargs)
-        self.mesh = pipeline_mesh(config.pipeline.stages or 1, self.kind)
+        self.mesh = pipeline_mesh(stages, self.kind)
+        self.config = config = self.config.resolve_batch(dist.get_world_size() // stages)
         self.pipe: Axis = axis_of("pipe", self.mesh, 0)
         agree(root, config, self.mesh)
         self.engine = new_engine(root, config)
@@ -225,8 +234,11 @@ class Pipelined:
     def _stage(self, gm: fx.GraphModule, size: int, count: int, trains: bool) -> None:
         """Decide on stages, as rank 0 finds, and place the parameters."""
         assert self.engine is not None
-        with compat.without_fake_mode():
-            self.staging = plan_stages(gm, self.config, self.engine, self.pipe, size, count, trains)
+        try:
+            with compat.without_fake_mode():
+                self.staging = plan_stages(gm, self.config, self.engine, self.pipe, size, count, trains)
+        except ScheduleError as error:
+            raise ConfigError(f"pipeline.{error.setting}", f"{error.cause}.", error.way_out) from error
         if dist.get_world_size() > 1 and not is_in_prediction():
             told = [self.staging]
             dist.broadcast_object_list(told, 0)
@@ -259,6 +271,7 @@ class Pipelined:
                 break
         compat.allow_compilations(1)
         read_parameters(gm.graph)
+        cast_inputs(gm, self.config)
         capture = Capture(gm=gm)
 
         def run(*inputs: Any) -> Any:
@@ -307,8 +320,9 @@ class Pipelined:
             _refuse_state(graph, placeholders, trains)
             loss, combination = self._combined(graph, batches.whole_graph, count, trains)
             (output,) = graph.find_nodes(op="output")
-            answers: Sequence[Any] = output.args[0]  # type: ignore[assignment]
+            answers: Sequence[Any] = output.args[0]
             position = next((i for i, answer in enumerate(answers) if answer is loss), None)
+            trains = trains and position is not None  # an evaluation that forgot no_grad() has no loss
             described = outputs_of(graph, loss, split)
             if trains and position is not None:
                 keep_outputs(gm, [position])
@@ -332,6 +346,7 @@ class Pipelined:
             executor=executor,
             combination=combination,
             loss=position,
+            trains=trains,
             graphs=graphs,
             outputs=on_stages(described, graphs),
             compilations=self.engine.compilations[before:],
@@ -341,10 +356,11 @@ class Pipelined:
         self, graph: fx.Graph, whole: fx.Graph | None, count: int, trains: bool
     ) -> tuple[fx.Node | None, Combination | None]:
         """The loss, rewritten so that micro-batches' add up to the batch's. Without gradients there may be none."""
+        reduction: Literal["mean"] | None = "mean" if self.config.pipeline.loss_reduction == "mean" else None
         try:
-            combination = combine_losses(graph, loss_of(graph), whole, count, self.config.pipeline.loss_reduction)
+            combination = combine_losses(graph, loss_of(graph), whole, count, reduction)
         except ValueError as error:
-            if trains:
+            if trains and self.root.training:
                 raise PipelineUseError(str(error)) from error
             return None, None
         return combination.loss, combination
@@ -354,8 +370,7 @@ class Pipelined:
         values = {v.name: v for v in graph.received}
         examples = []
         for name in graph.reads:
-            like = torch.zeros(values[name].shape, dtype=values[name].dtype, device=self.kind)
-            examples.append(like.requires_grad_(trains and values[name].has_gradient))
+            examples.append(values[name].empty(self.kind).zero_().requires_grad_(trains and values[name].has_gradient))
         examples += [inputs[i] for i in graph.inputs]
         examples += [shard_of(self.engine, key, trains) for key in graph.keys]
         with torch.set_grad_enabled(trains):
@@ -382,9 +397,9 @@ class Pipelined:
 
     # -- run -------------------------------------------------------------------------------------------------------
 
-    def _run(self, built: Built, batches: _Batches, trains: bool) -> Any:
+    def _run(self, built: Built, batches: _Batches) -> Any:
         assert self.engine is not None
-        engine, inputs = self.engine, batches.inputs
+        engine, inputs, trains = self.engine, batches.inputs, built.trains
         totals = _totals(built.combination, batches)
         inputs = [[*batch, *totals] for batch in inputs]
         keys = dict.fromkeys(key for stage in built.executor.stages.values() for key in stage.keys)
@@ -483,7 +498,7 @@ def _batch_size(leaves: Sequence[Any]) -> int:
 
 
 def _part(leaves: Sequence[Any], size: int, count: int, i: int) -> list[Any]:
-    """Micro-batch ``i``: of each tensor that has the batch's rows its own, of all else the whole. One passed twice stays one."""
+    """Micro-batch ``i``: of each tensor that has the batch's rows its own, of all else the whole; one given twice stays one."""
     rows = size // count
     known: dict[int, torch.Tensor] = {}
     found = []

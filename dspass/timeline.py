@@ -142,8 +142,8 @@ _STYLE = (
 
 
 def timeline_svg(timelines: Mapping[str, Timeline], most: int | None = None) -> str:
-    """The picture alone, as an element that is also a file. Each action has its times as a title. ``most`` ranks are shown, as in
-    :func:`timeline_text`.
+    """The picture alone, as an element that is also a file. Each action has its times as a title. ``most`` ranks are shown, as
+    in :func:`timeline_text`.
 
     ``ValueError``: there is nothing to show.
     """

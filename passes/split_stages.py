@@ -30,8 +30,9 @@ UNSHARD = (torch.ops.dspass.unshard, torch.ops.dspass.unshard.default)
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StageGraph:
     """One stage. ``received`` are the values that come from the stage before it and ``sent`` those that go to the next. The
-    graph reads ``reads`` of the former and makes ``makes`` of the latter, by name; the others pass by. ``inputs`` are positions of
-    the captured graph's inputs, ``keys`` those of parameters, ``results`` positions of the captured graph's outputs.
+    graph reads ``reads`` of the former and makes ``makes`` of the latter, by name; the others pass by. ``inputs`` are
+    positions of the captured graph's inputs, ``keys`` those of parameters, ``results`` positions of the captured graph's
+    outputs.
 
     The graph's inputs are ``reads``, ``inputs`` and ``keys``, its outputs ``makes`` and ``results``, in these orders."""
 
@@ -89,7 +90,7 @@ def split_stages(
     order = {node: i for i, node in enumerate(graph.nodes)}
     position = {node: i for i, node in enumerate(graph.find_nodes(op="placeholder"))}
     (output,) = graph.find_nodes(op="output")
-    answers: Sequence[Any] = output.args[0]  # type: ignore[assignment]
+    answers: Sequence[Any] = output.args[0]
     stages = len(nodes)
     results: list[list[int]] = [[] for _ in range(stages)]
     for i, answer in enumerate(answers):
@@ -176,13 +177,7 @@ def _with_gradients(graph: fx.Graph) -> set[fx.Node]:
 
 
 def _value(node: fx.Node, has_gradient: bool) -> Value:
-    value = node.meta["example_value"]
-    return Value(
-        name=node.name,
-        shape=tuple(int(s) for s in value.shape),
-        dtype=value.dtype,
-        has_gradient=has_gradient and value.dtype.is_floating_point,
-    )
+    return Value.like(node.name, node.meta["example_value"], has_gradient)
 
 
 __all__ = ["StageGraph", "is_marker", "keep_outputs", "key_of", "read_parameters", "split_stages"]

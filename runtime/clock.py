@@ -58,9 +58,9 @@ class Clock:
 
 
 class Moments:
-    """Moments of one run, of this process's ``time.perf_counter``. On a GPU, where launches return at once, they are events of the
-    current stream: what stands between two is the stream's time, its waits for messages too. Those have seconds only after
-    :meth:`settle`, which waits for the device; it is idle when the first one is taken, as well."""
+    """Moments of one run, of this process's ``time.perf_counter``. On a GPU, where launches return at once, they are events of
+    the current stream: what stands between two is the stream's time, its waits for messages too. Those have seconds only after
+    :meth:`settle`, which waits for the device, as making this does."""
 
     def __init__(self, on_gpu: bool) -> None:
         self._first: torch.cuda.Event | None = None
