@@ -85,7 +85,7 @@ def timelines_of(record: PipelineRecord) -> dict[str, Timeline]:
         )
         if one.seconds > 0 and len(spans) == record.ranks == len(set(record.rank_of)):
             schedule = Schedule(
-                record.schedule,
+                _line(record.schedule),
                 record.ranks,
                 record.stages,
                 one.micro_batches,
