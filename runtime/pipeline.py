@@ -15,7 +15,6 @@ gathers gradients in ``.grad`` of the parameters, where a loss that is scaled af
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ import torch.distributed as dist
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from dspass.runtime.axis import Axis
+from dspass.runtime.clock import Moments
 from dspass.runtime.schedule import Action, Direction, Kind, Receive, Schedule, Send, Span
 
 
@@ -122,7 +122,8 @@ class _Run:
 class Executor:
     """Runs ``schedule`` on the rank ``axis.rank`` of a pipeline. ``loss`` is the position of the captured graph's output whose
     gradient is asked for; None where there are no backwards. ``on_last`` is told before each backward whether it is the last
-    of its stage in this call that gives gradients of weights."""
+    of its stage in this call that gives gradients of weights. Calls in which it is ``watched`` leave their times, in seconds of
+    ``time.perf_counter``; on a GPU those wait for the device, so only few should be."""
 
     schedule: Schedule
     axis: Axis | None
@@ -130,9 +131,11 @@ class Executor:
     device: torch.device
     loss: int | None
     on_last: Callable[[bool], None] = lambda last: None
+    watched: bool = True
     spans: list[Span] = field(default_factory=list)
+    """Of the last call that was watched."""
     wait_seconds: float = 0.0
-    """Of the last call, in which this rank waited for messages."""
+    """Of the last call that was watched, in which this rank waited for messages."""
     sent_bytes: int = 0
     """Of the last call."""
 
@@ -169,10 +172,12 @@ class _Call:
         self.runs: dict[tuple[int, int], _Run] = {}
         self.results: dict[int, list[torch.Tensor]] = defaultdict(list)
         self.last = executor.last_weights
-        self.waited, self.sent = 0.0, 0
+        self.moments = Moments(executor.device.type == "cuda") if executor.watched else None
+        self.waits: list[tuple[Any, Any]] = []
+        self.sent = 0
 
     def run(self) -> dict[int, list[torch.Tensor]]:
-        spans = []
+        spans: list[tuple[Action, Any, Any]] = []
         rank = self.axis.rank if self.axis is not None else 0
         for step in self.executor.schedule.steps(rank):
             if isinstance(step, Send):
@@ -181,13 +186,24 @@ class _Call:
                 self._post(step)
             else:
                 message = self._message(step)
-                start = time.perf_counter()
+                start = self._now()
                 self._compute(step, message)
-                spans.append(Span(step, start, time.perf_counter()))
+                spans.append((step, start, self._now()))
         for work, _, peer in self.going:
             self._wait(work, peer, "take")
-        self.executor.spans, self.executor.wait_seconds, self.executor.sent_bytes = spans, self.waited, self.sent
+        self.executor.sent_bytes = self.sent
+        if self.moments is not None:
+            self._note(self.moments, spans)
         return dict(self.results)
+
+    def _now(self) -> Any:
+        return self.moments.now() if self.moments is not None else None
+
+    def _note(self, moments: Moments, spans: Sequence[tuple[Action, Any, Any]]) -> None:
+        moments.settle()
+        seconds = moments.seconds
+        self.executor.spans = [Span(action, seconds(start), seconds(end)) for action, start, end in spans]
+        self.executor.wait_seconds = sum(seconds(end) - seconds(start) for start, end in self.waits)
 
     # -- messages --------------------------------------------------------------------------------------------------
 
@@ -236,10 +252,10 @@ class _Call:
             return []
         if place in self.posted:
             buffers, works, peer = self.posted.pop(place)
-            start = time.perf_counter()
+            start = self._now()
             for work in works:
                 self._wait(work, peer, "send")
-            self.waited += time.perf_counter() - start
+            self.waits.append((start, self._now()))
             return buffers
         return self.outbox.pop(place, [])  # from a stage on this rank; none for the first, and behind the last
 
