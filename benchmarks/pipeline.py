@@ -175,11 +175,11 @@ def table(rows: Sequence[Row], cores: int | None = None) -> str:
             cells[4] = f"{max(row.peaks) / max(best.peaks):.3f}"
         lines.append("| " + " | ".join(cells) + " |")
     lines.append("")
-    ours = [row for row in good if row.name == _OURS]
-    if best is None or not ours:
+    ours = next((row for row in good if row.name == _OURS), None)
+    if best is None or ours is None:
         lines.append(f"- missed: there are no figures of {_OURS} beside a peer")
-    for row in ours if best is not None else ():
-        lines += _goals(row, best, peers, good)
+    else:
+        lines += _goals(ours, best, peers, good)
     lines += [f"- failed: {row.name}: {row.error}" for row in rows if row.error is not None]
     for row in good:
         if row.is_ours and row.runs:
@@ -215,13 +215,13 @@ def _bubble(row: Row, cores: int) -> list[str]:
     if row.predicted is not None:
         apart = abs(row.predicted.bubble - bubble)
         lines.append(
-            f"- {_met(apart <= 0.05)}: the measured bubble is within 5 points of the simulated one: {_percent(bubble)} measured "
-            f"({_percent(min(measured))} to {_percent(max(measured))}), {_percent(row.predicted.bubble)} simulated from the cost "
-            f"model, {100 * apart:.1f} points apart"
+            f"- {_met(apart <= 0.05)}: the measured bubble is within 5 points of the simulated one: {_percent(bubble)} "
+            f"measured ({_percent(min(measured))} to {_percent(max(measured))}), {_percent(row.predicted.bubble)} simulated "
+            f"from the cost model, {100 * apart:.1f} points apart"
         )
     lines.append(
-        f"- with the stages' measured times in place of the cost model's, and messages that cost nothing, the simulator says "
-        f"{_percent(again.bubble)} of {_milliseconds(again.seconds)}; forwards and backwards took "
+        f"- with the stages' measured times in place of the cost model's, and messages that cost nothing, the simulator "
+        f"says {_percent(again.bubble)} of {_milliseconds(again.seconds)}; forwards and backwards took "
         f"{_milliseconds(statistics.median(run.seconds for run in row.runs))}"
     )
     if schedule.ranks > cores:
@@ -352,8 +352,9 @@ def run(options: argparse.Namespace) -> int:
             *(key for key in ("batch", "context", "only") if getattr(options, key)),
         ),
         facts=f"{options.ranks} gloo ranks of one thread on {cpu()}, torch {torch.__version__}, transformers "
-        f"{version('transformers')}, Python {platform.python_version()}; fp32, AdamW(fused=True), Python sources as text; rows "
-        f'"alone" were slower than {options.finalists} other peers before the rounds; {(time.time() - begin) / 60:.1f} minutes.',
+        f"{version('transformers')}, Python {platform.python_version()}; fp32, AdamW(fused=True), Python sources as text; "
+        f'rows "alone" were slower than {options.finalists} other peers before the rounds; '
+        f"{(time.time() - begin) / 60:.1f} minutes.",
         text="\n\n".join([*texts, "\n".join([*ways, f"- DeepSpeed: {said}"])]),
     )
     return int(failed)

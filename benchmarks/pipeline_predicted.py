@@ -1,4 +1,4 @@
-"""Pipelines in the simulator, without ranks: how good an automatic cut is, and what schedules take on a device that is not here.
+"""Pipelines in the simulator, without ranks: how good an automatic cut is, and what schedules take on an absent device.
 
 Nothing of this is measured. A cut is held against all that can be made at layers, between attention and the rest of a layer,
 and around the head: each interval of these places is priced once, and all ways to put intervals together are simulated.
@@ -176,8 +176,8 @@ def cut_table(rows: Sequence[CutRow]) -> str:
     ratio = worst.ours / worst.best
     lines += [
         "",
-        f"- {'met' if ratio <= GOAL else 'missed'}: the automatic cut is within 3 % of the best that was found by trying all: at "
-        f"most {ratio:.3f} ({worst.model}, {worst.stages} stages); below 1 it cuts at a better place than those tried",
+        f"- {'met' if ratio <= GOAL else 'missed'}: the automatic cut is within 3 % of the best that was found by trying all: "
+        f"at most {ratio:.3f} ({worst.model}, {worst.stages} stages); below 1 it cuts at a better place than those tried",
     ]
     return "\n".join(lines)
 
@@ -231,7 +231,7 @@ def prediction_table(found: Sequence[Prediction], on: Device) -> str:
 
 
 def text(size: str, layers: int, length: int, micro_batches: int = 16, ranks: Sequence[int] = (8, 16, 32, 64)) -> str:
-    """Both parts as markdown. ``size`` is of the models that are cut, ``layers`` and ``length`` of the Llama for many stages."""
+    """Both parts as markdown. ``size`` is that of the models that are cut, ``layers`` and ``length`` those of the Llama."""
     begin = time.time()
     on = DEVICES["h100"]
     rows = []
@@ -256,9 +256,9 @@ def text(size: str, layers: int, length: int, micro_batches: int = 16, ranks: Se
             "## Schedules on H100, predicted",
             "",
             f"A Llama of {layers} layers as wide as Llama-3-{'70B' if size == 'full' else '8B'}, bf16, one sample of {length} "
-            f"tokens a micro-batch, four times as many micro-batches as ranks, no data axis. Rates are the datasheet's times 0.6. "
-            "The peak has parameters, gradients and two states of an optimiser in the parameters' precision, and what eager code "
-            "saves for its backward.",
+            "tokens a micro-batch, four times as many micro-batches as ranks, no data axis. Rates are the datasheet's times "
+            "0.6. The peak has parameters, gradients and two states of an optimiser in the parameters' precision, and what "
+            "eager code saves for its backward.",
             "",
             prediction_table(found, on),
             "",

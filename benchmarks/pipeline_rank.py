@@ -250,7 +250,7 @@ class PipelineRank:
             finally:
                 self.waited += time.perf_counter() - begin
 
-        dist.Work.wait = wait  # type: ignore[method-assign]
+        dist.Work.wait = wait
 
     def step(self) -> dict[str, Any]:
         """Seconds of one whole step of the optimiser, the loss where this rank knows it, seconds of waiting in it, and what
