@@ -42,6 +42,9 @@ from dspass.planner.schedule_times import StageCost, simulate
 from dspass.runtime.schedule import Kind, Timeline
 from dspass.timeline import timeline_text
 
+#: What runs in a process of a row.
+RANK = "benchmarks.pipeline_rank"
+
 _OURS = "dspass"
 _STARTING, _STEP = 1800.0, 600.0
 _ALONE = 3
@@ -110,7 +113,7 @@ def measure(names: Sequence[str], model: str, options: argparse.Namespace, pytho
 
         def start(row: Row) -> None:
             here = python if row.name.startswith("deepspeed") else None
-            group = groups[row.name] = Group(row.name, options.ranks, settings, here, module="benchmarks.pipeline_rank")
+            group = groups[row.name] = Group(row.name, options.ranks, settings, here, module=RANK)
             stack.callback(group.close)
             for _ in range(3):  # they compile
                 row.hear(group.ask("step", timeout=_STARTING))
@@ -230,8 +233,9 @@ def _bubble(row: Row, cores: int) -> list[str]:
             "bubble is not that of ranks with a core each"
         )
     lines += [f"- {line}" for line in row.why]
-    pictures = {"predicted": row.predicted} if row.predicted is not None and row.predicted.seconds else {}
-    return [*lines, "", "```", timeline_text({**pictures, "measured": shown}, width=96).plain, "```"]
+    pictures = {"predicted": row.predicted, "measured": shown}  # each on a scale of its own
+    texts = [timeline_text({name: p}, width=96).plain for name, p in pictures.items() if p is not None and p.seconds]
+    return [*lines, "", "```", *texts, "```"]
 
 
 def _costs(runs: Sequence[Timeline]) -> list[StageCost]:

@@ -705,7 +705,8 @@ def test_peers_that_are_slower_alone_are_out_and_give_back_their_memory(monkeypa
     assert best.peaks == [5, 7]
 
 
-def test_pipelines_are_measured_on_two_ranks() -> None:
+def test_pipelines_are_measured_on_two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "RANK", "tests.plain_pipeline_rank")
     options = argparse.Namespace(
         ranks=2, size="tiny", batch=2, context=8, micro_batches=2, schedule="1f1b", rounds=1, finalists=1
     )
