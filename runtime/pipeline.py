@@ -23,6 +23,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from dspass.runtime.axis import Axis
 from dspass.runtime.schedule import Action, Direction, Kind, Receive, Schedule, Send, Span
@@ -78,8 +79,10 @@ class _Run:
     """A forward whose backward has not ended."""
 
     leaves: dict[str, torch.Tensor]
-    made: dict[str, torch.Tensor]
-    losses: list[torch.Tensor]
+    made: dict[str, GradientEdge]
+    """Where gradients of what was made go in. The values themselves are gone when they are sent, unless the backward saves them.
+    """
+    losses: list[GradientEdge]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -250,15 +253,19 @@ class _Call:
         for position, result in results.items():
             self.results[position].append(result.detach() if isinstance(result, torch.Tensor) else result)
         if trains:
-            losses = [results[self.executor.loss]] if self.executor.loss in results else []
-            self.runs[stage.index, batch] = _Run(leaves=leaves, made=made, losses=losses)
+            loss = results.get(self.executor.loss) if self.executor.loss is not None else None
+            self.runs[stage.index, batch] = _Run(
+                leaves=leaves,
+                made={name: get_gradient_edge(value) for name, value in made.items() if value.requires_grad},
+                losses=[get_gradient_edge(loss)] if loss is not None and loss.requires_grad else [],
+            )
 
     def _backward(self, stage: Stage, batch: int, message: list[torch.Tensor]) -> None:
         run = self.runs.pop((stage.index, batch))
         sent = [v for v in stage.sent if v.has_gradient]
         come = {v.name: t for v, t in zip(sent, message, strict=True)}
-        roots = [(run.made[n], g) for n, g in come.items() if n in run.made and run.made[n].requires_grad]
-        roots += [(loss, torch.ones_like(loss)) for loss in run.losses if loss.requires_grad]
+        roots: list[tuple[GradientEdge, torch.Tensor | None]] = [(run.made[n], g) for n, g in come.items() if n in run.made]
+        roots += [(loss, None) for loss in run.losses]
         if roots:
             torch.autograd.backward([root for root, _ in roots], [gradient for _, gradient in roots])
         if stage.index:
