@@ -14,6 +14,7 @@ from dspass.config import Config, ConfigError
 from dspass.engines import no_sync, resume_at
 from dspass.explain import explain
 from dspass.fit import Fit, fit
+from dspass.full_states import full_state_dict
 from dspass.measure import measure
 from dspass.mixture import experts
 from dspass.planner.record import BudgetError
@@ -21,7 +22,6 @@ from dspass.planner.saved import PlanError
 from dspass.report import Report
 from dspass.runtime import compat
 from dspass.shard import shard
-from dspass.staged import full_state_dict
 from dspass.weights import quantise
 from dspass.wishes import keep, recompute, stage_boundary
 

@@ -71,14 +71,19 @@ def _total_norm(
     return total
 
 
-def _found_inf(optimizer: torch.optim.Optimizer, found: dict[torch.device, torch.Tensor]) -> None:
-    """An overflow that one stage has seen is one of all: every rank skips the step."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    for stages in stages_of([], params):
+def _found_inf(
+    optimizer: torch.optim.Optimizer, found: dict[torch.device, torch.Tensor], none: torch.Tensor
+) -> dict[torch.device, torch.Tensor]:
+    """An overflow that one stage has seen is one of all: every rank skips the step. One without gradients has to hear of it."""
+    pipelines = stages_of([], [p for group in optimizer.param_groups for p in group["params"]])
+    if pipelines and not found:
+        found = {none.device: none}
+    for stages in pipelines:
         any_of_them = torch.stack([one.to(stages.device) for one in found.values()]).amax()
         dist.all_reduce(any_of_them, dist.ReduceOp.MAX, group=stages.pipe.group)
         for one in found.values():
             one.copy_(any_of_them)
+    return found
 
 
 def stages_of(grads: Collection[torch.Tensor], params: Collection[torch.Tensor] | None) -> list[StageMesh]:

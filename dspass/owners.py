@@ -86,8 +86,11 @@ def shard_states(optimizer: torch.optim.Optimizer) -> None:
     """Cut whole states that were loaded for sharded parameters: those of one process's checkpoint, and 0-dim ones.
 
     ``set_optimizer_state_dict`` leaves 0-dim states plain, and ``Optimizer.load_state_dict`` takes what it is given; either
-    would fail inside of DTensor. Every rank holds the same whole state, so nothing is sent.
+    would fail inside of DTensor. Every rank holds the same whole state, so nothing is sent. Those of what stands in for another
+    pipeline stage's parameter are dropped: loading has put them on the meta device, and a checkpoint must not find them there.
     """
+    for param in [p for p in optimizer.state if p.is_meta and not p.requires_grad]:
+        del optimizer.state[param]
     for param, state in optimizer.state.items():
         if not isinstance(param, DTensor):
             continue

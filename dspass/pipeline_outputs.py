@@ -25,7 +25,7 @@ class NotComputed(torch.Tensor):
 
     @staticmethod
     def __new__(cls, shape: Sequence[int], dtype: torch.dtype, why: str) -> NotComputed:
-        made = torch.Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device="meta")
+        made = torch.Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=torch.device("meta"))
         made._why = why
         return made
 

@@ -7,8 +7,8 @@ step does what it does without a pipeline. Without gradients it runs forward onl
 
 The person's own forward is still what Dynamo captures, at the size of a micro-batch and in one piece. Its guards say when it
 has to be captured anew, it takes arguments apart into the graph's inputs, and puts outputs together again: the compiled
-function is called with each micro-batch, and its graph gives up as soon as it has its inputs; at the end it is called once more, and its
-graph answers what the schedule has made.
+function is called with each micro-batch, and its graph gives up as soon as it has its inputs; at the end it is called once
+more, and its graph answers what the schedule has made.
 
 Dropped: to rewrite the graph that was captured with the whole batch. Its sizes are written into it as numbers, and which of
 them are the batch's nobody can say. Dropped: ``torch.export``, which wants the model without its training loop, and has no
@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from dspass import stage_plans as plans
 from dspass import steps
 from dspass.compilation import compile_graph
-from dspass.config import Config
+from dspass.config import Config, ConfigError
 from dspass.engines import new_engine
 from dspass.owners import unwrap
 from dspass.passes import devices
@@ -41,12 +41,12 @@ from dspass.passes.split_stages import StageGraph, keep_outputs, read_parameters
 from dspass.pipeline import build
 from dspass.pipeline_outputs import Output, PipelineUseError, delivered, on_stages, outputs_of
 from dspass.planner.calls import Place
-from dspass.planner.follow_stages import follow
+from dspass.planner.stages import follow
 from dspass.runtime import compat
 from dspass.runtime.axis import Axis, axis_of
 from dspass.runtime.engine import Engine
 from dspass.runtime.pipeline import Executor, Stage
-from dspass.runtime.schedule import Kind
+from dspass.runtime.schedule import Kind, ScheduleError
 from dspass.runtime.tied import sum_tied
 from dspass.settings import kind_of
 from dspass.shard import Fill, agree, refuse_wrapped
@@ -184,9 +184,10 @@ class Pipelined:
 
     def _begin(self, args: Any, kwargs: Any) -> None:
         compat.check_torch()
-        config, root = self.config, self.root
+        root, stages = self.root, self.config.pipeline.stages or 1
         self.kind = torch.device(self.device).type if self.device is not None else _device_of(root, args, kwargs)
-        self.mesh = pipeline_mesh(config.pipeline.stages or 1, self.kind)
+        self.mesh = pipeline_mesh(stages, self.kind)
+        self.config = config = self.config.resolve_batch(dist.get_world_size() // stages)
         self.pipe: Axis = axis_of("pipe", self.mesh, 0)
         agree(root, config, self.mesh)
         self.engine = new_engine(root, config)
@@ -210,7 +211,10 @@ class Pipelined:
     def _stage(self, gm: fx.GraphModule, size: int, count: int, trains: bool) -> None:
         """Decide on stages, as rank 0 finds, and place the parameters."""
         assert self.engine is not None
-        self.staging = plan_stages(gm, self.config, self.engine, self.pipe, size, count, trains)
+        try:
+            self.staging = plan_stages(gm, self.config, self.engine, self.pipe, size, count, trains)
+        except ScheduleError as error:
+            raise ConfigError(f"pipeline.{error.setting}", f"{error.cause}.", error.way_out) from error
         if dist.get_world_size() > 1 and dist.get_backend() != "fake":
             told = [self.staging]
             dist.broadcast_object_list(told, 0)
@@ -341,8 +345,7 @@ class Pipelined:
         values = {v.name: v for v in graph.received}
         examples = []
         for name in graph.reads:
-            like = torch.zeros(values[name].shape, dtype=values[name].dtype, device=self.kind)
-            examples.append(like.requires_grad_(trains and values[name].has_gradient))
+            examples.append(values[name].empty(self.kind).zero_().requires_grad_(trains and values[name].has_gradient))
         examples += [inputs[i] for i in graph.inputs]
         examples += [shard_of(self.engine, key, trains) for key in graph.keys]
         with torch.set_grad_enabled(trains):

@@ -1,4 +1,4 @@
-"""Parameters of a model that is divided into pipeline stages: who holds them, and how they are saved.
+"""Parameters of a model that is divided into pipeline stages: who holds them.
 
 A rank of a pipeline holds the parameters that its own stages use, as DTensors on its data axis, as :mod:`dspass.shard` does
 without a pipeline. Every other parameter is a stand-in: a meta tensor without gradient, in modules and optimisers, so that
@@ -21,12 +21,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from dspass.clipping import span_stages
 from dspass.config import Config, ConfigError
 from dspass.engines import join
-from dspass.owners import Heap, Replaced, refuse_stale, unwrap
+from dspass.owners import Heap, Replaced, refuse_stale
 from dspass.quantising import measure_errors
 from dspass.runtime import compat
 from dspass.runtime.axis import Axis, StageMesh
@@ -43,7 +43,7 @@ from dspass.shard import (
     reduction_dtype,
     rows_of,
 )
-from dspass.sharded import COLLECTING, attach, collected
+from dspass.sharded import attach
 
 _meshes: weakref.WeakKeyDictionary[Any, dict[tuple[str, int], DeviceMesh]] = weakref.WeakKeyDictionary()
 _ties: weakref.WeakKeyDictionary[Any, dict[tuple[int, tuple[int, ...]], Axis | None]] = weakref.WeakKeyDictionary()
@@ -128,8 +128,8 @@ def place_stages(
 
     ``stages_of`` has the stages that use a parameter, by its key; one that is not in it is used by none. Rank 0's values are
     handed out, one parameter at a time, unless ``fill`` has them, as for :func:`dspass.shard`: then no rank asks for those of
-    other stages. Layouts follow the ZeRO stage within the ranks of a stage. What this rank does not keep is freed, in
-    optimisers as well.
+    other stages. Layouts follow the ZeRO stage within the ranks of a stage. What this rank does not keep is freed, also in
+    optimisers.
 
     Raises ``RuntimeError`` on all ranks where they do not agree on the stages, or the model is on the meta device and there is
     no ``fill``, or an optimiser holds parameters where they cannot be exchanged; ``KeyError`` where ``fill`` lacks a name.
@@ -212,7 +212,7 @@ def _tied_axis(mesh: DeviceMesh, stages: StageMesh, held_by: tuple[int, ...]) ->
             columns = mesh.mesh[list(held_by)].t().tolist()
         for ranks in columns:
             group = dist.new_group(ranks)
-            if dist.get_rank() in ranks:
+            if isinstance(group, dist.ProcessGroup) and dist.get_rank() in ranks:
                 known[stages.pipe.size, held_by] = Axis.of("tied", group)
     return known[stages.pipe.size, held_by]
 
@@ -254,33 +254,4 @@ def _left_of(
     return param, new, lambda state: distribute_tensor(state, stages.mesh, placements)
 
 
-def full_state_dict(model: nn.Module, *, rank0_only: bool = False) -> dict[str, Any]:
-    """What one process would get of ``model.state_dict()``: whole tensors on the CPU, under the model's own names.
-
-    All ranks call this together, whatever their stages hold; with ``rank0_only`` the others get ``{}``. One whole parameter at
-    a time is on the device. ``model.load_state_dict`` takes the result, on any number of ranks and stages.
-    """
-    keeps = not rank0_only or not dist.is_initialized() or dist.get_rank() == 0
-    made: dict[str, torch.Tensor] = {}
-
-    def on_cpu(whole: torch.Tensor) -> torch.Tensor:
-        return whole.detach().to("cpu", copy=True) if keeps else torch.empty(0)
-
-    def collect(spec: ParamSpec) -> torch.Tensor:
-        if spec.key not in made:  # a tied one has several names
-            made[spec.key] = on_cpu(collected(spec))
-        return made[spec.key]
-
-    token = COLLECTING.set(collect)
-    try:
-        state = unwrap(model).state_dict()
-    finally:
-        COLLECTING.reset(token)
-    stored = set(map(id, made.values()))
-    for name, value in state.items():
-        if isinstance(value, torch.Tensor) and id(value) not in stored:
-            state[name] = on_cpu(value.full_tensor() if isinstance(value, DTensor) else value)
-    return state if keeps else {}
-
-
-__all__ = ["full_state_dict", "pipeline_mesh", "place_stages", "prepare"]
+__all__ = ["pipeline_mesh", "place_stages", "prepare"]

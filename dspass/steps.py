@@ -14,6 +14,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from dspass import full_states
 from dspass.clipping import clip_grad_norm_
 from dspass.config import Config
 from dspass.hosting import host_all
@@ -69,6 +70,8 @@ def _before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         return
     for engine, clip in _theirs(optimizer):
         _refuse_unsharded(optimizer)
+        if engine.stages is not None:
+            full_states.follow(optimizer)
         shard_states(optimizer)
         if clip and not compat.in_state_initialisation():
             # Those without a gradient too: a pipeline stage that has none at all takes part in the norm of the others.

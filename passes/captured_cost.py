@@ -25,7 +25,7 @@ import math
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.fx as fx
@@ -117,7 +117,7 @@ class NodeCost:
 def parameter_of(node: fx.Node) -> ParamSpec | None:
     """Of a marker of :mod:`dspass.runtime.collectives`; None of other nodes."""
     target = getattr(node.target, "overloadpacket", node.target)
-    return lookup(node.args[1]) if node.op == "call_function" and target in _MARKERS else None
+    return lookup(cast(str, node.args[1])) if node.op == "call_function" and target in _MARKERS else None
 
 
 def costs_of(gm: fx.GraphModule, on: Device, trains: bool = True) -> dict[fx.Node, NodeCost]:
@@ -214,7 +214,7 @@ class _Recorder(TorchDispatchMode):
                 self.values[node] = self._value(gm, node)
 
     def _value(self, gm: fx.GraphModule, node: fx.Node) -> Any:
-        example = node.meta.get("example_value")
+        example: Any = node.meta.get("example_value")
         if node.op == "get_attr" and example is None:
             example = operator.attrgetter(str(node.target))(gm)  # the graph of a region, or a constant
         spec = parameter_of(node)

@@ -31,7 +31,8 @@ UNSHARD = (torch.ops.dspass.unshard, torch.ops.dspass.unshard.default)
 class StageGraph:
     """One stage. ``received`` are the values that come from the stage before it and ``sent`` those that go to the next. The
     graph reads ``reads`` of the former and makes ``makes`` of the latter, by name; the others pass by. ``inputs`` are
-    positions of the captured graph's inputs, ``keys`` those of parameters, ``results`` positions of the captured graph's outputs.
+    positions of the captured graph's inputs, ``keys`` those of parameters, ``results`` positions of the captured graph's
+    outputs.
 
     The graph's inputs are ``reads``, ``inputs`` and ``keys``, its outputs ``makes`` and ``results``, in these orders."""
 
@@ -176,13 +177,7 @@ def _with_gradients(graph: fx.Graph) -> set[fx.Node]:
 
 
 def _value(node: fx.Node, has_gradient: bool) -> Value:
-    value = node.meta["example_value"]
-    return Value(
-        name=node.name,
-        shape=tuple(int(s) for s in value.shape),
-        dtype=value.dtype,
-        has_gradient=has_gradient and value.dtype.is_floating_point,
-    )
+    return Value.like(node.name, node.meta["example_value"], has_gradient)
 
 
 __all__ = ["StageGraph", "is_marker", "keep_outputs", "key_of", "read_parameters", "split_stages"]

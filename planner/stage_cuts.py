@@ -342,7 +342,7 @@ def cut_chain(
     k = count - 1
     for s in reversed(range(work.stages)):
         i = came[s + 1, k]
-        for u in order[chain.places[i] : chain.places[k]]:
+        for u in order[int(chain.places[i]) : int(chain.places[k])]:
             stage_of[u] = s
         k = i
     return stage_of

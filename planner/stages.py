@@ -10,10 +10,13 @@ said. Nodes of the graph are of three kinds:
 - calls without a tensor that change what comes behind them (:data:`~dspass.passes.captured_cost.CONTEXTS`), which each stage
   runs. What nothing needs is run by none.
 
-Assigned nodes that no cut may part are one unit: what makes something other than one tensor of known sizes, and who reads it;
-what lies in memory transposed or with gaps, such as a view,
-and who reads that; what writes in place, what makes the memory that is
-written, and who reads that before. What is left of cycles among these joins too.
+Assigned nodes that no cut may part are one unit: what makes something other than one tensor of known sizes, and who reads
+it; what lies in memory transposed or with gaps, such as a view, and who reads that; what writes in place, what makes the
+memory that is written, and who reads that before; a layer of experts, whose rows are exchanged as a whole. What is left of
+cycles among these joins too.
+
+Other graphs of a model whose parameters lie on stages already (:func:`follow`), with other sizes or without its loss, are cut
+where the first one was: nodes go by their names, and what is new by the parameters that it reads.
 
 A value that skips stages is carried through those between. What the graph answers beside its loss stays where it is made.
 
@@ -29,7 +32,7 @@ import functools
 import itertools
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 
 import networkx as nx
@@ -38,6 +41,7 @@ import torch.fx as fx
 
 from dspass.passes.captured_cost import CONTEXTS, NodeCost, parameter_of
 from dspass.passes.devices import Device
+from dspass.passes.experts import find_experts
 from dspass.passes.text import place_of
 from dspass.planner.stage_cuts import Outcome, Shared, Unit, Value, Work, outcome, solve
 from dspass.runtime import compat
@@ -181,6 +185,49 @@ def cut(
     )
 
 
+def follow(
+    gm: fx.GraphModule,
+    stages: int,
+    costs: Mapping[fx.Node, NodeCost],
+    stages_of: Mapping[str, Collection[int]],
+    known: Mapping[str, int],
+) -> Cuts:
+    """Cut ``gm`` so that each stage reads only parameters that lie on it, of which ``stages_of`` has the stages by name, and
+    runs the nodes that it ran in the graph that was cut first (``known``, by name).
+
+    What is new goes to the first stage that has what it reads. Raises :class:`CutError` where a parameter is read by what comes
+    too late for it.
+    """
+    parts = _Parts(gm.graph, costs)
+    reads: dict[int, set[str]] = defaultdict(set)
+    for unit, nodes in enumerate(parts.nodes_of):
+        reads[unit] = {named[0] for n in parts.needed(nodes) if (named := parts.parameter(n)) is not None}
+    before: dict[int, set[int]] = defaultdict(set)
+    for u, v in parts.edges:
+        before[v].add(u)
+    stage_of_unit: list[int] = []
+    for unit, nodes in enumerate(parts.nodes_of):
+        stage = max([0, *(stage_of_unit[u] for u in before[unit]), *(known.get(n.name, 0) for n in nodes)])
+        while unmet := [name for name in reads[unit] if stage not in stages_of.get(name, ())]:
+            later = [s for s in sorted(stages_of.get(unmet[0], ())) if s > stage]
+            if not later:
+                raise CutError(
+                    f"%{nodes[0].name} reads {unmet[0]} on stage {stage}, and that parameter lies on stages "
+                    f"{sorted(stages_of.get(unmet[0], ()))}: the model uses its parameters in another order than in its first "
+                    "call, by which it was divided. Let the first call be one that is typical."
+                )
+            stage = later[0]
+        stage_of_unit.append(stage)
+    stage_of = {n: stage_of_unit[u] for n, u in parts.unit_of.items()}
+    found = tuple(_stage(parts, stage_of, s) for s in range(stages))
+    crossing = []
+    for s in range(stages - 1):
+        values = parts.crossing(stage_of, s)
+        sent, back = sum(map(_bytes, values)), sum(_bytes(n) for n in values if costs[n].has_gradient)
+        crossing.append(Cut(index=s, values=values, bytes=sent, gradient_bytes=back, seconds=0.0))
+    return Cuts(stage_of=stage_of, stages=found, cuts=tuple(crossing), bottleneck=max(s.seconds for s in found), why=())
+
+
 def _assign(parts: _Parts, work: Work, boundaries: Sequence[str] | None) -> tuple[list[int], str]:
     marks = parts.marks
     if boundaries is not None:
@@ -269,7 +316,8 @@ class _Parts:
         self._join()
         order = nx.Graph()
         order.add_nodes_from(self.assigned)
-        order.add_edges_from(tuple(pair) for pair in self.joined)
+        for one, other in self.joined:
+            order.add_edge(one, other)
         group_of = {n: k for k, group in enumerate(nx.connected_components(order)) for n in group}
         quotient = nx.DiGraph()
         quotient.add_nodes_from(group_of.values())
@@ -360,6 +408,10 @@ class _Parts:
                 for user in node.users:
                     if user in self.assigned:
                         self.joined[frozenset((node, user))] = f"%{node.name} {problem}"
+        for layer in find_experts(self.graph, lambda n: parameter_of(n) is not None)[0]:
+            together = [n for n in (*layer.entering(), *layer.inside) if n in self.assigned]
+            for one, other in itertools.pairwise(together):
+                self.joined[frozenset((one, other))] = "they are of one layer of experts"
         self._join_writes()
 
     def _unsendable(self, node: fx.Node) -> str | None:
@@ -397,6 +449,10 @@ class _Parts:
 
     def _is_sent(self, node: fx.Node) -> bool:
         return self._unsendable(node) is None and any(r in self.assigned for r in node.users)
+
+    def crossing(self, stage_of: Mapping[fx.Node, int], s: int) -> tuple[fx.Node, ...]:
+        """The values that stage ``s`` or one before it makes, and a later one reads."""
+        return tuple(n for n, rs in self.readers.items() if stage_of[n] <= s < max(stage_of[r] for r in rs))
 
     # -- what stages have of their own
 
@@ -540,9 +596,7 @@ def _stage(parts: _Parts, stage_of: Mapping[fx.Node, int], s: int) -> Stage:
 
 
 def _cut(parts: _Parts, stage_of: Mapping[fx.Node, int], s: int, work: Work, result: Outcome) -> Cut:
-    values = tuple(
-        n for n, readers in parts.readers.items() if stage_of[n] <= s < max(stage_of[reader] for reader in readers)
-    )
+    values = parts.crossing(stage_of, s)
     count, gradients = result.crossing[s], result.gradients[s]
     return Cut(
         index=s,

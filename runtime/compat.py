@@ -629,12 +629,22 @@ def _total_norm_cell() -> Any:
             f"torch {torch.__version__} defines torch.nn.utils.get_total_norm in another way than torch 2.11 to 2.13, so norms "
             "over pipeline stages cannot be had from it: install one of those."
         )
-    return wrapper.__closure__[names.index("func")]
+    closure: Any = wrapper.__closure__
+    return closure[names.index("func")]
 
 
-def extend_found_inf(extended: Callable[[torch.optim.Optimizer, dict[torch.device, torch.Tensor]], None]) -> None:
-    """Have ``extended`` change, in place, what a ``GradScaler`` has found in the gradients of an optimiser: by device, not 0
-    where one was not finite, and nothing where there are no gradients. Its device is that of the scale, for one to be added."""
+#: Answers, by device, what is not 0 where a gradient of the optimiser was not finite, from what this rank has found; that is
+#: nothing where there are no gradients. The last argument is the 0 that a search begins with.
+FoundInf = Callable[
+    [torch.optim.Optimizer, dict[torch.device, torch.Tensor], torch.Tensor], dict[torch.device, torch.Tensor]
+]
+
+
+def extend_found_inf(extended: FoundInf) -> None:
+    """Have a ``GradScaler`` go by what ``extended`` answers.
+
+    Raises :class:`UnsupportedTorchError` where torch looks for overflows in another way.
+    """
     from torch.amp.grad_scaler import GradScaler
 
     theirs = getattr(GradScaler, "_unscale_grads_", None)
@@ -650,21 +660,19 @@ def extend_found_inf(extended: Callable[[torch.optim.Optimizer, dict[torch.devic
     def ours(
         self: Any, optimizer: torch.optim.Optimizer, inv_scale: torch.Tensor, found_inf: torch.Tensor, allow_fp16: bool
     ) -> dict[torch.device, torch.Tensor]:
-        found = theirs(self, optimizer, inv_scale, found_inf, allow_fp16)
-        if not found:
-            found = {found_inf.device: found_inf}
-        extended(optimizer, found)
-        return found
+        return extended(optimizer, theirs(self, optimizer, inv_scale, found_inf, allow_fp16), found_inf)
 
     GradScaler._unscale_grads_ = ours
 
 
 def asked_for_full_state() -> bool:
-    """Whether ``get_model_state_dict`` is at work with the option ``full_state_dict``, which ``state_dict()`` is not told."""
+    """Whether torch.distributed.checkpoint asks with the option ``full_state_dict``, of which ``state_dict()`` is not told."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
-        if code.co_name == "_get_model_state_dict" and code.co_filename.endswith("state_dict.py"):
+        if code.co_name in ("_get_model_state_dict", "_get_optim_state_dict") and code.co_filename.endswith(
+            "state_dict.py"
+        ):
             return bool(frame.f_locals["info"].full_state_dict)
         frame = frame.f_back
     return False

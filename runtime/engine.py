@@ -366,7 +366,8 @@ class Engine:
     def start_reduce(self, specs: Sequence[ParamSpec], grads: Sequence[torch.Tensor]) -> Reduction:
         """Begin to average gradients over ranks. Yields, for each, a gradient of the parameter's own local shape."""
         last = self._is_last_backward()
-        if self.stage >= 2 or (last and not self.deferred):
+        nothing_to_send = self._last_of_call is not None and not reduction_steps(specs)
+        if self.stage >= 2 or (last and not self.deferred) or nothing_to_send:
             self._averaged.update(s.key for s in specs)
             return self._reduce_now(specs, grads)
         if self.stage == 0:  # plain parameters gather their own sum in .grad, as under DDP's no_sync

@@ -35,12 +35,42 @@ class PipelineError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Value:
-    """One tensor of a message between two stages. ``has_gradient``: the message back holds its gradient."""
+    """One tensor of a message between two stages, which lies in memory with its dimensions in the order ``dims``, as channels
+    last do. ``has_gradient``: the message back holds its gradient."""
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     has_gradient: bool
+    dims: tuple[int, ...]
+
+    @classmethod
+    def like(cls, name: str, tensor: torch.Tensor, has_gradient: bool) -> Value:
+        """A value like ``tensor``, which may be fake."""
+        dims = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+        plain = tensor.is_contiguous() or not tensor.permute(dims).is_contiguous()
+        return cls(
+            name=name,
+            shape=tuple(int(s) for s in tensor.shape),
+            dtype=tensor.dtype,
+            has_gradient=has_gradient and tensor.dtype.is_floating_point,
+            dims=tuple(range(tensor.dim()) if plain else dims),
+        )
+
+    def empty(self, device: torch.device | str) -> torch.Tensor:
+        """A tensor of its shape, that lies as it does."""
+        return self._back(torch.empty([self.shape[d] for d in self.dims], dtype=self.dtype, device=device))
+
+    def in_order(self, tensor: torch.Tensor) -> torch.Tensor:
+        """``tensor`` as it travels: contiguous, and if it lies as it should the same memory."""
+        return tensor.permute(self.dims).contiguous()
+
+    def laid(self, tensor: torch.Tensor) -> torch.Tensor:
+        """``tensor``, lying as it does where it has travelled."""
+        return self._back(self.in_order(tensor))
+
+    def _back(self, travelled: torch.Tensor) -> torch.Tensor:
+        return travelled.permute([self.dims.index(d) for d in range(len(self.dims))])
 
     @property
     def nbytes(self) -> int:
@@ -76,13 +106,12 @@ class Stage:
 
 @dataclass(kw_only=True, eq=False)
 class _Run:
-    """A forward whose backward has not ended."""
+    """A forward whose backward has not ended. Of what it made there are edges of autograd's graph alone: values that have been
+    sent need no memory here unless the backward reads them."""
 
     leaves: dict[str, torch.Tensor]
     made: dict[str, GradientEdge]
-    """Where gradients of what was made go in. The values themselves are gone when they are sent, unless the backward saves them.
-    """
-    losses: list[GradientEdge]
+    losses: list[torch.Tensor]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -170,19 +199,23 @@ class _Call:
 
     def _post(self, step: Receive) -> None:
         assert self.axis is not None
-        buffers = [
-            torch.empty(v.shape, dtype=v.dtype, device=self.executor.device)
-            for v in self._values(step.direction, step.source, step.destination)
+        values = self._values(step.direction, step.source, step.destination)
+        buffers = [v.empty(self.executor.device) for v in values]
+        works = [
+            dist.irecv(v.in_order(b), self.axis.ranks[step.peer], self.axis.group)
+            for v, b in zip(values, buffers, strict=True)
+            if b.numel()
         ]
-        works = [dist.irecv(b, self.axis.ranks[step.peer], self.axis.group) for b in buffers if b.numel()]
         self.posted[step.direction, step.destination, step.micro_batch] = buffers, works, step.peer
 
     def _send(self, step: Send) -> None:
         assert self.axis is not None
         self.going = [entry for entry in self.going if not entry[0].is_completed()]
-        for tensor in self.outbox.pop((step.direction, step.destination, step.micro_batch)):
+        values = self._values(step.direction, step.source, step.destination)
+        tensors = self.outbox.pop((step.direction, step.destination, step.micro_batch))
+        for value, tensor in zip(values, tensors, strict=True):
             if tensor.numel():
-                tensor = tensor.contiguous()
+                tensor = value.in_order(tensor)
                 try:
                     work = dist.isend(tensor, self.axis.ranks[step.peer], self.axis.group)
                 except RuntimeError as error:
@@ -248,24 +281,23 @@ class _Call:
         made = dict(zip(stage.makes, answers[: len(stage.makes)], strict=True))
         results = dict(zip(stage.results, answers[len(stage.makes) :], strict=True))
         if stage.sent:
-            sent = [(made[v.name] if v.name in made else arrived[v.name]).detach() for v in stage.sent]
+            sent = [v.laid((made[v.name] if v.name in made else arrived[v.name]).detach()) for v in stage.sent]
             self.outbox[Direction.FORWARD, stage.index + 1, batch] = sent
         for position, result in results.items():
             self.results[position].append(result.detach() if isinstance(result, torch.Tensor) else result)
         if trains:
-            loss = results.get(self.executor.loss) if self.executor.loss is not None else None
-            self.runs[stage.index, batch] = _Run(
-                leaves=leaves,
-                made={name: get_gradient_edge(value) for name, value in made.items() if value.requires_grad},
-                losses=[get_gradient_edge(loss)] if loss is not None and loss.requires_grad else [],
-            )
+            losses = [results[self.executor.loss]] if self.executor.loss in results else []
+            edges = {n: get_gradient_edge(t) for n, t in made.items() if t.requires_grad}
+            self.runs[stage.index, batch] = _Run(leaves=leaves, made=edges, losses=losses)
 
     def _backward(self, stage: Stage, batch: int, message: list[torch.Tensor]) -> None:
         run = self.runs.pop((stage.index, batch))
         sent = [v for v in stage.sent if v.has_gradient]
         come = {v.name: t for v, t in zip(sent, message, strict=True)}
-        roots: list[tuple[GradientEdge, torch.Tensor | None]] = [(run.made[n], g) for n, g in come.items() if n in run.made]
-        roots += [(loss, None) for loss in run.losses]
+        roots: list[tuple[torch.Tensor | GradientEdge, torch.Tensor]] = [
+            (run.made[n], g) for n, g in come.items() if n in run.made
+        ]
+        roots += [(loss, torch.ones_like(loss)) for loss in run.losses if loss.requires_grad]
         if roots:
             torch.autograd.backward([root for root, _ in roots], [gradient for _, gradient in roots])
         if stage.index:
@@ -290,7 +322,7 @@ class _Call:
 def _sum(own: torch.Tensor | None, passing: torch.Tensor | None, value: Value, device: torch.device) -> torch.Tensor:
     """The gradient of a value that a stage read, handed on, or both."""
     if own is None:
-        return passing if passing is not None else torch.zeros(value.shape, dtype=value.dtype, device=device)
+        return passing if passing is not None else value.empty(device).zero_()
     return own if passing is None else own + passing
 
 

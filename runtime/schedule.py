@@ -23,8 +23,8 @@ class ScheduleError(ValueError):
     """A schedule that does not exist for these settings: the setting, the cause, and the nearest ones that do."""
 
     def __init__(self, setting: str, cause: str, way_out: str) -> None:
-        self.setting = setting
-        """"schedule", "stages", "micro_batches", "virtual_stages" or "memory"."""
+        self.setting, self.cause, self.way_out = setting, cause, way_out
+        """The setting is "schedule", "stages", "micro_batches", "virtual_stages" or "memory"."""
         super().__init__(f"{setting}: {cause}. {way_out}")
 
 

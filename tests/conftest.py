@@ -32,6 +32,9 @@ def pytest_sessionfinish() -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--golden-update", action="store_true", help="rewrite tests/golden with what the passes make now")
+    parser.addoption(
+        "--whole-matrix", action="store_true", help="pipelines: every model with every number of stages and schedule"
+    )
 
 
 @pytest.fixture

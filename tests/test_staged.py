@@ -35,9 +35,10 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm  # before anything is
 import dspass
 from dspass.config import Config, ConfigError
 from dspass.engines import new_engine
+from dspass.full_states import full_state_dict
 from dspass.runtime.engine import Engine
 from dspass.runtime.tied import sum_tied
-from dspass.staged import full_state_dict, pipeline_mesh, place_stages, prepare
+from dspass.staged import pipeline_mesh, place_stages, prepare
 from tests.ranks import run
 
 FULL = StateDictOptions(full_state_dict=True)
@@ -141,7 +142,7 @@ def said(function: Callable[[], Any]) -> str:
     return "nothing"
 
 
-# -- the mesh, and the capture ---------------------------------------------------------------------------------------------
+# -- the mesh, and the capture -----------------------------------------------------------------------------------------
 
 
 def test_a_mesh_needs_a_process_group() -> None:
@@ -210,7 +211,7 @@ def test_the_capture_reads_every_parameter_by_its_key_wherever_it_is() -> None:
     assert all(other == first for other in others)
 
 
-# -- placing -----------------------------------------------------------------------------------------------------------------
+# -- placing -----------------------------------------------------------------------------------------------------------
 
 
 def _placed(stages: int, zero: int) -> None:
@@ -224,7 +225,8 @@ def _placed(stages: int, zero: int) -> None:
         state["exp_avg"].copy_(torch.ones_like(param))
     model.load_state_dict(truth.state_dict()) if dist.get_rank() == 0 else None
     held = list(model.parameters())
-    model.layers[0].weight.mark = "kept"  # type: ignore[attr-defined]
+    first: Any = model.layers[0]
+    first.weight.mark = "kept"
     hoard = tuple(model.parameters())  # the old objects are alive, their memory is not
     storages = {n: StorageWeakRef(p.untyped_storage()) for n, p in model.named_parameters()}
     sizes = {n: p.nbytes for n, p in model.named_parameters()}
@@ -262,8 +264,8 @@ def _placed(stages: int, zero: int) -> None:
         shared = tuple(place * data + dist.get_rank() % data for place in places)
         assert ranks == (shared if len(places) > 1 and mine in places else ())
     assert model.head.weight is model.embed.weight
-    assert model.layers[0].weight.mark == "kept"  # type: ignore[attr-defined]
-    assert torch.equal(model.calls, truth.calls)
+    assert first.weight.mark == "kept"
+    assert torch.equal(model.get_buffer("calls"), truth.get_buffer("calls"))
     assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in model.parameters()]
     assert set(engine.params()) == own
     copied = copy.deepcopy(model)
@@ -341,7 +343,7 @@ def test_ranks_that_disagree_say_so(what: str, says: str) -> None:
         assert says in text
 
 
-# -- states ------------------------------------------------------------------------------------------------------------------
+# -- states ------------------------------------------------------------------------------------------------------------
 
 
 def _states(stages: int) -> None:
@@ -381,12 +383,13 @@ def _states(stages: int) -> None:
     from_rank0 = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(model, dict(twice) if dist.get_rank() == 0 else {}, options=from_rank0)
     assert same(twice)
-    full = get_model_state_dict(model, options=FULL)
+    full: Any = get_model_state_dict(model, options=FULL)
     assert list(full) == list(first)
     assert all(torch.equal(full[n], v) for n, v in twice.items())
     on_rank0 = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     assert sorted(on_rank0) == (sorted(first) if dist.get_rank() == 0 else [])
-    set_model_state_dict(model, {n: v / 2 for n, v in get_model_state_dict(model).items()})
+    sharded: Any = get_model_state_dict(model)
+    set_model_state_dict(model, {n: v / 2 for n, v in sharded.items()})
     assert same(first)
 
 
@@ -449,6 +452,7 @@ def as_trained(values: Values) -> None:
         torch.testing.assert_close(values[name], expected)
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize(("ranks", "stages"), [(2, 2), (4, 2)])
 def test_a_checkpoint_is_loaded_by_another_number_of_stages(ranks: int, stages: int, tmp_path: Path) -> None:
     run(ranks, _saved, stages, str(tmp_path))
@@ -457,6 +461,7 @@ def test_a_checkpoint_is_loaded_by_another_number_of_stages(ranks: int, stages: 
     as_trained(_loaded(0, str(tmp_path)))
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_checkpoint_of_one_process_is_loaded_by_stages(tmp_path: Path) -> None:
     model = reference()
     state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, stepped(model))}
@@ -469,6 +474,7 @@ def _whole_optimizer_state() -> Values:
     one = reference()
     optimizer = stepped(one)
     full = get_optimizer_state_dict(one, optimizer)
+    plain = copy.deepcopy(optimizer.state_dict())
     model = Net()
     placed(model, 2)
     model.load_state_dict(one.state_dict())
@@ -476,7 +482,42 @@ def _whole_optimizer_state() -> Values:
     set_optimizer_state_dict(model, ours, full, options=FULL)
     give_gradients(model, 2)
     ours.step()
-    return full_state_dict(model)
+    values = full_state_dict(model)
+    ours.load_state_dict(copy.deepcopy(plain))  # torch.optim's own, of one process
+    ours.state_dict()
+    assert {id(p) for p in ours.state} == {id(p) for p in model.parameters() if p.requires_grad}
+    other = torch.optim.AdamW(model.parameters(), lr=0.01)  # which has not stepped yet
+    other.load_state_dict(plain)
+    model.load_state_dict(one.state_dict())
+    give_gradients(model, 2)
+    other.step()
+    assert {id(p) for p in other.state} == {id(p) for p in model.parameters() if p.requires_grad}
+    assert all(torch.equal(value, values[name]) for name, value in full_state_dict(model).items())
+    return values
+
+
+def _whole_of_an_optimizer(stages: int, frozen: bool) -> None:
+    model, one = different(), reference()
+    for net in (model, one):
+        net.layers[2].requires_grad_(not frozen)
+    table = {True: lambda name, stages: frozenset({int(name.startswith("layers.2"))}), False: uses}
+    placed(model, stages, used=table[frozen])  # one stage may have nothing to train
+    ours, theirs = stepped(model), stepped(one)
+    whole_states: Any = get_optimizer_state_dict(model, ours, options=FULL)
+    expected: Any = get_optimizer_state_dict(one, theirs)
+    assert whole_states["param_groups"] == expected["param_groups"]
+    assert whole_states["state"].keys() == expected["state"].keys()
+    torch.testing.assert_close(whole_states["state"], expected["state"])
+    on_rank0 = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    assert bool(get_optimizer_state_dict(model, ours, options=on_rank0)) == (dist.get_rank() == 0)
+    sharded: Any = get_optimizer_state_dict(model, ours)
+    assert {id(p) for p in ours.state} == {id(p) for p in model.parameters() if p.requires_grad}
+    assert len(sharded["state"]) == len(ours.state)
+
+
+@pytest.mark.parametrize(("ranks", "stages", "frozen"), [(2, 2, True), (4, 2, False), (4, 4, False)])
+def test_the_whole_state_of_an_optimizer_is_that_of_one_process(ranks: int, stages: int, frozen: bool) -> None:
+    run(ranks, _whole_of_an_optimizer, stages, frozen)
 
 
 def test_whole_states_of_an_optimizer_are_taken() -> None:
@@ -484,7 +525,7 @@ def test_whole_states_of_an_optimizer_are_taken() -> None:
         as_trained(values)
 
 
-# -- norms -------------------------------------------------------------------------------------------------------------------
+# -- norms -------------------------------------------------------------------------------------------------------------
 
 NORMS = [2.0, 1.0, 3.0, float("inf"), float("-inf"), 0.0]
 NAMES = [name for name, _ in Net().named_parameters()]
@@ -512,13 +553,16 @@ def _norms(stages: int, cases: list[Case]) -> None:
         for param, one in zip(model.parameters(), truth.parameters(), strict=True):
             if param.grad is not None:
                 assert one.grad is not None
-                torch.testing.assert_close(whole(param.grad), one.grad)
+                within = 1e-2 if param.dtype == torch.bfloat16 else 3e-3  # norms of its shards are rounded, too
+                torch.testing.assert_close(whole(param.grad), one.grad, rtol=within, atol=1e-5)
         give_gradients(model, 0, without)
         answers["of gradients"] = get_total_norm(grads_of(model), norm_type)
         answers["of copies"] = nn.utils.get_total_norm([g.detach() for g in grads_of(model)], norm_type)
         for name, norm in answers.items():
             assert type(norm) is torch.Tensor, name  # a plain one
-            torch.testing.assert_close(norm, expected.float(), msg=f"{name}, {norm_type}: {norm} {expected}")
+            torch.testing.assert_close(
+                norm, expected.float(), rtol=3e-3, atol=1e-5, msg=f"{name}, {norm_type}: {norm} {expected}"
+            )
 
 
 @pytest.mark.parametrize(("ranks", "stages"), [(2, 2), (4, 2), (4, 4)])
@@ -608,7 +652,7 @@ def test_another_torch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         compat.extend_total_norm(lambda *args: torch.zeros(()))
 
 
-# -- loss scales ---------------------------------------------------------------------------------------------------------------
+# -- loss scales -------------------------------------------------------------------------------------------------------
 
 
 def _scaled(fused: bool) -> list[Any]:
@@ -621,8 +665,8 @@ def _scaled(fused: bool) -> list[Any]:
     for broken, without in ((True, frozenset()), (True, frozenset(NAMES) - {"layers.0.weight"}), (False, frozenset())):
         scaler.scale(torch.ones(1))
         give_gradients(model, 0, without)
-        grad = model.layers[0].weight.grad
-        if broken and grad is not None:
+        grad = model.get_parameter("layers.0.weight").grad
+        if broken and isinstance(grad, DTensor):
             grad.to_local()[0, 0] = float("inf")
         before = full_state_dict(model)
         scaler.step(optimizer)
@@ -640,7 +684,7 @@ def test_an_overflow_on_one_stage_skips_the_step_on_all(fused: bool) -> None:
         assert answers == [(4.0, set()), (2.0, set()), (2.0, trained)]
 
 
-# -- tied parameters -------------------------------------------------------------------------------------------------
+# -- tied parameters ---------------------------------------------------------------------------------------------------
 
 
 def _summed(stages: int) -> None:

@@ -41,6 +41,7 @@ from dspass.runtime.engine import Engine
 from dspass.runtime.wish import STAGE_BOUNDARY
 from tests import test_architectures as architectures
 from tests.captured import capture
+from tests.graphs import Routed
 from tests.models import BatchNorm, Block, CheckpointedAttention, Gpt
 
 #: A device whose links take nothing, so that compute alone decides.
@@ -701,6 +702,15 @@ def test_no_cut_between_a_tuple_and_its_items() -> None:
     cuts = cut_(gm, 4)
     for item in (n for n in gm.graph.nodes if n.target is operator.getitem and n in cuts.stage_of):
         assert cuts.stage_of[item.args[0]] == cuts.stage_of[item]
+
+
+def test_no_cut_inside_of_a_layer_of_experts() -> None:
+    gm, _engine = graph_of(Routed(), torch.randn(32, 5))
+    products = [n for n in gm.graph.nodes if "grouped_product" in str(n.target)]
+    assert len(products) == 2
+    for stages in (2, 3, 4):
+        cuts = cut_(gm, stages)
+        assert len({cuts.stage_of[n] for n in products}) == 1
 
 
 def test_what_is_written_in_place_stays_with_what_it_is_written_into() -> None:
