@@ -301,7 +301,7 @@ class Pipelined:
         schedule = staging.schedule_of(count) if trains else forward_only(staging.schedule, count)
         inputs = [*batches.inputs[0], *_totals(combination, batches)]
         parts = {action.stage for row in schedule.actions for action in row if action.kind is Kind.INPUT}
-        mine = sorted(schedule.stages_of(self.pipe.rank), key=lambda s: -cuts.stages[s].saved_bytes)
+        mine = schedule.stages_of(self.pipe.rank)
 
         def compiled(stage: StageGraph, place: Place | None = None) -> Stage:
             return self._compile(stage, inputs, trains, stage.index in parts, place)
@@ -310,8 +310,9 @@ class Pipelined:
             own = self.config.dspass
             if not trains or (own.memory_budget is None and own.plan is None):
                 return {s: compiled(graphs[s]) for s in mine}
+            order = sorted(mine, key=lambda s: -cuts.stages[s].saved_bytes)
             links, size = plans.links_of(graphs), plans.bytes_of(batches.calls)
-            return plans.in_budget(graphs, mine, schedule, self.pipe.rank, links, size, self.engine, compiled)
+            return plans.in_budget(graphs, order, schedule, self.pipe.rank, links, size, self.engine, compiled)
 
         stages = plans.together(self.pipe, planned)
         executor = Executor(
