@@ -31,6 +31,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from dspass import steps
+from dspass.casts import cast_inputs, half, inputs_to_cast
 from dspass.compilation import Compilation, compile_graph
 from dspass.config import Config
 from dspass.engines import new_engine
@@ -148,7 +149,7 @@ class _ByHand:
 
     def _own(self, i: int, value: Any) -> Any:
         """An input of the graph, cast as the compiled graph's will be."""
-        return value.to(_half(self.config)) if i in self.casts else value
+        return value.to(half(self.config)) if i in self.casts else value
 
     def run(self, inputs: Sequence[Any], whole: Callable[[Any], Any]) -> Any:
         """Run the graph; ``whole`` answers what takes an input's place: of a parameter its values in the options' precision."""
@@ -386,35 +387,6 @@ def mark_plain(gm: fx.GraphModule, inputs: Sequence[Any], specs: Mapping[int, Pa
             marker.meta["example_value"] = node.meta["example_value"].to(spec.compute_dtype)
         node.replace_all_uses_with(marker, delete_user_cb=lambda user, marker=marker: user is not marker)
     gm.recompile()
-
-
-def inputs_to_cast(gm: fx.GraphModule, config: Config) -> list[int]:
-    """With bf16 or fp16: which inputs are the model's own, in fp32; they are cast as its parameters are."""
-    if not (config.bf16 or config.fp16) or compat.in_resumed_frame():
-        return []
-    found = []
-    for i, node in enumerate(gm.graph.find_nodes(op="placeholder")):
-        source, value = compat.placeholder_source(node), node.meta.get("example_value")
-        if source is None or "_parameters[" in source or "_buffers[" in source:
-            continue
-        if isinstance(value, torch.Tensor) and value.dtype == torch.float32 and not isinstance(value, nn.Parameter):
-            found.append(i)
-    return found
-
-
-def cast_inputs(gm: fx.GraphModule, config: Config) -> None:
-    """Cast :func:`inputs_to_cast` in the graph."""
-    placeholders = gm.graph.find_nodes(op="placeholder")
-    for node in (placeholders[i] for i in inputs_to_cast(gm, config)):
-        with gm.graph.inserting_after(placeholders[-1]):
-            cast = gm.graph.call_method("to", (node, _half(config)))
-        cast.meta["example_value"] = node.meta["example_value"].to(_half(config))
-        node.replace_all_uses_with(cast, delete_user_cb=lambda user, cast=cast: user is not cast)
-    gm.recompile()
-
-
-def _half(config: Config) -> torch.dtype:
-    return precision(config, torch.float32)
 
 
 def _kinds(inputs: Sequence[Any], params: Sequence[nn.Parameter]) -> list[tuple[str, int]]:

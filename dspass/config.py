@@ -338,6 +338,9 @@ KEYS: tuple[Key, ...] = (
          "`zero_quantized_weights`.", choices=FORMATS),
     _act("dspass.quantise.gradients", "gradients", "text", None, "",
          "What gradients are reduced as. Absent: whole, or `int4` with `zero_quantized_gradients`.", choices=FORMATS),
+    _act("dspass.quantise.exchanges", "exchanges", "text", None, "",
+         "What rows go to experts on other ranks as, and come back as, forward and backward: each row in blocks of its own, of "
+         "`block` values at most. Absent: whole. Its effect needs `expert_parallel`.", choices=FORMATS),
     _act("dspass.quantise.activations", "activations", "text", None, "",
          "What saved activations may wait for the backward as: under a `memory_budget` those that the planner chooses, without "
          "one all that can be. Absent: whole. Changes gradients, not the loss.", choices=FORMATS),
@@ -351,8 +354,9 @@ KEYS: tuple[Key, ...] = (
          "whole parameters on each rank. Absent: where `zeropp_loco_param` holds something.", stages=(3,)),
     _act("dspass.quantise.max_relative_error", "max_relative_error", "number", None, "share",
          "A bucket of which one parameter's rounding error, as a norm over that of the parameter and measured when it is "
-         "sharded, is larger, is gathered whole. Gradients and activations are not known when that is decided: it does not "
-         "act on them.", low=0),
+         "sharded, is larger, is gathered whole. Gradients, activations and rows of experts are not known when that is "
+         "decided: it does not act on them. Of rows the report says how far the first ones were off, and which by more.",
+         low=0),
     _act("dspass.experts.capacity_factor", "capacity_factor", "number", None, "share",
          "Most rows that an expert takes of a rank's, in even shares: of `tokens * experts a token / experts` rows, rounded "
          "up. What is beyond, last in the order of tokens, becomes zeros; sizes are fixed, so every rank needs as many tokens. "
@@ -598,6 +602,12 @@ KEYS: tuple[Key, ...] = (
     _act("dspass.experts.expected_imbalance", "expected_imbalance", "number", 1.0, "times the mean",
          "How many tokens the busiest rank is expected to get for its experts, over the mean: a prediction and a memory budget "
          "suppose it, for how many come is known in each step alone. The report shows what it is.", low=1.0),
+    _act("dspass.experts.hierarchical", "hierarchical", "flag", None, "",
+         "Rows on their way to experts, and back, go inside of the node first, to the rank whose place is that of the one that "
+         "they are for, and then across nodes: fewer and larger messages, the same numbers. Nodes have "
+         "`zero_hpz_partition_size` ranks where that is above 1, else as many as were started on this one; a prediction's as "
+         "many as the device's. Absent: where the experts' ranks span nodes, and by the device's figures the latency of "
+         "messages is more than what the first way takes."),
     _section("expert_parallel"),
     _act("expert_parallel.enabled", "enabled", "flag", False, "",
          "Divide the experts of mixtures of experts over ranks, and send tokens to them. What they are is recognised in the "
@@ -855,6 +865,8 @@ class QuantiseConfig:
     """Format of gathers; None leaves it to ``zero_quantized_weights``."""
     gradients: str | None = None
     """Format of reductions; None leaves it to ``zero_quantized_gradients``."""
+    exchanges: str | None = None
+    """Format of rows that go to experts and back; None sends them whole."""
     activations: str | None = None
     """Format of saved activations; None saves them whole."""
     block: int = 256
@@ -989,6 +1001,8 @@ class ExpertsConfig:
     """False drops none in spite of a factor."""
     min_capacity: int | None = None
     """Least capacity; None is 4."""
+    hierarchical: bool | None = None
+    """Whether rows go inside of the node first; None: where it pays."""
 
     @property
     def limits(self) -> bool:
@@ -1293,7 +1307,14 @@ class Config:
             if key.field and stage not in key.stages and (value := self._value(key)) not in (None, key.default)
             and value is not False
         )  # fmt: skip
-        return replace(self, ignored=self.ignored + notes + self._notes_of_feedback())
+        return replace(self, ignored=self.ignored + notes + self._notes_of_feedback() + self._notes_of_experts())
+
+    def _notes_of_experts(self) -> tuple[Ignored, ...]:
+        """Note what asks for rows of experts to travel in another way, where experts are not divided and none travel."""
+        if self.quantise.exchanges is None or self.expert_parallel.enabled:
+            return ()
+        reason = "no rows travel; it acts with expert_parallel"
+        return (Ignored(key="dspass.quantise.exchanges", value=self.quantise.exchanges, reason=reason),)
 
     def _notes_of_feedback(self) -> tuple[Ignored, ...]:
         """Note what asks for error feedback where it has no use, or is switched off."""

@@ -12,6 +12,8 @@ further as the stage says. Where one group has all ranks, weights lie as ZeRO ha
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import gcd
@@ -24,24 +26,30 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard
 
 from dspass.config import Config, ConfigError
+from dspass.passes import devices
 from dspass.passes.batched_experts import Batch, find_batches
 from dspass.passes.experts import Layer, find_experts
 from dspass.runtime import compat
 from dspass.runtime.axis import Axis, axis_of
+from dspass.runtime.levels import Levels
 from dspass.runtime.params import Layout
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertMesh:
-    """``mesh`` of expert axis and, where ranks share experts, data axis; ``axis`` is the first, ``shard_axis`` the second."""
+    """``mesh`` of expert axis and, where ranks share experts, data axis; ``axis`` is the first, ``shard_axis`` the second.
+    ``levels`` are the first's, where rows may go inside of a node before they go across."""
 
     mesh: DeviceMesh
     axis: Axis
     shard_axis: Axis | None
+    levels: Levels | None = None
 
     @classmethod
-    def over(cls, data: DeviceMesh, config: Config, weights: Mapping[str, torch.Tensor]) -> ExpertMesh | None:
-        """None where one rank has all experts anyway.
+    def over(
+        cls, data: DeviceMesh, config: Config, weights: Mapping[str, torch.Tensor], target: str | None = None
+    ) -> ExpertMesh | None:
+        """None where one rank has all experts anyway. ``target``: the kind of device that a prediction is for.
 
         Raises ``ConfigError`` where ranks cannot be divided so, or experts not over them.
         """
@@ -61,12 +69,14 @@ class ExpertMesh:
                 )
         if size == 1:
             return None
+        levels = _levels(data, config, size, target)
         if size == world:
-            return cls(mesh=data, axis=axis_of("expert", data, 0), shard_axis=None)
+            return cls(mesh=data, axis=axis_of("expert", data, 0), shard_axis=None, levels=levels)
         with compat.without_fake_mode():
             ranks = torch.arange(world).view(world // size, size).t().contiguous()
             mesh = DeviceMesh(data.device_type, ranks, mesh_dim_names=("expert", "expert_data"))
-        return cls(mesh=mesh, axis=axis_of("expert", mesh, 0), shard_axis=axis_of("expert_data", mesh, 1))
+        axis, shard_axis = axis_of("expert", mesh, 0), axis_of("expert_data", mesh, 1)
+        return cls(mesh=mesh, axis=axis, shard_axis=shard_axis, levels=levels)
 
     def layout(self, config: Config) -> Layout:
         """How ranks with the same experts hold them."""
@@ -77,6 +87,45 @@ class ExpertMesh:
         if self.shard_axis is None:
             return [Shard(0)]
         return [Shard(0), Shard(0) if layout == "shard" else Replicate()]
+
+
+#: Peers that a rank serves at once: so many messages of an all-to-all take one latency together. An assumption.
+PEERS_AT_ONCE = 8
+
+
+def _levels(data: DeviceMesh, config: Config, size: int, target: str | None) -> Levels | None:
+    """Nodes among ``size`` consecutive ranks; None where there are none to speak of, or they are not to be used.
+
+    All ranks make the groups, or none: what decides is equal on all of them.
+    """
+    asked, kind = config.experts.hierarchical, target or data.device_type
+    on = devices.tabled(kind) if asked is None or target is not None else None
+    local = config.zero.zero_hpz_partition_size
+    if local == 1:
+        local = (
+            on.node_devices if target is not None and on is not None else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        )
+    if asked is False or not 1 < local < size or size % local:
+        if asked:
+            raise ConfigError(
+                "dspass.experts.hierarchical",
+                f"nodes of {local} ranks do not divide the {size} ranks that experts are divided over into two or more.",
+                "Remove it, or say by zero_optimization.zero_hpz_partition_size how many ranks a node has.",
+            )
+        return None
+    nodes, world = size // local, data.size()
+    most = math.inf
+    if asked is None:
+        assert on is not None
+        messages = (size - 1) - (local - 1) - (nodes - 1)
+        more = (local - 1) / local / (
+            on.node_link or on.link
+        ) + 4 / on.memory  # a byte's first way, and twice into order
+        most = messages / PEERS_AT_ONCE * on.latency / more
+    with compat.without_fake_mode():
+        ranks = torch.arange(world).view(world // size, nodes, local)
+        mesh = DeviceMesh(data.device_type, ranks, mesh_dim_names=("experts", "across", "node"))
+    return Levels(node=axis_of("expert_node", mesh, 2), across=axis_of("expert_across", mesh, 1), most_bytes=most)
 
 
 def _divisors(number: int) -> list[int]:

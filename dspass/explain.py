@@ -38,7 +38,7 @@ from dspass.owners import unwrap
 from dspass.passes import cost, devices
 from dspass.planner.record import BudgetError, Plan, Tensors
 from dspass.planner.saved import PlanError
-from dspass.quantising import quantised_tensors
+from dspass.quantising import notes_of_rows, quantised_tensors
 from dspass.report import (
     Direction,
     ExpertLayer,
@@ -539,6 +539,7 @@ def _report(
             for where, (before, after) in compilation.texts.items()
         ]
     ignored = {i.key: i.reason for i in config.ignored} if config is not None else {}
+    quantised = quantised_tensors(_graphs(engine), engine)
     return Report(
         kind=kind,
         model=type(model).__name__,
@@ -549,7 +550,7 @@ def _report(
         memory=memory,
         traffic=sorted(traffic, key=lambda t: (t.direction, t.kind)),
         host_copies=host_copies,
-        quantised=[*stored_tensors(model), *quantised_tensors(_graphs(engine), engine)],
+        quantised=[*stored_tensors(model), *quantised],
         rounded=rounded_layers(engine),
         experts=_experts(engine),
         step_seconds=seconds,
@@ -559,6 +560,7 @@ def _report(
         notes=[
             *dict.fromkeys(n for c in engine.compilations for p in c.passes for n in p.notes),
             *_routing_notes(kind, engine),
+            *notes_of_rows(quantised, config.quantise.max_relative_error if config is not None else None),
             *notes,
         ],
         versions={"torch": torch.__version__, "python": platform.python_version(), "dspass": _version()},

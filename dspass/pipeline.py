@@ -17,6 +17,7 @@ from dspass.passes.offload_saved import OffloadSaved
 from dspass.passes.packed import QuantisingPass
 from dspass.passes.pipeline import DEFAULT
 from dspass.passes.prefetch_gathers import PrefetchGathers
+from dspass.passes.quantise_exchanges import QuantiseExchanges
 from dspass.passes.quantise_gathers import QuantiseGathers
 from dspass.passes.quantise_reductions import QuantiseReductions
 from dspass.passes.quantise_saved import QuantiseSaved
@@ -82,6 +83,8 @@ def _options(cls: type[Pass], config: Config) -> dict[str, Any]:
         options["format"] = _format(zero.zero_quantized_gradients, config.quantise.gradients, "int4")
         if config.feeds_errors_back:
             options |= {"error_beta": config.loco_err_beta or 0.0, "error_reset": config.loco_reset_steps}
+    if cls is QuantiseExchanges:
+        options["format"] = config.quantise.exchanges
     if cls is GlobalAuxLoss:
         options["enabled"] = config.experts.global_aux_loss
     if cls is QuantisedProducts:

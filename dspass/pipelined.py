@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from dspass import stage_plans as plans
 from dspass import steps
+from dspass.casts import cast_inputs
 from dspass.compilation import compile_graph
 from dspass.config import Config, ConfigError
 from dspass.engines import new_engine
@@ -76,8 +77,14 @@ class Built:
     combination: Combination | None
     loss: int | None
     """Position of the output whose gradients are held, where there are any."""
+    trains: bool
     graphs: list[StageGraph]
     outputs: list[Output]
+
+    @property
+    def needs_batch(self) -> bool:
+        """Whether each micro-batch is told something of the whole batch."""
+        return self.combination is not None and bool(self.combination.totals)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -147,13 +154,14 @@ class Pipelined:
             self._stage(self._collect(leaves, structure, size, guess).capture.gm, size, guess, trains)
         count = self._micro_batches(size, trains)
         batches = self._collect(leaves, structure, size, count)
-        if count > 1 and self.config.pipeline.loss_reduction is None:
+        built = batches.capture.built.get(count)
+        if count > 1 and (built.needs_batch if built else self.config.pipeline.loss_reduction is None):
             whole = self._collect(leaves, structure, size, 1)
             batches.whole, batches.whole_graph = whole.inputs[0], whole.capture.gm.graph
-        if count not in batches.capture.built:
-            batches.capture.built[count] = self._build(batches, count, trains)
-        self.last = batches.capture.built[count]
-        return self._run(self.last, batches, trains)
+        if built is None:
+            built = batches.capture.built[count] = self._build(batches, count, trains)
+        self.last = built
+        return self._run(built, batches)
 
     def first_call(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], outputs: int, broken: str | None
@@ -243,6 +251,7 @@ class Pipelined:
                 break
         compat.allow_compilations(1)
         read_parameters(gm.graph)
+        cast_inputs(gm, self.config)
         capture = Capture(gm=gm)
 
         def run(*inputs: Any) -> Any:
@@ -292,6 +301,7 @@ class Pipelined:
         (output,) = graph.find_nodes(op="output")
         answers: Sequence[Any] = output.args[0]
         position = next((i for i, answer in enumerate(answers) if answer is loss), None)
+        trains = trains and position is not None  # an evaluation that forgot no_grad() has no loss
         described = outputs_of(graph, loss, split)
         if trains and position is not None:
             keep_outputs(gm, [position])
@@ -324,7 +334,14 @@ class Pipelined:
             on_last=self.engine.backward_of_call,
         )
         outputs = on_stages(described, graphs)
-        return Built(executor=executor, combination=combination, loss=position, graphs=graphs, outputs=outputs)
+        return Built(
+            executor=executor,
+            combination=combination,
+            loss=position,
+            trains=trains,
+            graphs=graphs,
+            outputs=outputs,
+        )
 
     def _combined(
         self, graph: fx.Graph, whole: fx.Graph | None, count: int, trains: bool
@@ -334,7 +351,7 @@ class Pipelined:
         try:
             combination = combine_losses(graph, loss_of(graph), whole, count, reduction)
         except ValueError as error:
-            if trains:
+            if trains and self.root.training:
                 raise PipelineUseError(str(error)) from error
             return None, None
         return combination.loss, combination
@@ -374,9 +391,9 @@ class Pipelined:
 
     # -- run -------------------------------------------------------------------------------------------------------
 
-    def _run(self, built: Built, batches: _Batches, trains: bool) -> Any:
+    def _run(self, built: Built, batches: _Batches) -> Any:
         assert self.engine is not None
-        engine, inputs = self.engine, batches.inputs
+        engine, inputs, trains = self.engine, batches.inputs, built.trains
         totals = _totals(built.combination, batches)
         inputs = [[*batch, *totals] for batch in inputs]
         keys = dict.fromkeys(key for stage in built.executor.stages.values() for key in stage.keys)

@@ -3,13 +3,16 @@
 Errors are measured once, on the values that are there then, each rank its own shard, and added over ranks, so that all ranks
 know the same and quantise the same buckets. Dropped: to measure at each step, which would go over all parameters once more.
 
+Rows of experts are measured when the first of them are sent (:func:`dspass.runtime.quantise.rounding_squares`), each rank its
+own, from their codes and scales: what was rounded is in no memory then.
+
 Errors of saved activations are not measured: a value is whole no more when its codes are read, and to look at both in the
 forward would make code that is compiled answer more, and hold what is to be free.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from math import prod
 from typing import Any
 
@@ -20,7 +23,7 @@ from torch._subclasses import FakeTensor
 
 from dspass.config import Config
 from dspass.passes.kernels import is_view, size_of
-from dspass.passes.nodes import calls, gather_start, is_packed, over_of, reduce_start, specs_of
+from dspass.passes.nodes import ROWS, calls, gather_start, is_packed, over_of, reduce_start, spec_of, specs_of
 from dspass.passes.packed import COMPENSATE, QUANTISE, sizes_of
 from dspass.passes.quantise_gathers import QuantiseGathers
 from dspass.passes.quantise_saved import QUANTISE as QUANTISE_SAVED
@@ -90,12 +93,29 @@ def _collective_device(spec: ParamSpec, local: torch.Tensor) -> torch.device:
 
 
 def quantised_tensors(graphs: Iterable[tuple[Direction, fx.Graph]], engine: Engine) -> list[QuantisedTensor]:
-    """Each parameter, and each gradient, of the buckets that ``graphs`` send, where any of them travels in few bits; and the
-    values that they save in few bits."""
+    """Each parameter, and each gradient, of the buckets that ``graphs`` send, where any of them travels in few bits; the rows
+    of experts, where any do; and the values that they save in few bits."""
     both = list(graphs)
     found = [one for direction, graph in both for one in _of_graph(direction, graph, engine)]
+    rows = [one for direction, graph in both for one in _of_rows(direction, graph, engine)]
     saved = [one for direction, graph in both if direction == "forward" for one in _saved(graph)]
-    return [*(found if any(one.format for one in found) or engine.quantised_errors else []), *saved]
+    return [
+        *(found if any(one.format for one in found) or engine.quantised_errors else []),
+        *(rows if any(one.format for one in rows) else []),
+        *saved,
+    ]
+
+
+def notes_of_rows(tensors: Sequence[QuantisedTensor], limit: float | None) -> list[str]:
+    """A sentence on rows of experts that are off by more than ``limit``, which is known only once they have been sent."""
+    errors = [(t.relative_error, t.name) for t in tensors if t.kind == "rows" and t.relative_error is not None]
+    wrong = [(error, name) for error, name in errors if limit is not None and error > limit]
+    if not wrong:
+        return []
+    return [
+        f"Rows of {', '.join(dict.fromkeys(name for _, name in wrong))} are off by up to {max(wrong)[0]:.2g} in few bits, "
+        f"beyond dspass.quantise.max_relative_error ({limit:g}): take a finer dspass.quantise.exchanges, or a smaller block."
+    ]
 
 
 def _saved(forward: fx.Graph) -> Iterator[QuantisedTensor]:
@@ -144,11 +164,39 @@ def _of_graph(direction: Direction, graph: fx.Graph, engine: Engine) -> Iterator
             )
 
 
-def _packed_bytes(start: Any, size: int) -> int:
-    """Of ``size`` values of a bucket with their scales."""
+def _of_rows(direction: Direction, graph: fx.Graph, engine: Engine) -> Iterator[QuantisedTensor]:
+    for start in (n for n in graph.nodes if n.target in ROWS):
+        spec, sent = spec_of(start), start.args[0]
+        if spec.engine is not engine:
+            continue
+        size = sum(map(size_of, sent))
+        packed = start.args[-1] if is_packed(start) else None
+        error = None
+        if packed is not None:
+            kind = start.target.__name__.removesuffix("_start")
+            sums = engine.row_errors.get((spec.key, direction, kind, packed[1]))
+            error = None if sums is None else relative(sums)
+        yield QuantisedTensor(
+            name=spec.layer,
+            kind="rows",
+            direction=direction,
+            format=None if packed is None else packed[0],
+            whole_bytes=size if packed is None else size_of(_quantising(start).args[0][0]),
+            sent_bytes=size,
+            relative_error=error,
+        )
+
+
+def _quantising(start: Any) -> Any:
+    """What has quantised that which ``start`` sends."""
     packed = start.args[0][0]
     while packed.target not in (QUANTISE, COMPENSATE):
         packed = packed.args[0]
-    format, block = packed.args[3:5]
+    return packed
+
+
+def _packed_bytes(start: Any, size: int) -> int:
+    """Of ``size`` values of a bucket with their scales."""
+    format, block = _quantising(start).args[3:5]
     count = blocks_of(size, block)
     return format_of(format).code_bytes(count * block) + 4 * count

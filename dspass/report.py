@@ -168,12 +168,12 @@ class HostCopy:
 @dataclass(frozen=True, kw_only=True)
 class QuantisedTensor:
     """How one parameter, or one gradient, travels: as ``format``, or whole (None). Bytes are those of one rank's buffer, of
-    which ``(ranks - 1) / ranks`` go to others in a reduction, and all of them, to each, in a gather. Or how one value is
-    ``saved`` for the backward, by its name in the graph; those that are saved whole are not among them. Or how a weight
-    is stored."""
+    which ``(ranks - 1) / ranks`` go to others in a reduction, and all of them, to each, in a gather. Or how ``rows`` go to
+    experts or back, as many as are expected, by their layer's name. Or how one value is ``saved`` for the backward, by its name
+    in the graph; those that are saved whole are not among them. Or how a weight is stored."""
 
     name: str
-    kind: Literal["gather", "reduction", "saved", "weight"]
+    kind: Literal["gather", "reduction", "rows", "saved", "weight"]
     direction: Direction
     format: str | None
     whole_bytes: int

@@ -196,7 +196,8 @@ def place(
     shard_axis, replicate_axis = axes_of(mesh)
     node_axis, across_axis = node_axes_of(mesh, config)
     divided = {id(p) for p in experts}
-    among = ExpertMesh.over(mesh, config, {n: p for n, p in params.items() if id(p) in divided}) if divided else None
+    weights = {n: p for n, p in params.items() if id(p) in divided}
+    among = ExpertMesh.over(mesh, config, weights, engine.target) if divided else None
     replaced: Replaced = {}
     specs: dict[int, ParamSpec] = {}
     for name, param in params.items():
@@ -232,6 +233,7 @@ def place(
             node_axis=node_axis if layout == "shard" and mine is None else None,
             across_axis=across_axis if layout == "shard" and mine is None else None,
             expert_axis=mine.axis if mine else None,
+            expert_levels=mine.levels if mine else None,
             param=weakref.ref(new),
         )
         engine.add(spec)

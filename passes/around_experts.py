@@ -64,20 +64,22 @@ class Dropless:
     ends: fx.Node
     scores: fx.Node | None
     _arriving: Any = None
+    _splits: Any = None
     _positions: Any = None
     _count: Any = None
 
     def open(self) -> fx.Node:
         """The ends of the rows of the experts here."""
         graph = self.graph
-        self._arriving = graph.call_function(_ops.exchange_counts, (self.ends, self.scores, self.spec.key))
+        told = graph.call_function(_ops.exchange_counts, (self.ends, self.scores, self.spec.key))
+        self._arriving, self._splits = (graph.call_function(operator.getitem, (told, i)) for i in range(2))
         here = graph.call_method("sum", (self._arriving, 0))
         return graph.call_function(torch.cumsum, (here,), {"dim": 0, "dtype": torch.int32})
 
     def enter(self, node: fx.Node) -> fx.Node:
         """Rows of the experts here from all ranks, in the order of experts."""
         graph = self.graph
-        sent = graph.call_function(_ops.dispatch_rows, (node, self.ends, self._arriving, None, self.spec.key))
+        sent = graph.call_function(_ops.dispatch_rows, (node, self._splits, None, self.spec.key))
         if self._positions is None:
             self._count = graph.call_method("size", (sent, 0))
             self._positions = graph.call_function(_ops.arrival_positions, (self._arriving, self._count))
@@ -92,7 +94,7 @@ class Dropless:
         graph = self.graph
         back = graph.call_function(_ops.unpermute_experts, (node, self._positions))
         size = rows_of(graph, self.first)
-        return graph.call_function(_ops.combine_rows, (back, self.ends, self._arriving, size, self.spec.key))
+        return graph.call_function(_ops.combine_rows, (back, self._splits, size, self.spec.key))
 
 
 @dataclass(kw_only=True)

@@ -14,7 +14,7 @@ import operator
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.fx as fx
@@ -35,6 +35,7 @@ from dspass.passes.kernels import (
 )
 from dspass.passes.nodes import (
     EXCHANGES,
+    ROWS,
     combine_start,
     counts_start,
     even_start,
@@ -46,24 +47,28 @@ from dspass.passes.nodes import (
     over_of,
     reduce_start,
     reduce_wait,
+    spec_of,
     specs_of,
 )
 from dspass.passes.onednn_products import fits
 from dspass.runtime import compat, grouped
 from dspass.runtime.host import offload_start, offload_wait, reload_start, reload_wait
 from dspass.runtime.linear import LINEAR
-from dspass.runtime.params import ParamSpec, lookup
+from dspass.runtime.params import ParamSpec
 from dspass.runtime.traffic import (
     Collective,
     counts_cost,
     even_cost,
     expected_splits,
+    expected_table,
     gather_cost,
+    level_costs,
     mean_cost,
     packed_gather_cost,
     packed_reduce_cost,
     reduce_cost,
     rows_cost,
+    turned,
 )
 
 _STARTS = {gather_start, reduce_start, *EXCHANGES}
@@ -93,13 +98,14 @@ def estimate(graph: fx.Graph, on: Device) -> Estimate:
     compute = 0.0
     for node in graph.nodes:
         if node.target in _STARTS:
-            for kind, group, seconds in _collectives(node, on):
-                begin = max(now, link_free)
-                link_free = begin + seconds
+            begun = _collectives(node, on)
+            for i, (kind, group, seconds) in enumerate(begun):
+                link_free = max(now, link_free) + seconds
                 arrives[node] = (link_free, (kind, group))
-                if not on.overlaps:
-                    exposed[kind, group] += seconds
-                    waits[node] += seconds
+                # Counts, and what goes inside of a node first, are there before rows go on.
+                if not on.overlaps or (node.target in ROWS and i < len(begun) - 1):
+                    exposed[kind, group] += link_free - now
+                    waits[node] += link_free - now
                     now = link_free
         elif node.target in (offload_start, reload_start):
             kind = "offload" if node.target is offload_start else "reload"
@@ -141,24 +147,33 @@ def _of_parameters(start: fx.Node) -> list[Collective]:
 def _exchanged(start: fx.Node) -> list[Collective]:
     """An all-to-all of expert parallelism, as the rank that gets the most has it: charged with what it sends or gets, whichever
     is more, for links go both ways at once; or the mean of shares."""
-    spec = lookup(cast(str, start.args[-1]))
-    sent, got = cast(fx.Node, start.args[0]), start
+    spec = spec_of(start)
+    first: Any = start.args[0]
     if start.target is mean_start:
         assert spec.shard_axis is not None
-        return [mean_cost(spec.shard_axis, size_of(sent), "forward")]
+        return [mean_cost(spec.shard_axis, size_of(first), "forward")]
     axis = spec.divided_over
     if start.target is counts_start:
-        return [counts_cost(axis, leaves(sent.meta["val"])[0].shape[0], "forward")]
+        return [counts_cost(axis, leaves(first.meta["val"])[0].shape[0], "forward")]
     if start.target is even_start:
         told = [counts_cost(axis, spec.full_shape[0] + 1, "forward")] if start.args[3] else []
-        return [*told, even_cost(axis, size_of(sent), "forward")]
+        size, alike = sum(map(size_of, first)), [[1] * axis.size] * axis.size
+        if spec.expert_levels is not None and spec.expert_levels.pay(alike, size // axis.size):
+            return [*told, *level_costs(spec.expert_levels, axis.rank, alike, size // axis.size, "forward")]
+        return [*told, even_cost(axis, size, "forward")]
+    sent, got = [n.meta["val"] for n in first], start.meta["val"]
     if start.target is combine_start:
         sent, got = got, sent
-    (rows,), (arriving,) = (leaves(n.meta["val"]) for n in (sent, got))
-    counts = [compat.expected(value.shape[0]) or 0 for value in (rows, arriving)]
+    counts = [compat.expected(tensors[0].shape[0]) or 0 for tensors in (sent, got)]
     going, coming = expected_splits(axis, *counts)
     others = max(counts[0] - going[axis.rank], counts[1] - coming[axis.rank])
-    return [rows_cost(axis, others * math.prod(rows.shape[1:]) * rows.element_size(), "forward")]
+    row = sum(math.prod(t.shape[1:]) * t.element_size() for t in got)
+    if spec.expert_levels is not None:
+        table = expected_table(axis, *counts)
+        if spec.expert_levels.pay(table, row):
+            ways = (level_costs(spec.expert_levels, axis.rank, t, row, "forward") for t in (table, turned(table)))
+            return [max(both, key=lambda cost: cost.bytes) for both in zip(*ways, strict=True)]
+    return [rows_cost(axis, others * row, "forward")]
 
 
 def collective_seconds(start: fx.Node, on: Device) -> float:

@@ -7,17 +7,27 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 import torch.fx as fx
 
 from dspass.passes.base import Pass, PassContext
-from dspass.passes.nodes import combine_start, counts_start, dispatch_start, even_start, exchange_wait, mean_start
+from dspass.passes.nodes import (
+    ROWS,
+    combine_start,
+    counts_start,
+    dispatch_start,
+    even_start,
+    exchange_wait,
+    mean_start,
+)
 from dspass.runtime.exchange import COMBINE, COUNTS, DISPATCH, EVEN, MEAN
 
-#: Of each marker what begins it, and which of its arguments that takes.
+#: Of each marker what begins it, and which of its arguments that takes: the first of rows in a list, for a pass may divide it
+#: into codes and scales.
 _STARTS: dict[Any, tuple[Callable[..., Any], tuple[int, ...]]] = {
     COUNTS: (counts_start, (0, 1, 2)),
-    DISPATCH: (dispatch_start, (0, 1, 2, 4)),
-    COMBINE: (combine_start, (0, 1, 2, 3, 4)),
+    DISPATCH: (dispatch_start, (0, 1, 3)),
+    COMBINE: (combine_start, (0, 1, 2, 3)),
     MEAN: (mean_start, (0, 1)),
     EVEN: (even_start, (0, 1, 2, 3, 4)),
 }
@@ -26,9 +36,10 @@ _STARTS: dict[Any, tuple[Callable[..., Any], tuple[int, ...]]] = {
 @dataclass(frozen=True, kw_only=True)
 class ExchangeRows(Pass):
     """``exchange_counts``, ``dispatch_rows``, ``combine_rows``, ``exchange_even`` and ``mean_over_ranks`` become a start,
-    a wait and its item, where they stand."""
+    a wait and its items, where they stand."""
 
     name: ClassVar[str] = "exchange_rows"
+    provides: ClassVar[frozenset[str]] = frozenset({"exchanges"})
 
     def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
         markers = [n for n in graph.nodes if n.op == "call_function" and n.target in _STARTS]
@@ -36,12 +47,18 @@ class ExchangeRows(Pass):
             begin, places = _STARTS[marker.target]
             value = marker.meta["val"]
             with graph.inserting_before(marker):
-                start = graph.call_function(begin, tuple(marker.args[i] for i in places))
+                first, *others = (marker.args[i] for i in places)
+                start = graph.call_function(begin, ([first] if begin in ROWS else first, *others))
                 wait = graph.call_function(exchange_wait, (start,))
-                item = graph.call_function(operator.getitem, (wait, 0))
-            start.meta["val"] = wait.meta["val"] = [value]
-            item.meta.update(marker.meta)
-            marker.replace_all_uses_with(item)
+            if isinstance(value, torch.Tensor):
+                start.meta["val"] = wait.meta["val"] = [value]
+                with graph.inserting_before(marker):
+                    item = graph.call_function(operator.getitem, (wait, 0))
+                item.meta.update(marker.meta)
+                marker.replace_all_uses_with(item)
+            else:  # its own items are the wait's
+                start.meta["val"] = wait.meta["val"] = list(value)
+                marker.replace_all_uses_with(wait)
             graph.erase_node(marker)
         rows = sum(m.target in (DISPATCH, COMBINE) for m in markers)
         ctx.say(f"{rows} all-to-all{'s' * (rows != 1)} of rows" if markers else "no rows go to experts on other ranks")

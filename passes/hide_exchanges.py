@@ -12,7 +12,7 @@ from dspass.passes import devices
 from dspass.passes.base import Pass, PassContext
 from dspass.passes.cost import collective_seconds, seconds_again
 from dspass.passes.kernels import fuses, is_view
-from dspass.passes.nodes import REDUCE_GRAD, combine_start, dispatch_start, even_start, exchange_wait
+from dspass.passes.nodes import REDUCE_GRAD, ROWS, exchange_wait
 from dspass.runtime.collectives import RUNTIME_FUNCTIONS
 
 
@@ -38,7 +38,7 @@ class HideExchanges(Pass):
     anywhere: bool = False
 
     def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
-        starts = [n for n in graph.nodes if n.target in (dispatch_start, combine_start, even_start)]
+        starts = [n for n in graph.nodes if n.target in ROWS]
         if not starts:
             ctx.say("no rows go to experts on other ranks")
             return graph

@@ -25,9 +25,11 @@ from dspass.runtime.collectives import (
 )
 from dspass.runtime.params import Over, ParamSpec, lookup
 
-#: What begins an all-to-all of expert parallelism.
+#: What begins an all-to-all of rows, whose first argument is a list: one tensor, or codes and scales.
+ROWS = (dispatch_start, combine_start, even_start)
+
 #: What begins an exchange that is waited for by ``exchange_wait``.
-EXCHANGES = (counts_start, dispatch_start, combine_start, even_start, mean_start)
+EXCHANGES = (counts_start, *ROWS, mean_start)
 
 UNSHARD = torch.ops.dspass.unshard.default
 UNSHARD_EXPERTS = torch.ops.dspass.unshard_experts.default
@@ -69,8 +71,15 @@ def specs_of(start: fx.Node) -> list[ParamSpec]:
     return [lookup(key) for key in start.args[1]]
 
 
+def spec_of(start: fx.Node) -> ParamSpec:
+    """Of an exchange of experts the weight by which it is known, its only argument that is text."""
+    return lookup(next(argument for argument in start.args if isinstance(argument, str)))
+
+
 def is_packed(start: fx.Node) -> bool:
-    """Whether a ``gather_start`` or ``reduce_start`` is of a bucket that the graph has quantised."""
+    """Whether what starts is of a bucket, or of rows, that the graph has quantised."""
+    if start.target in ROWS:
+        return isinstance(start.args[-1], tuple)
     return len(start.args) > 2 and start.args[2] is not None
 
 
@@ -146,6 +155,7 @@ __all__ = [
     "KEPT",
     "ON_HOST",
     "REDUCE_GRAD",
+    "ROWS",
     "ROWS_EXPECTED",
     "STATIC",
     "UNSHARD",
@@ -171,6 +181,7 @@ __all__ = [
     "reduce_start",
     "reduce_wait",
     "rounding_errors",
+    "spec_of",
     "specs_of",
     "wait_of",
 ]

@@ -1,4 +1,4 @@
-"""What the two passes that quantise collectives share: which buckets they take, and the sizes of what is packed."""
+"""What the passes that quantise collectives share: which they take, and the sizes of what is packed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import torch.fx as fx
 from dspass.passes import devices
 from dspass.passes.base import Pass, PassContext
 from dspass.passes.cost import estimate
-from dspass.passes.nodes import specs_of
+from dspass.passes.nodes import ROWS_EXPECTED
+from dspass.runtime import compat
 from dspass.runtime.formats import check_block, format_of
 from dspass.runtime.params import ParamSpec
 from dspass.runtime.quantise import DTYPES, blocks_of
@@ -55,7 +56,7 @@ class QuantisingPass(Pass):
         taken: list[fx.Node] = []
         left: dict[str, int] = {}
         for start in starts:
-            reason = _impossible(specs_of(start)) or why_not(start)
+            reason = why_not(start)
             if reason is None and exposed is not None and start not in exposed:
                 reason = "compute hides them"
             if reason is None:
@@ -145,7 +146,7 @@ def nbytes(values: Sequence[Any]) -> int:
     return sum(v.numel() * v.element_size() for v in values)
 
 
-def _impossible(specs: Sequence[ParamSpec]) -> str | None:
+def impossible(specs: Sequence[ParamSpec]) -> str | None:
     """Why a bucket cannot travel quantised; None where it can."""
     first = specs[0]
     if first.layout != "shard" or first.shard_axis is None or first.shard_axis.size == 1:
@@ -158,9 +159,15 @@ def _impossible(specs: Sequence[ParamSpec]) -> str | None:
 
 
 def _exposed(graph: fx.Graph, ctx: PassContext) -> set[fx.Node] | None:
-    """Nodes that start what is waited for; None where that is everything, or cannot be known."""
-    values = [n.meta.get("val") for n in graph.nodes]
+    """Nodes that start what is waited for; None where that is everything, or cannot be known. Rows of experts are supposed to
+    be as many as are expected."""
     on = devices.of_graph(graph, ctx.target)
-    if not on.overlaps or any(isinstance(v, torch.SymInt) for v in values):
+    if not on.overlaps:
         return None
-    return {node for node, seconds in estimate(graph, on).waits.items() if seconds > 0}
+    owner = graph.owning_module
+    sized = compat.as_expected(owner, ROWS_EXPECTED) if owner is not None and owner.graph is graph else None
+    known = graph if sized is None else sized.graph
+    if any(isinstance(n.meta.get("val"), torch.SymInt) for n in known.nodes):
+        return None
+    waits = {node.name for node, seconds in estimate(known, on).waits.items() if seconds > 0}
+    return {node for node in graph.nodes if node.name in waits}

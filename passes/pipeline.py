@@ -16,6 +16,7 @@ from dspass.passes.offload_parameters import OffloadParameters
 from dspass.passes.offload_saved import OffloadSaved
 from dspass.passes.onednn_products import OnednnProducts
 from dspass.passes.prefetch_gathers import PrefetchGathers
+from dspass.passes.quantise_exchanges import QuantiseExchanges
 from dspass.passes.quantise_gathers import QuantiseGathers
 from dspass.passes.quantise_reductions import QuantiseReductions
 from dspass.passes.quantise_saved import QuantiseSaved
@@ -44,6 +45,7 @@ DEFAULT: tuple[type[Pass], ...] = (
     GatherInNode,  # backwards gather inside of the node, where a person says so
     QuantiseGathers,  # and what compute does not hide travels in few bits, where a person says so
     QuantiseReductions,
+    QuantiseExchanges,
     QuantiseSaved,  # saved values wait in few bits, where a person allows it and the planner says so
     OffloadSaved,  # or on the host, where the planner says so
     OnednnProducts,  # the faster library on a CPU

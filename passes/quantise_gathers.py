@@ -9,7 +9,16 @@ import torch.fx as fx
 
 from dspass.passes.base import PassContext
 from dspass.passes.nodes import gather_start, items_of, open_starts, specs_of, wait_of
-from dspass.passes.packed import DEQUANTISE, QuantisingPass, item_of, nbytes, packed_values, shaped, sizes_of
+from dspass.passes.packed import (
+    DEQUANTISE,
+    QuantisingPass,
+    impossible,
+    item_of,
+    nbytes,
+    packed_values,
+    shaped,
+    sizes_of,
+)
 from dspass.runtime.params import lookup
 
 
@@ -36,14 +45,15 @@ class QuantiseGathers(QuantisingPass):
         if self.format is None or not starts:
             ctx.say("switched off" if self.format is None else "no gathers here")
             return graph
-        taken, left = self.taken(graph, starts, ctx, self._too_wrong)
+        taken, left = self.taken(graph, starts, ctx, self._why_not)
         sent = [self._quantise(graph, start, self.format) for start in taken]
         ctx.say(self.told(sent, len(starts), "gathers", left))
         return graph
 
-    def _too_wrong(self, start: fx.Node) -> str | None:
-        if self.max_relative_error is None:
-            return None
+    def _why_not(self, start: fx.Node) -> str | None:
+        reason = impossible(specs_of(start))
+        if self.max_relative_error is None or reason is not None:
+            return reason
         errors = [spec.engine.quantised_errors.get(spec.key, 0.0) for spec in specs_of(start)]
         return "beyond max_relative_error" if max(errors) > self.max_relative_error else None
 

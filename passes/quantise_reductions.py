@@ -14,6 +14,7 @@ from dspass.passes.nodes import items_of, open_starts, reduce_start, reduce_wait
 from dspass.passes.packed import (
     SUM,
     QuantisingPass,
+    impossible,
     item_of,
     nbytes,
     packed_values,
@@ -58,7 +59,7 @@ class QuantiseReductions(QuantisingPass):
         if self.format is None or not starts:
             ctx.say("switched off" if self.format is None else "no reductions here")
             return graph
-        taken, left = self.taken(graph, starts, ctx, _has_replicas)
+        taken, left = self.taken(graph, starts, ctx, _why_not)
         ends = [wait_of(start) for start in taken[1:]] + graph.find_nodes(op="output")
         sent = [self._quantise(graph, start, self.format, end) for start, end in zip(taken, ends, strict=False)]
         ctx.say(self.told(sent, len(starts), "reductions", left) + self._told_of_errors(taken))
@@ -140,6 +141,7 @@ def _joined(graph: fx.Graph, parts: list[fx.Node]) -> fx.Node:
     return joined
 
 
-def _has_replicas(start: fx.Node) -> str | None:
+def _why_not(start: fx.Node) -> str | None:
     axis = specs_of(start)[0].replicate_axis
-    return "they are summed over replicas as well" if axis is not None and axis.size > 1 else None
+    has_replicas = axis is not None and axis.size > 1
+    return impossible(specs_of(start)) or ("they are summed over replicas as well" if has_replicas else None)

@@ -16,7 +16,7 @@ import torch
 
 from dspass.runtime.engine import Exchange, Gather, Reduction
 from dspass.runtime.host import offload_start, offload_wait, reload_start, reload_wait
-from dspass.runtime.params import Over, lookup
+from dspass.runtime.params import Over, Packed, lookup
 
 
 @torch.library.custom_op("dspass::unshard", mutates_args=())
@@ -175,16 +175,19 @@ def counts_start(ends: torch.Tensor, scores: torch.Tensor | None, key: str) -> E
     return spec.engine.start_counts(spec, ends, scores)
 
 
-def dispatch_start(rows: torch.Tensor, ends: torch.Tensor, arriving: torch.Tensor, key: str) -> Exchange:
-    """Begin :func:`dspass.runtime.exchange.dispatch_rows`."""
+def dispatch_start(rows: list[torch.Tensor], splits: torch.Tensor, key: str, packed: Packed = None) -> Exchange:
+    """Begin :func:`dspass.runtime.exchange.dispatch_rows`. ``rows`` is one tensor; where it is ``packed``, the graph has
+    quantised each of its rows by itself, and here are its codes and its scales."""
     spec = lookup(key)
-    return spec.engine.start_dispatch(spec, rows, ends, arriving)
+    return spec.engine.start_dispatch(spec, rows, splits, packed)
 
 
-def combine_start(rows: torch.Tensor, ends: torch.Tensor, arriving: torch.Tensor, size: int, key: str) -> Exchange:
-    """Begin :func:`dspass.runtime.exchange.combine_rows`."""
+def combine_start(
+    rows: list[torch.Tensor], splits: torch.Tensor, size: int, key: str, packed: Packed = None
+) -> Exchange:
+    """Begin :func:`dspass.runtime.exchange.combine_rows`, of rows as :func:`dispatch_start` takes them."""
     spec = lookup(key)
-    return spec.engine.start_combine(spec, rows, ends, arriving, size)
+    return spec.engine.start_combine(spec, rows, splits, size, packed)
 
 
 def mean_start(values: torch.Tensor, key: str) -> Exchange:
@@ -194,15 +197,22 @@ def mean_start(values: torch.Tensor, key: str) -> Exchange:
 
 
 def even_start(
-    x: torch.Tensor, ends: torch.Tensor | None, scores: torch.Tensor | None, opens: bool, key: str
+    rows: list[torch.Tensor],
+    ends: torch.Tensor | None,
+    scores: torch.Tensor | None,
+    opens: bool,
+    key: str,
+    packed: Packed = None,
 ) -> Exchange:
-    """Begin :func:`dspass.runtime.exchange.exchange_even`."""
+    """Begin :func:`dspass.runtime.exchange.exchange_even` of one tensor, or where it is ``packed`` of its codes and its scales,
+    which have its first three dimensions."""
     spec = lookup(key)
-    return spec.engine.start_even(spec, x, ends, scores, opens)
+    return spec.engine.start_even(spec, rows, ends, scores, opens, packed)
 
 
 def exchange_wait(exchange: Exchange) -> list[torch.Tensor]:
-    """What the start of an exchange of counts, rows or shares asked for, one tensor."""
+    """What the start of an exchange of counts, rows or shares asked for: one tensor, or codes and scales;
+    of counts also what the host has of them."""
     return exchange.wait()
 
 

@@ -37,8 +37,10 @@ import torch
 from dspass.runtime import compat
 from dspass.runtime.axis import StageMesh
 from dspass.runtime.host_states import HostStates
-from dspass.runtime.params import Over, ParamSpec, register
+from dspass.runtime.levels import Levels, Table, exchange_by_levels
+from dspass.runtime.params import Over, Packed, ParamSpec, register
 from dspass.runtime.program import Probe
+from dspass.runtime.quantise import rounding_squares
 from dspass.runtime.routing import Routing
 from dspass.runtime.stepping import Optimizer
 from dspass.runtime.traffic import (
@@ -48,14 +50,16 @@ from dspass.runtime.traffic import (
     TrafficCounter,
     counts_cost,
     even_cost,
-    expected_splits,
+    expected_table,
     gather_cost,
+    level_costs,
     mean_cost,
     packed_gather_cost,
     packed_reduce_cost,
     reduce_cost,
     reduction_steps,
     rows_cost,
+    turned,
 )
 from dspass.runtime.transport import InFlight, transport_for
 
@@ -63,6 +67,9 @@ if TYPE_CHECKING:
     from dspass.runtime.fake_quantise import Schedule
 
 _numbers = itertools.count()
+
+#: What rows are sent for: to their experts, back from them, or one of the two in fixed sizes.
+RowsKind = Literal["dispatch", "combine", "even"]
 
 #: Gradients averaged at the end of a backward travel in buffers of this size.
 _LEFT_OVER_BYTES = 25 * 2**20
@@ -102,6 +109,9 @@ class Engine:
     expected_imbalance: float = 1.0
     #: By parameter, what its rounding is off by where it is gathered in few bits; see :mod:`dspass.quantising`.
     quantised_errors: dict[str, float] = field(default_factory=dict)
+    #: What rounding is taken to change of rows that go to experts in few bits, as added squares of that and of the rows, by
+    #: their weight, direction, kind and width; of the first that were sent.
+    row_errors: dict[tuple[str, str, str, int], torch.Tensor] = field(default_factory=dict)
     #: What is rounded while it trains, ("weight" or "activation", name); see :mod:`dspass.fake_quantising`.
     roundings: dict[tuple[Literal["weight", "activation"], str], Schedule] = field(default_factory=dict)
     #: Parameters whose optimiser states wait on the host between steps.
@@ -196,7 +206,8 @@ class Engine:
     def start_counts(self, spec: ParamSpec, ends: torch.Tensor, scores: torch.Tensor | None) -> Exchange:
         """Begin to tell each rank how many rows come for each of its experts.
 
-        It is told of all experts, a few hundred numbers, for the report. Megatron-LM's dispatcher gathers as much.
+        It is told of all experts, a few hundred numbers, for the report. Megatron-LM's dispatcher gathers as much. The host
+        reads them, once for all that is sent by them: on a GPU each time would wait for all that it has begun.
         """
         axis = spec.divided_over
         counts = ends.diff(prepend=ends.new_zeros(1)).to(torch.int32)
@@ -207,11 +218,13 @@ class Engine:
 
         def arrived(results: list[torch.Tensor]) -> list[torch.Tensor]:
             (all_told,) = results
+            on_host = all_told.cpu()
             if not compat.is_fake(all_told):
-                _refuse_nan(spec, all_told[:, -1])
+                _refuse_nan(spec, on_host[:, -1])
                 self.routing.counted(spec, all_told[:, :-1])
             here = ends.shape[0] // axis.size
-            return [all_told[:, axis.rank * here : (axis.rank + 1) * here].contiguous()]
+            splits = on_host[:, :-1].reshape(axis.size, axis.size, here).sum(2, dtype=torch.int32)
+            return [all_told[:, axis.rank * here : (axis.rank + 1) * here].contiguous(), splits]
 
         return Exchange(self, flight, counted, arrived)
 
@@ -226,17 +239,22 @@ class Engine:
     def start_even(
         self,
         spec: ParamSpec,
-        x: torch.Tensor,
+        rows: Sequence[torch.Tensor],
         ends: torch.Tensor | None,
         scores: torch.Tensor | None,
         opens: bool,
+        packed: Packed = None,
     ) -> Exchange:
-        """Begin to send row ``r`` of ``x[ranks, experts here, capacity, ...]`` to rank ``r``."""
+        """Begin to send row ``r`` of each of ``rows[ranks, experts here, capacity, ...]`` to rank ``r``."""
         axis = spec.divided_over
         if opens:
-            self._compare_capacities(spec, x, ends, scores)
-        flight = transport_for(axis, self.dry).all_to_all(axis, [x])
-        return Exchange(self, flight, self.traffic.add(even_cost(axis, x.nbytes, _direction())))
+            self._compare_capacities(spec, rows[0], ends, scores)
+        self._note_rounding(spec, "even", rows, packed)
+        size, table = sum(t.nbytes for t in rows), [[1] * axis.size] * axis.size
+        if spec.expert_levels is not None and spec.expert_levels.pay(table, size // axis.size):
+            return self._start_by_levels(spec, spec.expert_levels, rows, table)
+        flight = transport_for(axis, self.dry).all_to_all(axis, rows)
+        return Exchange(self, flight, self.traffic.add(even_cost(axis, size, _direction())))
 
     def _compare_capacities(
         self, spec: ParamSpec, x: torch.Tensor, ends: torch.Tensor | None, scores: torch.Tensor | None
@@ -283,34 +301,61 @@ class Engine:
         return here.to(grad.dtype)
 
     def start_dispatch(
-        self, spec: ParamSpec, rows: torch.Tensor, ends: torch.Tensor, arriving: torch.Tensor
+        self,
+        spec: ParamSpec,
+        rows: Sequence[torch.Tensor],
+        splits: torch.Tensor,
+        packed: Packed = None,
     ) -> Exchange:
-        """Begin to send rows, in the order of experts, to the ranks that hold them."""
-        size = rows.shape[0]
-        arrivals = self.expected_arrivals(spec, size) if compat.is_fake(rows) else None
-        sent, received = self._splits(spec, size, ends, arriving, arrivals)
-        self.routing.dispatched(spec, size - sum(sent))
-        return self._start_rows(spec, rows, sent, received)
+        """Begin to send rows, in the order of experts, to the ranks that hold them; tensors of one call have as many."""
+        size = rows[0].shape[0]
+        arrivals = self.expected_arrivals(spec, size) if compat.is_fake(rows[0]) else None
+        table = self._table(spec, size, splits, arrivals)
+        self.routing.dispatched(spec, size - sum(table[spec.divided_over.rank]))
+        self._note_rounding(spec, "dispatch", rows, packed)
+        return self._start_rows(spec, rows, table)
 
     def start_combine(
-        self, spec: ParamSpec, rows: torch.Tensor, ends: torch.Tensor, arriving: torch.Tensor, size: int
+        self,
+        spec: ParamSpec,
+        rows: Sequence[torch.Tensor],
+        splits: torch.Tensor,
+        size: int,
+        packed: Packed = None,
     ) -> Exchange:
         """Begin to send rows back; ``size`` is how many there were."""
-        sent, received = self._splits(spec, size, ends, arriving, rows.shape[0])
-        lost = size - sum(sent)
-        exchange = self._start_rows(spec, rows, received, sent)
+        table = self._table(spec, size, splits, rows[0].shape[0])
+        lost = size - sum(table[spec.divided_over.rank])
+        self._note_rounding(spec, "combine", rows, packed)
+        exchange = self._start_rows(spec, rows, turned(table))
         if lost:
-            exchange.then = lambda results: [torch.cat([results[0], results[0].new_zeros((lost, *rows.shape[1:]))])]
+            exchange.then = lambda results: [torch.cat([t, t.new_zeros((lost, *t.shape[1:]))]) for t in results]
         return exchange
 
-    def _start_rows(
-        self, spec: ParamSpec, rows: torch.Tensor, sent: Sequence[int], received: Sequence[int]
-    ) -> Exchange:
-        axis = spec.divided_over
+    def _start_rows(self, spec: ParamSpec, rows: Sequence[torch.Tensor], table: Table) -> Exchange:
+        axis, row_bytes = spec.divided_over, sum(prod(t.shape[1:]) * t.dtype.itemsize for t in rows)
+        if spec.expert_levels is not None and spec.expert_levels.pay(table, row_bytes):
+            return self._start_by_levels(spec, spec.expert_levels, rows, table)
+        sent, received = table[axis.rank], [row[axis.rank] for row in table]
         flight = transport_for(axis, self.dry).exchange(axis, rows, sent, received)
-        others = sum(sent) - sent[axis.rank]
-        cost = rows_cost(axis, others * prod(rows.shape[1:]) * rows.dtype.itemsize, _direction())
+        cost = rows_cost(axis, (sum(sent) - sent[axis.rank]) * row_bytes, _direction())
         return Exchange(self, flight, self.traffic.add(cost))
+
+    def _start_by_levels(self, spec: ParamSpec, levels: Levels, rows: Sequence[torch.Tensor], table: Table) -> Exchange:
+        rank, row_bytes = spec.divided_over.rank, sum(prod(t.shape[1:]) * t.dtype.itemsize for t in rows)
+        inside, across = map(self.traffic.add, level_costs(levels, rank, table, row_bytes, _direction()))
+        waited, flight = exchange_by_levels(levels, rank, rows, table, self.dry)
+        self.traffic.exposed[inside] += waited
+        return Exchange(self, flight, across)
+
+    def _note_rounding(self, spec: ParamSpec, kind: RowsKind, rows: Sequence[torch.Tensor], packed: Packed) -> None:
+        """What rounding has changed of the first rows of their kind that this rank sends in few bits."""
+        if packed is None or compat.is_fake(rows[0]) or not rows[0].numel():
+            return
+        key = (spec.key, _direction(), kind, packed[1])
+        if key not in self.row_errors:
+            codes, scales = (t.flatten(0, -2) for t in rows)
+            self.row_errors[key] = rounding_squares(codes, scales, *packed)
 
     def expected_arrivals(self, spec: ParamSpec, size: Any) -> Any:
         """How many rows come to the busiest rank where each sends ``size``, which may be a symbol."""
@@ -318,16 +363,13 @@ class Engine:
         thousandths = round(1000 * min(self.expected_imbalance, axis.size))
         return -(-size * thousandths // 1000)
 
-    def _splits(
-        self, spec: ParamSpec, size: int, ends: torch.Tensor, arriving: torch.Tensor, arrivals: int | None
-    ) -> tuple[list[int], list[int]]:
-        """How many rows go to each rank and come from each; of fake tensors so that there are ``arrivals``."""
-        axis = spec.divided_over
-        if compat.is_fake(ends):
+    def _table(self, spec: ParamSpec, size: int, splits: torch.Tensor, arrivals: int | None) -> Table:
+        """How many rows each rank has for each other one; of fake tensors so that there are ``arrivals``."""
+        if compat.is_fake(splits):
             assert arrivals is not None
-            return expected_splits(axis, size, arrivals)
-        lasts = ends.view(axis.size, -1)[:, -1].tolist()
-        return [b - a for a, b in itertools.pairwise([0, *lasts])], arriving.sum(1).tolist()
+            return expected_table(spec.divided_over, size, arrivals)
+        table: Table = splits.tolist()
+        return table
 
     # -- reductions ------------------------------------------------------------------------------------------------
 
@@ -528,7 +570,7 @@ class Engine:
 
     def forget(self) -> None:
         """Begin as an engine that has not run yet: no copies, no gradients, no counts, nobody who watches."""
-        self.traffic, self.routing, self.probe = TrafficCounter(), Routing(), Probe()
+        self.traffic, self.routing, self.probe, self.row_errors = TrafficCounter(), Routing(), Probe(), {}
         self._resident, self._in_node, self._waiting, self._errors = {}, {}, {}, {}
         self._local, self._averaged = set(), set()
         self._run, self._calls, self._within_no_sync, self._last = -1, 0, False, True

@@ -4,7 +4,8 @@ A grouped product takes rows in the order of experts, and rank ``r`` of ``N`` ho
 rows in that order are also in the order of the ranks that they go to. What a pass inserts around the products of a layer
 (:mod:`dspass.passes.divide_experts`) is therefore only
 
-- :func:`exchange_counts`: from where each expert's rows end, how many arrive from each rank for each expert here;
+- :func:`exchange_counts`: from where each expert's rows end, how many arrive from each rank for each expert here, and on the
+  host how many each rank has for each other one: read once for all exchanges of a layer, forward and backward;
 - :func:`dispatch_rows`: the rows themselves, each rank's one after another as they arrive;
 - :func:`arrival_positions`: where each of them stands in the order of experts (``spread_experts`` takes them there, and
   ``unpermute_experts`` back);
@@ -39,29 +40,29 @@ from dspass.runtime.params import lookup
 # -- counts --------------------------------------------------------------------------------------------------------------
 
 
-def _counts_fake(ends: torch.Tensor, scores: torch.Tensor | None, key: str) -> torch.Tensor:
+def _counts_fake(ends: torch.Tensor, scores: torch.Tensor | None, key: str) -> tuple[torch.Tensor, torch.Tensor]:
     ranks = lookup(key).divided_over.size
-    return ends.new_empty((ranks, ends.shape[0] // ranks), dtype=torch.int32)
+    arriving = ends.new_empty((ranks, ends.shape[0] // ranks), dtype=torch.int32)
+    return arriving, ends.new_empty((ranks, ranks), dtype=torch.int32, device="cpu")
 
 
-@operator("exchange_counts(Tensor ends, Tensor? scores, str key) -> Tensor", fake=_counts_fake)
-def exchange_counts(ends: torch.Tensor, scores: torch.Tensor | None, key: str) -> torch.Tensor:
-    """``int32[ranks, experts here]``: the rows that each rank has for each expert here. ``ends[experts]``: the row behind each
-    expert's last on this rank. ``scores``, the router's, are looked through for NaN. ``key``: a weight of the experts.
+@operator("exchange_counts(Tensor ends, Tensor? scores, str key) -> (Tensor, Tensor)", fake=_counts_fake)
+def exchange_counts(ends: torch.Tensor, scores: torch.Tensor | None, key: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """``int32[ranks, experts here]``: the rows that each rank has for each expert here; on the host ``int32[ranks, ranks]``,
+    those that each rank has for each other one. ``ends[experts]``: the row behind each expert's last on this rank.
+    ``scores``, the router's, are looked through for NaN. ``key``: a weight of the experts.
 
     Raises ``RuntimeError`` on all ranks where one has NaN among its scores.
     """
     spec = lookup(key)
-    (arriving,) = spec.engine.start_counts(spec, ends, scores).wait()
-    return arriving
+    arriving, splits = spec.engine.start_counts(spec, ends, scores).wait()
+    return arriving, splits
 
 
 # -- rows ----------------------------------------------------------------------------------------------------------------
 
 
-def _dispatch_fake(
-    rows: torch.Tensor, ends: torch.Tensor, arriving: torch.Tensor, received: Any, key: str
-) -> torch.Tensor:
+def _dispatch_fake(rows: torch.Tensor, splits: torch.Tensor, received: Any, key: str) -> torch.Tensor:
     if received is None:
         received = expected_rows(rows, key)
     return rows.new_empty((received, *rows.shape[1:]))
@@ -74,51 +75,48 @@ def expected_rows(rows: torch.Tensor, key: str) -> Any:
     return expected if spec.engine.target is not None else compat.unknown_size(rows, expected)
 
 
-@operator(
-    "dispatch_rows(Tensor rows, Tensor ends, Tensor arriving, SymInt? received, str key) -> Tensor", fake=_dispatch_fake
-)
-def dispatch_rows(
-    rows: torch.Tensor, ends: torch.Tensor, arriving: torch.Tensor, received: int | None, key: str
-) -> torch.Tensor:
-    """Of ``rows[rows, ...]``, in the order of all experts, those of the experts here from all ranks: ``[arriving.sum(), ...]``,
-    those of rank 0 first. Rows behind the last end go nowhere. ``received`` is the sum where it is known."""
+@operator("dispatch_rows(Tensor rows, Tensor splits, SymInt? received, str key) -> Tensor", fake=_dispatch_fake)
+def dispatch_rows(rows: torch.Tensor, splits: torch.Tensor, received: int | None, key: str) -> torch.Tensor:
+    """Of ``rows[rows, ...]``, in the order of all experts, those of the experts here from all ranks, those of rank 0 first:
+    ``[received, ...]``, where that is known. ``splits[ranks, ranks]``, on the host, are the rows that each rank has for each
+    other one; rows behind those go nowhere."""
     spec = lookup(key)
-    (arrived,) = spec.engine.start_dispatch(spec, rows, ends, arriving).wait()
+    (arrived,) = spec.engine.start_dispatch(spec, [rows], splits).wait()
     return arrived
 
 
-def _combine_fake(rows: torch.Tensor, ends: torch.Tensor, arriving: torch.Tensor, size: Any, key: str) -> torch.Tensor:
+def _combine_fake(rows: torch.Tensor, splits: torch.Tensor, size: Any, key: str) -> torch.Tensor:
     return rows.new_empty((size, *rows.shape[1:]))
 
 
-@operator("combine_rows(Tensor rows, Tensor ends, Tensor arriving, SymInt size, str key) -> Tensor", fake=_combine_fake)
-def combine_rows(rows: torch.Tensor, ends: torch.Tensor, arriving: torch.Tensor, size: int, key: str) -> torch.Tensor:
-    """The way back: ``[size, ...]``, rows where :func:`dispatch_rows` took them, and zeros behind the last end."""
+@operator("combine_rows(Tensor rows, Tensor splits, SymInt size, str key) -> Tensor", fake=_combine_fake)
+def combine_rows(rows: torch.Tensor, splits: torch.Tensor, size: int, key: str) -> torch.Tensor:
+    """The way back: ``[size, ...]``, rows where :func:`dispatch_rows` took them, and zeros behind those."""
     spec = lookup(key)
-    (arrived,) = spec.engine.start_combine(spec, rows, ends, arriving, size).wait()
+    (arrived,) = spec.engine.start_combine(spec, [rows], splits, size).wait()
     return arrived
 
 
 def _keep_dispatch(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    rows, ends, arriving, _, ctx.key = inputs
+    rows, splits, _, ctx.key = inputs
     ctx.size = rows.shape[0]
-    ctx.save_for_backward(ends, arriving)
+    ctx.save_for_backward(splits)
 
 
-def _dispatch_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
-    ends, arriving = ctx.saved_tensors
-    return torch.ops.dspass.combine_rows(grad, ends, arriving, ctx.size, ctx.key), None, None, None, None
+def _dispatch_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    (splits,) = ctx.saved_tensors
+    return torch.ops.dspass.combine_rows(grad, splits, ctx.size, ctx.key), None, None, None
 
 
 def _keep_combine(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    rows, ends, arriving, _, ctx.key = inputs
+    rows, splits, _, ctx.key = inputs
     ctx.received = rows.shape[0]
-    ctx.save_for_backward(ends, arriving)
+    ctx.save_for_backward(splits)
 
 
-def _combine_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
-    ends, arriving = ctx.saved_tensors
-    return torch.ops.dspass.dispatch_rows(grad, ends, arriving, ctx.received, ctx.key), None, None, None, None
+def _combine_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    (splits,) = ctx.saved_tensors
+    return torch.ops.dspass.dispatch_rows(grad, splits, ctx.received, ctx.key), None, None, None
 
 
 differentiable("dispatch_rows", backward=_dispatch_backward, keep=_keep_dispatch)
@@ -144,7 +142,7 @@ def exchange_even(
     Raises ``RuntimeError`` on all ranks where capacities differ, or one has NaN among its scores.
     """
     spec = lookup(key)
-    (arrived,) = spec.engine.start_even(spec, x, ends, scores, opens).wait()
+    (arrived,) = spec.engine.start_even(spec, [x], ends, scores, opens).wait()
     return arrived
 
 

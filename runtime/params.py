@@ -18,9 +18,13 @@ from dspass.runtime.axis import Axis
 
 if TYPE_CHECKING:
     from dspass.runtime.engine import Engine
+    from dspass.runtime.levels import Levels
 
 #: All ranks of a group, those of this rank's node, or those of its place in all nodes.
 Over = Literal["node", "across"] | None
+
+#: Of rows of experts that travel in few bits: their format, and how many values a row has.
+Packed = tuple[str, int] | None
 
 Layout = Literal["plain", "replicate", "shard"]
 
@@ -38,7 +42,8 @@ class ParamSpec:
 
     Weights of experts that are divided over ranks have an ``expert_axis`` (:mod:`dspass.passes.divide_experts`). Then ``shape``
     is that of the experts of this rank's place on it, ``shard_axis`` the ranks that share that place, and what is said of a
-    whole parameter holds of those experts; :attr:`full_shape` is that of all.
+    whole parameter holds of those experts; :attr:`full_shape` is that of all. ``expert_levels`` are those of that axis, where
+    it spans nodes and rows may go over both.
 
     Where a model is divided into pipeline stages, ``held_by`` are the places on the pipe axis whose ranks hold the parameter,
     in order, and ``param`` is a stand-in without values on all other ranks. One that stages of several ranks use, as tied
@@ -62,6 +67,7 @@ class ParamSpec:
     expert_axis: Axis | None = None
     held_by: tuple[int, ...] = ()
     tied_axis: Axis | None = None
+    expert_levels: Levels | None = None
     param: Callable[[], torch.nn.Parameter | None] = field(default=lambda: None)
 
     def axis(self, over: Over) -> Axis:

@@ -229,6 +229,36 @@ def dequantise_sum(
     return found
 
 
+# -- what rounding changes -----------------------------------------------------------------------------------------------
+
+#: Values whose rounding is looked at together: what that takes is little beside a tensor.
+_AT_A_TIME = 2**20
+
+
+def rounding_squares(codes: torch.Tensor, scales: torch.Tensor, format: str, width: int) -> torch.Tensor:
+    """Of rows of ``width`` values, each quantised by itself: sums of squares, ``float64[2]``, of what rounding is taken to have
+    changed and of the values as they arrive.
+
+    ``codes`` are ``uint8[rows, bytes]``, ``scales`` ``float32[rows, blocks]``. What was rounded is not there any more; a value
+    lay anywhere within half a step of its code, whose square is on average a twelfth of the step's.
+    """
+    how, blocks = format_of(format), scales.shape[1]
+    sums = torch.zeros(2, dtype=torch.float64, device=codes.device)
+    for part, scale in zip(*(t.split(max(_AT_A_TIME // max(width, 1), 1)) for t in (codes, scales)), strict=True):
+        numbers = _unpacked(part.unflatten(1, (blocks, -1)), how)
+        for i, of_codes in enumerate((_steps(numbers, how), _values(numbers, how))):
+            sums[i] += (of_codes * scale[..., None]).flatten(1)[:, :width].double().square().sum()
+    return sums / sums.new_tensor([12.0, 1.0])
+
+
+def _steps(codes: torch.Tensor, format: Format) -> torch.Tensor:
+    """The distance between neighbours at each of ``int32`` codes, before values are scaled."""
+    if format.is_integer:
+        return torch.ones_like(codes, dtype=torch.float32)
+    exponent = (codes & (1 << format.exponent + format.mantissa) - 1) >> format.mantissa
+    return _power_of_two(exponent.clamp_min(1) - format.bias - format.mantissa)
+
+
 # -- codes ---------------------------------------------------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ from math import prod
 from typing import Literal
 
 from dspass.runtime.axis import Axis
+from dspass.runtime.levels import Levels, Table, hops
 from dspass.runtime.params import Over, ParamSpec
 
 Kind = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all"]
@@ -76,6 +77,14 @@ def rows_cost(axis: Axis, sent: int, direction: Direction) -> Collective:
     return Collective.on(axis, "all-to-all", direction, sent)
 
 
+def level_costs(levels: Levels, rank: int, table: Table, row_bytes: int, direction: Direction) -> list[Collective]:
+    """The two exchanges of rows that go inside of the node first, and then across nodes."""
+    return [
+        rows_cost(axis, (sum(hop.sent) - hop.sent[axis.rank]) * row_bytes, direction)
+        for axis, hop in zip((levels.node, levels.across), hops(table, rank, levels.node.size), strict=True)
+    ]
+
+
 def counts_cost(axis: Axis, experts: int, direction: Direction) -> Collective:
     """The exchange of how many rows each rank has for each of the ``experts``, and of a word more."""
     return rows_cost(axis, (axis.size - 1) * (experts + 1) * 4, direction)
@@ -99,6 +108,25 @@ def expected_splits(axis: Axis, size: int, received: int) -> tuple[list[int], li
     going = _even(size - own, axis.size - 1)
     going.insert(axis.rank, own)
     return going, coming
+
+
+def expected_table(axis: Axis, size: int, received: int) -> list[list[int]]:
+    """How many of ``size`` rows each rank has for each other one, where the one at hand gets the most, as
+    :func:`expected_splits` has it, and all others get alike."""
+    going, coming = expected_splits(axis, size, received)
+    table = []
+    for source in range(axis.size):
+        row = going
+        if source != axis.rank:
+            row = _even(max(size - coming[source], 0), axis.size - 1)
+            row.insert(axis.rank, coming[source])
+        table.append(row)
+    return table
+
+
+def turned(table: Table) -> list[list[int]]:
+    """Of what each rank has for each other one the way back."""
+    return [list(column) for column in zip(*table, strict=True)]
 
 
 def _even(total: int, parts: int) -> list[int]:

@@ -72,9 +72,11 @@ class Transport(ABC):
         """Row ``r`` of each tensor goes to rank ``r``; row ``r`` of a result came from there. One row a rank."""
 
     @abstractmethod
-    def exchange(self, axis: Axis, rows: torch.Tensor, sent: Sequence[int], received: Sequence[int]) -> InFlight:
-        """The first ``sent[0]`` of ``rows`` go to rank 0, the next ``sent[1]`` to rank 1; ``received`` are the counts that
-        come, in the same order. Ranks may send and receive none."""
+    def exchange(
+        self, axis: Axis, tensors: Sequence[torch.Tensor], sent: Sequence[int], received: Sequence[int]
+    ) -> InFlight:
+        """The first ``sent[0]`` rows of each tensor go to rank 0, the next ``sent[1]`` to rank 1; ``received`` are the counts
+        that come, in the same order. Ranks may send and receive none."""
 
     def all_reduce(self, axis: Axis, tensors: Sequence[torch.Tensor]) -> InFlight:
         """The sum over ranks. Tensors of one call travel as one flat buffer, and the results are its views."""
@@ -161,14 +163,21 @@ class PointToPoint(Transport):
                 works += [self._send(tensor[peer], axis, peer) for peer in _others(axis)]
         return InFlight(works, results, keep=keep)
 
-    def exchange(self, axis: Axis, rows: torch.Tensor, sent: Sequence[int], received: Sequence[int]) -> InFlight:
-        rows = rows.contiguous()
-        result = rows.new_empty((sum(received), *rows.shape[1:]))
-        leaving, arriving = rows[: sum(sent)].split(list(sent)), result.split(list(received))
-        arriving[axis.rank].copy_(leaving[axis.rank])
-        works = [self._receive(arriving[p], axis, p) for p in _others(axis) if arriving[p].numel()]
-        works += [self._send(leaving[p], axis, p) for p in _others(axis) if leaving[p].numel()]
-        return InFlight(works, [result], keep=[rows])
+    def exchange(
+        self, axis: Axis, tensors: Sequence[torch.Tensor], sent: Sequence[int], received: Sequence[int]
+    ) -> InFlight:
+        results, works, sends, keep = [], [], [], []
+        for rows in tensors:
+            rows = rows.contiguous()
+            keep.append(rows)
+            result = rows.new_empty((sum(received), *rows.shape[1:]))
+            results.append(result)
+            leaving, arriving = rows[: sum(sent)].split(list(sent)), result.split(list(received))
+            arriving[axis.rank].copy_(leaving[axis.rank])
+            works += [self._receive(arriving[p], axis, p) for p in _others(axis) if arriving[p].numel()]
+            sends += [(leaving[p], p) for p in _others(axis) if leaving[p].numel()]
+        works += [self._send(part, axis, peer) for part, peer in sends]
+        return InFlight(works, results, keep=keep)
 
 
 class Coalesced(Transport):
@@ -200,11 +209,16 @@ class Coalesced(Transport):
         works = [self._exchange(result, tensor, axis) for result, tensor in zip(results, sent, strict=True)]
         return InFlight(works, results, keep=sent)
 
-    def exchange(self, axis: Axis, rows: torch.Tensor, sent: Sequence[int], received: Sequence[int]) -> InFlight:
-        leaving = rows.contiguous()[: sum(sent)]
-        result = rows.new_empty((sum(received), *rows.shape[1:]))
-        work = self._exchange(result, leaving, axis, list(received), list(sent))
-        return InFlight([work], [result], keep=[leaving])
+    def exchange(
+        self, axis: Axis, tensors: Sequence[torch.Tensor], sent: Sequence[int], received: Sequence[int]
+    ) -> InFlight:
+        leaving = [rows.contiguous()[: sum(sent)] for rows in tensors]
+        results = [rows.new_empty((sum(received), *rows.shape[1:])) for rows in tensors]
+        works = [
+            self._exchange(result, rows, axis, list(received), list(sent))
+            for result, rows in zip(results, leaving, strict=True)
+        ]
+        return InFlight(works, results, keep=leaving)
 
     def _exchange(self, result: torch.Tensor, tensor: torch.Tensor, axis: Axis, *splits: list[int]) -> Any:
         return dist.all_to_all_single(result, tensor, *splits, group=axis.group, async_op=True)

@@ -46,6 +46,7 @@ from dspass.passes.offload_saved import OffloadSaved
 from dspass.passes.onednn_products import OnednnProducts
 from dspass.passes.packed import DEQUANTISE, SUM
 from dspass.passes.prefetch_gathers import PrefetchGathers
+from dspass.passes.quantise_exchanges import QuantiseExchanges
 from dspass.passes.quantise_gathers import QuantiseGathers
 from dspass.passes.quantise_reductions import QuantiseReductions
 from dspass.passes.quantise_saved import QUANTISE as QUANTISE_SAVED
@@ -83,9 +84,9 @@ class NotSentBack(DivideExperts):
     def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
         graph = super().run(graph, ctx)
         for back in calls(graph, torch.ops.dspass.combine_rows):
-            rows, ends, arriving, size, key = back.args
+            rows, splits, size, key = back.args
             with graph.inserting_before(back):
-                sent = graph.call_function(torch.ops.dspass.dispatch_rows, (rows, ends, arriving, size, key))
+                sent = graph.call_function(torch.ops.dspass.dispatch_rows, (rows, splits, size, key))
             back.replace_all_uses_with(sent)
             graph.erase_node(back)
         return graph
@@ -115,7 +116,7 @@ class WaitsTooSoon(HideExchanges):
 
     def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
         for wait in calls(graph, exchange_wait):
-            (item,) = wait.users
+            item = min(wait.users)
             reader = next(iter(item.users))
             if reader.op != "output":
                 wait.prepend(reader)
@@ -495,6 +496,18 @@ class CodesSummed(QuantiseReductions):
         graph = super().run(graph, ctx)
         for mean in calls(graph, SUM):
             mean.args = (*mean.args[:5], 1.0, mean.args[6])
+        return graph
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodesReadTooSoon(QuantiseExchanges):
+    """Rows are made of codes that are still on their way."""
+
+    def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
+        graph = super().run(graph, ctx)
+        for whole in calls(graph, DEQUANTISE):
+            codes = whole.args[0]
+            codes.replace_input_with(codes.args[0], codes.args[0].args[0])
         return graph
 
 

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import itertools
 import operator
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 from unittest import mock
@@ -178,13 +179,13 @@ class Stored(nn.Module):
 class Routed(nn.Module):
     """Four experts of two products each, two for each token, and a shared one."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 5) -> None:
         super().__init__()
-        self.into = nn.Linear(5, 5, bias=False)
-        self.shared = nn.Linear(5, 5, bias=False)
-        self.router = nn.Linear(5, 4, bias=False)
-        self.up = nn.Parameter(torch.randn(4, 5, 6) / 2)
-        self.down = nn.Parameter(torch.randn(4, 6, 5) / 2)
+        self.into = nn.Linear(5, width, bias=False)
+        self.shared = nn.Linear(width, width, bias=False)
+        self.router = nn.Linear(width, 4, bias=False)
+        self.up = nn.Parameter(torch.randn(4, width, 6) / 2)
+        self.down = nn.Parameter(torch.randn(4, 6, width) / 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = torch.tanh(self.into(x))
@@ -224,7 +225,7 @@ class Rounded(nn.Module):
         return self.left(y[:, :4]).square().sum() + self.fine(x).square().sum()
 
 
-TOYS: Mapping[str, type[nn.Module]] = {
+TOYS: Mapping[str, Callable[[], nn.Module]] = {
     "rounded": Rounded,
     "hosted": Mlp,
     "offloaded": Mlp,
@@ -238,6 +239,7 @@ TOYS: Mapping[str, type[nn.Module]] = {
     "mlp": Mlp,
     "stored": Stored,
     "routed": Routed,
+    "quantised_routed": functools.partial(Routed, 20),
     "balanced": Balanced,
     "tied": Tied,
     "early_views": EarlyViews,
@@ -359,6 +361,7 @@ CONFIGS = {
     "in_node": IN_NODE,
     "in_nodes": IN_NODE,
     "routed": ROUTED,
+    "quantised_routed": ROUTED,
     "balanced": BALANCED,
     "rounded": ROUNDED,
 }
@@ -454,7 +457,7 @@ def as_written(gm: fx.GraphModule, **_: Any) -> Any:
 def _batch(name: str) -> tuple[torch.Tensor, ...]:
     if name == "stored":
         return *quantise_rows(torch.randn(8, 4), "int8"), torch.randn(3, 4), torch.randint(8, (3,))
-    if name == "routed":
+    if name.endswith("routed"):
         return (torch.randn(3, 5),)
     if name == "balanced":
         return (torch.randn(4, 6),)
@@ -614,28 +617,30 @@ def _mean(key: str, grads: PerRank) -> PerRank:
 
 
 def _counts(ends: PerRank, world: int) -> PerRank:
-    counts = [e.diff(prepend=e.new_zeros(1)).int().view(world, -1) for e in ends]
-    return PerRank(torch.stack([counts[source][rank] for source in range(world)]) for rank in range(world))
+    """Of each rank the rows that arrive for each expert here, and those of every rank for every other one."""
+    counts = torch.stack([e.diff(prepend=e.new_zeros(1)).int().view(world, -1) for e in ends])
+    splits = counts.sum(2, dtype=torch.int32)
+    return PerRank((counts[:, rank], splits) for rank in range(world))
 
 
-def _sent(ends: PerRank, source: int, rank: int) -> slice:
+def _sent(splits: torch.Tensor, source: int, rank: int) -> slice:
     """The rows of ``source`` for ``rank``."""
-    lasts = [0, *ends[source].view(len(ends), -1)[:, -1].tolist()]
-    return slice(lasts[rank], lasts[rank + 1])
+    begin = int(splits[source][:rank].sum())
+    return slice(begin, begin + int(splits[source][rank]))
 
 
-def _dispatched(rows: PerRank, ends: PerRank) -> PerRank:
+def _dispatched(rows: PerRank, splits: PerRank) -> PerRank:
     ranks = range(len(rows))
-    return PerRank(torch.cat([rows[source][_sent(ends, source, rank)] for source in ranks]) for rank in ranks)
+    return PerRank(torch.cat([rows[source][_sent(splits[0], source, rank)] for source in ranks]) for rank in ranks)
 
 
-def _combined(rows: PerRank, ends: PerRank, arriving: PerRank, sizes: PerRank) -> PerRank:
+def _combined(rows: PerRank, splits: PerRank, sizes: PerRank) -> PerRank:
     ranks, found = range(len(rows)), []
     for rank in ranks:
         result = rows[rank].new_zeros((sizes[rank], *rows[rank].shape[1:]))
         for holder in ranks:
-            begin = int(arriving[holder][:rank].sum())
-            mine = _sent(ends, rank, holder)
+            begin = int(splits[0][:rank, holder].sum())
+            mine = _sent(splits[0], rank, holder)
             result[mine] = rows[holder][begin : begin + mine.stop - mine.start]
         found.append(result)
     return PerRank(found)
@@ -649,13 +654,14 @@ def _averaged(values: PerRank) -> PerRank:
 EXCHANGES: dict[Any, Any] = {
     COUNTS: lambda ends, *_: _counts(ends, len(ends)),
     counts_start: lambda ends, *_: _counts(ends, len(ends)),
-    DISPATCH: lambda rows, ends, *_: _dispatched(rows, ends),
-    dispatch_start: lambda rows, ends, *_: _dispatched(rows, ends),
-    COMBINE: lambda rows, ends, arriving, sizes, _: _combined(rows, ends, arriving, sizes),
+    DISPATCH: lambda rows, splits, *_: _dispatched(rows, splits),
+    COMBINE: lambda rows, splits, sizes, *_: _combined(rows, splits, sizes),
     MEAN: lambda values, _: _averaged(values),
     mean_start: lambda values, _: _averaged(values),
-    combine_start: lambda rows, ends, arriving, sizes, _: _combined(rows, ends, arriving, sizes),
 }
+
+#: What begins an exchange of rows, by its marker: of one tensor, or of codes and scales.
+OF_ROWS: dict[Any, Any] = {dispatch_start: DISPATCH, combine_start: COMBINE}
 
 
 def simulate(graph: fx.Graph, inputs: Mapping[str, PerRank], world: int, trace: Trace | None = None) -> list[Any]:
@@ -727,10 +733,19 @@ def _call(node: fx.Node, values: Mapping[fx.Node, Any], world: int, trace: Trace
     if node.target is rounding_errors:
         specs = [lookup(key) for key in node.args[1]]
         return PerRank([torch.zeros(world, spec.padded_numel // world) for spec in specs] for _ in range(world))
+    if node.target in OF_ROWS:
+        assert isinstance(first, (list, tuple))
+        others = [PerRank(_of_rank(a, values, r) for r in range(world)) for a in node.args[1:]]
+        given = [PerRank(_of_rank(n, values, r) for r in range(world)) for n in first]
+        return Flight("exchange", [EXCHANGES[OF_ROWS[node.target]](one, *others) for one in given])
     if (exchange := EXCHANGES.get(_overload(node.target))) is not None:
         given = [PerRank(_of_rank(a, values, r) for r in range(world)) for a in node.args]
         answer = exchange(*given)
-        return Flight("exchange", [answer]) if node.target in RUNTIME_FUNCTIONS else answer
+        if node.target not in RUNTIME_FUNCTIONS:
+            return answer
+        is_of_counts = isinstance(answer[0], tuple)
+        parts = [PerRank(one) for one in zip(*answer, strict=True)] if is_of_counts else [answer]
+        return Flight("exchange", parts)
     if node.target in (gather_wait, reduce_wait, exchange_wait):
         flight = values[first]
         kind = {gather_wait: "gather", reduce_wait: "reduce", exchange_wait: "exchange"}[node.target]

@@ -55,6 +55,7 @@ MISTAKES: list[tuple[type[Pass], str, type[Exception], str]] = [
     (broken.KeptUnderAnotherName, "in_node", CheckError, r"is kept from something else than its whole"),
     (broken.PartsExchanged, "quantised_early", CheckError, r"differs"),
     (broken.CodesSummed, "quantised", CheckError, r"the gradient of .* differs"),
+    (broken.CodesReadTooSoon, "quantised_routed", CheckError, r"is read before it has arrived"),
     (broken.CodesExchanged, "few_bits", CheckError, r"differs"),
     (broken.ErrorsExchanged, "quantised_fed_back", CheckError, r"the error of another gradient"),
     (broken.HostValuesExchanged, "offloaded", CheckError, r"differs"),

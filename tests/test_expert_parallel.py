@@ -390,8 +390,8 @@ def test_no_token_is_lost_or_doubled(drawn: tuple[int, int, list[list[int]]]) ->
     counts = torch.tensor([[c.count(e) for e in range(ranks * here)] for c in choices], dtype=torch.int32)
     ends = PerRank(row.cumsum(0).int() for row in counts)
     rows = PerRank(torch.arange(len(c), dtype=torch.float32)[:, None] + 100.0 * r for r, c in enumerate(choices))
-    arriving = EXCHANGES[COUNTS](ends)
-    arrived = EXCHANGES[DISPATCH](rows, ends)
+    arriving, splits = (PerRank(values) for values in zip(*EXCHANGES[COUNTS](ends), strict=True))
+    arrived = EXCHANGES[DISPATCH](rows, splits)
     for rank in range(ranks):
         size = int(arriving[rank].sum())
         assert arrived[rank].shape[0] == size  # what is sent is what was told
@@ -404,5 +404,5 @@ def test_no_token_is_lost_or_doubled(drawn: tuple[int, int, list[list[int]]]) ->
         back = torch.ops.dspass.unpermute_experts(torch.tensor(in_order)[:, None], positions)
         assert back.flatten().tolist() == arrived[rank].flatten().tolist()
     sizes = PerRank(len(c) for c in choices)
-    returned = EXCHANGES[COMBINE](arrived, ends, arriving, sizes, None)
+    returned = EXCHANGES[COMBINE](arrived, splits, sizes, None)
     assert [r.flatten().tolist() for r in returned] == [r.flatten().tolist() for r in rows]

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 import dspass
-from dspass.config import Config
+from dspass.config import ConfigError
 from dspass.engines import engine_of
 from dspass.pipeline_outputs import PipelineUseError
 from tests.models import Block
@@ -282,7 +282,7 @@ def _refusals() -> None:
     }.items():
         model = dspass.shard(Refused(kind), config)
         with pytest.raises(Exception, match=words):
-            model(torch.randn(4, 8))
+            model(torch.randn(8, 8))
     model = dspass.shard(Refused(""), config)
     with pytest.raises(PipelineUseError, match=r"does not divide this call's batch of 6"):
         model(torch.randn(6, 8))
@@ -303,10 +303,14 @@ def test_what_cannot_be_a_pipeline_says_why() -> None:
     run(2, _refusals)
 
 
-def test_a_pipeline_needs_a_divisor_of_the_ranks() -> None:
-    with pytest.raises(AssertionError, match=r"3 does not divide the 2 ranks"):
-        run(2, _train, "tied", _pipeline(3))
+def _three_on_two() -> None:
+    model = dspass.shard(Tied(), _pipeline(3))
+    with pytest.raises(ConfigError, match=r"pipeline.stages: 3 does not divide the 2 ranks"):
+        model(**_tokens(torch.Generator(), 4))
+    model = dspass.shard(Tied(), _pipeline(2, "dualpipev", micro_batches=2))
+    with pytest.raises(ConfigError, match=r"pipeline.micro_batches: 2 is not possible.*at least 4.*micro_batches 4"):
+        model(**_tokens(torch.Generator(), 4))
 
 
-def test_configuration_names_what_is_absent() -> None:
-    assert Config.load(_pipeline(2)).pipeline.enabled
+def test_numbers_that_cannot_be_are_refused_with_those_that_can() -> None:
+    run(2, _three_on_two)

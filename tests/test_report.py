@@ -149,7 +149,7 @@ host_copies = st.builds(
 quantised = st.builds(
     QuantisedTensor,
     name=text,
-    kind=st.sampled_from(["gather", "reduction", "saved"]),
+    kind=st.sampled_from(["gather", "reduction", "rows", "saved"]),
     direction=st.sampled_from(["forward", "backward"]),
     format=st.none() | text,
     whole_bytes=number,

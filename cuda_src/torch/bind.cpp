@@ -180,7 +180,7 @@ std::tuple<Tensor, Tensor> quantise_bucket(const std::vector<Tensor>& tensors, c
   STD_TORCH_CHECK(!tensors.empty() && tensors.size() == sizes.size(),
                   "a bucket has a size for each of its tensors, one at least, and these are ", tensors.size(), " and ",
                   sizes.size(), ".");
-  STD_TORCH_CHECK(chunks >= 1 && nodes >= 1 && chunks % nodes == 0, nodes, " nodes do not divide ", chunks, " chunks.");
+  STD_TORCH_CHECK(chunks >= 0 && nodes >= 1 && chunks % nodes == 0, nodes, " nodes do not divide ", chunks, " chunks.");
   for (size_t i = 0; i < tensors.size(); ++i)
     STD_TORCH_CHECK(tensors[i].numel() <= chunks * sizes[i], "a tensor of ", tensors[i].numel(),
                     " values does not go into ", chunks, " chunks of ", sizes[i], ": make them larger.");
