@@ -70,12 +70,21 @@ class Place:
         # Of one micro-batch they are what its backward makes, and counted there.
         held = state.trained if several else max(state.trained - gradients, 0)
         return Peak(
-            base=state.bytes + self.batch_bytes + held,
+            base=state.bytes + self.batch_bytes + held + self._sent_bytes,
             graph=peak_of_rank(self.schedule, costs, self.links, self.rank),
             floor=state.optimizer + state.trained - held,
             between=self.in_flight * cost.saved_bytes,
             stage=cost,
         )
+
+    @property
+    def _sent_bytes(self) -> int:
+        """Of messages that are on their way while the rank computes what comes next: one in each direction."""
+        schedule, sent = self.schedule, 0
+        for cut, link in enumerate(self.links):
+            source, reader = (schedule.rank_of[s] == self.rank for s in (cut, cut + 1))
+            sent += 0 if source and reader else link.forward_bytes * source + link.backward_bytes * reader
+        return sent
 
     def __str__(self) -> str:
         schedule = self.schedule
@@ -156,13 +165,14 @@ class _Rounds:
         saved = ledger.total - start
         arguments = [places.pop(name) if name in places else fresh(value) for name, value in self.needs]
         ledger.note(arguments)
+        message = [a for a, (name, _) in zip(arguments, self.needs, strict=True) if name not in self.saved]
         arrived = ledger.total - start - saved
         with self.split.deferred(self) if self.split is not None else contextlib.nullcontext():
             most, answers = self._watched(lambda: self.backward(arguments))
         made = sum(a.nbytes for a in answers[: self.activations] if isinstance(a, torch.Tensor))
         working = max(working, most - start - saved - arrived - made)
         gradients = [g for g in answers[self.activations :] if isinstance(g, torch.Tensor)]
-        del answers, received
+        del answers, received, message
         held = 0
         if self.split is not None:
             held = ledger.total - start
