@@ -30,6 +30,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from dspass import pipeline_times as times
+from dspass import stage_plans as plans
 from dspass import steps
 from dspass.casts import cast_inputs
 from dspass.compilation import Compilation, compile_graph
@@ -44,6 +45,7 @@ from dspass.passes.split_stages import StageGraph, keep_outputs, read_parameters
 from dspass.pipeline import build
 from dspass.pipeline_outputs import Output, PipelineUseError, delivered, on_stages, outputs_of
 from dspass.pipeline_times import Measured
+from dspass.planner.calls import Place
 from dspass.planner.stages import follow
 from dspass.runtime import compat
 from dspass.runtime.axis import Axis, axis_of
@@ -344,7 +346,20 @@ class Pipelined:
         inputs = [*batches.inputs[0], *_totals(combination, batches)]
         parts = {action.stage for row in schedule.actions for action in row if action.kind is Kind.INPUT}
         before = len(self.engine.compilations)
-        stages = {s: self._compile(graphs[s], inputs, trains, s in parts) for s in schedule.stages_of(self.pipe.rank)}
+        mine = schedule.stages_of(self.pipe.rank)
+
+        def compiled(stage: StageGraph, place: Place | None = None) -> Stage:
+            return self._compile(stage, inputs, trains, stage.index in parts, place)
+
+        def planned() -> dict[int, Stage]:
+            own = self.config.dspass
+            if not trains or (own.memory_budget is None and own.plan is None):
+                return {s: compiled(graphs[s]) for s in mine}
+            order = sorted(mine, key=lambda s: -cuts.stages[s].saved_bytes)
+            links, size = plans.links_of(graphs), plans.bytes_of(batches.calls)
+            return plans.in_budget(graphs, order, schedule, self.pipe.rank, links, size, self.engine, compiled)
+
+        stages = plans.together(self.pipe, planned)
         executor = Executor(
             schedule=schedule,
             axis=self.pipe if self.pipe.size > 1 else None,
@@ -376,7 +391,9 @@ class Pipelined:
             return None, None
         return combination.loss, combination
 
-    def _compile(self, graph: StageGraph, inputs: Sequence[Any], trains: bool, in_parts: bool) -> Stage:
+    def _compile(
+        self, graph: StageGraph, inputs: Sequence[Any], trains: bool, in_parts: bool, place: Place | None = None
+    ) -> Stage:
         assert self.engine is not None
         values = {v.name: v for v in graph.received}
         examples = []
@@ -392,6 +409,7 @@ class Pipelined:
                 self.config,
                 self.passes,
                 split=range(len(graph.reads)) if in_parts else None,
+                place=place,
             )
         return Stage(
             index=graph.index,

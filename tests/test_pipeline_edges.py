@@ -26,7 +26,6 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.utils.checkpoint import checkpoint
 
 import dspass
-from dspass.engines import engine_of
 from dspass.pipeline_outputs import PipelineUseError
 from dspass.runtime.pipeline import PipelineError
 from tests.ranks import RankError, run
@@ -111,7 +110,9 @@ def near(ours: torch.Tensor, theirs: torch.Tensor, within: float = 1e-5) -> None
 class Pair:
     """A model in stages beside one that is whole, of the same values; both are called alike."""
 
-    def __init__(self, build: Callable[[], nn.Module], section: dict[str, Any], how: str = "shard", **more: Any) -> None:
+    def __init__(
+        self, build: Callable[[], nn.Module], section: dict[str, Any], how: str = "shard", **more: Any
+    ) -> None:
         config = zero(0, pipeline=section, **more)
         torch.manual_seed(0)
         self.reference = build()
