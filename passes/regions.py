@@ -17,7 +17,6 @@ import torch
 import torch.fx as fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-
 _MARKERS = (torch.ops.dspass.unshard, torch.ops.dspass.unshard.default)
 
 
