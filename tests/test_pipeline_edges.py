@@ -4,6 +4,7 @@ that stop."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import os
 import time
@@ -164,7 +165,7 @@ class Pair:
         optimizers = [sgd(model.parameters()) for model in self.both]
         for i in range(steps):
             losses = [loss_of(model(*batches(i))) for model in self.both]
-            near(*losses, within=within)
+            near(losses[0], losses[1], within)
             for loss in losses:
                 loss.backward()
             self.gradients(within)
@@ -404,7 +405,7 @@ def _expressions() -> None:
     pair.backward(_scaled)
     optimizers = [sgd(model.parameters()) for model in pair.both]
     for i in range(3):  # gradients that are zeros, and not None
-        for model, optimizer in zip(pair.both, optimizers, strict=True):
+        for model in pair.both:
             loss_of(model(*tokens(i))).backward()
             loss_of(model(*tokens(i + 1))).backward()
         pair.gradients()
@@ -423,15 +424,19 @@ def test_losses_in_expressions() -> None:
     run(2, _expressions)
 
 
+def _loss(model: Any, **sizes: int) -> torch.Tensor:
+    return loss_of(model(*tokens(4, **sizes)))
+
+
 @without_inductor
 def _sizes_and_modes() -> None:
     pair = Pair(Net, pipeline())
     with torch.no_grad():  # before anything is trained, and without a loss
         near(pair.compiled(tokens(0)[0]), pair.reference(tokens(0)[0]))
     for length in (8, 5, 8):
-        pair.backward(lambda model, n=length: loss_of(model(*tokens(n, length=n))))
+        pair.backward(functools.partial(_loss, length=length))
     for rows in (12, 8):
-        pair.backward(lambda model, n=rows: loss_of(model(*tokens(n, rows=n))))
+        pair.backward(functools.partial(_loss, rows=rows))
     for mode, sizes in ((torch.no_grad, (8, 6)), (torch.inference_mode, (5, 8))):
         for rows in sizes:
             for model in pair.both:
@@ -523,7 +528,7 @@ def _stops(how: str, trains: bool) -> str:
     compiled, runner = pair.compiled, pair.model.__dict__["forward"]
     with torch.set_grad_enabled(trains):
         compiled(*tokens(0))
-    (executor,) = [b.executor for b in [runner.last]]
+    executor = runner.last.executor
     group = dist.new_group(timeout=timedelta(seconds=3))
     runner.pipe = executor.axis = dataclasses.replace(runner.pipe, group=group)
     if dist.get_rank() == 1 and how == "is called less":
