@@ -17,12 +17,12 @@ from dspass.config import Config
 from dspass.passes import devices
 from dspass.passes.captured_cost import costs_of
 from dspass.passes.devices import Device
-from dspass.planner.schedule_times import Link, StageCost
+from dspass.planner.schedule_times import Link, StageCost, simulate
 from dspass.planner.schedules import NAMES, Choice, choose, make
 from dspass.planner.stages import Cuts, cut
 from dspass.runtime.axis import Axis
 from dspass.runtime.engine import Engine
-from dspass.runtime.schedule import Action, Kind, Schedule, Timeline
+from dspass.runtime.schedule import Action, Direction, Kind, Schedule, Send, Timeline
 from dspass.settings import kind_of
 
 
@@ -36,6 +36,12 @@ class Staging:
     stages_of: Mapping[str, frozenset[int]]
     known: Mapping[str, int]
     predicted: Timeline | None = None
+    costs: tuple[StageCost, ...] = ()
+    """Of each stage, for one of ``micro_batches``."""
+    links: tuple[Link, ...] = ()
+    """Of each cut."""
+    overlaps: bool = True
+    """Whether messages run beside compute."""
     why: tuple[str, ...] = ()
     table: str = ""
 
@@ -44,6 +50,20 @@ class Staging:
         if count == self.schedule.micro_batches:
             return self.schedule
         return make(self.schedule.name, self.schedule.ranks, count, self.schedule.virtual_stages)
+
+    def timeline(self, schedule: Schedule) -> Timeline:
+        """When each rank does what in another schedule of these stages, for micro-batches of the same size."""
+        return simulate(schedule, self.costs, self.links, overlaps=self.overlaps)
+
+    def sent_bytes(self, schedule: Schedule) -> tuple[int, ...]:
+        """What each rank sends to its neighbours in :meth:`timeline`."""
+        sent = [0] * schedule.ranks
+        for rank in range(schedule.ranks):
+            for step in schedule.steps(rank):
+                if isinstance(step, Send):
+                    link = self.links[min(step.source, step.destination)]
+                    sent[rank] += link.forward_bytes if step.direction is Direction.FORWARD else link.backward_bytes
+        return tuple(sent)
 
     def keys(self, engine: Engine) -> dict[str, frozenset[int]]:
         """``stages_of`` by the keys of this rank's engine."""
@@ -103,10 +123,11 @@ def plan_stages(
         budget_bytes=budget_bytes,
         overlaps=on.overlaps,
     )
-    return _staging(cut_into(choice.schedule.stages), choice)
+    costs_of_stages, links = costs_for(choice.schedule.stages, choice.schedule.micro_batches)
+    return _staging(cut_into(choice.schedule.stages), choice, costs_of_stages, links, on.overlaps)
 
 
-def _staging(cuts: Cuts, choice: Choice) -> Staging:
+def _staging(cuts: Cuts, choice: Choice, costs: Sequence[StageCost], links: Sequence[Link], overlaps: bool) -> Staging:
     stages_of: dict[str, frozenset[int]] = {}
     for stage in cuts.stages:
         for name in stage.parameters:
@@ -117,6 +138,9 @@ def _staging(cuts: Cuts, choice: Choice) -> Staging:
         stages_of=stages_of,
         known={node.name: stage for node, stage in cuts.stage_of.items()},
         predicted=choice.timeline,
+        costs=tuple(costs),
+        links=tuple(links),
+        overlaps=overlaps,
         why=cuts.why,
         table=choice.table(),
     )
