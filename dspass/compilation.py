@@ -20,6 +20,7 @@ from dspass.passes.base import Pass, PassContext, PassResult, Where, run_passes
 from dspass.passes.held import mark_all, mark_static
 from dspass.passes.partition import partition
 from dspass.passes.text import print_graph
+from dspass.planner.calls import Place
 from dspass.planner.record import Plan
 from dspass.planner.saved import MadeFor
 from dspass.planning import in_buckets, planned, refine, scheduled
@@ -63,11 +64,12 @@ def compile_graph(
     passes: Sequence[Pass],
     compiler: Callable[..., Any] | None = None,
     split: Collection[int] | None = None,
+    place: Place | None = None,
 ) -> Callable[..., Any]:
     """Compile ``gm``, in which sharded parameters are read through ``dspass::unshard``; inference and training alike.
 
     ``split`` are the positions in ``inputs`` of activations: the backward can then answer their gradients before those of
-    parameters, through the compilation's :attr:`Compilation.split`.
+    parameters, through the compilation's :attr:`Compilation.split`. ``place``: it is a stage of a pipeline, and planned as one.
     """
     done = Compilation(name=f"graph {len(engine.compilations)}", frame=compat.compiled_frame())
     engine.compilations.append(done)
@@ -125,6 +127,8 @@ def compile_graph(
                 held,
                 apart,
                 earlier,
+                place,
+                done.split,
             )
             passes = in_buckets(passes, done.plan.decision.bucket_bytes)
         else:

@@ -42,7 +42,7 @@ def persistent(engine: Engine | None, model: nn.Module, ledger: Ledger) -> None:
 
     def note(values: Any, category: str) -> None:
         for tensor in tree_leaves(values):
-            if isinstance(tensor, torch.Tensor):
+            if isinstance(tensor, torch.Tensor) and not tensor.is_meta:  # another pipeline stage's has no bytes here
                 ledger.note(tensor, HOST if is_on_host(local_of(tensor)) else category)
 
     params = list(model.parameters())

@@ -25,10 +25,12 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 import torch.fx as fx
+import torch.nn.functional as F
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from dspass import pipeline_times as times
+from dspass import stage_plans as plans
 from dspass import steps
 from dspass.casts import cast_inputs
 from dspass.compilation import Compilation, compile_graph
@@ -38,10 +40,12 @@ from dspass.owners import unwrap
 from dspass.passes import devices
 from dspass.passes.captured_cost import costs_of
 from dspass.passes.combine_losses import Combination, combine_losses, loss_of
+from dspass.passes.regions import read_in_front
 from dspass.passes.split_stages import StageGraph, keep_outputs, read_parameters, split_stages
 from dspass.pipeline import build
 from dspass.pipeline_outputs import Output, PipelineUseError, delivered, on_stages, outputs_of
 from dspass.pipeline_times import Measured
+from dspass.planner.calls import Place
 from dspass.planner.stages import follow
 from dspass.runtime import compat
 from dspass.runtime.axis import Axis, axis_of
@@ -50,7 +54,7 @@ from dspass.runtime.pipeline import Executor, Stage
 from dspass.runtime.schedule import Kind, ScheduleError, Timeline
 from dspass.runtime.tied import sum_tied
 from dspass.settings import kind_of
-from dspass.shard import Fill, agree, refuse_wrapped
+from dspass.shard import Fill, agree, materialise_buffers, refuse_wrapped
 from dspass.staged import pipeline_mesh, place_stages, prepare
 from dspass.staging import Staging, forward_only, plan_stages
 
@@ -150,6 +154,12 @@ class Pipelined:
 
     @torch._dynamo.disable(reason="runs a pipeline's schedule")
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # Without gradients is enough: what is made in inference mode has no versions, and could not be captured or trained.
+        trains = torch.is_grad_enabled()
+        with torch.inference_mode(False), torch.set_grad_enabled(trains):
+            return self._call(args, kwargs)
+
+    def _call(self, args: Any, kwargs: Any) -> Any:
         if self.engine is None:
             self._begin(args, kwargs)
         leaves, structure = tree_flatten((args, kwargs))
@@ -215,6 +225,8 @@ class Pipelined:
         agree(root, config, self.mesh)
         self.engine = new_engine(root, config)
         prepare(root, self.engine, config, self.mesh)
+        if self.fill is not None:  # parameters are captured from the meta device, buffers are computed with
+            materialise_buffers(root, self.fill, self.device or self.kind)
 
     def _micro_batches(self, size: int, trains: bool) -> int:
         """How many parts a batch is split into."""
@@ -270,6 +282,7 @@ class Pipelined:
                 compat.guard_identity(node)
                 break
         compat.allow_compilations(1)
+        read_in_front(gm)
         read_parameters(gm.graph)
         cast_inputs(gm, self.config)
         capture = Capture(gm=gm)
@@ -333,7 +346,20 @@ class Pipelined:
         inputs = [*batches.inputs[0], *_totals(combination, batches)]
         parts = {action.stage for row in schedule.actions for action in row if action.kind is Kind.INPUT}
         before = len(self.engine.compilations)
-        stages = {s: self._compile(graphs[s], inputs, trains, s in parts) for s in schedule.stages_of(self.pipe.rank)}
+        mine = schedule.stages_of(self.pipe.rank)
+
+        def compiled(stage: StageGraph, place: Place | None = None) -> Stage:
+            return self._compile(stage, inputs, trains, stage.index in parts, place)
+
+        def planned() -> dict[int, Stage]:
+            own = self.config.dspass
+            if not trains or (own.memory_budget is None and own.plan is None):
+                return {s: compiled(graphs[s]) for s in mine}
+            order = sorted(mine, key=lambda s: -cuts.stages[s].saved_bytes)
+            links, size = plans.links_of(graphs), plans.bytes_of(batches.calls)
+            return plans.in_budget(graphs, order, schedule, self.pipe.rank, links, size, self.engine, compiled)
+
+        stages = plans.together(self.pipe, planned)
         executor = Executor(
             schedule=schedule,
             axis=self.pipe if self.pipe.size > 1 else None,
@@ -365,7 +391,9 @@ class Pipelined:
             return None, None
         return combination.loss, combination
 
-    def _compile(self, graph: StageGraph, inputs: Sequence[Any], trains: bool, in_parts: bool) -> Stage:
+    def _compile(
+        self, graph: StageGraph, inputs: Sequence[Any], trains: bool, in_parts: bool, place: Place | None = None
+    ) -> Stage:
         assert self.engine is not None
         values = {v.name: v for v in graph.received}
         examples = []
@@ -381,6 +409,7 @@ class Pipelined:
                 self.config,
                 self.passes,
                 split=range(len(graph.reads)) if in_parts else None,
+                place=place,
             )
         return Stage(
             index=graph.index,
@@ -524,13 +553,14 @@ def _refuse_state(graph: fx.Graph, placeholders: Sequence[fx.Node], trains: bool
     """Refuse what a micro-batch would change for the next: buffers that the forward writes, as batch norm does."""
     if not trains:
         return
-    for node in graph.nodes:
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-        if name == "batch_norm" and _argument(node, 5, "training"):
+    for node in graph.find_nodes(op="call_function", target=F.batch_norm):
+        if _argument(node, 5, "training"):
             raise PipelineUseError(
                 f"{node.name} normalises over a batch and keeps its statistics: split into micro-batches it would compute "
                 "something else. Call eval() on the batch norms, use group or layer norm, or do without a pipeline."
             )
+    for node in graph.nodes:
+        name = str(node.target)
         if node.op == "call_method" and name.endswith("_") and not name.endswith("__") and node.args[0] in placeholders:
             raise PipelineUseError(
                 f"{node.name} writes into {compat.placeholder_source(node.args[0]) or node.args[0]}, which each micro-batch "

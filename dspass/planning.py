@@ -1,6 +1,7 @@
-"""The planner at work on one joint graph, and one plan for all ranks.
+"""The planner at work on one joint graph, and one plan for all ranks that run it.
 
-Rank 0 plans, for it holds the largest shards, and puts its plan into the process group's store, where the others wait for it.
+The first of them plans, for it holds the largest shards, and puts its plan into the process group's store, where the others
+wait for it. All ranks run one graph, but for a pipeline, where each stage has a plan of its own for the ranks of its data axis.
 Dropped: each rank plans and the results are compared. It costs the same work once more on each, and measured or uneven sizes
 make ranks differ at the edge of a budget, where different buckets would leave them waiting for each other.
 """
@@ -11,6 +12,7 @@ import copy
 import hashlib
 import itertools
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
@@ -23,6 +25,7 @@ import torch.fx as fx
 from dspass.config import Config
 from dspass.hosting import host
 from dspass.lowering.simulate import GraphSimulator, InductorSimulator
+from dspass.lowering.split_backward import SplitBackward
 from dspass.passes import calibration, cost, devices
 from dspass.passes.base import Pass, PassContext, run_passes
 from dspass.passes.bucket_gathers import BucketGathers
@@ -33,6 +36,7 @@ from dspass.passes.offload_saved import OffloadSaved
 from dspass.passes.partition import partition
 from dspass.passes.prefetch_gathers import PrefetchGathers
 from dspass.passes.text import print_value
+from dspass.planner.calls import Place, cost_of_stage
 from dspass.planner.choices import Choices
 from dspass.planner.dry_run import Peak, peak_of_step
 from dspass.planner.plan import Planner, Split, chooser
@@ -48,7 +52,7 @@ from dspass.settings import kind_of, settings_of, state_of, states_bytes
 #: A graph that reads this share of the parameters that no earlier one does is taken for the last one.
 _ALONE = 0.9
 
-#: How long the other ranks wait for rank 0's plan.
+#: How long the other ranks wait for the plan.
 WAIT = timedelta(minutes=10)
 
 #: All ranks plan the same graphs in the same order.
@@ -68,16 +72,19 @@ def planned(
     held: int = 0,
     apart: int = 0,
     earlier: Sequence[tuple[MadeFor, Plan]] = (),
+    place: Place | None = None,
+    split: SplitBackward | None = None,
 ) -> tuple[fx.GraphModule, fx.GraphModule, Plan, MadeFor]:
     """``joint`` split as a plan says, the plan, and what it is for: one that is read from ``dspass.plan``, or one made for
     ``dspass.memory_budget``. ``passes`` are those that will run on the two graphs (:func:`scheduled`). The model's other graphs
     hold ``held`` bytes while this one runs, and have ``apart`` bytes of parameters. Of ``earlier`` plans that of the same graph
-    for inputs of other shapes is tried first. Raises :class:`BudgetError` or :class:`PlanError` on every rank alike."""
+    for inputs of other shapes is tried first. ``place`` is that of a pipeline's stage, whose backward may be in two parts, by
+    ``split``. Raises :class:`BudgetError` or :class:`PlanError` on every rank that runs the graph alike."""
 
     # Rows that arrive at experts: planned for as many as are expected. A plan goes by names of nodes, and serves both graphs.
     sized = compat.as_expected(joint, ROWS_EXPECTED) or joint
 
-    def split(choose: compat.Chooser, of: fx.GraphModule = sized) -> Split:
+    def cut(choose: compat.Chooser, of: fx.GraphModule = sized) -> Split:
         fresh = compat.graph_module(of, copy.deepcopy(of.graph))
         return partition(fresh, inputs, num_fwd_outputs, free, choose=choose)
 
@@ -94,28 +101,40 @@ def planned(
             "compile with dynamic=True, mark no size as dynamic, or pad batches to one size.",
             0,
         )
-    made_for = _made_for(joint.graph, engine, config, passes)
+    made_for = _made_for(joint.graph, engine, config, passes, place)
     wanted = config.dspass.memory_budget
     budget = budget_bytes(wanted, engine) if wanted is not None else None
     graphs: Split | None = None
 
     def make() -> Plan:
         nonlocal graphs
-        file = PlanFile(config.dspass.plan) if config.dspass.plan is not None else None
+        file = PlanFile(_file_of(config.dspass.plan, place)) if config.dspass.plan is not None else None
         if file is not None and (read := file.find(made_for, budget)) is not None:
             return read
         assert budget is not None
         on = devices.planned_for(kind_of(engine))
         state, states = state_of(engine), states_bytes(engine)
         here, gradients = _of_this_graph(sized.graph, num_fwd_outputs, free)
-        state = replace(state, elsewhere=held + max(state.trained - gradients, 0), here=here)
+        if place is None:
+            state = replace(state, elsewhere=held + max(state.trained - gradients, 0), here=here)
+        elif engine.accumulation_steps > 1:  # what earlier calls have left
+            state = replace(state, elsewhere=state.trained)
         simulator = InductorSimulator(patches=patches) if kind_of(engine) == "cpu" else GraphSimulator()
 
         def run(forward: fx.GraphModule, backward: fx.GraphModule) -> Peak:
+            if place is not None:
+                cost_of = cost_of_stage(
+                    forward, backward, num_fwd_outputs, engine, simulator,
+                    activations=place.activations,
+                    micro_batches=place.schedule.micro_batches,
+                    split=split.anew() if split is not None else None,
+                )  # fmt: skip
+                return place.peak(cost_of, state, gradients)
             return peak_of_step(forward, backward, num_fwd_outputs, engine, state, simulator)
 
         exposed = _exposed_share(sized.graph, on)
-        share = here / max(state.parameters - apart, here, 1)
+        apart_of_it = place.planned_bytes if place is not None else apart
+        share = here / max(state.parameters - apart_of_it, here, 1)
         prior = next((p.decision for m, p in reversed(earlier) if _serves(m, p, made_for, budget)), None)
 
         def find(
@@ -132,12 +151,13 @@ def planned(
                 regather=exposed if engine.stage == 3 else 0.0,
                 levers=tuple(passes),
                 prior=prior,
+                in_flight=place.in_flight if place is not None else 1,
             )
 
         graphs, plan = Planner(
             budget=budget,
             find=find,
-            split=split,
+            split=cut,
             passes=pipeline,
             run=run,
             seconds=lambda forward, backward: (
@@ -148,15 +168,16 @@ def planned(
             settings=settings_of(sized.graph, engine, config, passes, states, on, exposed),
             share=share if share < _ALONE else 1.0,
             scale=on.steps.get(_model_key(made_for), 1.0),
+            **_words(place, engine),
         ).plan()
         plan = replace(plan, parameters=here)
         if file is not None and engine.target is None:  # not a prediction
             file.add(made_for, plan)
         return plan
 
-    plan = _shared(made_for, make)
+    plan = _shared(made_for, make, _planned_together(engine))
     host(engine, plan.decision.states_on_host)
-    forward, backward = graphs if graphs and sized is joint else split(chooser(plan.decision), joint)
+    forward, backward = graphs if graphs and sized is joint else cut(chooser(plan.decision), joint)
     return forward, backward, plan, made_for
 
 
@@ -226,7 +247,41 @@ def _exposed_share(joint: fx.Graph, on: devices.Device) -> float:
     return max(0.0, 1.0 - cost.estimate(joint, on).compute * 2 / 3 / sent) if sent else 0.0
 
 
-def _made_for(joint: fx.Graph, engine: Engine, config: Config, passes: Sequence[Pass]) -> MadeFor:
+def _words(place: Place | None, engine: Engine) -> dict[str, Any]:
+    """How a stage of a pipeline is planned and refused, where a graph is one."""
+    if place is None:
+        return {}
+    assert engine.stages is not None
+    others = f" beside {_listed(place.others)}" if place.others else ""
+    smaller = "more or smaller micro-batches" if place.schedule.micro_batches > 1 else "micro-batches"
+    fewer = ", a schedule with fewer of them in flight (1f1b)" if place.in_flight > place.schedule.ranks else ""
+    return {
+        "fewest": place.fewest,
+        "where": f"on ranks {list(engine.stages.data.ranks)}, as {place}{others} with {place.in_flight} in flight",
+        "ways_out": f"use more stages, {smaller}{fewer}, more ranks a stage with a higher ZeRO stage",
+    }
+
+
+def _listed(stages: Mapping[int, Any]) -> str:
+    return f"stage{'s' * (len(stages) > 1)} {' and '.join(map(str, sorted(stages)))}"
+
+
+def _file_of(path: str, place: Place | None) -> str:
+    """Stages of a pipeline are planned by processes of their own, each of which writes a file."""
+    if place is None:
+        return path
+    root, extension = os.path.splitext(path)
+    return f"{root}.stage{place.stage}{extension}"
+
+
+def _planned_together(engine: Engine) -> Sequence[int]:
+    """The ranks that run the same graphs as this one; the first plans."""
+    if engine.stages is not None:
+        return engine.stages.data.ranks
+    return range(dist.get_world_size()) if dist.is_initialized() else range(1)
+
+
+def _made_for(joint: fx.Graph, engine: Engine, config: Config, passes: Sequence[Pass], place: Place | None) -> MadeFor:
     placeholders = joint.find_nodes(op="placeholder")
     nodes = " ".join(f"{n.name}={n.target}" for n in joint.nodes if n.op != "placeholder")
     return MadeFor(
@@ -239,6 +294,7 @@ def _made_for(joint: fx.Graph, engine: Engine, config: Config, passes: Sequence[
         passes=tuple(map(str, passes)),
         offload=f"optimizer {config.offload_optimizer} {config.offload_optimizer_ratio:g}, param {config.offload_param}",
         torch=torch.__version__.split("+")[0],
+        part=str(place) if place is not None else "",
     )
 
 
@@ -251,14 +307,14 @@ def _is_tensor(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), torch.Tensor)
 
 
-def _shared(made_for: MadeFor, make: Callable[[], Plan]) -> Plan:
-    """Rank 0's plan, through the store of the process group; what it raises is raised on every rank."""
-    key = f"dspass/plan/{next(_plans)}"
-    ranks = dist.get_world_size() if dist.is_initialized() and dist.get_backend() != "fake" else 1
-    if ranks == 1:
+def _shared(made_for: MadeFor, make: Callable[[], Plan], ranks: Sequence[int]) -> Plan:
+    """The plan of the first of ``ranks``, through the store of the process group; what it raises is raised on all of them."""
+    first = ranks[0]
+    key = f"dspass/plan/{next(_plans)}/{first}"
+    if len(ranks) == 1 or dist.get_backend() == "fake":
         return make()
     store = compat.store()
-    if dist.get_rank() == 0:
+    if dist.get_rank() == first:
         try:
             plan = make()
         except (BudgetError, PlanError) as error:
@@ -271,7 +327,7 @@ def _shared(made_for: MadeFor, make: Callable[[], Plan]) -> Plan:
         store.wait([key], WAIT)
     except RuntimeError as error:
         raise RuntimeError(
-            f"rank 0 has made no plan for {key} in {WAIT}: it compiles another graph than rank {dist.get_rank()}, or "
+            f"rank {first} has made no plan for {key} in {WAIT}: it compiles another graph than rank {dist.get_rank()}, or "
             "it failed; see what it said."
         ) from error
     told = json.loads(store.get(key))
@@ -281,7 +337,7 @@ def _shared(made_for: MadeFor, make: Callable[[], Plan]) -> Plan:
     differences = made_for.differences(theirs, but=("inputs",))  # shards are uneven
     if differences:
         raise RuntimeError(
-            f"rank {dist.get_rank()} compiles another graph as {key} than rank 0: all ranks must run one model. "
+            f"rank {dist.get_rank()} compiles another graph as {key} than rank {first}: all ranks must run one model. "
             + " ".join(differences)
         )
     return Plan.from_json(told["plan"])

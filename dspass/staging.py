@@ -103,7 +103,7 @@ def plan_stages(
         return cut(gm, stages, costs, on, micro_batches=count, boundaries=pipeline.boundaries)
 
     def costs_for(stages: int, micro_batches: int) -> tuple[Sequence[StageCost], Sequence[Link]]:
-        return _costs(cut_into(stages), on, count / micro_batches, divided)
+        return stage_costs(cut_into(stages), on, count / micro_batches, divided)
 
     virtual = pipeline.virtual_stages
     if virtual is None and pipeline.boundaries is not None and (len(pipeline.boundaries) + 1) % pipe.size == 0:
@@ -146,7 +146,7 @@ def _staging(cuts: Cuts, choice: Choice, costs: Sequence[StageCost], links: Sequ
     )
 
 
-def _costs(cuts: Cuts, on: Device, rows: float, divided: int) -> tuple[list[StageCost], list[Link]]:
+def stage_costs(cuts: Cuts, on: Device, rows: float, divided: int) -> tuple[list[StageCost], list[Link]]:
     """Of stages and cuts, for micro-batches of ``rows`` times those that were captured."""
     stages = [
         StageCost(
@@ -172,4 +172,4 @@ def _costs(cuts: Cuts, on: Device, rows: float, divided: int) -> tuple[list[Stag
     return stages, links
 
 
-__all__ = ["Staging", "forward_only", "plan_stages"]
+__all__ = ["Staging", "forward_only", "plan_stages", "stage_costs"]

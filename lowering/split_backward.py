@@ -370,6 +370,10 @@ class SplitBackward:
         self._deferred = False
         self._token: Hashable = None
 
+    def anew(self) -> SplitBackward:
+        """Another of the same graph, that has not been lowered."""
+        return SplitBackward(self.inputs, self.activations)
+
     def lower(
         self,
         gm: fx.GraphModule,

@@ -53,7 +53,8 @@ class Choices:
     ``inside`` are its nodes in order that need no gradient, ``free`` placeholders that take no memory to keep, and
     ``unplanned`` answers what Inductor would save. ``gathers``: the backward gathers anew what is not kept (ZeRO stage 3), and
     ``regather`` is the share of it that compute does not hide. ``levers`` are passes that hold saved values in ways of their
-    own; ``prior`` is what was decided for the same graph with inputs of other shapes.
+    own; ``prior`` is what was decided for the same graph with inputs of other shapes. What is saved is there ``in_flight``
+    times at once, in a pipeline.
     """
 
     joint: fx.Graph
@@ -66,6 +67,7 @@ class Choices:
     regather: float
     levers: tuple[Pass, ...] = ()
     prior: Decision | None = None
+    in_flight: int = 1
     values: list[Value] = field(init=False)
     ways: list[tuple[Held, ...]] = field(init=False)
     found: list[Choice] = field(init=False)
@@ -129,7 +131,7 @@ class Choices:
 
     def peak(self, i: int, bucket_bytes: int | None) -> int:
         """The modelled peak of choice ``i`` in such buckets, beyond what is there in every moment."""
-        return self._peak(self.found[i], bucket_bytes)
+        return self._peak(self.found[i], bucket_bytes) + (self.in_flight - 1) * self.found[i].bytes
 
     def of_prior(self) -> tuple[int, int | None] | None:
         """The choice that :attr:`prior` made, and its bytes of a bucket; None where it speaks of other values."""

@@ -19,6 +19,7 @@ import torch.fx as fx
 from dspass.lowering.segments import lower
 from dspass.passes.nodes import ON_HOST, calls, rounding_errors
 from dspass.passes.partition import received_by
+from dspass.planner.schedule_times import StageCost
 from dspass.runtime import compat
 from dspass.runtime.engine import Engine
 from dspass.runtime.ledger import HOST, Ledger
@@ -49,12 +50,14 @@ class State:
 @dataclass(frozen=True)
 class Peak:
     """Of one step: ``graph`` is what forward and backward add to ``base``, the bytes that are always there, ``floor`` what the
-    optimiser adds to it after them, and ``between`` what is held from the forward to the backward."""
+    optimiser adds to it after them, and ``between`` what is held from the forward to the backward. Of a pipeline's stage they
+    are a whole call's (:mod:`dspass.planner.calls`), and ``stage`` has what a micro-batch takes."""
 
     base: int
     graph: int
     floor: int
     between: int = 0
+    stage: StageCost | None = None
 
     @property
     def bytes(self) -> int:
@@ -73,12 +76,12 @@ def peak_of_step(
     values = [n.meta.get("val") for n in forward.graph.find_nodes(op="placeholder")]
     ledger = Ledger(watches=True)
     probe = Probe(ledger)
-    with _dry(engine), compat.mode_of(values):
+    with dry(engine), compat.mode_of(values):
         programs = [
             lower(gm, simulator, is_backward=is_backward, is_inference=False, probe=probe)
             for gm, is_backward in ((forward, False), (backward, True))
         ]
-        inputs = [_fresh(v) for v in values]
+        inputs = [fresh(v) for v in values]
         hosted = [ON_HOST in n.meta for n in forward.graph.find_nodes(op="placeholder")]
         for value, is_hosted in zip(inputs, hosted, strict=True):
             ledger.note(value, HOST if is_hosted else "parameters")
@@ -94,7 +97,7 @@ def peak_of_step(
         places = {node.name: value for node, value in zip(received_by(backward.graph, asked), saved, strict=True)}
         kept = outputs[:num_fwd_outputs]
         arguments = [
-            places.pop(n.name) if n.name in places else _fresh(n.meta.get("val"))
+            places.pop(n.name) if n.name in places else fresh(n.meta.get("val"))
             for n in backward.graph.find_nodes(op="placeholder")
         ]
         del outputs, saved, places
@@ -107,21 +110,21 @@ def peak_of_step(
 
 
 @contextlib.contextmanager
-def _dry(engine: Engine) -> Iterator[None]:
+def dry(engine: Engine) -> Iterator[Engine]:
     """In place of ``engine`` one without its state, that sends nothing and averages at once."""
-    dry = copy.copy(engine)
-    dry.forget()
-    dry.dry, dry.accumulation_steps, dry.no_sync_depth = True, 1, 0
+    found = copy.copy(engine)
+    found.forget()
+    found.dry, found.accumulation_steps, found.no_sync_depth = True, 1, 0
     for spec in engine.specs.values():
-        spec.engine = dry
+        spec.engine = found
     try:
-        yield
+        yield found
     finally:
         for spec in engine.specs.values():
             spec.engine = engine
 
 
-def _fresh(value: Any) -> Any:
+def fresh(value: Any) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)

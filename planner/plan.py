@@ -67,7 +67,8 @@ class Planner:
     The first of ``settings`` costs nothing. ``scale``: what measured steps of the model took, over what the cost model said; it
     makes predictions better. What was decided for inputs of other shapes is taken where the fastest candidate does not fit and
     it does. ``share`` of what the budget leaves beside what is always there may be held from the forward to the backward, where
-    other graphs run in between; where no candidate holds so little, that does not count."""
+    other graphs run in between; where no candidate holds so little, that does not count. With ``fewest`` it is the smallest
+    candidate that is taken, not the fastest. ``where`` and ``ways_out`` are a refusal's words."""
 
     budget: int
     find: Callable[[fx.Graph, Sequence[fx.Node], frozenset[fx.Node], compat.Unplanned], Choices]
@@ -78,6 +79,9 @@ class Planner:
     settings: tuple[Setting, ...] = (Setting(),)
     scale: float = 1.0
     share: float = 1.0
+    fewest: bool = False
+    where: str = "on each rank"
+    ways_out: str = "use more ranks, a higher ZeRO stage"
     choices: Choices = field(init=False)
     _measured: dict[tuple[int, int | None], Peak] = field(default_factory=dict)  # by choice and bytes of a bucket
     _graphs: dict[int, Split] = field(default_factory=dict)
@@ -86,8 +90,8 @@ class Planner:
     def plan(self) -> tuple[Split, Plan]:
         """The two graphs of the fastest candidate that fits, before the passes; raises :class:`BudgetError` where none does."""
         self._graphs[0] = self.split(self._find)
-        found = self._fastest(self.share)
-        if found is None and self.share < 1.0:
+        found = self._smallest() if self.fewest else self._fastest(self.share)
+        if found is None and self.share < 1.0 and not self.fewest:
             found = self._fastest(1.0)
         if found is None:
             raise self._refusal()
@@ -111,6 +115,16 @@ class Planner:
             if (candidate in smallest or self._peak(candidate) <= self.budget * near) and self._fits(candidate, share):
                 return candidate
         return None
+
+    def _smallest(self) -> tuple[int, int] | None:
+        """The one that takes least, as it runs."""
+        self._run(0, self.settings[0].bucket_bytes)
+        self._run(*self._least)
+        tried = sorted(self._candidates, key=self._peak)[:_LAST_TRIES]
+        for choice, k in tried:
+            self._run(choice, self.settings[k].bucket_bytes)
+        least = min(tried, key=self._peak)
+        return least if self._fits(least, 1.0) else None
 
     def _find(
         self, graph: fx.Graph, inside: Sequence[fx.Node], free: frozenset[fx.Node], unplanned: compat.Unplanned
@@ -203,6 +217,7 @@ class Planner:
             states_seconds=setting.copy_seconds,
             peak=setting.bytes(peak),
             between=peak.between,
+            stage=peak.stage,
             budget=self.budget,
             frontier=tuple(frontier),
             chosen=chosen,
@@ -212,18 +227,19 @@ class Planner:
 
     def _refusal(self) -> BudgetError:
         tried = [
-            setting.bytes(peak)
+            (setting.bytes(peak), peak)
             for (_, bucket_bytes), peak in self._measured.items()
             for setting in self.settings
             if setting.bucket_bytes == bucket_bytes
         ]
-        smallest = _rounded_up(min(tried))
+        least, peak = min(tried, key=lambda pair: pair[0])
+        smallest = _rounded_up(least)
         host = "" if any(setting.states for setting in self.settings) else ", optimiser states on the host"
         return BudgetError(
             f"dspass.memory_budget of {size_text(self.budget)} is too small: the smallest plan of {len(self._candidates)} "
-            f"takes {size_text(smallest)} on each rank. Give that much, or use more ranks, a higher ZeRO stage{host} or a "
-            "smaller batch.",
+            f"takes {size_text(smallest)} {self.where}. Give that much, or {self.ways_out}{host} or a smaller batch.",
             smallest,
+            peak.stage,
         )
 
 

@@ -8,14 +8,16 @@ from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 from dspass.planner.dry_run import Peak
+from dspass.planner.schedule_times import StageCost
 
 
 class BudgetError(RuntimeError):
-    """No plan fits into the memory budget. ``smallest`` is one that works, in bytes: the least peak, rounded up."""
+    """No plan fits into the memory budget. ``smallest`` is one that works, in bytes: the least peak, rounded up. Of a pipeline's
+    stage, ``stage`` has what a micro-batch takes in that, on the rank that planned."""
 
-    def __init__(self, message: str, smallest: int) -> None:
+    def __init__(self, message: str, smallest: int, stage: StageCost | None = None) -> None:
         super().__init__(message)
-        self.smallest = smallest
+        self.smallest, self.stage = smallest, stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +100,9 @@ class Plan:
     ``between`` the bytes on the device from its forward to its backward; ``seconds`` are the cost model's for both with their
     collectives, times ``scale``, which measured steps gave; ``states_bytes`` of optimiser states wait on the host, and take
     ``states_seconds`` of a step to come and go; ``frontier`` is ordered from the fastest to the smallest, its seconds hold all
-    of this but the optimiser's own, and ``chosen`` is its index. ``parameters`` are the bytes that the graph reads of them."""
+    of this but the optimiser's own, and ``chosen`` is its index. ``parameters`` are the bytes that the graph reads of them. Of a
+    pipeline's stage the bytes that are saved, kept and held are a micro-batch's, as ``stage`` has them; the peak is the rank's,
+    with its stages that were planned before, in a whole call."""
 
     decision: Decision
     saved_bytes: int
@@ -117,6 +121,7 @@ class Plan:
     states_bytes: int = 0
     states_seconds: float = 0.0
     parameters: int = 0
+    stage: StageCost | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -125,9 +130,15 @@ class Plan:
     def from_json(cls, said: Mapping[str, Any]) -> Self:
         """Raises ``KeyError`` or ``TypeError`` where ``said`` has another form."""
         decision = Decision.from_json(said["decision"])
+        stage = StageCost(**said["stage"]) if said.get("stage") is not None else None
         records = {"frontier": Option, "classes": Tensors, "largest": Tensors}
         return cls(
-            **{**said, "decision": decision, **{k: tuple(kind(**o) for o in said[k]) for k, kind in records.items()}}
+            **{
+                **said,
+                "decision": decision,
+                "stage": stage,
+                **{k: tuple(kind(**o) for o in said[k]) for k, kind in records.items()},
+            }
         )
 
     def __str__(self) -> str:

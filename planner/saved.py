@@ -24,8 +24,8 @@ class PlanError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class MadeFor:
-    """What a plan depends on. ``graph`` is a hash of the joint graph's operators, ``inputs`` are its types and shapes; the
-    others are the same for all graphs of a run."""
+    """What a plan depends on. ``graph`` is a hash of the joint graph's operators, ``inputs`` are its types and shapes, and
+    ``part`` says which stage of which schedule it is, in a pipeline; the others are the same for all graphs of a run."""
 
     model: str
     ranks: int
@@ -36,6 +36,7 @@ class MadeFor:
     torch: str
     graph: str
     inputs: tuple[str, ...]
+    part: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -75,7 +76,7 @@ class PlanFile:
         plan is too large, and where there is none and no budget to make one for."""
         entries = [(MadeFor.from_json(e["made_for"]), e["plan"]) for e in self._read()]
         for made_for, said in entries:
-            different = wanted.differences(made_for, but=("graph", "inputs"))
+            different = wanted.differences(made_for, but=("graph", "inputs", "part"))
             if different:
                 raise self._other(different)
             if made_for == wanted:

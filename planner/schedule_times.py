@@ -130,19 +130,15 @@ def peak_bytes(schedule: Schedule, costs: Sequence[StageCost], links: Sequence[L
     gradients are gone after the backward. What an action makes for another stage is held while it runs, and if that stage is on
     the same rank, until it is read; what is sent is taken to be away when the next action begins.
     """
+    return tuple(peak_of_rank(schedule, costs, links, rank) for rank in range(schedule.ranks))
+
+
+def peak_of_rank(schedule: Schedule, costs: Sequence[StageCost], links: Sequence[Link], rank: int) -> int:
+    """That of one rank, as :func:`peak_bytes`; of stages on other ranks the costs are not read."""
     links = _checked(schedule, costs, links)
-    if not any(link.forward_bytes or link.backward_bytes for link in links):  # then transfers need not be placed
-        return tuple(_peak(schedule, costs, links, rank, schedule.actions[rank]) for rank in range(schedule.ranks))
-    return tuple(_peak(schedule, costs, links, rank, schedule.steps(rank)) for rank in range(schedule.ranks))
-
-
-def _peak(
-    schedule: Schedule,
-    costs: Sequence[StageCost],
-    links: Sequence[Link],
-    rank: int,
-    steps: Sequence[Step],
-) -> int:
+    # Without messages these need not be placed.
+    is_sent = any(link.forward_bytes or link.backward_bytes for link in links)
+    steps: Sequence[Step] = schedule.steps(rank) if is_sent else schedule.actions[rank]
     held = peak = sum(costs[stage].static_bytes for stage in schedule.stages_of(rank))
     for step in steps:
         if isinstance(step, Receive):

@@ -479,10 +479,10 @@ def apart(values: Sequence[Any]) -> Iterator[None]:
     from torch._guards import detect_fake_mode
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(torch._guards.tracing(None))
+        stack.enter_context(torch._guards.tracing(None))  # whose mode, inside of a backend, is another than the graph's
         stack.enter_context(without_fake_mode())
         stack.enter_context(torch.no_grad())
-        mode = detect_fake_mode(list(values))  # here, where no other mode is at hand that would have to be the same
+        mode = detect_fake_mode(list(values))
         if mode is not None:
             stack.enter_context(mode)
             if mode.shape_env is not None:

@@ -4,8 +4,9 @@ One call runs all of a batch's micro-batches, forward and backward. Gradients of
 that it is given, which are leaves of its own: whoever called hands them out when the loss's own backward is asked for.
 
 A message is a list of tensors whose names, shapes and types both ends know from the graph, so none are told. Receives are
-posted where the schedule has them and waited for by what reads them; sends are kept until the end of the call, and their
-tensors with them until they have gone. On the way back a message holds the gradients of those values that have one.
+posted where the schedule has them and waited for by what reads them. A tensor that is sent is kept until it has gone: before
+the next message goes the same way, the last one must have arrived, which holds nobody up for good, since the order is one in
+which each send may block. On the way back a message holds the gradients of those values that have one.
 
 Dropped: ``torch.distributed.pipelining``'s own runtime under its schedules. It passes inputs to the first stage alone, so that
 labels and masks would have to travel; splits backwards by walking autograd's graph, which compiled stages have none of; and
@@ -15,8 +16,8 @@ gathers gradients in ``.grad`` of the parameters, where a loss that is scaled af
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -82,6 +83,10 @@ class Halves(Protocol):
 
     def deferred(self, token: int) -> Any:
         """A context in which the backward computes gradients of activations alone, and keeps the rest under ``token``."""
+
+    @property
+    def waiting(self) -> Collection[Hashable]:
+        """The tokens of what is kept."""
 
     def weights(self, token: int) -> Sequence[torch.Tensor | None]:
         """The gradients that were left, by the position of the graph's input."""
@@ -164,7 +169,7 @@ class _Call:
         self.inbox: dict[tuple[Direction, int, int], list[torch.Tensor]] = {}
         self.posted: dict[tuple[Direction, int, int], tuple[list[torch.Tensor], list[Any], int]] = {}
         self.outbox: dict[tuple[Direction, int, int], list[torch.Tensor]] = {}
-        self.going: list[tuple[Any, torch.Tensor, int]] = []
+        self.going: dict[tuple[Direction, int], deque[list[tuple[Any, torch.Tensor]]]] = defaultdict(deque)
         self.runs: dict[tuple[int, int], _Run] = {}
         self.results: dict[int, list[torch.Tensor]] = defaultdict(list)
         self.last = executor.last_weights
@@ -185,8 +190,9 @@ class _Call:
                 start = self._now()
                 self._compute(step, message)
                 spans.append((step, start, self._now()))
-        for work, _, peer in self.going:
-            self._wait(work, peer, "take")
+        for way, messages in self.going.items():
+            while messages:
+                self._let_go(messages.popleft(), way[1])
         self.executor.sent_bytes = self.sent
         if self.moments is not None:
             self._note(self.moments, spans)
@@ -226,18 +232,29 @@ class _Call:
 
     def _send(self, step: Send) -> None:
         assert self.axis is not None
-        self.going = [entry for entry in self.going if not entry[0].is_completed()]
         values = self._values(step.direction, step.source, step.destination)
         tensors = self.outbox.pop((step.direction, step.destination, step.micro_batch))
+        going = []
         for value, tensor in zip(values, tensors, strict=True):
+            assert (tensor.dtype, tensor.shape) == (value.dtype, value.shape), f"{value} is sent as {tensor.dtype}"
             if tensor.numel():
                 tensor = value.in_order(tensor)
                 try:
                     work = dist.isend(tensor, self.axis.ranks[step.peer], self.axis.group)
                 except RuntimeError as error:
                     raise self._stopped(step.peer, "take") from error
-                self.going.append((work, tensor, step.peer))
+                going.append((work, tensor))
                 self.sent += tensor.nbytes
+        messages = self.going[step.direction, step.peer]
+        messages.append(going)
+        while len(messages) > 1:
+            self._let_go(messages.popleft(), step.peer)
+
+    def _let_go(self, message: list[tuple[Any, torch.Tensor]], peer: int) -> None:
+        """Of what was sent, once it has gone: a send of gloo's says so only to who waits for it."""
+        for work, _ in message:
+            if not work.is_completed():
+                self._wait(work, peer, "take")
 
     def _message(self, action: Action) -> list[torch.Tensor]:
         """Wait for what an action reads."""
@@ -326,7 +343,7 @@ class _Call:
             self.outbox[Direction.BACKWARD, stage.index - 1, batch] = back
 
     def _weights(self, stage: Stage, batch: int) -> None:
-        if stage.halves is None:
+        if stage.halves is None or batch not in stage.halves.waiting:  # the latter where nothing here trains
             return
         gradients = stage.halves.weights(batch)
         for key, gradient in zip(stage.keys, gradients[len(stage.reads) + len(stage.inputs) :], strict=True):

@@ -141,11 +141,14 @@ class Schedule:
         """Stage and micro-batch of each backward that is in two parts."""
         return frozenset((a.stage, a.micro_batch) for row in self.actions for a in row if a.kind is Kind.INPUT)
 
-    def in_flight(self, rank: int) -> int:
+    def in_flight(self, rank: int, stage: int | None = None) -> int:
         """The most micro-batches of which a rank holds saved values at a time, from a forward to the end of its backward; those
-        of several stages on the rank count by themselves. Order alone decides it, not time."""
+        of several stages on the rank count by themselves, unless one ``stage`` is asked for. Order alone decides it, not time.
+        """
         held = most = 0
         for action in self.actions[rank]:
+            if stage is not None and action.stage != stage:
+                continue
             held += action.kind is Kind.FORWARD
             most = max(most, held)
             held -= action.kind in (Kind.BACKWARD, Kind.WEIGHT)

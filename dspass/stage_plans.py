@@ -1,0 +1,149 @@
+"""One rank's stages of a pipeline under a memory budget, and errors that all ranks of the pipeline hear of.
+
+A rank's stages share its budget and are planned one after another, the one that saves most first: each holds no more than its
+share of what is left (:attr:`dspass.planner.plan.Planner.share`), and the last has the rest. Where that one does not fit, all but
+the last are planned again, as small as they can be.
+
+Dropped: one plan for all stages of a rank. Their choices are independent but for the sum of what they hold, so that it would be
+the product of their frontiers, each point of which takes a dry run of every stage; with one stage a rank, as most schedules have,
+there is nothing to gain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils._pytree import tree_leaves
+
+from dspass.passes.split_stages import StageGraph
+from dspass.planner.calls import Place
+from dspass.planner.record import BudgetError
+from dspass.planner.saved import PlanError
+from dspass.planner.schedule_times import Link, StageCost
+from dspass.runtime.axis import Axis
+from dspass.runtime.engine import Engine
+from dspass.runtime.pipeline import PipelineError, Stage
+from dspass.runtime.schedule import Schedule
+
+Compile = Callable[[StageGraph, Place | None], Stage]
+
+
+def in_budget(
+    graphs: Sequence[StageGraph],
+    order: Sequence[int],
+    schedule: Schedule,
+    rank: int,
+    links: Sequence[Link],
+    batch_bytes: int,
+    engine: Engine,
+    compile_stage: Compile,
+) -> dict[int, Stage]:
+    """The stages ``order`` of ``rank``, each compiled at its place in ``schedule``.
+
+    Raises :class:`BudgetError`, with the smallest budget for all of them, on every rank that has these stages.
+    """
+    refusals: list[BudgetError] = []
+    for fewest in (False, True):
+        before, refusals = len(engine.compilations), []
+        found: dict[int, Stage] = {}
+        others: dict[int, StageCost] = {}
+        planned_bytes = 0
+        for stage in order:
+            place = Place(
+                stage=stage,
+                rank=rank,
+                schedule=schedule,
+                links=tuple(links),
+                activations=len(graphs[stage].reads),
+                batch_bytes=batch_bytes,
+                others=dict(others),
+                planned_bytes=planned_bytes,
+                fewest=fewest and stage != order[-1],
+            )
+            try:
+                found[stage] = compile_stage(graphs[stage], place)
+            except BudgetError as refusal:
+                refusals.append(refusal)
+                if refusal.stage is not None:  # what the others would have to fit beside
+                    others[stage] = refusal.stage
+                if not fewest:
+                    break
+                continue
+            plan = engine.compilations[-1].plan
+            if plan is not None and plan.stage is not None:
+                others[stage] = plan.stage
+                planned_bytes += plan.parameters
+        if not refusals:
+            return found
+        del engine.compilations[before:]
+        if len(order) == 1:
+            break
+    raise max(refusals, key=lambda refusal: refusal.smallest)
+
+
+def links_of(graphs: Sequence[StageGraph]) -> list[Link]:
+    """The bytes of a micro-batch that cross the cut behind each of ``graphs`` but the last."""
+    return [
+        Link(
+            forward_bytes=sum(v.nbytes for v in graph.sent),
+            backward_bytes=sum(v.nbytes for v in graph.sent if v.has_gradient),
+        )
+        for graph in graphs[:-1]
+    ]
+
+
+def bytes_of(calls: Sequence[Any]) -> int:
+    """Of all tensors among arguments; those of several micro-batches are views of one batch, and some are the same."""
+    found = {
+        (t.untyped_storage()._cdata, t.storage_offset()): t.nbytes
+        for t in tree_leaves(calls)
+        if isinstance(t, torch.Tensor)
+    }
+    return sum(found.values())
+
+
+def together(axis: Axis, run: Callable[[], dict[int, Stage]]) -> dict[int, Stage]:
+    """What ``run`` answers; but where it raises on one rank of a pipeline, all of its ranks raise, and nobody waits for a message
+    of one that has stopped. Of several budgets that are too small all hear of the one that the worst needs."""
+    found: dict[int, Stage] = {}
+    mine: Exception | None = None
+    try:
+        found = run()
+    except Exception as error:  # handed on below, whatever it is
+        mine = error
+    errors: list[Any] = [mine and _told(mine)]
+    if axis.size > 1 and dist.get_backend() != "fake":
+        told, errors = errors[0], [None] * axis.size
+        dist.all_gather_object(errors, told, group=axis.group)
+    heard = {rank: error for rank, error in enumerate(errors) if error is not None}
+    if not heard:
+        return found
+    if mine is not None and not isinstance(mine, (BudgetError, PlanError)):
+        raise mine
+    for rank, (kind, text, _) in heard.items():
+        if kind == "other":
+            raise PipelineError(
+                f"rank {axis.ranks[rank]} of the pipeline could not compile its stages, so that this one has nobody to run with: "
+                f"{text}"
+            ) from mine
+    for kind, text, _ in heard.values():
+        if kind == "plan":
+            raise PlanError(text) from mine
+    _, text, smallest = max(heard.values(), key=lambda error: error[2])
+    raise BudgetError(text, smallest) from mine
+
+
+def _told(error: Exception) -> tuple[str, str, int]:
+    if isinstance(error, BudgetError):
+        return "budget", str(error), error.smallest
+    return (
+        "plan" if isinstance(error, PlanError) else "other",
+        f"{error}" if isinstance(error, PlanError) else repr(error),
+        0,
+    )
+
+
+__all__ = ["bytes_of", "in_budget", "links_of", "together"]
