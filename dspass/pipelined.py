@@ -43,6 +43,7 @@ from dspass.pipeline import build
 from dspass.pipeline_outputs import Output, PipelineUseError, delivered, on_stages, outputs_of
 from dspass.planner.calls import Place
 from dspass.planner.stages import follow
+from dspass.planning import budget_bytes
 from dspass.runtime import compat
 from dspass.runtime.axis import Axis, axis_of
 from dspass.runtime.engine import Engine
@@ -220,7 +221,9 @@ class Pipelined:
         """Decide on stages, as rank 0 finds, and place the parameters."""
         assert self.engine is not None
         try:
-            self.staging = plan_stages(gm, self.config, self.engine, self.pipe, size, count, trains)
+            wanted = self.config.dspass.memory_budget
+            budget = budget_bytes(wanted, self.engine) if wanted is not None and trains else None
+            self.staging = plan_stages(gm, self.config, self.engine, self.pipe, size, count, trains, budget)
         except ScheduleError as error:
             raise ConfigError(f"pipeline.{error.setting}", f"{error.cause}.", error.way_out) from error
         if dist.get_world_size() > 1 and dist.get_backend() != "fake":
@@ -317,6 +320,7 @@ class Pipelined:
             return self._compile(stage, inputs, trains, stage.index in parts, place)
 
         def planned() -> dict[int, Stage]:
+            assert self.engine is not None
             own = self.config.dspass
             if not trains or (own.memory_budget is None and own.plan is None):
                 return {s: compiled(graphs[s]) for s in mine}

@@ -281,9 +281,7 @@ def _planned_together(engine: Engine) -> Sequence[int]:
     return range(dist.get_world_size()) if dist.is_initialized() else range(1)
 
 
-def _made_for(
-    joint: fx.Graph, engine: Engine, config: Config, passes: Sequence[Pass], place: Place | None
-) -> MadeFor:
+def _made_for(joint: fx.Graph, engine: Engine, config: Config, passes: Sequence[Pass], place: Place | None) -> MadeFor:
     placeholders = joint.find_nodes(op="placeholder")
     nodes = " ".join(f"{n.name}={n.target}" for n in joint.nodes if n.op != "placeholder")
     return MadeFor(
