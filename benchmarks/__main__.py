@@ -1,6 +1,6 @@
-"""``python -m benchmarks zero``, ``memory``, ``offload``, ``quantise``, ``experts`` and ``weights``: figures measured in turns
-in one call, beside those of peers where there are any; ``prefetch``: what is predicted for a device; ``solver`` and
-``grouped``: how long the planner's solver and products of experts take."""
+"""``python -m benchmarks zero``, ``memory``, ``offload``, ``quantise``, ``experts``, ``pipeline`` and ``weights``: figures
+measured in turns in one call, beside those of peers where there are any; ``prefetch``: what is predicted for a device;
+``solver`` and ``grouped``: how long the planner's solver and products of experts take."""
 
 from __future__ import annotations
 
@@ -8,7 +8,19 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from benchmarks import experts, grouped, memory, memory_points, offload, prefetch, quantise, solver, weights, zero
+from benchmarks import (
+    experts,
+    grouped,
+    memory,
+    memory_points,
+    offload,
+    pipeline,
+    prefetch,
+    quantise,
+    solver,
+    weights,
+    zero,
+)
 from benchmarks.subjects import SUBJECTS
 from examples.gpt import PRESETS
 
@@ -77,8 +89,8 @@ def main() -> int:
     )
     two.add_argument("--out", default="benchmarks/results", help="where tables, figures and plots are written")
     two.set_defaults(run=memory.run)
-    for name, module in (("experts", experts), ("grouped", grouped), ("offload", offload), ("prefetch", prefetch),
-                         ("quantise", quantise), ("solver", solver), ("weights", weights)):  # fmt: skip
+    for module in (experts, grouped, offload, pipeline, prefetch, quantise, solver, weights):
+        name = module.__name__.rpartition(".")[2]
         summary = (module.__doc__ or "").splitlines()[0]
         more = commands.add_parser(
             name, help=summary, description=module.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter

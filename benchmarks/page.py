@@ -13,7 +13,7 @@ def write(
 ) -> None:
     """Write ``name`` into the folder ``options.out``: the command has the ``keys`` of ``options``, and ``facts`` follow the
     date."""
-    words = " ".join(f"--{key} {getattr(options, key)}" for key in keys)
+    words = " ".join(f"--{key.replace('_', '-')} {getattr(options, key)}" for key in keys)
     path = Path(options.out) / name
     path.parent.mkdir(parents=True, exist_ok=True)
     command = f"`python -m benchmarks {benchmark} {words}`"

@@ -29,13 +29,14 @@ import torch.distributed as dist
 import torch.fx as fx
 from torch import nn
 
-from dspass.compilation import inductor_settings
+from dspass.compilation import Compilation, inductor_settings
 from dspass.config import Config
 from dspass.engines import engine_of, new_engine
 from dspass.fake_quantising import rounded_layers
 from dspass.lowering.simulate import GraphSimulator, InductorSimulator
 from dspass.owners import unwrap
 from dspass.passes import cost, devices
+from dspass.pipelined import Pipelined
 from dspass.planner.record import BudgetError, Plan, Tensors
 from dspass.planner.saved import PlanError
 from dspass.quantising import notes_of_rows, quantised_tensors
@@ -48,6 +49,7 @@ from dspass.report import (
     Memory,
     MemoryPoint,
     PassRecord,
+    PipelineRecord,
     PlanPoint,
     PlanRecord,
     PlanTensors,
@@ -56,6 +58,7 @@ from dspass.report import (
     format_bytes,
     format_seconds,
 )
+from dspass.report_pipeline import record_of
 from dspass.runtime import compat
 from dspass.runtime.axis import MODELLED
 from dspass.runtime.engine import Engine
@@ -63,7 +66,7 @@ from dspass.runtime.host import offload_start, reload_start
 from dspass.runtime.host_states import local_bytes, local_of
 from dspass.runtime.ledger import CATEGORIES, HOST, Ledger, Point
 from dspass.runtime.stepping import OPTIMIZERS
-from dspass.settings import step_moments
+from dspass.settings import kind_of, step_moments
 from dspass.weights import stored_tensors
 
 #: Above this many parameters the graph is walked instead of having Inductor generate code for it.
@@ -158,7 +161,16 @@ def _measured(model: nn.Module) -> Report:
     ]
     copies = _host_copies(engine, 2 * engine.host_states.bytes)
     world = dist.get_world_size() if dist.is_initialized() else 1
-    device = next((p.device.type for p in model.parameters()), "cpu")
+    pipeline = _pipelined(unwrap(model))
+    record = None
+    if pipeline is not None:
+        assert pipeline.staging is not None
+        record = record_of(pipeline.staging, pipeline.pipe.rank, pipeline.predicted(True), pipeline.measured)
+        if pipeline.measured is None:
+            notes.append(
+                "Times of the pipeline's ranks were not gathered yet: that is done in the 3rd call that trains, the 10th, the "
+                "30th, the 100th and so on."
+            )
     return _report(
         "measured",
         engine,
@@ -168,9 +180,10 @@ def _measured(model: nn.Module) -> Report:
         copies,
         engine.step_seconds,
         world,
-        device,
+        kind_of(engine),
         notes,
         engine.config,
+        record,
     )
 
 
@@ -201,10 +214,13 @@ def _predicted(
     with (
         _rare_collections(),
         compat.restored_limits(),
-        _fake_group(world, "gloo" if on_cpu else "modelled nccl"),
+        _fake_group(world, "gloo" if on_cpu else "modelled nccl", config.pipeline.enabled),
         compat.fake_mode() as mode,
     ):
-        config = config.resolve_stage(dist.is_initialized()).resolve_batch(world)
+        # All ranks of a pipeline see the same batch. Ranks that are no multiple of its stages are refused below.
+        config = config.resolve_stage(dist.is_initialized()).resolve_batch(
+            max(world // (config.pipeline.stages or 1), 1)
+        )
         fake = _faked(model, mode)
         fake.train(train)
         batch, named = _fake_inputs(args, mode), _fake_inputs(kwargs, mode)
@@ -226,9 +242,12 @@ def _predicted(
             first_call = max(p.total for p in ledger.points)
             for _ in range(bool(config.zero.stage) + (config.layers.format is not None)):
                 steps.run()  # what the first ones do by hand, as weights are stored and sharded, the last one compiles
+        if config.pipeline.enabled:
+            gc.collect()  # what Dynamo has left of the whole model's fake tensors; real ones are freed by hand
         ledger.points.clear()
         steps.run()
-        exposed, seconds = _seconds(engine, fake, device, optimizer, train)
+        pipeline = _pipelined(fake)
+        exposed, seconds = _seconds(engine, fake, device, optimizer, train, pipeline)
         traffic = [
             Traffic(
                 kind=kind,
@@ -249,7 +268,13 @@ def _predicted(
             f"{_rates(device)}."
         )
         copies = _host_copies(engine, 2 * _states_away(engine, fake), exposed)
-        return _report("predicted", engine, fake, memory, traffic, copies, seconds, world, device, notes, config)
+        record = None
+        if pipeline is not None:
+            record = _predicted_pipeline(pipeline, memory.peak_bytes, train)
+            notes.append(_OF_ONE_RANK)
+        return _report(
+            "predicted", engine, fake, memory, traffic, copies, seconds, world, device, notes, config, record
+        )
 
 
 def _first_call_notes(peak: int, on: devices.Device, stage: int) -> list[str]:
@@ -264,6 +289,28 @@ def _first_call_notes(peak: int, on: devices.Device, stage: int) -> list[str]:
     ]
 
 
+_OF_ONE_RANK = (
+    "Memory, traffic and passes are those of the pipeline's first rank, as it would run. Times of the pipeline, what crosses "
+    "its cuts, and the peaks of its other ranks are modelled from the captured graph: parameters with gradients and two "
+    "states, saved values of the micro-batches in flight, no temporaries."
+)
+
+
+def _pipelined(model: nn.Module) -> Pipelined | None:
+    """What runs a model as a pipeline, if it has run so."""
+    forward = model.__dict__.get("forward")
+    return forward if isinstance(forward, Pipelined) and forward.last is not None else None
+
+
+def _predicted_pipeline(pipeline: Pipelined, peak_bytes: int, train: bool) -> PipelineRecord:
+    """With the peak of the rank that has been run on fake tensors."""
+    assert pipeline.staging is not None
+    timeline = pipeline.predicted(train)
+    peaks = list(timeline.peak_bytes)
+    peaks[pipeline.pipe.rank] = peak_bytes
+    return record_of(pipeline.staging, pipeline.pipe.rank, dataclasses.replace(timeline, peak_bytes=tuple(peaks)), None)
+
+
 def _rates(device: str) -> str:
     with compat.without_fake_mode():
         source = devices.device(device).source
@@ -271,7 +318,7 @@ def _rates(device: str) -> str:
 
 
 def _seconds(
-    engine: Engine, model: nn.Module, device: str, optimizer: str, train: bool
+    engine: Engine, model: nn.Module, device: str, optimizer: str, train: bool, pipeline: Pipelined | None
 ) -> tuple[dict[tuple[str, str, str], float], float]:
     """Exposed seconds of collectives, by kind, direction and group, and of copies to and from the host, which have no group;
     and the whole step's."""
@@ -279,7 +326,10 @@ def _seconds(
         on = devices.device(device)
     exposed: dict[tuple[str, str, str], float] = {}
     total = 0.0
-    for where, graph in _graphs(engine):
+    if pipeline is not None:
+        exposed = _exposed_of_stages(engine, pipeline, on)
+        total = pipeline.predicted(train).seconds * (engine.accumulation_steps if train else 1) + sum(exposed.values())
+    for where, graph in _graphs(engine) if pipeline is None else ():
         one = cost.estimate(graph, on)
         total += one.seconds * engine.accumulation_steps
         if where == "forward" and train:
@@ -295,13 +345,47 @@ def _seconds(
     return exposed, total
 
 
-def _graphs(engine: Engine) -> Iterator[tuple[Direction, fx.Graph]]:
-    """Of a function that was compiled again, as when a model sets something in its first call, the last counts."""
+def _exposed_of_stages(engine: Engine, pipeline: Pipelined, on: devices.Device) -> dict[tuple[str, str, str], float]:
+    """Exposed seconds in one step of this rank's collectives over its data axis. A stage's graph runs once a micro-batch, and
+    not each time with all of its collectives: what was counted says how often. Sums of tied weights' gradients stand in no
+    graph, and nothing runs beside them."""
+    seconds: Counter[tuple[str, str, str]] = Counter()
+    calls: Counter[tuple[str, str, str]] = Counter()
+    assert pipeline.last is not None
+    for compilation in pipeline.last.compilations:
+        for where, graph in _graphs_of(compilation):
+            one = cost.estimate(graph, on)
+            for (kind, group), spent in one.exposed.items():
+                seconds[kind, where, group] += spent  # type: ignore[assignment]
+            for (kind, group), count in one.calls.items():
+                calls[kind, where, group] += count
+    found: dict[tuple[str, str, str], float] = {}
+    for (kind, direction, group, _), (count, sent, _) in engine.traffic.last.items():
+        key = kind, direction, group
+        if calls[key]:
+            found[key] = seconds[key] * count / calls[key]
+        else:
+            span = max((s.tied_axis.span for s in engine.specs.values() if s.tied_axis is not None), default=1)
+            found[key] = count * on.latency + sent / on.link_of(span)
+    return found
+
+
+def _graphs_of(compilation: Compilation) -> Iterator[tuple[Direction, fx.Graph]]:
     directions: tuple[Direction, ...] = ("forward", "backward")
-    for compilation in {c.frame: c for c in engine.compilations}.values():
-        for where in directions:
-            if where in compilation.graphs:
-                yield where, compilation.graphs[where].graph
+    for where in directions:
+        if where in compilation.graphs:
+            yield where, compilation.graphs[where].graph
+
+
+def _graphs(engine: Engine) -> Iterator[tuple[Direction, fx.Graph]]:
+    """Of a function that was compiled again, as when a model sets something in its first call, the last counts; of a pipeline
+    the stages that ran last."""
+    root = engine.root() if engine.root is not None else None
+    pipeline = _pipelined(root) if root is not None else None
+    built = pipeline.last_trained or pipeline.last if pipeline is not None else None
+    known = built.compilations if built is not None else {c.frame: c for c in engine.compilations}.values()
+    for compilation in known:
+        yield from _graphs_of(compilation)
 
 
 def _states_away(engine: Engine, model: nn.Module) -> int:
@@ -444,14 +528,15 @@ def _rare_collections() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _fake_group(world: int, backend: str) -> Iterator[None]:
-    """A process group of ``world`` ranks in which nothing is sent; modelled as ``backend``."""
+def _fake_group(world: int, backend: str, always: bool) -> Iterator[None]:
+    """A process group of ``world`` ranks in which nothing is sent; modelled as ``backend``. One rank has none, unless
+    ``always``."""
     if dist.is_initialized():
         raise RuntimeError(
             "dspass.explain predicts in a fake process group, and this process is in a real one: predict before "
             "init_process_group(), or in a process of its own (python -m dspass explain --help)."
         )
-    if world == 1:
+    if world == 1 and not always:
         yield
         return
     compat.init_fake_group(world)
@@ -515,6 +600,7 @@ def _report(
     device: str,
     notes: list[str],
     config: Config | None,
+    pipeline: PipelineRecord | None,
 ) -> Report:
     passes, graphs = [], []
     for compilation in engine.compilations:
@@ -554,6 +640,7 @@ def _report(
         rounded=rounded_layers(engine),
         experts=_experts(engine),
         step_seconds=seconds,
+        pipeline=pipeline,
         plans=[_plan_record(c.name, c.plan, seconds) for c in engine.compilations if c.plan is not None],
         config=config.to_dict() if config is not None else {},
         ignored=ignored,

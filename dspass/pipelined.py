@@ -25,22 +25,26 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 import torch.fx as fx
+import torch.nn.functional as F
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from dspass import pipeline_times as times
 from dspass import stage_plans as plans
 from dspass import steps
 from dspass.casts import cast_inputs
-from dspass.compilation import compile_graph
+from dspass.compilation import Compilation, compile_graph
 from dspass.config import Config, ConfigError
 from dspass.engines import new_engine
 from dspass.owners import unwrap
 from dspass.passes import devices
 from dspass.passes.captured_cost import costs_of
 from dspass.passes.combine_losses import Combination, combine_losses, loss_of
+from dspass.passes.regions import read_in_front
 from dspass.passes.split_stages import StageGraph, keep_outputs, read_parameters, split_stages
 from dspass.pipeline import build
 from dspass.pipeline_outputs import Output, PipelineUseError, delivered, on_stages, outputs_of
+from dspass.pipeline_times import Measured
 from dspass.planner.calls import Place
 from dspass.planner.stages import follow
 from dspass.planning import budget_bytes
@@ -48,10 +52,10 @@ from dspass.runtime import compat
 from dspass.runtime.axis import Axis, axis_of
 from dspass.runtime.engine import Engine
 from dspass.runtime.pipeline import Executor, Stage
-from dspass.runtime.schedule import Kind, ScheduleError
+from dspass.runtime.schedule import Kind, ScheduleError, Timeline
 from dspass.runtime.tied import sum_tied
 from dspass.settings import kind_of
-from dspass.shard import Fill, agree, refuse_wrapped
+from dspass.shard import Fill, agree, materialise_buffers, refuse_wrapped
 from dspass.staged import pipeline_mesh, place_stages, prepare
 from dspass.staging import Staging, forward_only, plan_stages
 
@@ -81,6 +85,8 @@ class Built:
     trains: bool
     graphs: list[StageGraph]
     outputs: list[Output]
+    compilations: list[Compilation]
+    """Of this rank's stages."""
 
     @property
     def needs_batch(self) -> bool:
@@ -127,6 +133,10 @@ class Pipelined:
         self.staging: Staging | None = None
         self.last: Built | None = None
         """What ran last, for the report."""
+        self.last_trained: Built | None = None
+        self.measured: Measured | None = None
+        """Of a call that trained, not always the last."""
+        self._trainings = 0
         self._answer: Sequence[Any] | None = None
         self._keeps_answers = False
         self._answers_kept: Sequence[Any] | None = None
@@ -145,6 +155,12 @@ class Pipelined:
 
     @torch._dynamo.disable(reason="runs a pipeline's schedule")
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # Without gradients is enough: what is made in inference mode has no versions, and could not be captured or trained.
+        trains = torch.is_grad_enabled()
+        with torch.inference_mode(False), torch.set_grad_enabled(trains):
+            return self._call(args, kwargs)
+
+    def _call(self, args: Any, kwargs: Any) -> Any:
         if self.engine is None:
             self._begin(args, kwargs)
         leaves, structure = tree_flatten((args, kwargs))
@@ -162,6 +178,8 @@ class Pipelined:
         if built is None:
             built = batches.capture.built[count] = self._build(batches, count, trains)
         self.last = built
+        if built.trains:
+            self.last_trained = built
         return self._run(built, batches)
 
     def first_call(
@@ -189,6 +207,13 @@ class Pipelined:
             )
         return answers
 
+    def predicted(self, trains: bool) -> Timeline:
+        """What its schedule takes by the cost model, with or without the backwards."""
+        staging = self.staging
+        assert staging is not None
+        schedule = staging.schedule
+        return staging.timeline(schedule if trains else forward_only(schedule, schedule.micro_batches))
+
     # -- before the first call -------------------------------------------------------------------------------------
 
     def _begin(self, args: Any, kwargs: Any) -> None:
@@ -201,6 +226,8 @@ class Pipelined:
         agree(root, config, self.mesh)
         self.engine = new_engine(root, config)
         prepare(root, self.engine, config, self.mesh)
+        if self.fill is not None:  # parameters are captured from the meta device, buffers are computed with
+            materialise_buffers(root, self.fill, self.device or self.kind)
 
     def _micro_batches(self, size: int, trains: bool) -> int:
         """How many parts a batch is split into."""
@@ -221,12 +248,17 @@ class Pipelined:
         """Decide on stages, as rank 0 finds, and place the parameters."""
         assert self.engine is not None
         try:
+<<<<<<< HEAD
             wanted = self.config.dspass.memory_budget
             budget = budget_bytes(wanted, self.engine) if wanted is not None and trains else None
             self.staging = plan_stages(gm, self.config, self.engine, self.pipe, size, count, trains, budget)
+=======
+            with compat.without_fake_mode():
+                self.staging = plan_stages(gm, self.config, self.engine, self.pipe, size, count, trains)
+>>>>>>> pipeline
         except ScheduleError as error:
             raise ConfigError(f"pipeline.{error.setting}", f"{error.cause}.", error.way_out) from error
-        if dist.get_world_size() > 1 and dist.get_backend() != "fake":
+        if dist.get_world_size() > 1 and not is_in_prediction():
             told = [self.staging]
             dist.broadcast_object_list(told, 0)
             self.staging = told[0]
@@ -243,6 +275,10 @@ class Pipelined:
         )
         self.fill = None
         steps.watch(self.engine, self.config)
+        if self.config.dspass.report is not None and dist.get_rank() == 0 and not is_in_prediction():
+            from dspass.explain import report_at_exit  # which reads what is here
+
+            report_at_exit(self.root, self.config.dspass.report)
 
     # -- capture ---------------------------------------------------------------------------------------------------
 
@@ -253,6 +289,7 @@ class Pipelined:
                 compat.guard_identity(node)
                 break
         compat.allow_compilations(1)
+        read_in_front(gm)
         read_parameters(gm.graph)
         cast_inputs(gm, self.config)
         capture = Capture(gm=gm)
@@ -295,25 +332,27 @@ class Pipelined:
         assert self.engine is not None
         assert self.staging is not None
         staging = self.staging
-        gm = _copied(batches.capture.gm)
-        graph = gm.graph
-        placeholders = graph.find_nodes(op="placeholder")
-        split = {placeholders[i] for i in batches.split}
-        _refuse_state(graph, placeholders, trains)
-        loss, combination = self._combined(graph, batches.whole_graph, count, trains)
-        (output,) = graph.find_nodes(op="output")
-        answers: Sequence[Any] = output.args[0]
-        position = next((i for i, answer in enumerate(answers) if answer is loss), None)
-        trains = trains and position is not None  # an evaluation that forgot no_grad() has no loss
-        described = outputs_of(graph, loss, split)
-        if trains and position is not None:
-            keep_outputs(gm, [position])
-        costs = costs_of(gm, devices.tabled(kind_of(self.engine)), trains)
-        cuts = follow(gm, staging.schedule.stages, costs, staging.stages_of, staging.known)
-        graphs = split_stages(gm, [s.nodes for s in cuts.stages], [c.values for c in cuts.cuts], cuts.stage_of)
+        with compat.without_fake_mode():  # a prediction's: what was captured has Dynamo's
+            gm = _copied(batches.capture.gm)
+            graph = gm.graph
+            placeholders = graph.find_nodes(op="placeholder")
+            split = {placeholders[i] for i in batches.split}
+            _refuse_state(graph, placeholders, trains)
+            loss, combination = self._combined(graph, batches.whole_graph, count, trains)
+            (output,) = graph.find_nodes(op="output")
+            answers: Sequence[Any] = output.args[0]
+            position = next((i for i, answer in enumerate(answers) if answer is loss), None)
+            trains = trains and position is not None  # an evaluation that forgot no_grad() has no loss
+            described = outputs_of(graph, loss, split)
+            if trains and position is not None:
+                keep_outputs(gm, [position])
+            costs = costs_of(gm, devices.tabled(kind_of(self.engine)), trains)
+            cuts = follow(gm, staging.schedule.stages, costs, staging.stages_of, staging.known)
+            graphs = split_stages(gm, [s.nodes for s in cuts.stages], [c.values for c in cuts.cuts], cuts.stage_of)
         schedule = staging.schedule_of(count) if trains else forward_only(staging.schedule, count)
         inputs = [*batches.inputs[0], *_totals(combination, batches)]
         parts = {action.stage for row in schedule.actions for action in row if action.kind is Kind.INPUT}
+        before = len(self.engine.compilations)
         mine = schedule.stages_of(self.pipe.rank)
 
         def compiled(stage: StageGraph, place: Place | None = None) -> Stage:
@@ -337,14 +376,14 @@ class Pipelined:
             loss=position if trains else None,
             on_last=self.engine.backward_of_call,
         )
-        outputs = on_stages(described, graphs)
         return Built(
             executor=executor,
             combination=combination,
             loss=position,
             trains=trains,
             graphs=graphs,
-            outputs=outputs,
+            outputs=on_stages(described, graphs),
+            compilations=self.engine.compilations[before:],
         )
 
     def _combined(
@@ -402,8 +441,15 @@ class Pipelined:
         inputs = [[*batch, *totals] for batch in inputs]
         keys = dict.fromkeys(key for stage in built.executor.stages.values() for key in stage.keys)
         shards = {key: shard_of(engine, key, trains) for key in keys}
+        self._trainings += trains
+        is_due = trains and times.is_due(self._trainings)
+        built.executor.watched = is_due or self.kind != "cuda"
         with engine.one_call():
             results = built.executor(inputs, shards)
+        if is_due and not is_in_prediction():
+            known = engine.measurement
+            peak = known.peak_bytes if known is not None else None
+            self.measured = times.gather(built.executor, self.pipe, self._trainings, peak)
         answers = self._answers(built, results, inputs, trains)
         if trains:
             assert built.loss is not None
@@ -450,6 +496,11 @@ class Pipelined:
             value = value.contiguous()
             dist.broadcast(value, self.pipe.ranks[owner], self.pipe.group)
         return value
+
+
+def is_in_prediction() -> bool:
+    """Whether there are no other ranks, whatever the process group says: in ``dspass.explain``."""
+    return dist.get_backend() == "fake"
 
 
 def shard_of(engine: Engine, key: str, trains: bool) -> torch.Tensor:
@@ -510,13 +561,14 @@ def _refuse_state(graph: fx.Graph, placeholders: Sequence[fx.Node], trains: bool
     """Refuse what a micro-batch would change for the next: buffers that the forward writes, as batch norm does."""
     if not trains:
         return
-    for node in graph.nodes:
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-        if name == "batch_norm" and _argument(node, 5, "training"):
+    for node in graph.find_nodes(op="call_function", target=F.batch_norm):
+        if _argument(node, 5, "training"):
             raise PipelineUseError(
                 f"{node.name} normalises over a batch and keeps its statistics: split into micro-batches it would compute "
                 "something else. Call eval() on the batch norms, use group or layer norm, or do without a pipeline."
             )
+    for node in graph.nodes:
+        name = str(node.target)
         if node.op == "call_method" and name.endswith("_") and not name.endswith("__") and node.args[0] in placeholders:
             raise PipelineUseError(
                 f"{node.name} writes into {compat.placeholder_source(node.args[0]) or node.args[0]}, which each micro-batch "

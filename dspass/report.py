@@ -29,7 +29,7 @@ CATEGORIES = ("parameters", "gradients", "optimizer", "gathered", "saved", "temp
 PHASES = ("forward", "backward", "optimizer")
 
 FORMAT = "dspass.report"
-VERSION = 4
+VERSION = 5
 
 WIDTH = 100
 _PASS_ROWS, _TRAFFIC_ROWS, _NOTE_ROWS = 12, 5, 3
@@ -46,6 +46,7 @@ CollectiveKind = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-a
 Direction = Literal["forward", "backward", "step"]
 HostCopyKind = Literal["offload", "reload", "optimizer states"]
 TimeUnit = Literal["seconds", "events"]
+PipelineKind = Literal["forward", "backward", "backward of inputs", "backward of weights"]
 Opcode = tuple[str, int, int, int, int]
 """Tag, and the ranges of lines before and after, as in :mod:`difflib`."""
 
@@ -283,6 +284,80 @@ class PlanRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PipelineSpan:
+    """What a rank computed of one micro-batch on one stage, in seconds since the pipeline's first action began."""
+
+    kind: PipelineKind
+    stage: int
+    micro_batch: int
+    start: float
+    end: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineTimeline:
+    """One call that trains, forward and backward of all micro-batches. Lists are by rank of the pipeline; those that nobody
+    knows are empty."""
+
+    micro_batches: int
+    spans: list[list[PipelineSpan]]
+    peak_bytes: list[int] = field(default_factory=list)
+    wait_seconds: list[float] = field(default_factory=list)
+    """In which a rank waited for messages."""
+    sent_bytes: list[int] = field(default_factory=list)
+    """To neighbours."""
+
+    @property
+    def seconds(self) -> float:
+        """From the begin of the first to the end of the last action."""
+        every = [span for row in self.spans for span in row]
+        return max((s.end for s in every), default=0.0) - min((s.start for s in every), default=0.0)
+
+    @property
+    def bubbles(self) -> list[float]:
+        """The share of the whole time in which each rank does not compute."""
+        whole = self.seconds
+        busy = [math.fsum(span.end - span.start for span in row) for row in self.spans]
+        return [max(0.0, 1 - one / whole) if whole > 0 else 0.0 for one in busy]
+
+    @property
+    def bubble(self) -> float:
+        """The share of all ranks' time in which they do not compute."""
+        return statistics.fmean(self.bubbles) if self.spans else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineRecord:
+    """The stages of a model over ranks, and its batch over time."""
+
+    schedule: str
+    rank_of: list[int]
+    """The rank of each stage, in the pipeline."""
+    rank: int
+    """The place in the pipeline of the rank that the rest of the report is of."""
+    why: list[str] = field(default_factory=list)
+    """Where the model is cut, and why there: a line a cut."""
+    candidates: list[str] = field(default_factory=list)
+    """A table of the schedules that were compared: its head, then the chosen one, then the others."""
+    predicted: PipelineTimeline | None = None
+    measured: PipelineTimeline | None = None
+
+    @property
+    def stages(self) -> int:
+        return len(self.rank_of)
+
+    @property
+    def ranks(self) -> int:
+        return max(self.rank_of, default=-1) + 1
+
+    @property
+    def timelines(self) -> dict[str, PipelineTimeline]:
+        """Those that are known."""
+        both = {"predicted": self.predicted, "measured": self.measured}
+        return {name: timeline for name, timeline in both.items() if timeline is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """Everything ``dspass.explain`` knows of a model.
 
@@ -312,6 +387,8 @@ class Report:
     step_seconds: float | None = None
     plans: list[PlanRecord] = field(default_factory=list)
     """What a memory budget decided, one a graph."""
+    pipeline: PipelineRecord | None = None
+    """None where the model's layers are not divided over ranks, nor its batch into micro-batches."""
     config: dict[str, Any] = field(default_factory=dict)
     ignored: dict[str, str] = field(default_factory=dict)
     """Dotted keys of the configuration that do nothing here, each with the reason."""
@@ -598,6 +675,11 @@ def _lines(report: Report) -> Iterator[str]:
     for plan in report.plans:
         yield from _plan_lines(plan)
         yield ""
+    if report.pipeline is not None:
+        from dspass.report_pipeline import lines
+
+        yield from lines(report.pipeline, WIDTH)
+        yield ""
     step = report.step_seconds
     yield f"Step time: {report.missing if step is None else format_seconds(step)}"
     notes = [*report.notes, *(f"ignored {key}: {reason}" for key, reason in report.ignored.items())]
@@ -860,6 +942,10 @@ def _diff_lines(old: Report, new: Report) -> Iterator[str]:
     if old.step_seconds != new.step_seconds:
         figures = _figures(old.step_seconds, new.step_seconds, format_seconds, old.missing, new.missing)
         yield f"Step time: {figures}"
+    if old.pipeline != new.pipeline:
+        from dspass.report_pipeline import changes
+
+        yield from _section("Pipeline", changes(old.pipeline, new.pipeline))
     yield from _section("Plans", _changes(*({p.graph: p.summary for p in r.plans} for r in (old, new))))
     yield from _section("Configuration", _changes(flat_config(old.config), flat_config(new.config)))
     yield from _section("Ignored keys", _changes(old.ignored, new.ignored))

@@ -27,6 +27,7 @@ from dspass.report import (
     split_lines,
 )
 from dspass.report_experts_html import experts_html
+from dspass.report_pipeline_html import pipeline_html
 from dspass.report_plan_html import plan_html
 
 MAX_POINTS = 2000
@@ -47,6 +48,7 @@ def render_page(report: Report) -> str:
         "passes": _pass_table(report.passes),
         "traffic": _traffic_table(report) + _host_table(report) + _quantised_table(report) + _rounded_table(report),
         "plans": "\n".join(map(plan_html, report.plans)),
+        "pipeline": pipeline_html(report.pipeline),
         "experts": experts_html(report.experts),
         "notes": _notes(report),
         "config": _config(report),

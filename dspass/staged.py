@@ -244,7 +244,8 @@ def _left_of(
     if spec.is_elsewhere:
         stand_in = nn.Parameter(torch.empty_like(param, device="meta"), requires_grad=False)
         for attribute, content in param.__dict__.items():
-            setattr(stand_in, attribute, content)
+            if attribute not in stand_in.__dict__:  # a prediction's tensors have their device there
+                setattr(stand_in, attribute, content)
         return param, stand_in, None
     spec.layout = layout_of(param, config, config.zero.stage or 0)
     spec.on_host = config.offload_param == "cpu" and spec.layout == "shard"

@@ -23,12 +23,16 @@ from dspass.config import Config
 from dspass.passes import devices
 from dspass.passes.captured_cost import costs_of
 from dspass.passes.devices import Device
-from dspass.planner.schedule_times import Link, StageCost
+from dspass.planner.schedule_times import Link, StageCost, simulate
 from dspass.planner.schedules import NAMES, Choice, choose, make
 from dspass.planner.stages import CutError, Cuts, Memory, cut
 from dspass.runtime.axis import Axis
 from dspass.runtime.engine import Engine
+<<<<<<< HEAD
 from dspass.runtime.schedule import Action, Kind, Schedule, ScheduleError, Timeline
+=======
+from dspass.runtime.schedule import Action, Direction, Kind, Schedule, Send, Timeline
+>>>>>>> pipeline
 from dspass.settings import kind_of
 
 #: Bytes that a byte of a parameter takes, with its gradient and the states of Adam.
@@ -45,6 +49,12 @@ class Staging:
     stages_of: Mapping[str, frozenset[int]]
     known: Mapping[str, int]
     predicted: Timeline | None = None
+    costs: tuple[StageCost, ...] = ()
+    """Of each stage, for one of ``micro_batches``."""
+    links: tuple[Link, ...] = ()
+    """Of each cut."""
+    overlaps: bool = True
+    """Whether messages run beside compute."""
     why: tuple[str, ...] = ()
     table: str = ""
 
@@ -53,6 +63,20 @@ class Staging:
         if count == self.schedule.micro_batches:
             return self.schedule
         return make(self.schedule.name, self.schedule.ranks, count, self.schedule.virtual_stages)
+
+    def timeline(self, schedule: Schedule) -> Timeline:
+        """When each rank does what in another schedule of these stages, for micro-batches of the same size."""
+        return simulate(schedule, self.costs, self.links, overlaps=self.overlaps)
+
+    def sent_bytes(self, schedule: Schedule) -> tuple[int, ...]:
+        """What each rank sends to its neighbours in :meth:`timeline`."""
+        sent = [0] * schedule.ranks
+        for rank in range(schedule.ranks):
+            for step in schedule.steps(rank):
+                if isinstance(step, Send):
+                    link = self.links[min(step.source, step.destination)]
+                    sent[rank] += link.forward_bytes if step.direction is Direction.FORWARD else link.backward_bytes
+        return tuple(sent)
 
     def keys(self, engine: Engine) -> dict[str, frozenset[int]]:
         """``stages_of`` by the keys of this rank's engine."""
@@ -100,7 +124,7 @@ def plan_stages(
         return cut(gm, stages, costs, on, micro_batches=count, boundaries=pipeline.boundaries)
 
     def costs_for(stages: int, micro_batches: int) -> tuple[Sequence[StageCost], Sequence[Link]]:
-        return _costs(cut_into(stages), on, count / micro_batches, divided)
+        return stage_costs(cut_into(stages), on, count / micro_batches, divided)
 
     def computed_again(stages: int, micro_batches: int) -> tuple[Sequence[StageCost], Sequence[Link]]:
         found, links = costs_for(stages, micro_batches)
@@ -125,6 +149,7 @@ def plan_stages(
         again=computed_again if trains else None,
         overlaps=on.overlaps,
     )
+<<<<<<< HEAD
     try:
         choice = chosen(budget_bytes=budget_bytes)
     except ScheduleError as error:
@@ -132,9 +157,13 @@ def plan_stages(
             raise
         choice = chosen(budget_bytes=error.smallest)
     return _staging(cut_into(choice.schedule.stages), choice)
+=======
+    costs_of_stages, links = costs_for(choice.schedule.stages, choice.schedule.micro_batches)
+    return _staging(cut_into(choice.schedule.stages), choice, costs_of_stages, links, on.overlaps)
+>>>>>>> pipeline
 
 
-def _staging(cuts: Cuts, choice: Choice) -> Staging:
+def _staging(cuts: Cuts, choice: Choice, costs: Sequence[StageCost], links: Sequence[Link], overlaps: bool) -> Staging:
     stages_of: dict[str, frozenset[int]] = {}
     for stage in cuts.stages:
         for name in stage.parameters:
@@ -145,11 +174,15 @@ def _staging(cuts: Cuts, choice: Choice) -> Staging:
         stages_of=stages_of,
         known={node.name: stage for node, stage in cuts.stage_of.items()},
         predicted=choice.timeline,
+        costs=tuple(costs),
+        links=tuple(links),
+        overlaps=overlaps,
         why=cuts.why,
         table=choice.table(),
     )
 
 
+<<<<<<< HEAD
 def _again(cost: StageCost, arrives: Link) -> StageCost:
     """A stage that saves what arrives alone, and runs its forward once more in its backward."""
     saved = min(cost.saved_bytes, arrives.forward_bytes)
@@ -163,6 +196,9 @@ def _again(cost: StageCost, arrives: Link) -> StageCost:
 
 
 def _costs(cuts: Cuts, on: Device, rows: float, divided: int) -> tuple[list[StageCost], list[Link]]:
+=======
+def stage_costs(cuts: Cuts, on: Device, rows: float, divided: int) -> tuple[list[StageCost], list[Link]]:
+>>>>>>> pipeline
     """Of stages and cuts, for micro-batches of ``rows`` times those that were captured."""
     stages = [
         StageCost(
@@ -188,4 +224,4 @@ def _costs(cuts: Cuts, on: Device, rows: float, divided: int) -> tuple[list[Stag
     return stages, links
 
 
-__all__ = ["Staging", "forward_only", "plan_stages"]
+__all__ = ["Staging", "forward_only", "plan_stages", "stage_costs"]

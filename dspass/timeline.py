@@ -9,7 +9,7 @@ Dropped: one text picture a kind of terminal. A rich ``Text`` is both: its ``pla
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 
 from rich.console import Console
@@ -38,19 +38,21 @@ _COLOURS = {
 }
 
 
-def timeline_text(timelines: Mapping[str, Timeline], width: int = 100) -> Text:
+def timeline_text(timelines: Mapping[str, Timeline], width: int = 100, most: int | None = None) -> Text:
     """Timelines by what they are, such as "predicted", as text of ``width`` columns for their rows.
 
     Each action is its letter, and its micro-batch where that fits; letters are small for all stages of a rank but the first.
-    ``.plain`` is for a log, :func:`show_timelines` for a terminal. ``ValueError``: there is nothing to show.
+    ``.plain`` is for a log, :func:`show_timelines` for a terminal. Of more ranks than ``most`` so many are shown, the first and
+    the last among them. ``ValueError``: there is nothing to show.
     """
     scale = _longest(timelines)
     text = Text(no_wrap=True)
     for i, (name, timeline) in enumerate(timelines.items()):
         text.append(("\n" if i else "") + f"{name}: {_head(timeline)}\n")
-        labels = [f"rank {rank} " for rank in _ranks(timeline)]
-        notes = [_note(timeline, rank) for rank in _ranks(timeline)]
-        for rank, (label, note) in enumerate(zip(labels, notes, strict=True)):
+        ranks = _ranks(timeline, most)
+        labels = [f"rank {rank} " for rank in ranks]
+        notes = [_note(timeline, rank) for rank in ranks]
+        for rank, label, note in zip(ranks, labels, notes, strict=True):
             text.append(label.ljust(max(map(len, labels))) + "|")
             for shown, style in _cells(timeline, rank, width, scale):
                 text.append(shown, style)
@@ -73,8 +75,12 @@ def show_timelines(timelines: Mapping[str, Timeline], console: Console | None = 
     console.print(timeline_text(timelines, max(console.width - beside, 20)), crop=False, soft_wrap=True)
 
 
-def _ranks(timeline: Timeline) -> range:
-    return range(len(timeline.spans))
+def _ranks(timeline: Timeline, most: int | None = None) -> Sequence[int]:
+    """All of them, or ``most`` (two or more) at even distances."""
+    count = len(timeline.spans)
+    if most is None or count <= most:
+        return range(count)
+    return [round(i * (count - 1) / (most - 1)) for i in range(most)]
 
 
 def _cells(timeline: Timeline, rank: int, width: int, scale: float) -> Iterator[tuple[str, str]]:
@@ -135,8 +141,9 @@ _STYLE = (
 )
 
 
-def timeline_svg(timelines: Mapping[str, Timeline]) -> str:
-    """The picture alone, as an element that is also a file. Each action has its times as a title.
+def timeline_svg(timelines: Mapping[str, Timeline], most: int | None = None) -> str:
+    """The picture alone, as an element that is also a file. Each action has its times as a title. ``most`` ranks are shown, as
+    in :func:`timeline_text`.
 
     ``ValueError``: there is nothing to show.
     """
@@ -146,7 +153,7 @@ def timeline_svg(timelines: Mapping[str, Timeline]) -> str:
     for name, timeline in timelines.items():
         parts.append(f'<text class="name" x="0" y="{top + 15}">{escape(name)}: {escape(_head(timeline))}</text>')
         top += _HEAD
-        for rank in _ranks(timeline):
+        for rank in _ranks(timeline, most):
             parts.extend(_row(timeline, rank, top, scale))
             top += _ROW + _GAP
         top += _GAP

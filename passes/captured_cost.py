@@ -235,7 +235,7 @@ class _Recorder(TorchDispatchMode):
             return self._attention(args, kwargs, example)
         try:
             with self:
-                return _call(node, args, kwargs)
+                return call(node, args, kwargs)
         except Exception:  # no values to compute with, or an operator without a fake
             self.abandoned += self.operators[before:]
             del self.operators[before:]
@@ -258,10 +258,11 @@ class _Recorder(TorchDispatchMode):
         return result
 
 
-def _call(node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+def call(node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What a node makes of these arguments; a region, such as one that is checkpointed, is run for what is in it."""
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    if args and isinstance(args[0], fx.GraphModule):  # a region, such as one that is checkpointed: all that is in it
+    if args and isinstance(args[0], fx.GraphModule):
         return args[0](*args[1:])
     function: Any = node.target
     return function(*args, **kwargs)

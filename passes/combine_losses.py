@@ -35,7 +35,16 @@ import torch.nn.functional as F
 from torch.utils._pytree import tree_leaves
 
 from dspass.passes.experts import name_of, value_of
-from dspass.passes.whole_batch import ARITHMETIC, Compared, compare, grown, is_parameter, needed, writes
+from dspass.passes.whole_batch import (
+    ARITHMETIC,
+    Compared,
+    broadcast_alike,
+    compare,
+    grown,
+    is_parameter,
+    needed,
+    writes,
+)
 from dspass.runtime import compat
 
 _SUMS = {"add", "iadd", "add_", "sub", "isub", "sub_", "subtract"}
@@ -126,6 +135,7 @@ def combine_losses(
         _put(graph, loss, combined)
         return Combination(loss=combined, said=(f"%{loss.name}: the mean of {micro_batches} micro-batches' values",))
     assert whole is not None, "losses are compared with the whole batch's graph"
+    broadcast_alike(graph, whole, micro_batches)
     try:
         found = compare(graph, whole, micro_batches)
     except ValueError as error:

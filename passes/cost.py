@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import math
 import operator
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -82,6 +82,7 @@ class Estimate:
     compute: float
     exposed: dict[tuple[str, str], float]
     waits: dict[fx.Node, float]  # the same, by the node that starts what is waited for
+    calls: dict[tuple[str, str], int] = field(default_factory=dict)  # of collectives, by kind and group
 
     @property
     def seconds(self) -> float:
@@ -95,11 +96,13 @@ def estimate(graph: fx.Graph, on: Device) -> Estimate:
     arrives: dict[fx.Node, tuple[float, tuple[str, str]]] = {}
     exposed: dict[tuple[str, str], float] = defaultdict(float)
     waits: dict[fx.Node, float] = defaultdict(float)
+    calls: Counter[tuple[str, str]] = Counter()
     compute = 0.0
     for node in graph.nodes:
         if node.target in _STARTS:
             begun = _collectives(node, on)
             for i, (kind, group, seconds) in enumerate(begun):
+                calls[kind, group] += 1
                 link_free = max(now, link_free) + seconds
                 arrives[node] = (link_free, (kind, group))
                 # Counts, and what goes inside of a node first, are there before rows go on.
@@ -121,7 +124,7 @@ def estimate(graph: fx.Graph, on: Device) -> Estimate:
         elif node in compute_at:
             compute += compute_at[node]
             now += compute_at[node]
-    return Estimate(compute, dict(exposed), dict(waits))
+    return Estimate(compute, dict(exposed), dict(waits), dict(calls))
 
 
 def _collectives(start: fx.Node, on: Device) -> list[tuple[str, str, float]]:

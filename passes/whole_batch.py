@@ -100,10 +100,55 @@ def compare(graph: fx.Graph, whole: fx.Graph, micro_batches: int) -> Compared:
     return found
 
 
+def broadcast_alike(graph: fx.Graph, whole: fx.Graph, micro_batches: int) -> None:
+    """Give ``graph`` the ``expand`` that ``whole`` has of a value with one row, where a model leaves it out for a batch of one.
+
+    Models of ``transformers`` do so with positions. Readers then read the same in both, and it changes no value."""
+    twin: dict[fx.Node, fx.Node] = {}
+    added: dict[fx.Node, fx.Node] = {}
+    rest = iter(list(graph.nodes))
+    node = next(rest, None)
+    for other in whole.nodes:
+        if node is None:
+            return
+        if _is_called_alike(node, other):
+            pairs = list(zip(_arguments(node), _arguments(other), strict=False))
+            news = iter([added[b] if b in added and added[b].args[0] is a else a for a, b in pairs])
+            if any(b in added for _, b in pairs):
+                node.args, node.kwargs = fx.map_arg((node.args, node.kwargs), lambda n, news=news: next(news, n))
+            twin[other], node = node, next(rest, None)
+            continue
+        source = twin.get(other.args[0]) if name_of(other) == "expand" and isinstance(other.args[0], fx.Node) else None
+        if source is None or not _is_one_row(value_of(source), value_of(other), micro_batches):
+            return  # :func:`compare` says where they differ
+        value: torch.Tensor = value_of(source)
+        with graph.inserting_before(node):
+            twin[other] = added[other] = graph.call_method("expand", (source, *value.shape))
+        added[other].meta = {**other.meta, "example_value": value.expand(value.shape)}
+
+
+def _is_one_row(value: Any, other: Any, micro_batches: int) -> bool:
+    """Whether ``value`` is what ``other`` of the whole batch would be with one row."""
+    if not isinstance(value, torch.Tensor) or not isinstance(other, torch.Tensor):
+        return False
+    dims = grown(value, other, micro_batches)
+    return dims is not None and len(dims) == 1 and value.shape[dims[0]] == 1
+
+
+def _arguments(node: fx.Node) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    fx.map_arg((node.args, node.kwargs), found.append)
+    return found
+
+
+def _is_called_alike(node: fx.Node, other: fx.Node) -> bool:
+    return node.op == other.op and name_of(node) == name_of(other)
+
+
 def _pairs(graph: fx.Graph, whole: fx.Graph) -> Iterable[tuple[fx.Node, fx.Node]]:
     few, all_ = list(graph.nodes), list(whole.nodes)
     for node, other in zip(few, all_, strict=False):
-        if node.op != other.op or name_of(node) != name_of(other):
+        if not _is_called_alike(node, other):
             raise ValueError(f"%{node.name} ({name_of(node)}) with a micro-batch is %{other.name} ({name_of(other)})")
     if len(few) != len(all_):
         raise ValueError(f"it has {len(few)} operations with a micro-batch and {len(all_)}")

@@ -1,4 +1,5 @@
-"""How long runs of a program take, watched from outside at no cost: what a cost model's prediction is held against."""
+"""How long runs of a program take, watched from outside at no cost, and when parts of one did what: what a cost model's
+prediction is held against."""
 
 from __future__ import annotations
 
@@ -54,3 +55,36 @@ class Clock:
     def seconds(self) -> float | None:
         """The median; None until there are enough runs."""
         return statistics.median(self._seconds) if len(self._seconds) == _KEPT else None
+
+
+class Moments:
+    """Moments of one run, of this process's ``time.perf_counter``. On a GPU, where launches return at once, they are events of
+    the current stream: what stands between two is the stream's time, its waits for messages too. Those have seconds only after
+    :meth:`settle`, which waits for the device, as making this does."""
+
+    def __init__(self, on_gpu: bool) -> None:
+        self._first: torch.cuda.Event | None = None
+        if on_gpu:
+            torch.cuda.synchronize()
+            self._first = self._event()
+        self._began = time.perf_counter()
+
+    def _event(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def now(self) -> float | torch.cuda.Event:
+        return time.perf_counter() if self._first is None else self._event()
+
+    def settle(self) -> None:
+        """Call once, before :meth:`seconds`."""
+        if self._first is not None:
+            torch.cuda.synchronize()
+
+    def seconds(self, moment: float | torch.cuda.Event) -> float:
+        """A moment as ``time.perf_counter`` would have it."""
+        if isinstance(moment, float):
+            return moment
+        assert self._first is not None
+        return self._began + self._first.elapsed_time(moment) / 1e3

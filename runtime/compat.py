@@ -478,11 +478,11 @@ def apart(values: Sequence[Any]) -> Iterator[None]:
     hand."""
     from torch._guards import detect_fake_mode
 
-    mode = detect_fake_mode(list(values))
     with contextlib.ExitStack() as stack:
-        stack.enter_context(torch._guards.tracing(None))
+        stack.enter_context(torch._guards.tracing(None))  # whose mode, inside of a backend, is another than the graph's
         stack.enter_context(without_fake_mode())
         stack.enter_context(torch.no_grad())
+        mode = detect_fake_mode(list(values))
         if mode is not None:
             stack.enter_context(mode)
             if mode.shape_env is not None:

@@ -162,8 +162,9 @@ class _Watch(TorchDispatchMode):
 
 
 def _tensors(values: Any) -> Iterable[torch.Tensor]:
+    """Those that have memory: on the meta device stand what other pipeline stages hold."""
     for leaf in tree_leaves(values):
         if isinstance(leaf, DTensor):
             leaf = leaf._local_tensor
-        if isinstance(leaf, torch.Tensor):
+        if isinstance(leaf, torch.Tensor) and leaf.device.type != "meta":
             yield leaf

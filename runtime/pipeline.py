@@ -16,9 +16,8 @@ gathers gradients in ``.grad`` of the parameters, where a loss that is scaled af
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -27,6 +26,7 @@ import torch.distributed as dist
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from dspass.runtime.axis import Axis
+from dspass.runtime.clock import Moments
 from dspass.runtime.schedule import Action, Direction, Kind, Receive, Schedule, Send, Span
 
 
@@ -84,6 +84,10 @@ class Halves(Protocol):
     def deferred(self, token: int) -> Any:
         """A context in which the backward computes gradients of activations alone, and keeps the rest under ``token``."""
 
+    @property
+    def waiting(self) -> Collection[Hashable]:
+        """The tokens of what is kept."""
+
     def weights(self, token: int) -> Sequence[torch.Tensor | None]:
         """The gradients that were left, by the position of the graph's input."""
 
@@ -119,7 +123,8 @@ class _Run:
 class Executor:
     """Runs ``schedule`` on the rank ``axis.rank`` of a pipeline. ``loss`` is the position of the captured graph's output whose
     gradient is asked for; None where there are no backwards. ``on_last`` is told before each backward whether it is the last
-    of its stage in this call that gives gradients of weights."""
+    of its stage in this call that gives gradients of weights. Calls in which it is ``watched`` leave their times, in seconds of
+    ``time.perf_counter``; on a GPU those wait for the device, so only few should be."""
 
     schedule: Schedule
     axis: Axis | None
@@ -127,9 +132,11 @@ class Executor:
     device: torch.device
     loss: int | None
     on_last: Callable[[bool], None] = lambda last: None
+    watched: bool = True
     spans: list[Span] = field(default_factory=list)
+    """Of the last call that was watched."""
     wait_seconds: float = 0.0
-    """Of the last call, in which this rank waited for messages."""
+    """Of the last call that was watched, in which this rank waited for messages."""
     sent_bytes: int = 0
     """Of the last call."""
 
@@ -166,10 +173,12 @@ class _Call:
         self.runs: dict[tuple[int, int], _Run] = {}
         self.results: dict[int, list[torch.Tensor]] = defaultdict(list)
         self.last = executor.last_weights
-        self.waited, self.sent = 0.0, 0
+        self.moments = Moments(executor.device.type == "cuda") if executor.watched else None
+        self.waits: list[tuple[Any, Any]] = []
+        self.sent = 0
 
     def run(self) -> dict[int, list[torch.Tensor]]:
-        spans = []
+        spans: list[tuple[Action, Any, Any]] = []
         rank = self.axis.rank if self.axis is not None else 0
         for step in self.executor.schedule.steps(rank):
             if isinstance(step, Send):
@@ -178,14 +187,25 @@ class _Call:
                 self._post(step)
             else:
                 message = self._message(step)
-                start = time.perf_counter()
+                start = self._now()
                 self._compute(step, message)
-                spans.append(Span(step, start, time.perf_counter()))
+                spans.append((step, start, self._now()))
         for way, messages in self.going.items():
             while messages:
                 self._let_go(messages.popleft(), way[1])
-        self.executor.spans, self.executor.wait_seconds, self.executor.sent_bytes = spans, self.waited, self.sent
+        self.executor.sent_bytes = self.sent
+        if self.moments is not None:
+            self._note(self.moments, spans)
         return dict(self.results)
+
+    def _now(self) -> Any:
+        return self.moments.now() if self.moments is not None else None
+
+    def _note(self, moments: Moments, spans: Sequence[tuple[Action, Any, Any]]) -> None:
+        moments.settle()
+        seconds = moments.seconds
+        self.executor.spans = [Span(action, seconds(start), seconds(end)) for action, start, end in spans]
+        self.executor.wait_seconds = sum(seconds(end) - seconds(start) for start, end in self.waits)
 
     # -- messages --------------------------------------------------------------------------------------------------
 
@@ -216,6 +236,7 @@ class _Call:
         tensors = self.outbox.pop((step.direction, step.destination, step.micro_batch))
         going = []
         for value, tensor in zip(values, tensors, strict=True):
+            assert (tensor.dtype, tensor.shape) == (value.dtype, value.shape), f"{value} is sent as {tensor.dtype}"
             if tensor.numel():
                 tensor = value.in_order(tensor)
                 try:
@@ -243,10 +264,10 @@ class _Call:
             return []
         if place in self.posted:
             buffers, works, peer = self.posted.pop(place)
-            start = time.perf_counter()
+            start = self._now()
             for work in works:
                 self._wait(work, peer, "send")
-            self.waited += time.perf_counter() - start
+            self.waits.append((start, self._now()))
             return buffers
         return self.outbox.pop(place, [])  # from a stage on this rank; none for the first, and behind the last
 
@@ -322,7 +343,7 @@ class _Call:
             self.outbox[Direction.BACKWARD, stage.index - 1, batch] = back
 
     def _weights(self, stage: Stage, batch: int) -> None:
-        if stage.halves is None:
+        if stage.halves is None or batch not in stage.halves.waiting:  # the latter where nothing here trains
             return
         gradients = stage.halves.weights(batch)
         for key, gradient in zip(stage.keys, gradients[len(stage.reads) + len(stage.inputs) :], strict=True):

@@ -13,7 +13,18 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import experts, grouped, offload, prefetch, quantise, solver, weights
+from benchmarks import (
+    experts,
+    grouped,
+    offload,
+    pipeline,
+    pipeline_models,
+    pipeline_predicted,
+    prefetch,
+    quantise,
+    solver,
+    weights,
+)
 from benchmarks.experts_rank import PRESETS
 from benchmarks.experts_rank import build as mixture
 from benchmarks.memory_bench import Bench
@@ -23,6 +34,12 @@ from benchmarks.memory_rank import build
 from benchmarks.memory_table import compare, table
 from benchmarks.workers import SubjectFailed
 from benchmarks.zero import GIB
+from dspass.passes.captured_cost import costs_of
+from dspass.passes.devices import CPU
+from dspass.planner.schedule_times import StageCost, simulate
+from dspass.planner.schedules import make
+from dspass.planner.stages import cut
+from dspass.staging import stage_costs
 
 
 def point(
@@ -576,3 +593,159 @@ def test_a_row_of_experts_that_fails_is_told_and_the_others_go_on(monkeypatch: p
     assert plain.losses == [3.0] * 5
     assert (plain.peak, plain.sent, plain.error) == (9, {"all-gather": 2.5}, None)
     assert set(closed) == {"deepspeed-autoep", "dspass-3"}
+
+
+@pytest.mark.parametrize("kind", pipeline_models.MODELS)
+def test_pieces_of_a_model_compute_what_it_does(kind: str) -> None:
+    shape = pipeline_models.SHAPES["tiny"][kind]
+    torch.manual_seed(0)
+    model = pipeline_models.build(shape)
+    x, y = torch.randint(0, 256, (2, 2, shape.context))
+    whole = pipeline_models.loss_of(model(**pipeline_models.inputs(shape, x, y)))
+    cut = pipeline_models.pieces(model)
+    for parts in (cut.one_by_one(), *([cut.stage(s, stages) for s in range(stages)] for stages in (2, 3))):
+        out = x
+        for part in parts:
+            out = part(out)
+        torch.testing.assert_close(cut.loss(out, (x, y)[cut.target]), whole)
+        assert {id(p) for part in parts for p in part.parameters()} == {id(p) for p in model.parameters()}
+    layers = [sum(1 for _ in cut.stage(s, 3).modules()) for s in range(3)]
+    assert layers[0] > layers[1], "of four layers the first stage has two"
+
+
+@pytest.mark.parametrize("kind", pipeline_models.MODELS)
+def test_models_for_stages_have_the_size_that_is_said(kind: str) -> None:
+    with torch.device("meta"):
+        model = pipeline_models.build(pipeline_models.SHAPES["full"][kind])
+    count = sum(p.numel() for p in model.parameters())
+    assert count / 1e6 == pytest.approx({"gpt": 85.5, "llama": 70.1, "uneven": 41.3}[kind], abs=0.06)
+
+
+def pipeline_row(name: str, seconds: float, peak: int, loss: float = 3.0) -> pipeline.Row:
+    made = pipeline.Row(name, seconds={0: seconds, 1: seconds}, alone=[seconds], losses=[4.0, loss])
+    made.waits, made.peaks, made.parameters = [[0.1, 0.3], [0.2, 0.3]], [peak // 2, peak], [10**6, 2 * 10**6]
+    return made
+
+
+def test_pipelines_are_held_against_the_fastest_peer_and_the_smallest() -> None:
+    ours = pipeline_row("dspass", 0.8, 8 * 10**6)
+    schedule = make("1f1b", 2, 4)
+    ours.predicted = simulate(schedule, [StageCost(1.0, 2.0)] * 2)
+    ours.runs = [simulate(schedule, [StageCost(1.0, 2.0), StageCost(1.0, 2.1)])]
+    rows = [ours, pipeline_row("torch-1f1b", 1.0, 10**7, 3.00002), pipeline_row("torch-zb", 2.0, 9 * 10**6)]
+    rows[2].is_out, rows[2].seconds = True, {}
+    text = pipeline.table(rows, cores=2)
+    assert "| dspass | 800 ms | 0.800 | 8.0 MB | 0.800 | 150 ms, 300 ms | 1.0 M, 2.0 M | 4.00000 |" in text
+    assert "| torch-zb | 2000 ms alone | - | 9.0 MB | 0.900 |" in text
+    assert "- met: a step takes at most 0.85 of torch-1f1b's, the fastest peer: 0.800" in text
+    assert "- met: the peak is at most 0.9 of torch-1f1b's: 0.800" in text
+    assert "- met: the peak is at most 0.9 of torch-zb's, the smallest of a peer: 0.889" in text
+    assert "- met: losses of 2 steps agree to 1e-4: at most 2.0e-05 apart" in text
+    assert "20.0 % simulated from the cost model" in text
+    assert "share" not in text
+    assert "4 ranks share 2 cores" not in text
+    assert "2 ranks share 1 cores" in pipeline.table(rows, cores=1)
+    rows.append(pipeline.Row("deepspeed-uniform", error="no luck"))
+    ours.seconds, ours.peaks, ours.losses[1] = {0: 0.9, 1: 0.9}, [10**7], 3.1
+    ours.predicted = simulate(schedule, [StageCost(1.0, 2.0), StageCost(2.0, 4.0)])
+    text = pipeline.table(rows)
+    assert text.count("- missed:") == 5
+    assert "- failed: deepspeed-uniform: no luck" in text
+    assert "- missed: there are no figures of dspass beside a peer" in pipeline.table(rows[1:])
+
+
+def test_a_command_for_pipelines_that_cannot_be_is_refused() -> None:
+    parser = argparse.ArgumentParser()
+    pipeline.add_arguments(parser)
+
+    def refused(*words: str) -> str | None:
+        options = parser.parse_args([*words])
+        return pipeline._refused(options, options.models.split(","), [n for n in options.only.split(",") if n])
+
+    assert refused() is None
+    assert refused("--ranks", "4", "--size", "tiny", "--micro-batches", "2") is None
+    assert "no model 'gtp'" in (refused("--models", "gtp") or "")
+    assert "no row 'torch'" in (refused("--only", "torch") or "")
+    assert "does not divide the batch of gpt, 8" in (refused("--micro-batches", "3") or "")
+    assert "gpt takes 128 at most" in (refused("--context", "129") or "")
+    assert "use 2 to as many" in (refused("--ranks", "13") or "")
+
+
+def test_peers_that_are_slower_alone_are_out_and_give_back_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[str] = []
+    asked: dict[str, int] = {}
+    seconds = {"dspass": 9.0, "torch-1f1b": 2.0, "torch-zb": 3.0, "torch-1f1b-compile": 1.0}
+
+    class Answers:
+        def __init__(self, name: str, *_: Any, **__: Any) -> None:
+            self.name = name
+
+        def ask(self, request: str, *_: Any, **__: Any) -> list[Any]:
+            asked[self.name] = asked.get(self.name, 0) + (request == "step")
+            if (self.name, asked[self.name]) == ("torch-1f1b", 8):
+                raise SubjectFailed("torch-1f1b: a rank died in 'step'\nno memory")
+            if request != "step":
+                return [5, 7]
+            return [{"seconds": seconds[self.name], "loss": loss, "waited": 0.5} for loss in (None, 3.0)]
+
+        def close(self) -> None:
+            closed.append(self.name)
+
+    monkeypatch.setattr(pipeline, "Group", Answers)
+    options = argparse.Namespace(
+        ranks=2, size="tiny", batch=None, context=None, micro_batches=2, schedule="auto", rounds=2, finalists=2
+    )
+    ours, broken, out, best = pipeline.measure(list(seconds), "gpt", options)
+    assert (ours.step, best.step, out.step) == (9.0, 1.0, 3.0)
+    assert [row.is_out for row in (ours, broken, out, best)] == [False, False, True, False]
+    assert broken.error == "torch-1f1b: a rank died in 'step' no memory"
+    assert (len(broken.seconds), len(best.seconds), len(best.losses), len(best.waits)) == (1, 2, 8, 2)
+    assert asked["torch-zb"] == 6
+    assert closed.index("torch-zb") < closed.index("torch-1f1b")
+    assert best.peaks == [5, 7]
+
+
+def test_pipelines_are_measured_on_two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "RANK", "tests.plain_pipeline_rank")
+    options = argparse.Namespace(
+        ranks=2, size="tiny", batch=2, context=8, micro_batches=2, schedule="1f1b", rounds=1, finalists=1
+    )
+    ours, eager = rows = pipeline.measure(["dspass", "torch-1f1b"], "llama", options)
+    assert [row.error for row in rows] == [None, None]
+    assert ours.losses == pytest.approx(eager.losses, rel=1e-5)
+    assert all(peak > 10**5 for row in rows for peak in row.peaks)
+    assert all(sum(waits) > 0 for row in rows for waits in row.waits)
+    whole = sum(p.numel() for p in pipeline_models.build(pipeline_models.SHAPES["tiny"]["llama"]).parameters())
+    assert sum(ours.parameters) == sum(eager.parameters) == whole
+    (run,) = ours.runs
+    assert [len(spans) for spans in run.spans] == [4, 4]
+    assert 0 < run.bubble < 1
+    text = pipeline.table(rows)
+    assert "**dspass** ran 1f1b, 2 stages on 2 ranks, 2 micro-batches" in text
+    assert "measured: 1f1b" in text
+
+
+def test_cuts_are_held_against_all_others() -> None:
+    shape = pipeline_models.SHAPES["tiny"]["gpt"]
+    tokens = torch.zeros(1, shape.context, dtype=torch.long)
+    gm = pipeline_predicted.capture(pipeline_models.build(shape), pipeline_models.inputs(shape, tokens, tokens))
+    rows = pipeline_predicted.compare_cuts("gpt", "gpt", shape.layers, gm, CPU, (2, 3), 4)
+    assert [row.tried for row in rows] == [10, 45]
+    assert all(row.ours <= pipeline_predicted.GOAL * row.best and row.best <= row.equal for row in rows)
+    assert "- met: the automatic cut is within 3 %" in pipeline_predicted.cut_table(rows)
+    costs = costs_of(gm, CPU)
+    names = ["blocks.1", "blocks.1.norm2", "head"]
+    intervals = pipeline_predicted._Intervals(gm, costs, CPU, 4, names)
+    told = stage_costs(cut(gm, 4, costs, CPU, micro_batches=4, boundaries=names), CPU, 1.0, 1)
+    assert (intervals.of([0, 1, 2])) == told, "stages put together of intervals are those of a cut at all of them"
+
+
+def test_schedules_for_another_device_are_predicted() -> None:
+    shape = pipeline_models.SHAPES["tiny"]["llama"]
+    tokens = torch.zeros(1, shape.context, dtype=torch.long)
+    gm = pipeline_predicted.capture(pipeline_models.build(shape), pipeline_models.inputs(shape, tokens, tokens))
+    (found,) = pipeline_predicted.predict(gm, CPU, [2], 2)
+    text = pipeline_predicted.prediction_table([found], CPU)
+    assert found.micro_batches == 4
+    assert text.count("| 2 | 4 | 1f1b | 1 |") == 1
+    assert "the fastest" in text

@@ -358,6 +358,23 @@ def test_one_micro_batch_and_a_model_that_branches_on_its_size() -> None:
         combine_losses(few.graph, loss_of(few.graph), whole.graph, 2)
 
 
+def test_a_model_that_broadcasts_to_its_batch_unless_that_is_one_row() -> None:
+    """As models of ``transformers`` do with positions."""
+
+    def form(m: Small, h: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, items: torch.Tensor) -> Any:
+        kept = (m.classes[None, :LENGTH] > m.classes.median()).float()
+        weights = kept
+        if kept.shape[0] != h.shape[0]:
+            weights = weights.expand(h.shape[0], -1)
+        each = h.square().mean(-1)
+        return (each * weights).sum() / (weights.sum() + 1) + (each * kept).mean() / (kept.sum() + 1)
+
+    torch.manual_seed(0)
+    model, batch = Small(form), batch_of(0, 4, 0.5)
+    made = split(model, None, batch, 4)
+    assert_equal(model, None, made, batch_of(1, 4, 0.5))
+
+
 def test_parts_that_are_answered_too_stay_what_they_are() -> None:
     def form(m: Small, h: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, items: torch.Tensor) -> Any:
         first, second = counted(m, h, labels, mask, items), h.square().mean()

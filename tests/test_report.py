@@ -26,6 +26,9 @@ from dspass.report import (
     Memory,
     MemoryPoint,
     PassRecord,
+    PipelineRecord,
+    PipelineSpan,
+    PipelineTimeline,
     PlanPoint,
     PlanRecord,
     PlanTensors,
@@ -156,6 +159,37 @@ quantised = st.builds(
     sent_bytes=number,
     relative_error=st.none() | real,
 )
+timelines = st.builds(
+    PipelineTimeline,
+    micro_batches=number,
+    spans=st.lists(
+        st.lists(
+            st.builds(
+                PipelineSpan,
+                kind=st.sampled_from(["forward", "backward", "backward of inputs", "backward of weights"]),
+                stage=st.integers(0, 3),
+                micro_batch=number,
+                start=real,
+                end=real,
+            ),
+            max_size=3,
+        ),
+        max_size=3,
+    ),
+    peak_bytes=st.lists(number, max_size=3),
+    wait_seconds=st.lists(real, max_size=3),
+    sent_bytes=st.lists(number, max_size=3),
+)
+pipelines = st.builds(
+    PipelineRecord,
+    schedule=text,
+    rank_of=st.lists(st.integers(0, 2), max_size=4),
+    rank=st.integers(0, 2),
+    why=st.lists(text, max_size=6),
+    candidates=st.lists(text, max_size=7),
+    predicted=st.none() | timelines,
+    measured=st.none() | timelines,
+)
 experts = st.builds(ExpertLayer, name=text, ranks=st.integers(1, 4), rows=st.lists(number, max_size=70), dropped=number)
 reports = st.builds(
     Report,
@@ -187,6 +221,7 @@ reports = st.builds(
         max_size=3,
     ),
     experts=st.lists(experts, max_size=3),
+    pipeline=st.none() | pipelines,
     step_seconds=st.none() | real,
     config=st.dictionaries(text, json_value, max_size=3),
     ignored=st.dictionaries(text, text, max_size=2),
@@ -203,7 +238,7 @@ reports = st.builds(
 def test_any_report_round_trips_and_can_be_shown(report: Report, other: Report) -> None:
     assert Report.from_dict(json.loads(json.dumps(report.to_dict()))) == report
     lines = str(report).split("\n")
-    assert len(lines) <= 45
+    assert len(lines) <= 45 + (30 if report.pipeline is not None else 0)
     assert all(len(line) <= 100 and (line.isprintable() or not line) for line in lines)
     assert all(line.isprintable() for line in report.diff(other).split("\n"))
     assert report.diff(report).startswith("The same passes")

@@ -14,7 +14,19 @@ from typing import Any
 
 import pytest
 
-from dspass.report import CATEGORIES, ExpertLayer, GraphRecord, Memory, MemoryPoint, PassRecord, Report, Traffic
+from dspass.report import (
+    CATEGORIES,
+    ExpertLayer,
+    GraphRecord,
+    Memory,
+    MemoryPoint,
+    PassRecord,
+    PipelineRecord,
+    PipelineSpan,
+    PipelineTimeline,
+    Report,
+    Traffic,
+)
 from dspass.report_html import MAX_POINTS, downsample, embed_json, paired
 
 HOSTILE = "</script><script>document.documentElement.dataset.hacked='yes'</script><!--<img src=x onerror=alert(1)>&\"'"
@@ -71,6 +83,16 @@ def a_report() -> Report:
         ],
         config={HOSTILE: {"k" * 300: ["v" * 300, HOSTILE]}},
         ignored={HOSTILE: HOSTILE},
+        pipeline=PipelineRecord(
+            schedule=HOSTILE,
+            rank_of=[0],
+            rank=0,
+            why=[HOSTILE],
+            candidates=[HOSTILE],
+            predicted=PipelineTimeline(
+                micro_batches=1, spans=[[PipelineSpan(kind="forward", stage=0, micro_batch=0, start=0.0, end=1.0)]]
+            ),
+        ),
         experts=[ExpertLayer(name=HOSTILE, ranks=2, rows=[3, 0, 1, 4], dropped=1)],
         notes=[HOSTILE],
         versions={"torch": HOSTILE},
