@@ -248,14 +248,10 @@ class Pipelined:
         """Decide on stages, as rank 0 finds, and place the parameters."""
         assert self.engine is not None
         try:
-<<<<<<< HEAD
             wanted = self.config.dspass.memory_budget
             budget = budget_bytes(wanted, self.engine) if wanted is not None and trains else None
-            self.staging = plan_stages(gm, self.config, self.engine, self.pipe, size, count, trains, budget)
-=======
             with compat.without_fake_mode():
-                self.staging = plan_stages(gm, self.config, self.engine, self.pipe, size, count, trains)
->>>>>>> pipeline
+                self.staging = plan_stages(gm, self.config, self.engine, self.pipe, size, count, trains, budget)
         except ScheduleError as error:
             raise ConfigError(f"pipeline.{error.setting}", f"{error.cause}.", error.way_out) from error
         if dist.get_world_size() > 1 and not is_in_prediction():

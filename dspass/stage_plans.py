@@ -138,15 +138,7 @@ def _said(error: Exception) -> tuple[str, str, int]:
     """The kind of an error, its words, and the smallest budget that it names."""
     if isinstance(error, BudgetError):
         return "budget", str(error), error.smallest
-<<<<<<< HEAD
     return ("plan", str(error), 0) if isinstance(error, PlanError) else ("other", repr(error), 0)
-=======
-    return (
-        "plan" if isinstance(error, PlanError) else "other",
-        f"{error}" if isinstance(error, PlanError) else repr(error),
-        0,
-    )
->>>>>>> pipeline
 
 
 __all__ = ["bytes_of", "in_budget", "links_of", "together"]

@@ -28,11 +28,7 @@ from dspass.planner.schedules import NAMES, Choice, choose, make
 from dspass.planner.stages import CutError, Cuts, Memory, cut
 from dspass.runtime.axis import Axis
 from dspass.runtime.engine import Engine
-<<<<<<< HEAD
-from dspass.runtime.schedule import Action, Kind, Schedule, ScheduleError, Timeline
-=======
-from dspass.runtime.schedule import Action, Direction, Kind, Schedule, Send, Timeline
->>>>>>> pipeline
+from dspass.runtime.schedule import Action, Direction, Kind, Schedule, ScheduleError, Send, Timeline
 from dspass.settings import kind_of
 
 #: Bytes that a byte of a parameter takes, with its gradient and the states of Adam.
@@ -149,18 +145,14 @@ def plan_stages(
         again=computed_again if trains else None,
         overlaps=on.overlaps,
     )
-<<<<<<< HEAD
     try:
         choice = chosen(budget_bytes=budget_bytes)
     except ScheduleError as error:
         if error.smallest is None:
             raise
         choice = chosen(budget_bytes=error.smallest)
-    return _staging(cut_into(choice.schedule.stages), choice)
-=======
-    costs_of_stages, links = costs_for(choice.schedule.stages, choice.schedule.micro_batches)
-    return _staging(cut_into(choice.schedule.stages), choice, costs_of_stages, links, on.overlaps)
->>>>>>> pipeline
+    _, links = costs_for(choice.schedule.stages, choice.schedule.micro_batches)
+    return _staging(cut_into(choice.schedule.stages), choice, choice.costs, links, on.overlaps)
 
 
 def _staging(cuts: Cuts, choice: Choice, costs: Sequence[StageCost], links: Sequence[Link], overlaps: bool) -> Staging:
@@ -182,7 +174,6 @@ def _staging(cuts: Cuts, choice: Choice, costs: Sequence[StageCost], links: Sequ
     )
 
 
-<<<<<<< HEAD
 def _again(cost: StageCost, arrives: Link) -> StageCost:
     """A stage that saves what arrives alone, and runs its forward once more in its backward."""
     saved = min(cost.saved_bytes, arrives.forward_bytes)
@@ -195,10 +186,7 @@ def _again(cost: StageCost, arrives: Link) -> StageCost:
     )
 
 
-def _costs(cuts: Cuts, on: Device, rows: float, divided: int) -> tuple[list[StageCost], list[Link]]:
-=======
 def stage_costs(cuts: Cuts, on: Device, rows: float, divided: int) -> tuple[list[StageCost], list[Link]]:
->>>>>>> pipeline
     """Of stages and cuts, for micro-batches of ``rows`` times those that were captured."""
     stages = [
         StageCost(

@@ -152,6 +152,8 @@ class Candidate:
     """None where there is no such schedule, or no such cut."""
     why: str
     """What spoke for it or against it."""
+    costs: tuple[StageCost, ...] = ()
+    """Of its stages, with what is computed again."""
 
 
 @dataclass(frozen=True)
@@ -162,6 +164,11 @@ class Choice:
     schedule: Schedule
     timeline: Timeline
     candidates: tuple[Candidate, ...]
+
+    @property
+    def costs(self) -> tuple[StageCost, ...]:
+        """Of the stages of the best."""
+        return self.candidates[0].costs
 
     def table(self) -> str:
         """One line for each that was simulated, and for each reason why others were not."""
@@ -224,10 +231,9 @@ def choose(
                 timeline = simulate(schedule, *cost, overlaps=overlaps)
                 if again is not None and budget_bytes is not None and max(timeline.peak_bytes) > budget_bytes:
                     least = again(ranks * virtual, count)[0]
-                    timeline = simulate(
-                        schedule, _between(timeline, *cost, least, budget_bytes), cost[1], overlaps=overlaps
-                    )
-                found.append(replace(candidate, timeline=timeline))
+                    cost = _between(timeline, *cost, least, budget_bytes), cost[1]
+                    timeline = simulate(schedule, *cost, overlaps=overlaps)
+                found.append(replace(candidate, timeline=timeline, costs=tuple(cost[0])))
     return _best(ranks, found, absent, budget_bytes)
 
 
