@@ -47,6 +47,7 @@ from dspass.pipeline_outputs import Output, PipelineUseError, delivered, on_stag
 from dspass.pipeline_times import Measured
 from dspass.planner.calls import Place
 from dspass.planner.stages import follow
+from dspass.planning import budget_bytes
 from dspass.runtime import compat
 from dspass.runtime.axis import Axis, axis_of
 from dspass.runtime.engine import Engine
@@ -247,8 +248,10 @@ class Pipelined:
         """Decide on stages, as rank 0 finds, and place the parameters."""
         assert self.engine is not None
         try:
+            wanted = self.config.dspass.memory_budget
+            budget = budget_bytes(wanted, self.engine) if wanted is not None and trains else None
             with compat.without_fake_mode():
-                self.staging = plan_stages(gm, self.config, self.engine, self.pipe, size, count, trains)
+                self.staging = plan_stages(gm, self.config, self.engine, self.pipe, size, count, trains, budget)
         except ScheduleError as error:
             raise ConfigError(f"pipeline.{error.setting}", f"{error.cause}.", error.way_out) from error
         if dist.get_world_size() > 1 and not is_in_prediction():
@@ -352,6 +355,7 @@ class Pipelined:
             return self._compile(stage, inputs, trains, stage.index in parts, place)
 
         def planned() -> dict[int, Stage]:
+            assert self.engine is not None
             own = self.config.dspass
             if not trains or (own.memory_budget is None and own.plan is None):
                 return {s: compiled(graphs[s]) for s in mine}

@@ -1,12 +1,12 @@
 """One rank's stages of a pipeline under a memory budget, and errors that all ranks of the pipeline hear of.
 
 A rank's stages share its budget and are planned one after another, the one that saves most first: each holds no more than its
-share of what is left (:attr:`dspass.planner.plan.Planner.share`), and the last has the rest. Where that one does not fit, all but
-the last are planned again, as small as they can be.
+share of what is left (:attr:`dspass.planner.plan.Planner.share`), and the last has the rest. Where that one does not fit, all
+but the last are planned again, as small as they can be.
 
-Dropped: one plan for all stages of a rank. Their choices are independent but for the sum of what they hold, so that it would be
-the product of their frontiers, each point of which takes a dry run of every stage; with one stage a rank, as most schedules have,
-there is nothing to gain.
+Dropped: one plan for all stages of a rank. Their choices are independent but for the sum of what they hold, so that it would
+be the product of their frontiers, each point of which takes a dry run of every stage; with one stage a rank, as most schedules
+have, there is nothing to gain.
 """
 
 from __future__ import annotations
@@ -106,44 +106,39 @@ def bytes_of(calls: Sequence[Any]) -> int:
 
 
 def together(axis: Axis, run: Callable[[], dict[int, Stage]]) -> dict[int, Stage]:
-    """What ``run`` answers; but where it raises on one rank of a pipeline, all of its ranks raise, and nobody waits for a message
-    of one that has stopped. Of several budgets that are too small all hear of the one that the worst needs."""
+    """What ``run`` answers; but where it raises on one rank of a pipeline, all of its ranks raise, and nobody waits for a
+    message of one that has stopped. Of several budgets that are too small all hear of what the worst needs."""
     found: dict[int, Stage] = {}
     mine: Exception | None = None
     try:
         found = run()
-    except Exception as error:  # handed on below, whatever it is
+    except Exception as error:  # whatever it is, others hear of it first
         mine = error
-    errors: list[Any] = [mine and _told(mine)]
+    said: list[tuple[str, str, int] | None] = [_said(mine) if mine is not None else None]
     if axis.size > 1 and dist.get_backend() != "fake":
-        told, errors = errors[0], [None] * axis.size
-        dist.all_gather_object(errors, told, group=axis.group)
-    heard = {rank: error for rank, error in enumerate(errors) if error is not None}
-    if not heard:
-        return found
+        (own,), said = said, [None] * axis.size
+        dist.all_gather_object(said, own, group=axis.group)
+    heard = {rank: one for rank, one in zip(axis.ranks, said, strict=False) if one is not None}
     if mine is not None and not isinstance(mine, (BudgetError, PlanError)):
         raise mine
     for rank, (kind, text, _) in heard.items():
         if kind == "other":
             raise PipelineError(
-                f"rank {axis.ranks[rank]} of the pipeline could not compile its stages, so that this one has nobody to run with: "
-                f"{text}"
+                f"rank {rank} of the pipeline could not compile its stages, so that this one has nobody to run with: {text}"
             ) from mine
-    for kind, text, _ in heard.values():
         if kind == "plan":
             raise PlanError(text) from mine
-    _, text, smallest = max(heard.values(), key=lambda error: error[2])
-    raise BudgetError(text, smallest) from mine
+    if heard:
+        _, text, smallest = max(heard.values(), key=lambda one: one[2])
+        raise BudgetError(text, smallest) from mine
+    return found
 
 
-def _told(error: Exception) -> tuple[str, str, int]:
+def _said(error: Exception) -> tuple[str, str, int]:
+    """The kind of an error, its words, and the smallest budget that it names."""
     if isinstance(error, BudgetError):
         return "budget", str(error), error.smallest
-    return (
-        "plan" if isinstance(error, PlanError) else "other",
-        f"{error}" if isinstance(error, PlanError) else repr(error),
-        0,
-    )
+    return ("plan", str(error), 0) if isinstance(error, PlanError) else ("other", repr(error), 0)
 
 
 __all__ = ["bytes_of", "in_budget", "links_of", "together"]

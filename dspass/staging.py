@@ -3,13 +3,19 @@
 Costs of the captured graph's nodes are those of one micro-batch. Those of other sizes are taken to be in proportion to their
 rows: the planner compares numbers of micro-batches without capturing each. What a rank holds all the time is its parameters, as
 the ZeRO stage divides them, with a gradient and two states of an optimiser that trains them.
+
+Under a memory budget the cut sees to it that what is always there fits, with one micro-batch, where a cut does; and a schedule
+that is over the budget with all saved is taken to compute again what is too much, which makes it slower: so one that holds less
+is chosen where that is faster in the end. Nothing is refused for its memory here, where sizes are what eager code saves and the
+optimiser is a guess: what is smallest is tried, and the planner, which runs each stage on fake tensors, has the last word.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch.fx as fx
 
@@ -19,11 +25,14 @@ from dspass.passes.captured_cost import costs_of
 from dspass.passes.devices import Device
 from dspass.planner.schedule_times import Link, StageCost, simulate
 from dspass.planner.schedules import NAMES, Choice, choose, make
-from dspass.planner.stages import Cuts, cut
+from dspass.planner.stages import CutError, Cuts, Memory, cut
 from dspass.runtime.axis import Axis
 from dspass.runtime.engine import Engine
-from dspass.runtime.schedule import Action, Direction, Kind, Schedule, Send, Timeline
+from dspass.runtime.schedule import Action, Direction, Kind, Schedule, ScheduleError, Send, Timeline
 from dspass.settings import kind_of
+
+#: Bytes that a byte of a parameter takes, with its gradient and the states of Adam.
+_STATES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +100,8 @@ def plan_stages(
 ) -> Staging:
     """Cut ``gm``, captured with one of ``count`` micro-batches of a ``batch``, and choose the schedule.
 
-    Raises ``CutError`` where it cannot be cut so, ``ScheduleError`` where there is no such schedule, or none fits.
+    Raises ``CutError`` where it cannot be cut so, ``ScheduleError`` where there is no such schedule. ``budget_bytes`` of each
+    rank decides what is fastest, and refuses nothing.
     """
     pipeline = config.pipeline
     on = devices.tabled(kind_of(engine))
@@ -100,10 +110,21 @@ def plan_stages(
 
     @functools.cache
     def cut_into(stages: int) -> Cuts:
+        if budget_bytes is not None:
+            memory = Memory(limit=budget_bytes * pipe.size / stages, states=_STATES / divided)
+            with contextlib.suppress(CutError):  # of what may not fit, the best is tried
+                return cut(
+                    gm, stages, costs, on,
+                    micro_batches=count, boundaries=pipeline.boundaries, memory=memory, in_flight=[1] * stages,
+                )  # fmt: skip
         return cut(gm, stages, costs, on, micro_batches=count, boundaries=pipeline.boundaries)
 
     def costs_for(stages: int, micro_batches: int) -> tuple[Sequence[StageCost], Sequence[Link]]:
         return stage_costs(cut_into(stages), on, count / micro_batches, divided)
+
+    def computed_again(stages: int, micro_batches: int) -> tuple[Sequence[StageCost], Sequence[Link]]:
+        found, links = costs_for(stages, micro_batches)
+        return [_again(cost, links[s - 1] if s else Link()) for s, cost in enumerate(found)], links
 
     virtual = pipeline.virtual_stages
     if virtual is None and pipeline.boundaries is not None and (len(pipeline.boundaries) + 1) % pipe.size == 0:
@@ -113,18 +134,25 @@ def plan_stages(
         virtual = make(pipeline.schedule, pipe.size, pipeline.micro_batches or 2 * pipe.size).virtual_stages
     if named and pipeline.micro_batches is not None:
         make(pipeline.schedule, pipe.size, pipeline.micro_batches, virtual)  # its own words for why not
-    choice = choose(
+    chosen = functools.partial(
+        choose,
         pipe.size,
         costs_for,
         batch=batch,
         micro_batches=pipeline.micro_batches,
         names=(pipeline.schedule,) if named else NAMES,
         virtual_stages=virtual,
-        budget_bytes=budget_bytes,
+        again=computed_again if trains else None,
         overlaps=on.overlaps,
     )
-    costs_of_stages, links = costs_for(choice.schedule.stages, choice.schedule.micro_batches)
-    return _staging(cut_into(choice.schedule.stages), choice, costs_of_stages, links, on.overlaps)
+    try:
+        choice = chosen(budget_bytes=budget_bytes)
+    except ScheduleError as error:
+        if error.smallest is None:
+            raise
+        choice = chosen(budget_bytes=error.smallest)
+    _, links = costs_for(choice.schedule.stages, choice.schedule.micro_batches)
+    return _staging(cut_into(choice.schedule.stages), choice, choice.costs, links, on.overlaps)
 
 
 def _staging(cuts: Cuts, choice: Choice, costs: Sequence[StageCost], links: Sequence[Link], overlaps: bool) -> Staging:
@@ -146,6 +174,18 @@ def _staging(cuts: Cuts, choice: Choice, costs: Sequence[StageCost], links: Sequ
     )
 
 
+def _again(cost: StageCost, arrives: Link) -> StageCost:
+    """A stage that saves what arrives alone, and runs its forward once more in its backward."""
+    saved = min(cost.saved_bytes, arrives.forward_bytes)
+    return replace(
+        cost,
+        backward=cost.backward + cost.forward,
+        input=cost.input + cost.forward,
+        saved_bytes=saved,
+        working_bytes=cost.working_bytes + cost.saved_bytes - saved,
+    )
+
+
 def stage_costs(cuts: Cuts, on: Device, rows: float, divided: int) -> tuple[list[StageCost], list[Link]]:
     """Of stages and cuts, for micro-batches of ``rows`` times those that were captured."""
     stages = [
@@ -156,7 +196,7 @@ def stage_costs(cuts: Cuts, on: Device, rows: float, divided: int) -> tuple[list
             weight=rows * s.weight_gradient,
             saved_bytes=int(rows * s.saved_bytes),
             held_bytes=int(rows * s.saved_bytes),
-            static_bytes=4 * s.parameter_bytes // divided,
+            static_bytes=_STATES * s.parameter_bytes // divided,
         )
         for s in cuts.stages
     ]

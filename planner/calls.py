@@ -158,7 +158,7 @@ class _Rounds:
         ledger, start = self.ledger, self.ledger.total
         received = [fresh(v) for v in self.received]
         ledger.note(received, "saved")
-        most, outputs = self._watched(lambda: self.forward([*received, *self.others]))
+        most, outputs = self._watched(self.forward, [*received, *self.others])
         working = most - ledger.total
         places = dict(zip(self.saved, outputs[self.outputs :], strict=True))
         del outputs  # what was made for another stage goes there
@@ -168,7 +168,7 @@ class _Rounds:
         message = [a for a, (name, _) in zip(arguments, self.needs, strict=True) if name not in self.saved]
         arrived = ledger.total - start - saved
         with self.split.deferred(self) if self.split is not None else contextlib.nullcontext():
-            most, answers = self._watched(lambda: self.backward(arguments))
+            most, answers = self._watched(self.backward, arguments)
         made = sum(a.nbytes for a in answers[: self.activations] if isinstance(a, torch.Tensor))
         working = max(working, most - start - saved - arrived - made)
         gradients = [g for g in answers[self.activations :] if isinstance(g, torch.Tensor)]
@@ -176,17 +176,17 @@ class _Rounds:
         held = 0
         if self.split is not None:
             held = ledger.total - start
-            most, found = self._watched(lambda: self.split.weights(self))
+            most, found = self._watched(self.split.weights, self)
             working = max(working, most - start - held)
             gradients = [g for g in found[self.activations :] if g is not None]
         self.gradients = self.gradients or gradients
         return StageCost(0.0, 0.0, saved_bytes=saved, held_bytes=held, working_bytes=max(working, 0))
 
-    def _watched(self, run: Callable[[], _Answer]) -> tuple[int, _Answer]:
+    def _watched(self, run: Callable[[Any], _Answer], argument: Any) -> tuple[int, _Answer]:
         """The most bytes that are alive while something runs, and what it answers."""
         points = len(self.ledger.points)
         before = self.ledger.total
-        answer = run()
+        answer = run(argument)
         return max([before, *(point.total for point in self.ledger.points[points:])]), answer
 
 

@@ -12,8 +12,8 @@ from dspass.planner.schedule_times import StageCost
 
 
 class BudgetError(RuntimeError):
-    """No plan fits into the memory budget. ``smallest`` is one that works, in bytes: the least peak, rounded up. Of a pipeline's
-    stage, ``stage`` has what a micro-batch takes in that, on the rank that planned."""
+    """No plan fits into the memory budget. ``smallest`` is one that works, in bytes: the least peak, rounded up. Of a
+    pipeline's stage ``stage`` has what a micro-batch takes in that, on the rank that planned."""
 
     def __init__(self, message: str, smallest: int, stage: StageCost | None = None) -> None:
         super().__init__(message)
@@ -100,9 +100,9 @@ class Plan:
     ``between`` the bytes on the device from its forward to its backward; ``seconds`` are the cost model's for both with their
     collectives, times ``scale``, which measured steps gave; ``states_bytes`` of optimiser states wait on the host, and take
     ``states_seconds`` of a step to come and go; ``frontier`` is ordered from the fastest to the smallest, its seconds hold all
-    of this but the optimiser's own, and ``chosen`` is its index. ``parameters`` are the bytes that the graph reads of them. Of a
-    pipeline's stage the bytes that are saved, kept and held are a micro-batch's, as ``stage`` has them; the peak is the rank's,
-    with its stages that were planned before, in a whole call."""
+    of this but the optimiser's own, and ``chosen`` is its index. ``parameters`` are the bytes that the graph reads of them.
+    Of a pipeline's stage the bytes that are saved, kept and held are a micro-batch's, as ``stage`` has them; the peak is the
+    rank's, with its stages that were planned before, in a whole call."""
 
     decision: Decision
     saved_bytes: int

@@ -13,11 +13,12 @@ from __future__ import annotations
 import difflib
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from dspass.planner.record import size_text
-from dspass.planner.schedule_times import Link, StageCost, simulate
+from dspass.planner.schedule_times import Link, StageCost, peak_bytes, simulate
 from dspass.runtime import compat
 from dspass.runtime.schedule import Action, Kind, Schedule, ScheduleError, Timeline
 
@@ -151,6 +152,8 @@ class Candidate:
     """None where there is no such schedule, or no such cut."""
     why: str
     """What spoke for it or against it."""
+    costs: tuple[StageCost, ...] = ()
+    """Of its stages, with what is computed again."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +164,11 @@ class Choice:
     schedule: Schedule
     timeline: Timeline
     candidates: tuple[Candidate, ...]
+
+    @property
+    def costs(self) -> tuple[StageCost, ...]:
+        """Of the stages of the best."""
+        return self.candidates[0].costs
 
     def table(self) -> str:
         """One line for each that was simulated, and for each reason why others were not."""
@@ -187,6 +195,7 @@ def choose(
     names: Sequence[str] = NAMES,
     virtual_stages: int | None = None,
     budget_bytes: int | None = None,
+    again: Costs | None = None,
     overlaps: bool = True,
 ) -> Choice:
     """The fastest schedule whose peak fits on every rank; of equally fast ones the smallest, then the simplest.
@@ -194,6 +203,8 @@ def choose(
     ``batch`` is the size of the whole batch; unless ``micro_batches`` says how many to divide it into, all its divisors are
     tried. ``names`` and ``virtual_stages`` narrow down what is tried. ``costs`` is asked once for each number of stages and of
     micro-batches, and raises ``ValueError`` where the model cannot be cut so. ``budget_bytes`` is for each rank; None for any.
+    ``again`` are costs where stages save the least and compute all else again: a rank that is over the budget does that with as
+    much as it must, and its time and bytes are taken to lie between the two in proportion.
 
     :class:`ScheduleError`: nothing fits, with the smallest that was found, or nothing exists for these settings.
     """
@@ -216,9 +227,37 @@ def choose(
             elif isinstance(cost := ask(ranks * virtual, count), str):
                 absent.append(replace(candidate, why=cost))
             else:
-                timeline = simulate(_made(rule, ranks, count, virtual), *cost, overlaps=overlaps)
-                found.append(replace(candidate, timeline=timeline))
+                schedule = _made(rule, ranks, count, virtual)
+                timeline = simulate(schedule, *cost, overlaps=overlaps)
+                if again is not None and budget_bytes is not None and max(timeline.peak_bytes) > budget_bytes:
+                    least = again(ranks * virtual, count)[0]
+                    cost = _between(timeline, *cost, least, budget_bytes), cost[1]
+                    timeline = simulate(schedule, *cost, overlaps=overlaps)
+                found.append(replace(candidate, timeline=timeline, costs=tuple(cost[0])))
     return _best(ranks, found, absent, budget_bytes)
+
+
+def _between(
+    timeline: Timeline, costs: Sequence[StageCost], links: Sequence[Link], least: Sequence[StageCost], budget: int
+) -> list[StageCost]:
+    """``costs`` that fit on each rank, if they can, by going as far as needed to the ``least``: a peak is the maximum of sums
+    of bytes, so between two costs it is never above the line between theirs."""
+    schedule = timeline.schedule
+    lowest = peak_bytes(schedule, least, links)
+    shares = [
+        min((most - budget) / (most - low), 1.0) if most > budget and most > low else 0.0
+        for most, low in zip(timeline.peak_bytes, lowest, strict=True)
+    ]
+    found = []
+    for stage, (one, other) in enumerate(zip(costs, least, strict=True)):
+        share = shares[schedule.rank_of[stage]]
+        mixed = {}
+        for field in fields(StageCost):
+            a, b = getattr(one, field.name), getattr(other, field.name)
+            value = a + share * (b - a)
+            mixed[field.name] = math.floor(value) if isinstance(a, int) else value
+        found.append(StageCost(**mixed))
+    return found
 
 
 def _best(ranks: int, found: list[Candidate], absent: list[Candidate], budget: int | None) -> Choice:
@@ -236,6 +275,7 @@ def _best(ranks: int, found: list[Candidate], absent: list[Candidate], budget: i
             f"no schedule fits {size_text(budget or 0)} on each of {_many(ranks, 'rank')}: the smallest is {at}, which takes "
             f"{size_text(_peak_of(least))} ({_peak_of(least)} bytes)",
             "Allow that much, or use more stages, a higher ZeRO stage or smaller micro-batches.",
+            smallest=_peak_of(least),
         )
     fits.sort(key=lambda c: (_seconds_of(c), _peak_of(c)))  # the sort is stable: the simpler one stays in front
     best = fits[0]

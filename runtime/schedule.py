@@ -22,9 +22,10 @@ from dspass.runtime import compat
 class ScheduleError(ValueError):
     """A schedule that does not exist for these settings: the setting, the cause, and the nearest ones that do."""
 
-    def __init__(self, setting: str, cause: str, way_out: str) -> None:
-        self.setting, self.cause, self.way_out = setting, cause, way_out
-        """The setting is "schedule", "stages", "micro_batches", "virtual_stages" or "memory"."""
+    def __init__(self, setting: str, cause: str, way_out: str, smallest: int | None = None) -> None:
+        self.setting, self.cause, self.way_out, self.smallest = setting, cause, way_out, smallest
+        """The setting is "schedule", "stages", "micro_batches", "virtual_stages" or "memory"; of that, ``smallest`` bytes are
+        enough."""
         super().__init__(f"{setting}: {cause}. {way_out}")
 
 

@@ -1,19 +1,34 @@
-"""The planner inside of pipelines: a budget holds on every rank, whatever the schedule has in flight, or all ranks refuse it."""
+"""The planner inside of pipelines: a budget holds on every rank, whatever a schedule has in flight, or all ranks refuse it."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import dspass
 from dspass.engines import engine_of
-from dspass.lowering.simulate import GraphSimulator
+from dspass.planner.record import BudgetError, Plan
+from dspass.planner.schedule_times import Link, StageCost
+from dspass.planner.schedules import choose
+from dspass.runtime.axis import Axis
+from dspass.runtime.pipeline import PipelineError
+from dspass.runtime.schedule import ScheduleError
+from dspass.stage_plans import together
 from tests.models import Block
-from tests.training import without_inductor, zero
+from tests.ranks import run
+from tests.training import zero
 
 
 class Layers(nn.Module):
@@ -31,14 +46,31 @@ class Layers(nn.Module):
         return nn.functional.cross_entropy(self.head(x).flatten(0, 1), labels.flatten())
 
 
-def _options(schedule: str, budget: int | None, stage: int = 0, micro_batches: int = 4, **more: Any) -> dict[str, Any]:
-    own = {} if budget is None else {"memory_budget": budget}
+def _freeing(gm: torch.fx.GraphModule, *, is_backward: bool, is_inference: bool) -> Callable[[list[Any]], Any]:
+    """Segments operator by operator, each value freed behind its last reader: the same for real steps and for dry runs."""
+
+    def run_segment(args: list[Any]) -> Any:
+        return torch.fx.Interpreter(gm).boxed_run(args)
+
+    return run_segment
+
+
+@contextlib.contextmanager
+def _operators() -> Iterator[None]:
+    with (
+        mock.patch("dspass.compilation.segment_compiler", return_value=_freeing),
+        mock.patch("dspass.planning.InductorSimulator", return_value=_freeing),
+    ):
+        yield
+
+
+def _options(schedule: str, stage: int = 0, micro_batches: int = 4, **own: Any) -> dict[str, Any]:
     section = {"stages": 2, "schedule": schedule, "micro_batches": micro_batches, "loss_reduction": "mean"}
-    return zero(stage, pipeline=section, dspass={"fallback_random": True, **own}, **more)
+    return zero(stage, pipeline=section, dspass={"fallback_random": True, **own})
 
 
-def _measured(options: dict[str, Any]) -> tuple[int, list[float], list[int], list[int]]:
-    """The peak of a rank in its third step, losses, and of each plan its peak and what it saves."""
+def _trained(options: dict[str, Any], watched: bool = True) -> tuple[int, list[float], list[Plan]]:
+    """The peak of a rank in its third step, losses, and its plans."""
     torch.manual_seed(0)
     torch._dynamo.reset()
     model = Layers()
@@ -57,19 +89,129 @@ def _measured(options: dict[str, Any]) -> tuple[int, list[float], list[int], lis
 
     for _ in range(2):
         step()
-    with dspass.measure(model) as measurement:
-        step()
+    peak = 0
+    if watched:
+        with dspass.measure(model) as measurement:
+            step()
+        peak = measurement.peak_bytes + ids.nbytes  # the batch was there before
     engine = engine_of(model)
     assert engine is not None
-    plans = [c.plan for c in engine.compilations if c.plan is not None]
-    return measurement.peak_bytes, losses, [p.peak for p in plans], [p.saved_bytes for p in plans]
+    return peak, losses, [c.plan for c in engine.compilations if c.plan is not None]
 
 
-@without_inductor
-def _budgets(schedule: str, shares: list[float], **more: Any) -> list[Any]:
-    # Where operators run one by one, so do those of dry runs.
-    with mock.patch("dspass.planning.InductorSimulator", return_value=GraphSimulator()):
-        free = _measured(_options(schedule, None, **more))
-        peaks: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(peaks, free[0])
-        return [free, *(_measured(_options(schedule, round(share * max(peaks)), **more)) for share in shares)]
+def _refusal(options: dict[str, Any]) -> BudgetError:
+    with pytest.raises(BudgetError) as refused:
+        _trained(options, watched=False)
+    return refused.value
+
+
+@_operators()
+def _from_the_smallest(schedule: str) -> tuple[str, int, list[tuple[int, list[float], list[Plan]]]]:
+    """What is said of a budget of nothing, the smallest that it names, and training with that, and with more than enough."""
+    refused = _refusal(_options(schedule, memory_budget=1))
+    budgets = (refused.smallest, 10**9)
+    return str(refused), refused.smallest, [_trained(_options(schedule, memory_budget=b)) for b in budgets]
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zbv"])
+def test_the_smallest_budget_holds_on_every_rank(schedule: str) -> None:
+    """Halves of backwards, and several stages on a rank, are counted as they run."""
+    results = run(2, _from_the_smallest, schedule)
+    assert len({(said, smallest) for said, smallest, _ in results}) == 1, "all ranks are told the same"
+    said, smallest, _ = results[0]
+    assert "dspass.memory_budget of 1 B is too small" in said
+    assert f"of {2 if schedule == '1f1b' else 4}, {schedule} of 4 micro-batches" in said
+    assert "more stages" in said
+    for _, _, (small, large) in results:
+        assert small[1] == large[1], "a plan changes no number"
+        for peak, _, plans in (small, large):
+            # Of several stages on a rank the last that was planned speaks for all.
+            assert peak <= plans[-1].peak * 1.01
+            assert peak >= plans[-1].peak * 0.97
+        assert small[2][-1].peak <= smallest
+    assert max(small[0] for _, _, (small, _) in results) < max(large[0] for _, _, (_, large) in results)
+
+
+@_operators()
+def _on_two_axes(folder: str) -> list[tuple[int, list[float], list[Plan]]]:
+    """Without a budget, with one, and with the plans of that alone."""
+    path = f"{folder}/plan.json"
+    unplanned = _trained(_options("zbh1", 3), watched=False)
+    planned = _trained(_options("zbh1", 3, memory_budget=10**6, plan=path), watched=False)
+    dist.barrier()
+    with mock.patch("dspass.planning.Planner.plan", side_effect=AssertionError("the file has plans")):
+        return [unplanned, planned, _trained(_options("zbh1", 3, plan=path), watched=False)]
+
+
+def test_each_stage_has_a_plan_for_its_data_axis(tmp_path: Path) -> None:
+    results = run(4, _on_two_axes, str(tmp_path))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["plan.stage0.json", "plan.stage1.json"]
+    for unplanned, planned, again in results:
+        assert unplanned[1] == pytest.approx(planned[1], rel=1e-6)
+        assert planned[1] == again[1]
+        assert planned[2] == again[2]
+    decisions = [planned[2][0].decision for _, planned, _ in results]
+    assert decisions[0] == decisions[1] != decisions[2] == decisions[3]
+
+
+def _one_fails() -> str:
+    group = dist.group.WORLD
+    assert group is not None
+
+    def compiles() -> dict[int, Any]:
+        if dist.get_rank() == 1:
+            raise ValueError("no such kernel")
+        return {}
+
+    with pytest.raises((PipelineError, ValueError)) as failed:
+        together(Axis.of("pipe", group), compiles)
+    return f"{type(failed.value).__name__}: {failed.value}"
+
+
+def test_all_ranks_hear_of_a_stage_that_cannot_be_compiled() -> None:
+    first, second = run(2, _one_fails)
+    assert first.startswith("PipelineError: rank 1 of the pipeline could not compile")
+    assert "no such kernel" in first
+    assert second == "ValueError: no such kernel"
+
+
+# -- schedules under a budget ----------------------------------------------------------------------------------
+
+
+def _stages(stages: int, count: int, again: bool = False) -> tuple[list[StageCost], list[Link]]:
+    work, saved = 24 / stages / count, 2400 // stages // count
+    one = StageCost(work, 2 * work, work, work, saved_bytes=saved, held_bytes=saved, static_bytes=100)
+    less = StageCost(
+        work, 3 * work, 2 * work, work, saved_bytes=0, held_bytes=saved, working_bytes=saved, static_bytes=100
+    )
+    return [less if again else one] * stages, [Link()] * (stages - 1)
+
+
+@given(st.lists(st.integers(1, 4000), min_size=2, max_size=6))
+@settings(max_examples=30, deadline=None)
+def test_what_does_not_fit_is_computed_again_and_more_memory_is_never_slower(budgets: list[int]) -> None:
+    def seconds(budget: int) -> float:
+        choose_within = functools.partial(choose, 2, _stages, batch=8, again=functools.partial(_stages, again=True))
+        try:
+            choice = choose_within(budget_bytes=budget)
+        except ScheduleError as error:
+            smallest = error.smallest or 0
+            return float("inf") if smallest > budget else 0.0
+        assert max(choice.timeline.peak_bytes) <= budget
+        return choice.timeline.seconds
+
+    found = [seconds(budget) for budget in sorted(budgets)]
+    assert all(more <= less * (1 + 1e-6) for less, more in pairwise(found))
+
+
+def test_a_rank_computes_again_what_is_too_much() -> None:
+    whole = choose(2, _stages, batch=8, micro_batches=8, names=["1f1b"])
+    most = max(whole.timeline.peak_bytes)
+    with pytest.raises(ScheduleError):
+        choose(2, _stages, batch=8, micro_batches=8, names=["1f1b"], budget_bytes=most - 1)
+    less = choose(
+        2, _stages, batch=8, micro_batches=8, names=["1f1b"],
+        budget_bytes=most - 1, again=lambda s, m: _stages(s, m, again=True),
+    )  # fmt: skip
+    assert max(less.timeline.peak_bytes) < most
+    assert less.timeline.seconds > whole.timeline.seconds
