@@ -253,7 +253,9 @@ class Pipelined:
             with compat.without_fake_mode():
                 self.staging = plan_stages(gm, self.config, self.engine, self.pipe, size, count, trains, budget)
         except ScheduleError as error:
-            raise ConfigError(f"pipeline.{error.setting}", f"{error.cause}.", error.way_out) from error
+            raise ConfigError(
+                f"pipeline.{error.setting}", f"{error.cause.removesuffix('.')}.", error.way_out
+            ) from error
         if dist.get_world_size() > 1 and not is_in_prediction():
             told = [self.staging]
             dist.broadcast_object_list(told, 0)

@@ -134,6 +134,8 @@ def plan_stages(
         virtual = make(pipeline.schedule, pipe.size, pipeline.micro_batches or 2 * pipe.size).virtual_stages
     if named and pipeline.micro_batches is not None:
         make(pipeline.schedule, pipe.size, pipeline.micro_batches, virtual)  # its own words for why not
+    if pipeline.boundaries is not None:
+        cut_into(pipe.size * (virtual or 1))  # whose own words name the boundary
     chosen = functools.partial(
         choose,
         pipe.size,

@@ -91,6 +91,9 @@ class Halves(Protocol):
     def weights(self, token: int) -> Sequence[torch.Tensor | None]:
         """The gradients that were left, by the position of the graph's input."""
 
+    def drop(self) -> None:
+        """Let go of all that is kept."""
+
 
 @dataclass(kw_only=True, eq=False)
 class Stage:
@@ -148,7 +151,13 @@ class Executor:
 
         Raises :class:`PipelineError` where another rank stops meanwhile.
         """
-        return _Call(self, batches, shards).run()
+        try:
+            return _Call(self, batches, shards).run()
+        except BaseException:
+            for stage in self.stages.values():
+                if stage.halves is not None:
+                    stage.halves.drop()  # of a call that has failed, which nobody will ask for
+            raise
 
     @property
     def last_weights(self) -> set[Action]:
