@@ -258,7 +258,8 @@ def text(size: str, layers: int, length: int, micro_batches: int = 16, ranks: Se
             f"A Llama of {layers} layers as wide as Llama-3-{'70B' if size == 'full' else '8B'}, bf16, one sample of {length} "
             "tokens a micro-batch, four times as many micro-batches as ranks, no data axis. Rates are the datasheet's times "
             "0.6. The peak has parameters, gradients and two states of an optimiser in the parameters' precision, and what "
-            "eager code saves for its backward.",
+            "eager code saves for its backward: nothing is computed again or sharded to fit, so that much is over the device's "
+            "memory here.",
             "",
             prediction_table(found, on),
             "",
