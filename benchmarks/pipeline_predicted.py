@@ -29,8 +29,8 @@ from dspass.runtime import compat
 from dspass.staging import stage_costs
 
 #: As wide as Llama-3-8B and as Llama-3-70B.
-_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32}
-_70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64}
+_8B: dict[str, Any] = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32}
+_70B: dict[str, Any] = {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64}
 
 #: The cut may be so much slower than the best one.
 GOAL = 1.03
@@ -60,7 +60,7 @@ def capture(model: nn.Module, batch: dict[str, torch.Tensor]) -> fx.GraphModule:
     return gm
 
 
-def llama(layers: int, length: int, sizes: dict[str, int]) -> fx.GraphModule:
+def llama(layers: int, length: int, sizes: dict[str, Any]) -> fx.GraphModule:
     """One sample of ``length`` tokens of a Llama in bf16, captured on the meta device."""
     from transformers import LlamaConfig, LlamaForCausalLM
 

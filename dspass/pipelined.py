@@ -192,7 +192,7 @@ class Pipelined:
         )
         if broken is not None:
             raise PipelineUseError(
-                f"the model's forward was captured in pieces, which cannot be stages: {broken} {way_out}"
+                f"the model's forward was captured in pieces, which cannot be stages. The first ends at {broken} {way_out}"
             )
         self._keeps_answers = True
         try:

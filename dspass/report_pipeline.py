@@ -101,13 +101,14 @@ def lines(record: PipelineRecord, width: int) -> Iterator[str]:
     """The record as text of ``width`` columns, some thirty lines at most."""
     yield f"Pipeline: {heading(record)}"
     for why in record.why[:_CUTS]:
-        yield from wrap(_line(why), width, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
+        yield from _wrapped(_line(why), width)
     if len(record.why) > _CUTS:
         yield f"  and {len(record.why) - _CUTS} more cuts in .pipeline.why"
     drawn = timelines_of(record)
     if drawn:
-        for line in timeline_text(drawn, width - _BESIDE, _RANKS).plain.splitlines():
-            yield f"  {line}"
+        *picture, legend = timeline_text(drawn, width - _BESIDE, _RANKS).plain.splitlines()
+        yield from (f"  {line}" for line in picture)
+        yield from _wrapped(legend, width)
     for name, timeline in record.timelines.items():
         if said := beside(timeline):
             yield f"  {name}: {said}"
@@ -115,6 +116,10 @@ def lines(record: PipelineRecord, width: int) -> Iterator[str]:
         yield f"  {_line(line, keep_spaces=True)}"
     if len(record.candidates) > 2 + _OTHERS:
         yield f"  and {len(record.candidates) - 2 - _OTHERS} more in .pipeline.candidates"
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    return wrap(text, width, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
 
 
 def heading(record: PipelineRecord) -> str:

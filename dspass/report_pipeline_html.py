@@ -61,7 +61,7 @@ def _ranks(record: PipelineRecord) -> str:
     rows = []
     for rank in range(record.ranks):
         stages = ", ".join(str(stage) for stage, at in enumerate(record.rank_of) if at == rank)
-        mark = " (this report)" if rank == record.rank else ""
+        mark = " (here)" if rank == record.rank else ""
         rows.append((f"{rank}{mark}", stages, *(cells[rank] if rank < len(cells) else "-" for cells in columns)))
     return _table(head, rows, range(2, len(head)))
 

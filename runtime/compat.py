@@ -85,7 +85,11 @@ def broken_graph() -> str | None:
         reason = InstructionTranslator.current_tx().output.compile_subgraph_reason
     except AttributeError:  # not inside of a trace
         return None
-    return reason.reason if reason is not None and reason.graph_break else None
+    if reason is None or not reason.graph_break:
+        return None
+    frame = reason.user_stack[-1] if reason.user_stack else None
+    where = f"{frame.filename}:{frame.lineno}: {frame.line}: " if frame is not None else ""
+    return f"{where}{reason.reason.splitlines()[0]}."
 
 
 def call_of(module: torch.nn.Module) -> tuple[Sequence[Any], Mapping[str, Any]]:

@@ -284,7 +284,7 @@ def test_the_page_draws_it_without_a_script() -> None:
     page = a_report(a_record()).to_html()
     assert page.count("<title>forward of micro-batch 0, stage 1") == 2
     assert "Waits for messages, measured" in page
-    assert "0 (this report)" in page
+    assert "0 (here)" in page
     assert "http://" not in page
     hostile = "</div><script>alert(1)</script>"
     page = a_report(a_record(why=[hostile], candidates=[hostile, hostile], schedule="1f1b")).to_html()
