@@ -116,8 +116,9 @@ def together(axis: Axis, run: Callable[[], dict[int, Stage]]) -> dict[int, Stage
         mine = error
     said: list[tuple[str, str, int] | None] = [_said(mine) if mine is not None else None]
     if axis.size > 1 and dist.get_backend() != "fake":
-        (own,), said = said, [None] * axis.size
-        dist.all_gather_object(said, own, group=axis.group)
+        everyone: list[Any] = [None] * axis.size
+        dist.all_gather_object(everyone, said[0], group=axis.group)
+        said = everyone
     heard = {rank: one for rank, one in zip(axis.ranks, said, strict=False) if one is not None}
     if mine is not None and not isinstance(mine, (BudgetError, PlanError)):
         raise mine

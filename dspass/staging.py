@@ -105,7 +105,7 @@ def plan_stages(
     """
     pipeline = config.pipeline
     on = devices.tabled(kind_of(engine))
-    costs = costs_of(gm, on, trains)
+    costs = costs_of(gm, on)  # of a step that trains, also where the first call does not
     divided = max(engine.stages.data.size, 1) if engine.stages is not None and engine.stage else 1
 
     @functools.cache
