@@ -8,9 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.fx as fx
 
 from dspass.passes.split_stages import StageGraph
+from dspass.runtime.axis import Axis
 from dspass.runtime.engine import Engine
 
 
@@ -64,7 +66,7 @@ class Output:
         if not isinstance(values[0], torch.Tensor):
             return values[0]
         if self.is_loss:
-            return torch.stack(list(values)).sum(0)
+            return torch.stack(list(values)).double().sum(0).to(values[0].dtype)
         if self.parts:
             return torch.cat(list(values))
         if values[0].dim() == 0 and values[0].dtype.is_floating_point:
@@ -115,14 +117,42 @@ def on_stages(outputs: Sequence[Output], graphs: Sequence[StageGraph]) -> list[O
     return [replace(output, stage=stage_of.get(position)) for position, output in enumerate(outputs)]
 
 
+class LossScale:
+    """What backwards of micro-batches begin with where they compute in fp16.
+
+    They run in the call of the model, before the loss's own backward says what it is scaled by. Begun with 1, gradients that a
+    ``GradScaler`` is there to save would vanish, unseen by it. So they begin with what has arrived last, at first with 2**15,
+    and what is delivered is divided by that again.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.value = torch.full((), 2.0**15, device=device)
+
+    def begin(self, pipe: Axis, owner: int) -> torch.Tensor:
+        """That of rank ``owner`` of the pipeline, which has the loss, on all of its ranks."""
+        scale = self.value.clone()
+        if pipe.size > 1:
+            dist.broadcast(scale, pipe.ranks[owner], pipe.group)
+        return scale
+
+    def arrived(self, gradient: torch.Tensor) -> None:
+        good = gradient.isfinite() & (gradient != 0)
+        self.value = torch.where(good, gradient.detach().float(), self.value)
+
+
 class _Deliver(torch.autograd.Function):
     """Answers a loss whose gradients are known, and hands them out, times what arrives."""
 
     @staticmethod
     def forward(
-        ctx: Any, loss: torch.Tensor, gradients: list[torch.Tensor | None], *shards: torch.Tensor
+        ctx: Any,
+        loss: torch.Tensor,
+        gradients: list[torch.Tensor | None],
+        scale: torch.Tensor | None,
+        told: LossScale | None,
+        *shards: torch.Tensor,
     ) -> torch.Tensor:
-        ctx.gradients = gradients
+        ctx.gradients, ctx.scale, ctx.told = gradients, scale, told
         return loss.clone()
 
     @staticmethod
@@ -133,21 +163,31 @@ class _Deliver(torch.autograd.Function):
                 "the gradients of this loss have been delivered: a pipeline runs all backwards in the call of the model, and "
                 "keeps them once. Call the model again instead of backward() a second time."
             )
+        if ctx.told is not None:
+            ctx.told.arrived(gradient)
+        factor = gradient if ctx.scale is None else gradient.float() / ctx.scale
         for one in held:
             if one is not None:
-                one.mul_(gradient.to(one.device))
-        return None, None, *held
+                one.mul_(factor.to(one.device))
+        return None, None, None, None, *held
 
 
-def delivered(engine: Engine, loss: torch.Tensor, gradients: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """``loss`` as the model's own would be: its backward gives each parameter that lies here its gradient."""
+def delivered(
+    engine: Engine,
+    loss: torch.Tensor,
+    gradients: Mapping[str, torch.Tensor],
+    scale: torch.Tensor | None = None,
+    told: LossScale | None = None,
+) -> torch.Tensor:
+    """``loss`` as the model's own would be: its backward gives each parameter that lies here its gradient, of ``gradients``
+    that are ``scale`` times too large, and tells ``told`` what it was scaled by."""
     keys = list(gradients)
     shards = []
     for key in keys:
         param: Any = engine.specs[key].param()
         shards.append(param.to_local())
     anchor = torch.zeros((), requires_grad=True)  # a loss has a backward on every rank, whatever is frozen there
-    return _Deliver.apply(loss, [*(gradients[key] for key in keys), None], *shards, anchor)
+    return _Deliver.apply(loss, [*(gradients[key] for key in keys), None], scale, told, *shards, anchor)
 
 
-__all__ = ["NotComputed", "Output", "PipelineUseError", "delivered", "on_stages", "outputs_of"]
+__all__ = ["LossScale", "NotComputed", "Output", "PipelineUseError", "delivered", "on_stages", "outputs_of"]

@@ -43,7 +43,7 @@ from dspass.passes.combine_losses import Combination, combine_losses, loss_of
 from dspass.passes.regions import read_in_front
 from dspass.passes.split_stages import StageGraph, keep_outputs, read_parameters, split_stages
 from dspass.pipeline import build
-from dspass.pipeline_outputs import Output, PipelineUseError, delivered, on_stages, outputs_of
+from dspass.pipeline_outputs import LossScale, Output, PipelineUseError, delivered, on_stages, outputs_of
 from dspass.pipeline_times import Measured
 from dspass.planner.calls import Place
 from dspass.planner.stages import follow
@@ -136,6 +136,7 @@ class Pipelined:
         self.last_trained: Built | None = None
         self.measured: Measured | None = None
         """Of a call that trained, not always the last."""
+        self.loss_scale: LossScale | None = None
         self._trainings = 0
         self._answer: Sequence[Any] | None = None
         self._keeps_answers = False
@@ -442,6 +443,7 @@ class Pipelined:
         self._trainings += trains
         is_due = trains and times.is_due(self._trainings)
         built.executor.watched = is_due or self.kind != "cuda"
+        built.executor.scale = scale = self._scale(built)
         with engine.one_call():
             results = built.executor(inputs, shards)
         if is_due and not is_in_prediction():
@@ -453,7 +455,7 @@ class Pipelined:
             assert built.loss is not None
             gradients = {key: shard.grad for key, shard in shards.items() if shard.grad is not None}
             sum_tied(engine, gradients)
-            answers[built.loss] = delivered(engine, answers[built.loss], gradients)
+            answers[built.loss] = delivered(engine, answers[built.loss], gradients, scale, self.loss_scale)
         self._answer = answers
         self._answers_kept = answers if self._keeps_answers else None
         try:
@@ -462,6 +464,15 @@ class Pipelined:
                 return self._captured(self.root, *args, **kwargs)
         finally:
             self._answer = None
+
+    def _scale(self, built: Built) -> torch.Tensor | None:
+        """What backwards begin with, where that is not 1."""
+        stage = built.outputs[built.loss].stage if built.trains and built.loss is not None else None
+        if not self.config.fp16 or stage is None:
+            return None
+        if self.loss_scale is None:
+            self.loss_scale = LossScale(self.kind)
+        return self.loss_scale.begin(self.pipe, built.executor.schedule.rank_of[stage])
 
     def _answers(
         self, built: Built, results: Mapping[int, list[Any]], inputs: Sequence[Sequence[Any]], trains: bool

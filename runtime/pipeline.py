@@ -124,10 +124,11 @@ class _Run:
 
 @dataclass(kw_only=True, eq=False)
 class Executor:
-    """Runs ``schedule`` on the rank ``axis.rank`` of a pipeline. ``loss`` is the position of the captured graph's output whose
-    gradient is asked for; None where there are no backwards. ``on_last`` is told before each backward whether it is the last
-    of its stage in this call that gives gradients of weights. Calls in which it is ``watched`` leave their times, in seconds of
-    ``time.perf_counter``; on a GPU those wait for the device, so only few should be."""
+    """Runs ``schedule`` on the rank ``axis.rank`` of a pipeline. ``loss`` is the position of the captured graph's output
+    whose gradient is asked for; None where there are no backwards. ``scale`` is what these begin with, None for 1.
+    ``on_last`` is told before each backward whether it is the last of its stage in this call that gives gradients of weights.
+    Calls in which it is ``watched`` leave their times, in seconds of ``time.perf_counter``; on a GPU those wait for the
+    device, so only few should be."""
 
     schedule: Schedule
     axis: Axis | None
@@ -135,6 +136,7 @@ class Executor:
     device: torch.device
     loss: int | None
     on_last: Callable[[bool], None] = lambda last: None
+    scale: torch.Tensor | None = None
     watched: bool = True
     spans: list[Span] = field(default_factory=list)
     """Of the last call that was watched."""
@@ -339,7 +341,8 @@ class _Call:
         roots: list[tuple[torch.Tensor | GradientEdge, torch.Tensor]] = [
             (run.made[n], g) for n, g in come.items() if n in run.made
         ]
-        roots += [(loss, torch.ones_like(loss)) for loss in run.losses if loss.requires_grad]
+        first = 1 if self.executor.scale is None else self.executor.scale
+        roots += [(loss, torch.ones_like(loss) * first) for loss in run.losses if loss.requires_grad]
         if roots:
             torch.autograd.backward([root for root, _ in roots], [gradient for _, gradient in roots])
         if stage.index:

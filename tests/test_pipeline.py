@@ -316,3 +316,41 @@ def _three_on_two() -> None:
 
 def test_numbers_that_cannot_be_are_refused_with_those_that_can() -> None:
     run(2, _three_on_two)
+
+
+class Faint(nn.Module):
+    """In fp16 the gradients of its first layer vanish, unless the loss is scaled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.second(self.first(x)).float() * 1e-6).mean()
+
+
+@without_inductor
+def _fp16() -> list[float]:
+    torch.manual_seed(0)
+    reference, model = Faint(), Faint()
+    model.load_state_dict(reference.state_dict())
+    options = {**_pipeline(2, boundaries=["second"]), "fp16": {"enabled": True}}
+    compiled: Any = torch.compile(dspass.shard(model, options), backend="deepspeed", options=options)
+    x = torch.randn(8, 8)
+    reference(x).backward()
+    expected = {n: p.grad for n, p in reference.named_parameters() if p.grad is not None}
+    apart = []
+    for scale in (2.0**14, 2.0**12, 2.0**12):  # as a GradScaler would, which has seen an overflow
+        model.zero_grad()
+        (compiled(x) * scale).backward()
+        for name, param in model.named_parameters():
+            found: Any = param.grad
+            if found is not None:
+                apart.append(((found.to_local() / scale - expected[name]).norm() / expected[name].norm()).item())
+    return apart
+
+
+def test_gradients_in_fp16_are_scaled_inside_of_the_call() -> None:
+    for apart in run(2, _fp16):
+        assert len(apart) == 6  # a weight and a bias, three times
+        assert max(apart) < 0.02
