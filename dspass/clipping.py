@@ -90,18 +90,20 @@ def stages_of(grads: Collection[torch.Tensor], params: Collection[torch.Tensor] 
     """The pipelines of more than one rank that a norm of ``grads`` goes over, in the same order on all of their ranks.
 
     A rank whose stages have no gradient has to know, too: by the parameters, among which are the stand-ins of those of other
-    stages. Where these are not known either, all live pipelines are meant; models of as many stages share one.
+    stages. Where these are not known either, the model that was divided last is meant: that is one thing on all ranks, while
+    which older ones are still alive is each rank's own.
     """
     engines = [(e, e.stages) for e in staged_engines() if e.stages is not None and e.stages.pipe.size > 1]
     if not engines:
         return []
     meshes = {grad.device_mesh for grad in grads if isinstance(grad, DTensor)}
     ids = {id(p) for p in params or ()}
-    unknown = not params and not grads
+    if not params and not grads:
+        return [engines[-1][1]]
     found = {
         id(stages.pipe): stages
         for engine, stages in engines
-        if unknown or stages.mesh in meshes or any(id(spec.param()) in ids for spec in engine.specs.values())
+        if stages.mesh in meshes or any(id(spec.param()) in ids for spec in engine.specs.values())
     }
     return sorted(found.values(), key=lambda stages: stages.pipe.size)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import weakref
 from collections.abc import Iterator
 
@@ -20,7 +21,8 @@ from dspass.runtime.engine import Engine
 _engines: weakref.WeakKeyDictionary[nn.Module, Engine] = weakref.WeakKeyDictionary()
 _no_sync: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 _steps: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
-_staged: weakref.WeakSet[Engine] = weakref.WeakSet()
+_staged: weakref.WeakKeyDictionary[Engine, int] = weakref.WeakKeyDictionary()
+_numbers = itertools.count()
 
 
 def engine_of(model: nn.Module) -> Engine | None:
@@ -58,12 +60,12 @@ def adopt(root: nn.Module, engine: Engine) -> None:
 def join(engine: Engine, stages: StageMesh) -> None:
     """Let ``engine`` be that of a model whose pipeline stages lie on ``stages``."""
     engine.stages = stages
-    _staged.add(engine)
+    _staged[engine] = next(_numbers)
 
 
 def staged_engines() -> list[Engine]:
-    """The engines of all live models that are divided into pipeline stages."""
-    return list(_staged)
+    """The engines of all live models that are divided into pipeline stages, in the order in which they were."""
+    return sorted(_staged, key=_staged.__getitem__)
 
 
 @contextlib.contextmanager

@@ -565,6 +565,20 @@ def _norms(stages: int, cases: list[Case]) -> None:
             )
 
 
+def _older() -> float:
+    older, model = different(), different()
+    placed(older, 4)
+    placed(model, 2)
+    if dist.get_rank():
+        del older  # rank 0 still has it, as one that an exception holds
+        gc.collect()
+    return float(get_total_norm([]))
+
+
+def test_a_norm_of_nothing_asks_the_model_that_was_divided_last() -> None:
+    assert run(4, _older) == [0.0] * 4
+
+
 @pytest.mark.parametrize(("ranks", "stages"), [(2, 2), (4, 2), (4, 4)])
 def test_norms_go_over_all_stages(ranks: int, stages: int) -> None:
     lonely = frozenset(name for name in NAMES if 0 not in uses(name, 4) or name in ("scale", "embed.weight"))
