@@ -137,7 +137,7 @@ def _on_two_axes(folder: str) -> list[tuple[int, list[float], list[Plan]]]:
     """Without a budget, with one, and with the plans of that alone."""
     path = f"{folder}/plan.json"
     unplanned = _trained(_options("zbh1", 3), watched=False)
-    planned = _trained(_options("zbh1", 3, memory_budget=10**6, plan=path), watched=False)
+    planned = _trained(_options("zbh1", 3, memory_budget=1_150_000, plan=path), watched=False)
     dist.barrier()
     with mock.patch("dspass.planning.Planner.plan", side_effect=AssertionError("the file has plans")):
         return [unplanned, planned, _trained(_options("zbh1", 3, plan=path), watched=False)]
