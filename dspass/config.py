@@ -228,7 +228,7 @@ KEYS: tuple[Key, ...] = (
          "Samples in one optimiser step over all ranks. Only checked: it must equal the micro-batch times "
          "the accumulation steps times the ranks; the one of the three that is absent is derived.", low=1),
     _act("train_micro_batch_size_per_gpu", "train_micro_batch_size_per_gpu", "integer", None, "samples",
-         "Samples that one rank puts into one call. Only checked, as above; no batch is ever split.", low=1),
+         "Samples that one rank puts into one call. Only checked, as above; only `pipeline` splits a batch.", low=1),
     _act("gradient_accumulation_steps", "gradient_accumulation_steps", "integer", 1, "calls",
          "Calls of forward and backward in one optimiser step. Decides when gradients are reduced; it never "
          "splits a batch and never scales a loss.", low=1),
@@ -320,7 +320,8 @@ KEYS: tuple[Key, ...] = (
          "`\"auto\"` is 90 % of it. Absent: Inductor's own choice.", low=1, off=("auto",)),
     _act("dspass.plan", "plan", "text", None, "path",
          "A .json file of plans: where it holds one for this model, ranks and shapes it is used, where it is not there it is "
-         "written, and one that was made for something else is refused with what differs.", local=True),
+         "written, and one that was made for something else is refused with what differs. Each stage of a pipeline has a file "
+         "of its own, `plan.stage0.json` and so on.", local=True),
     _act("dspass.fallback_random", "fallback_random", "flag", False, "",
          "Draw random numbers as eager torch does, so that dropout equals an uncompiled run's (slower)."),
     _act("dspass.segment_cache", "segment_cache", "flag", True, "",

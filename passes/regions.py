@@ -17,7 +17,7 @@ import torch
 import torch.fx as fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-_MARKERS = (torch.ops.dspass.unshard, torch.ops.dspass.unshard.default)
+from dspass.passes.split_stages import is_marker
 
 
 def read_in_front(gm: fx.GraphModule) -> None:
@@ -63,7 +63,7 @@ def _read_for(caller: fx.Node, place: int, marker: fx.Node) -> None:
 
 
 def _is_marker(node: Any) -> bool:
-    return isinstance(node, fx.Node) and node.target in _MARKERS
+    return isinstance(node, fx.Node) and is_marker(node)
 
 
 __all__ = ["read_in_front"]

@@ -177,7 +177,6 @@ class _Call:
     ) -> None:
         self.executor, self.batches, self.shards = executor, batches, shards
         self.stages, self.axis = executor.stages, executor.axis
-        self.inbox: dict[tuple[Direction, int, int], list[torch.Tensor]] = {}
         self.posted: dict[tuple[Direction, int, int], tuple[list[torch.Tensor], list[Any], int]] = {}
         self.outbox: dict[tuple[Direction, int, int], list[torch.Tensor]] = {}
         self.going: dict[tuple[Direction, int], deque[list[tuple[Any, torch.Tensor]]]] = defaultdict(deque)
