@@ -157,6 +157,7 @@ def cut(
         shared=parts.shared(),
         edges=frozenset(parts.edges),
         stages=stages,
+        micro_batches=micro_batches,
         latency=on.latency,
         link=link or on.link,
         overlaps=on.overlaps,

@@ -24,6 +24,7 @@ from dspass.passes.base import PassContext
 from dspass.passes.captured_cost import NodeCost, costs_of, parameter_of
 from dspass.passes.honour_wishes import HonourWishes
 from dspass.planner.stage_cuts import (
+    SLACK,
     TOLERANCE,
     Outcome,
     Shared,
@@ -358,6 +359,7 @@ def works(draw: st.DrawFn, chain: bool, most: int = 7) -> Work:
         values=values,
         shared=shared,
         stages=stages,
+        micro_batches=draw(st.sampled_from((1, 2, 8))),
         latency=draw(st.sampled_from((0.0, 0.25))),
         link=draw(st.sampled_from((4.0, 64.0))),
         overlaps=draw(st.booleans()),
@@ -387,8 +389,8 @@ def all_cuts(work: Work) -> list[tuple[tuple[int, ...], Outcome]]:
 
 
 @settings(max_examples=150, deadline=None)
-@given(works(chain=True))
-def test_dynamic_programming_is_exact_on_chains(work: Work) -> None:
+@given(works(chain=True), st.sampled_from(SLACK))
+def test_dynamic_programming_is_exact_on_chains(work: Work, slack: float) -> None:
     every = [o for _, o in all_cuts(work)]
     found = cut_chain(work, range(len(work.units)))
     if not every:
@@ -397,11 +399,12 @@ def test_dynamic_programming_is_exact_on_chains(work: Work) -> None:
     assert found is not None
     best = min(o.bottleneck for o in every)
     assert _of(work, found).bottleneck == pytest.approx(best)
-    bound = best * (1 + TOLERANCE)
+    bound = best * (1 + slack)
     equal = cut_chain(work, range(len(work.units)), bound)
     assert equal is not None
-    wanted = min(o.within(bound) for o in every if o.bottleneck <= bound)
-    assert _of(work, equal).within(bound) == pytest.approx(wanted)
+    wanted = min((o.sent, max(o.memory)) for o in every if o.bottleneck <= bound)
+    assert _of(work, equal).bottleneck <= bound
+    assert (_of(work, equal).sent, max(_of(work, equal).memory)) == pytest.approx(wanted)
 
 
 def _of(work: Work, stage_of: Sequence[int]) -> Outcome:
@@ -413,14 +416,13 @@ def _of(work: Work, stage_of: Sequence[int]) -> Outcome:
 @settings(max_examples=60, deadline=None)
 @given(works(chain=False))
 def test_any_graph_is_cut_within_a_factor_of_the_best(work: Work) -> None:
-    """1.5 of the slowest stage, and nothing that is over the limit where something fits. How often it is the best is measured
-    below."""
+    """1.5 of the step, and nothing that is over the limit where something fits. How often it is the best is measured below."""
     best = min(o.key for _, o in all_assignments(work))
     found = solve(work)
     assert found is not None
     assert found.outcome == outcome(work, found.stage_of)
     if math.isinf(work.limit):
-        assert found.outcome.bottleneck <= 1.5 * best[1]
+        assert found.outcome.step <= 1.5 * best[1]
 
 
 def test_most_small_graphs_are_cut_at_their_best() -> None:
@@ -440,14 +442,15 @@ def test_most_small_graphs_are_cut_at_their_best() -> None:
             units=[Unit(seconds=one_of(1, 6)) for _ in range(count)],
             values=values,
             stages=stages,
+            micro_batches=4,
             link=20.0,
             flying=(1,) * stages,
             rank_of=tuple(range(stages)),
         )
         found = solve(work)
         assert found is not None
-        best = min(o.bottleneck for _, o in all_assignments(work))
-        equal += found.outcome.bottleneck <= best * (1 + TOLERANCE) + 1e-9
+        best = min(o.step for _, o in all_assignments(work))
+        equal += found.outcome.step <= best * (1 + TOLERANCE) + 1e-9
     assert equal >= 34
 
 
@@ -487,6 +490,7 @@ def test_branches_that_are_written_interleaved_are_kept_together() -> None:
         units=[Unit(seconds=1.0)] * (towers + 1),
         values=values,
         stages=2,
+        micro_batches=4,
         flying=(2, 1),
         rank_of=(0, 1),
         last=towers,
@@ -504,6 +508,7 @@ def test_stages_on_one_rank_share_its_memory() -> None:
         units=[Unit(seconds=1.0, saved=10 if 3 <= u < 9 else 20) for u in range(12)],
         values=values,
         stages=4,
+        micro_batches=8,
         flying=(1, 1, 1, 1),
         rank_of=(0, 1, 1, 0),
         last=11,
@@ -514,8 +519,8 @@ def test_stages_on_one_rank_share_its_memory() -> None:
     assert tight is not None
     assert tight.outcome.over == 0.0
     best = min(o.key for _, o in all_cuts(replace(work, limit=100.0)))
-    assert tight.outcome.bottleneck <= best[1] * (1 + TOLERANCE)
-    assert free.outcome.bottleneck <= tight.outcome.bottleneck
+    assert tight.outcome.step <= best[1] * (1 + TOLERANCE)
+    assert free.outcome.step <= tight.outcome.step * (1 + TOLERANCE)
     none = solve(replace(work, limit=10.0))
     assert none is not None
     assert none.outcome.over > 0
