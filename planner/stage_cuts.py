@@ -111,9 +111,9 @@ class Shared:
 @dataclass(frozen=True, kw_only=True)
 class Work:
     """A graph to be cut into ``stages`` for ``micro_batches``. ``edges`` are ``u -> v``, of values or of order alone; units are
-    numbered in an order that keeps them. ``flying`` are the micro-batches that each stage has saved at a time, ``rank_of`` the rank of each,
-    ``states`` the bytes that a byte of parameters takes, ``limit`` bytes of a rank. ``last`` is a unit of the last stage;
-    with ``each_has_parameters`` a stage without one is as bad as an empty one."""
+    numbered in an order that keeps them. ``flying`` are the micro-batches that each stage has saved at a time, ``rank_of`` the
+    rank of each, ``states`` the bytes that a byte of parameters takes, ``limit`` bytes of a rank. ``last`` is a unit of the
+    last stage; with ``each_has_parameters`` a stage without one is as bad as an empty one."""
 
     units: Sequence[Unit]
     values: Sequence[Value] = ()
