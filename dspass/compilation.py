@@ -133,7 +133,7 @@ def compile_graph(
             passes = in_buckets(passes, done.plan.decision.bucket_bytes)
         else:
             forward, backward = partition(
-                joint, joint_inputs, num_fwd_outputs, free, recompute_pointwise=engine.stage == 3
+                joint, joint_inputs, num_fwd_outputs, free, recompute_pointwise=engine.lifetimes == 3
             )
             mark_all(forward.graph, backward.graph, num_fwd_outputs, passes, devices.tabled(kind_of(engine)))
         return prepare(forward, "forward"), prepare(backward, "backward")

@@ -593,6 +593,10 @@ KEYS: tuple[Key, ...] = (
     _act("pipeline.outputs", "outputs", "text", "all", "",
          "Which ranks get the outputs of a call without gradients: `all`, or only the `last` stage's.",
          choices=("all", "last")),
+    _act("pipeline.gather", "gather", "text", None, "",
+         "How often stage 3 gathers a parameter and reduces its gradient: once a `call`, which holds the rank's own layers "
+         "whole while it runs all micro-batches, or once a `micro_batch`, in each direction. Absent: once a call; under a "
+         "`memory_budget` what is faster of that which fits.", choices=("call", "micro_batch")),
     *(_skip(f"pipeline.{name}", kind, default, _OWN_CUTS) for name, kind, default in _PIPELINE),
     _section("tensor_parallel"),
     _deny("tensor_parallel.autotp_size", "integer", 0, "tensor parallelism", "Remove it, or set it to 0.",
@@ -966,6 +970,8 @@ class PipelineConfig:
     """``"mean"``: the loss is the micro-batches' mean."""
     outputs: str = "all"
     """Who gets outputs without gradients: ``"all"`` or ``"last"``."""
+    gather: Literal["call", "micro_batch"] | None = None
+    """How often stage 3 gathers a parameter; None: once a call, where that fits a budget."""
 
     @property
     def enabled(self) -> bool:

@@ -17,6 +17,7 @@ guards.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -87,6 +88,8 @@ class Built:
     outputs: list[Output]
     compilations: list[Compilation]
     """Of this rank's stages."""
+    keeps_for_call: bool
+    """See :attr:`dspass.runtime.engine.Engine.keeps_for_call`."""
 
     @property
     def needs_batch(self) -> bool:
@@ -359,12 +362,17 @@ class Pipelined:
 
         def planned() -> dict[int, Stage]:
             assert self.engine is not None
-            own = self.config.dspass
+            engine, own = self.engine, self.config.dspass
+            gather = self.config.pipeline.gather
             if not trains or (own.memory_budget is None and own.plan is None):
-                return {s: compiled(graphs[s]) for s in mine}
+                gather = gather or ("call" if own.memory_budget is None else "micro_batch")
+                return plans.gathered(engine, gather, lambda: {s: compiled(graphs[s]) for s in mine})
             order = sorted(mine, key=lambda s: -cuts.stages[s].saved_bytes)
             links, size = plans.links_of(graphs), plans.bytes_of(batches.calls)
-            return plans.in_budget(graphs, order, schedule, self.pipe.rank, links, size, self.engine, compiled)
+            in_budget = functools.partial(
+                plans.in_budget, graphs, order, schedule, self.pipe.rank, links, size, engine, compiled
+            )
+            return plans.gathered(engine, gather, in_budget)
 
         stages = plans.together(self.pipe, planned)
         executor = Executor(
@@ -383,6 +391,7 @@ class Pipelined:
             graphs=graphs,
             outputs=on_stages(described, graphs),
             compilations=self.engine.compilations[before:],
+            keeps_for_call=self.engine.keeps_for_call,
         )
 
     def _combined(
@@ -444,6 +453,7 @@ class Pipelined:
         is_due = trains and times.is_due(self._trainings)
         built.executor.watched = is_due or self.kind != "cuda"
         built.executor.scale = scale = self._scale(built)
+        engine.keeps_for_call = built.keeps_for_call
         with engine.one_call():
             results = built.executor(inputs, shards)
         if is_due and not is_in_prediction():

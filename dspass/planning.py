@@ -31,7 +31,7 @@ from dspass.passes.base import Pass, PassContext, run_passes
 from dspass.passes.bucket_gathers import BucketGathers
 from dspass.passes.bucket_reductions import BucketReductions
 from dspass.passes.kernels import size_of
-from dspass.passes.nodes import GATHERED, ROWS_EXPECTED
+from dspass.passes.nodes import GATHERED, ROWS_EXPECTED, gather_start, reduce_start
 from dspass.passes.offload_saved import OffloadSaved
 from dspass.passes.partition import partition
 from dspass.passes.prefetch_gathers import PrefetchGathers
@@ -147,8 +147,8 @@ def planned(
                 unplanned=unplanned,
                 num_fwd_outputs=num_fwd_outputs,
                 on=on,
-                gathers=engine.stage == 3,
-                regather=exposed if engine.stage == 3 else 0.0,
+                gathers=engine.lifetimes == 3,
+                regather=exposed if engine.lifetimes == 3 else 0.0,
                 levers=tuple(passes),
                 prior=prior,
                 in_flight=place.in_flight if place is not None else 1,
@@ -161,8 +161,8 @@ def planned(
             passes=pipeline,
             run=run,
             seconds=lambda forward, backward: (
-                cost.estimate(forward.graph, on).seconds
-                + cost.estimate(backward.graph, on).seconds
+                _seconds(cost.estimate(forward.graph, on), engine, place)
+                + _seconds(cost.estimate(backward.graph, on), engine, place)
                 + cost.holding_seconds(forward.graph, on)
             ),
             settings=settings_of(sized.graph, engine, config, passes, states, on, exposed),
@@ -179,6 +179,16 @@ def planned(
     host(engine, plan.decision.states_on_host)
     forward, backward = graphs if graphs and sized is joint else cut(chooser(plan.decision), joint)
     return forward, backward, plan, made_for
+
+
+def _seconds(found: cost.Estimate, engine: Engine, place: Place | None) -> float:
+    """Of one run of a graph; what a pipeline's call waits for once is shared by its micro-batches."""
+    if place is None:
+        return found.seconds
+    once: set[Any] = {gather_start} if engine.lifetimes < 3 else set()
+    once |= {reduce_start} if engine.lifetimes < 2 else set()
+    shared = sum(seconds for node, seconds in found.waits.items() if node.target in once)
+    return found.seconds - shared * (1 - 1 / place.schedule.micro_batches)
 
 
 def in_buckets(passes: Sequence[Pass], bucket_bytes: int | None) -> tuple[Pass, ...]:
@@ -294,7 +304,7 @@ def _made_for(joint: fx.Graph, engine: Engine, config: Config, passes: Sequence[
         passes=tuple(map(str, passes)),
         offload=f"optimizer {config.offload_optimizer} {config.offload_optimizer_ratio:g}, param {config.offload_param}",
         torch=torch.__version__.split("+")[0],
-        part=str(place) if place is not None else "",
+        part=f"{place}{', gathered once a call' * engine.keeps_for_call}" if place is not None else "",
     )
 
 

@@ -11,6 +11,7 @@ have, there is nothing to gain.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -82,6 +83,37 @@ def in_budget(
         if len(order) == 1:
             break
     raise max(refusals, key=lambda refusal: refusal.smallest)
+
+
+def gathered(engine: Engine, asked: str | None, plan: Callable[[], dict[int, Stage]]) -> dict[int, Stage]:
+    """The stages that ``plan`` makes where parameters are gathered as ``asked`` (``pipeline.gather``), or where nothing is,
+    once a call, unless that takes so much memory that a micro-batch is slower than with a gather of its own.
+
+    Raises what ``plan`` does where no way fits: of both, what is refused of the one that holds less.
+    """
+    ways = (True, False) if engine.stage == 3 and asked is None else (asked == "call",)
+    before = len(engine.compilations)
+    made: list[tuple[float, bool, dict[int, Stage], list[Any]]] = []
+    refusals: list[Exception] = []
+    for keeps in ways:
+        engine.keeps_for_call = keeps
+        try:
+            stages = plan()
+        except (BudgetError, PlanError) as refusal:
+            refusals.append(refusal)
+            del engine.compilations[before:]
+            continue
+        compilations = engine.compilations[before:]
+        del engine.compilations[before:]
+        planned = [c.plan for c in compilations if c.plan is not None]
+        made.append((math.fsum(p.seconds for p in planned), keeps, stages, compilations))
+        if not any(p.again_seconds or p.held_bytes for p in planned):
+            break  # memory costs nothing as it is
+    if not made:
+        raise refusals[-1]
+    _, engine.keeps_for_call, stages, compilations = min(made, key=lambda way: way[0])
+    engine.compilations += compilations
+    return stages
 
 
 def links_of(graphs: Sequence[StageGraph]) -> list[Link]:

@@ -13,7 +13,9 @@ stage a gathered copy lives                           gradients are reduced
 ===== ============================================== ===================================
 
 The backward graph asks for its gathers at every stage; at stages 1 and 2 the answer is the copy at hand. That keeps one
-graph for all stages. Dropped: giving stages 1 and 2 a graph input with the gathered copy. It needs a second kind of
+graph for all stages. So stage 3 can have the lifetimes of stage 1 while a pipeline runs the micro-batches of one call
+(:attr:`Engine.keeps_for_call`): each parameter is gathered once a call and not once a micro-batch, and each gradient reduced
+once. Dropped: giving stages 1 and 2 a graph input with the gathered copy. It needs a second kind of
 graph, and the copy's life would be decided outside of the pass pipeline.
 
 A step's last backward also averages what its own graphs did not: at stage 1 the gradients that an earlier call left for a
@@ -103,6 +105,8 @@ class Engine:
     supposed_optimizer: Optimizer | None = None
     #: The kind of device that a prediction is for; None where the model runs on the devices of its own tensors.
     target: str | None = None
+    #: Stage 3 in a pipeline: gathered copies live until the call ends, and gradients are reduced at its last backward.
+    keeps_for_call: bool = False
     #: Where pipeline stages lie, if the model is divided into some.
     stages: StageMesh | None = None
     #: How many rows the busiest rank of an expert axis is expected to get, over the mean.
@@ -135,6 +139,11 @@ class Engine:
     _within_no_sync: bool = False
     _last: bool = True
     _last_of_call: bool | None = None
+
+    @property
+    def lifetimes(self) -> int:
+        """The stage whose lifetimes copies and gradients have."""
+        return 1 if self.stage == 3 and self.keeps_for_call else self.stage
 
     def add(self, spec: ParamSpec) -> ParamSpec:
         register(spec)
@@ -378,7 +387,7 @@ class Engine:
     ) -> Exchange:
         """Begin the all-to-all of a bucket of gradients that the graph has quantised, and sums once it has arrived: row ``r``
         of each of ``packed`` is for rank ``r``. Only at stage 3, where no gradient of an earlier call waits to be added."""
-        assert self.stage == 3
+        assert self.lifetimes == 3
         self._is_last_backward()
         axis = specs[0].axis(over)
         flight = transport_for(axis, self.dry).all_to_all(axis, packed)
@@ -409,7 +418,7 @@ class Engine:
         """Begin to average gradients over ranks. Yields, for each, a gradient of the parameter's own local shape."""
         last = self._is_last_backward()
         nothing_to_send = self._last_of_call is not None and not reduction_steps(specs)
-        if self.stage >= 2 or (last and not self.deferred) or nothing_to_send:
+        if self.lifetimes >= 2 or (last and not self.deferred) or nothing_to_send:
             self._averaged.update(s.key for s in specs)
             return self._reduce_now(specs, grads)
         if self.stage == 0:  # plain parameters gather their own sum in .grad, as under DDP's no_sync
@@ -482,9 +491,9 @@ class Engine:
 
     @contextlib.contextmanager
     def one_call(self) -> Iterator[None]:
-        """Inside, backwards are those of a pipeline's micro-batches: at stages 0 and 1 their gradients add up until
-        :meth:`backward_of_call` tells of the last. What is reduced then is the call's, not the step's: the loss that it belongs
-        to may be scaled afterwards, and the next call's otherwise."""
+        """Inside, backwards are those of a pipeline's micro-batches: with the lifetimes of stages 0 and 1 their gradients add
+        up until :meth:`backward_of_call` tells of the last. What is reduced then is the call's, not the step's: the loss that
+        it belongs to may be scaled afterwards, and the next call's otherwise."""
         self._run = min(self._run, -1) - 1
         self._last_of_call = False
         try:
@@ -492,6 +501,8 @@ class Engine:
         finally:
             self._last_of_call = None
             self._waiting.clear()
+            if self.keeps_for_call:
+                self._resident.clear()
 
     def backward_of_call(self, last: bool) -> None:
         """The next backward is, or is not, the last of its stage's in :meth:`one_call`."""
@@ -646,7 +657,7 @@ class Gather:
                 self._engine.traffic.exposed[self._counted] += self._flight.exposed_seconds
             for (spec, shard), full in zip(self._missing, arrived, strict=True):
                 self._ready[spec.key] = full
-                if self._engine.stage in (1, 2):
+                if self._engine.lifetimes in (1, 2):
                     self._engine._resident[spec.key] = (_state(shard), full)
         ready, self._ready, self._missing, self._flight = self._ready, {}, [], None
         return [ready[key] for key in self._keys]

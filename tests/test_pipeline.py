@@ -235,6 +235,41 @@ def test_stages_on_one_axis_and_zero_on_the_other(stage: int) -> None:
     _close(run(4, _train, "llama", _pipeline(2, stage=stage), steps=4))
 
 
+@without_inductor
+def _gathered(gather: str) -> tuple[dict[str, int], list[float]]:
+    """Bytes that a rank sends in a step on its data axis, by kind of collective, and losses."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    options = _pipeline(2, stage=3, gather=gather)
+    model = dspass.shard(Tied(), options)
+    compiled: Any = torch.compile(model, backend="deepspeed", options=options)
+    optimizer = sgd(model.parameters())
+    losses = []
+    for _ in range(3):
+        loss = compiled(**_tokens(torch.Generator().manual_seed(1), 8))
+        loss.backward()
+        losses.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+    engine = engine_of(model)
+    assert engine is not None
+    assert not engine.resident_copies()
+    assert not engine.waiting_gradients()
+    sent: dict[str, int] = {}
+    for (kind, _, group, _), (_, count, _) in engine.traffic.last.items():
+        if group == "data":
+            sent[kind] = sent.get(kind, 0) + count
+    return sent, losses
+
+
+def test_parameters_are_gathered_once_a_call_or_once_a_micro_batch() -> None:
+    for (once, losses), (anew, same) in zip(run(4, _gathered, "call"), run(4, _gathered, "micro_batch"), strict=True):
+        assert losses == pytest.approx(same, rel=1e-6)
+        assert anew["reduce-scatter"] == 4 * once["reduce-scatter"]
+        # Each micro-batch has a forward and a backward; its last gathers of the forward may serve the backward too.
+        assert 4 * once["all-gather"] < anew["all-gather"] <= 8 * once["all-gather"]
+
+
 def test_the_one_line_way() -> None:
     _close(run(2, _train, "llama", _pipeline(2), steps=3, how="compile"))
 
