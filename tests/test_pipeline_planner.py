@@ -64,8 +64,8 @@ def _operators() -> Iterator[None]:
         yield
 
 
-def _options(schedule: str, stage: int = 0, micro_batches: int = 4, **own: Any) -> dict[str, Any]:
-    section = {"stages": 2, "schedule": schedule, "micro_batches": micro_batches, "loss_reduction": "mean"}
+def _options(schedule: str, stage: int = 0, micro_batches: int = 4, stages: int = 2, **own: Any) -> dict[str, Any]:
+    section = {"stages": stages, "schedule": schedule, "micro_batches": micro_batches, "loss_reduction": "mean"}
     return zero(stage, pipeline=section, dspass={"fallback_random": True, **own})
 
 
@@ -96,7 +96,12 @@ def _trained(options: dict[str, Any], watched: bool = True) -> tuple[int, list[f
         peak = measurement.peak_bytes + ids.nbytes  # the batch was there before
     engine = engine_of(model)
     assert engine is not None
+    _kept.append(engine.keeps_for_call)
     return peak, losses, [c.plan for c in engine.compilations if c.plan is not None]
+
+
+_kept: list[bool] = []
+"""Of the models that were trained, whether what is gathered stays for a call."""
 
 
 def _refusal(options: dict[str, Any]) -> BudgetError:
@@ -152,6 +157,26 @@ def test_each_stage_has_a_plan_for_its_data_axis(tmp_path: Path) -> None:
         assert planned[2] == again[2]
     decisions = [planned[2][0].decision for _, planned, _ in results]
     assert decisions[0] == decisions[1] != decisions[2] == decisions[3]
+
+
+@_operators()
+def _gathers() -> tuple[int, list[tuple[bool, int, list[float], list[Plan]]]]:
+    smallest = _refusal(_options("1f1b", 3, stages=1, memory_budget=1)).smallest
+    found = []
+    for budget in (10**9, smallest):
+        options = _options("1f1b", 3, stages=1, memory_budget=budget)
+        trained = _trained(options)
+        found.append((_kept[-1], *trained))
+    return smallest, found
+
+
+def test_parameters_stay_whole_for_a_call_where_that_fits_and_costs_nothing() -> None:
+    for smallest, (large, small) in run(2, _gathers):
+        assert (large[0], small[0]) == (True, False)
+        assert large[2] == pytest.approx(small[2], rel=1e-6)
+        for _, peak, _, plans in (large, small):
+            assert 0.9 * plans[-1].peak <= peak <= 1.01 * plans[-1].peak
+        assert small[3][-1].peak <= smallest < large[3][-1].peak
 
 
 def _one_fails() -> str:
