@@ -103,7 +103,7 @@ def stages_of(grads: Collection[torch.Tensor], params: Collection[torch.Tensor] 
     found = {
         id(stages.pipe): stages
         for engine, stages in engines
-        if stages.mesh in meshes or any(id(spec.param()) in ids for spec in engine.specs.values())
+        if meshes.intersection(stages.meshes) or any(id(spec.param()) in ids for spec in engine.specs.values())
     }
     return sorted(found.values(), key=lambda stages: stages.pipe.size)
 
@@ -115,13 +115,14 @@ def norm_of(
     norm_type = float(norm_type)
     elsewhere = _counted_elsewhere() if pipelines else frozenset()
     by_mesh = _by_mesh([g for g in grads if not (isinstance(g, DTensor) and _place(g) in elsewhere)])
-    of_stages = {stages.mesh: stages for stages in pipelines}
     norms = {mesh: _whole(compat.total_norm(some, norm_type, foreach)) for mesh, some in by_mesh.items()}
-    totals = [norm for mesh, norm in norms.items() if mesh not in of_stages]
-    totals += [_over_stages(norms.get(mesh), norm_type, stages) for mesh, stages in of_stages.items()]
-    if not totals:
-        return torch.tensor(0.0)
-    return totals[0] if len(totals) == 1 else _joined(torch.stack([t.to(totals[0]) for t in totals]), norm_type)
+    of_stages = [(stages, [norms.pop(mesh) for mesh in stages.meshes if mesh in norms]) for stages in pipelines]
+    totals = [
+        *norms.values(),
+        *(_over_stages(_joined(mine, norm_type), norm_type, stages) for stages, mine in of_stages),
+    ]
+    found = _joined([total for total in totals if total is not None], norm_type)
+    return found if found is not None else torch.tensor(0.0)
 
 
 def _over_stages(norm: torch.Tensor | None, norm_type: float, stages: StageMesh) -> torch.Tensor:
@@ -133,7 +134,7 @@ def _over_stages(norm: torch.Tensor | None, norm_type: float, stages: StageMesh)
     values, present = torch.stack(told).unbind(1)
     # What has no gradient must not change the norm, and which do is not read on the host: it would wait for the device.
     values = torch.where(present > 0, values, 0.0 if norm_type >= 0 else float("inf"))
-    total = torch.where(present.any(), _joined(values, norm_type), 0.0)
+    total = torch.where(present.any(), _norm_of_norms(values, norm_type), 0.0)
     return total.to(_precision(stages))
 
 
@@ -144,8 +145,14 @@ def _precision(stages: StageMesh) -> torch.dtype:
     return functools.reduce(torch.promote_types, kinds, torch.float32)
 
 
-def _joined(norms: torch.Tensor, norm_type: float) -> torch.Tensor:
-    """Of norms of parts that of all. torch's 0-norm of gradients is how many of them are not zero."""
+def _joined(norms: Sequence[torch.Tensor], norm_type: float) -> torch.Tensor | None:
+    """Of norms of parts that of all; None of none. torch's 0-norm of gradients is how many of them are not zero."""
+    if len(norms) < 2:
+        return norms[0] if norms else None
+    return _norm_of_norms(torch.stack([norm.to(norms[0]) for norm in norms]), norm_type)
+
+
+def _norm_of_norms(norms: torch.Tensor, norm_type: float) -> torch.Tensor:
     return norms.sum() if norm_type == 0 else torch.linalg.vector_norm(norms, norm_type)
 
 

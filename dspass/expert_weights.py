@@ -1,9 +1,9 @@
 """Which parameters are weights of experts, and where they lie when experts are divided over ranks.
 
-The one-line way knows them from the graph that it captured, and takes those that other modules of the same class hold under the
-same name with them: another graph may read them, behind a graph break. :func:`dspass.shard` has no graph yet and goes by shapes
-(:func:`likely_weights`); what turns out to be something else is gathered from all ranks where it is read, which is right, and
-costs what ZeRO-3 costs.
+The one-line way and pipelines know them from the graph that they captured, and take those that other modules of the same class
+hold under the same name with them: another graph may read them, behind a graph break. :func:`dspass.shard` has no graph yet
+without a pipeline and goes by shapes (:func:`likely_weights`); what turns out to be something else is gathered from all ranks
+where it is read, which is right, and costs what ZeRO-3 costs.
 
 Ranks are divided as DeepSpeed does: ``autoep_size`` consecutive ones hold the experts of a layer between them, so that tokens
 travel inside of a node where it has as many; ranks of one place in each such group have the same experts, and divide those
@@ -28,6 +28,8 @@ from torch.distributed.tensor import Replicate, Shard
 from dspass.config import Config, ConfigError
 from dspass.passes import devices
 from dspass.passes.batched_experts import Batch, find_batches
+from dspass.passes.captured_cost import parameter_of
+from dspass.passes.divide_experts import is_parameter
 from dspass.passes.experts import Layer, find_experts
 from dspass.runtime import compat
 from dspass.runtime.axis import Axis, axis_of
@@ -47,9 +49,15 @@ class ExpertMesh:
 
     @classmethod
     def over(
-        cls, data: DeviceMesh, config: Config, weights: Mapping[str, torch.Tensor], target: str | None = None
+        cls,
+        data: DeviceMesh,
+        config: Config,
+        weights: Mapping[str, torch.Tensor],
+        target: str | None = None,
+        stages: int = 1,
     ) -> ExpertMesh | None:
-        """None where one rank has all experts anyway. ``target``: the kind of device that a prediction is for.
+        """None where one rank has all experts anyway. ``target``: the kind of device that a prediction is for. With pipeline
+        ``stages`` there are so many meshes like ``data``, each of consecutive ranks, and all ranks call this together.
 
         Raises ``ConfigError`` where ranks cannot be divided so, or experts not over them.
         """
@@ -69,12 +77,13 @@ class ExpertMesh:
                 )
         if size == 1:
             return None
-        levels = _levels(data, config, size, target)
+        levels = _levels(data, config, size, target, stages)
         if size == world:
             return cls(mesh=data, axis=axis_of("expert", data, 0), shard_axis=None, levels=levels)
         with compat.without_fake_mode():
-            ranks = torch.arange(world).view(world // size, size).t().contiguous()
-            mesh = DeviceMesh(data.device_type, ranks, mesh_dim_names=("expert", "expert_data"))
+            ranks = torch.arange(stages * world).view(stages, world // size, size).transpose(1, 2).contiguous()
+            every = DeviceMesh(data.device_type, ranks, mesh_dim_names=("stage", "expert", "expert_data"))
+            mesh = every["expert", "expert_data"]
         axis, shard_axis = axis_of("expert", mesh, 0), axis_of("expert_data", mesh, 1)
         return cls(mesh=mesh, axis=axis, shard_axis=shard_axis, levels=levels)
 
@@ -93,7 +102,7 @@ class ExpertMesh:
 PEERS_AT_ONCE = 8
 
 
-def _levels(data: DeviceMesh, config: Config, size: int, target: str | None) -> Levels | None:
+def _levels(data: DeviceMesh, config: Config, size: int, target: str | None, stages: int) -> Levels | None:
     """Nodes among ``size`` consecutive ranks; None where there are none to speak of, or they are not to be used.
 
     All ranks make the groups, or none: what decides is equal on all of them.
@@ -113,7 +122,7 @@ def _levels(data: DeviceMesh, config: Config, size: int, target: str | None) -> 
                 "Remove it, or say by zero_optimization.zero_hpz_partition_size how many ranks a node has.",
             )
         return None
-    nodes, world = size // local, data.size()
+    nodes, world = size // local, data.size() * stages
     most = math.inf
     if asked is None:
         assert on is not None
@@ -142,6 +151,16 @@ def weights_in(graph: fx.Graph, inputs: Sequence[Any]) -> list[int]:
     ]
     found = {source for layer in layers for source in layer.weights.values()}
     return [i for i, node in enumerate(placeholders) if node in found]
+
+
+def keys_in(graph: fx.Graph) -> set[str]:
+    """The keys of parameters that are weights of experts, of a captured graph that reads them through their markers."""
+    layers: Sequence[Layer | Batch] = [
+        *find_experts(graph, is_parameter)[0],
+        *find_batches(graph, is_parameter, is_parameter)[0],
+    ]
+    specs = (parameter_of(source) for layer in layers for source in layer.weights.values())
+    return {spec.key for spec in specs if spec is not None}
 
 
 def alike(root: nn.Module | None, weights: Iterable[torch.Tensor]) -> list[torch.Tensor]:

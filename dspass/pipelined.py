@@ -37,6 +37,7 @@ from dspass.casts import cast_inputs
 from dspass.compilation import Compilation, compile_graph
 from dspass.config import Config, ConfigError
 from dspass.engines import new_engine
+from dspass.expert_weights import alike, keys_in
 from dspass.owners import unwrap
 from dspass.passes import devices
 from dspass.passes.captured_cost import costs_of
@@ -265,6 +266,7 @@ class Pipelined:
             dist.broadcast_object_list(told, 0)
             self.staging = told[0]
         mine = self.staging.schedule.stages_of(self.pipe.rank)
+        experts = self._experts(gm) if self.config.expert_parallel.enabled else ()
         place_stages(
             self.root,
             self.engine,
@@ -274,6 +276,7 @@ class Pipelined:
             mine,
             fill=self.fill,
             device=self.device,
+            experts=experts,
         )
         self.fill = None
         steps.watch(self.engine, self.config)
@@ -281,6 +284,14 @@ class Pipelined:
             from dspass.explain import report_at_exit  # which reads what is here
 
             report_at_exit(self.root, self.config.dspass.report)
+
+    def _experts(self, gm: fx.GraphModule) -> set[str]:
+        """The keys of weights of experts, those of other modules of the same kind among them."""
+        assert self.engine is not None
+        params = dict(self.root.named_parameters())
+        weights = alike(self.root, (params[self.engine.specs[key].name] for key in keys_in(gm.graph)))
+        known = {id(weight) for weight in weights}
+        return {f"{self.engine.name}/{name}" for name, param in params.items() if id(param) in known}
 
     # -- capture ---------------------------------------------------------------------------------------------------
 
@@ -417,7 +428,7 @@ class Pipelined:
             examples.append(values[name].empty(self.kind).zero_().requires_grad_(trains and values[name].has_gradient))
         examples += [inputs[i] for i in graph.inputs]
         examples += [shard_of(self.engine, key, trains) for key in graph.keys]
-        with torch.set_grad_enabled(trains):
+        with torch.set_grad_enabled(trains), compat.own_tracing():
             run = compile_graph(
                 graph.gm,
                 examples,

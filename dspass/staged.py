@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from dspass.clipping import span_stages
 from dspass.config import Config, ConfigError
 from dspass.engines import join
+from dspass.expert_weights import ExpertMesh
 from dspass.owners import Heap, Replaced, refuse_stale
 from dspass.quantising import measure_errors
 from dspass.runtime import compat
@@ -83,7 +85,6 @@ def prepare(root: nn.Module, engine: Engine, config: Config, mesh: DeviceMesh) -
     for key, asked in {
         "zero_optimization.mics_shard_size": config.zero.mics_shard_size is not None,
         "zero_optimization.zero_hpz_partition_size": config.zero.zero_hpz_partition_size > 1,
-        "expert_parallel": config.expert_parallel.enabled,
     }.items():
         if asked:
             raise ConfigError(key, "it does not go together with pipeline stages yet.", "Remove one of the two.")
@@ -123,16 +124,18 @@ def place_stages(
     mine: Collection[int],
     fill: Fill | None = None,
     device: torch.device | str | None = None,
+    experts: Collection[str] = (),
 ) -> None:
     """Leave on this rank what its stages ``mine`` use of the parameters that :func:`prepare` has seen; all ranks call this.
 
     ``stages_of`` has the stages that use a parameter, by its key; one that is not in it is used by none. Rank 0's values are
     handed out, one parameter at a time, unless ``fill`` has them, as for :func:`dspass.shard`: then no rank asks for those of
-    other stages. Layouts follow the ZeRO stage within the ranks of a stage. What this rank does not keep is freed, also in
-    optimisers.
+    other stages. Layouts follow the ZeRO stage within the ranks of a stage, which divide weights of ``experts``, by key, by
+    expert first. What this rank does not keep is freed, also in optimisers.
 
     Raises ``RuntimeError`` on all ranks where they do not agree on the stages, or the model is on the meta device and there is
-    no ``fill``, or an optimiser holds parameters where they cannot be exchanged; ``KeyError`` where ``fill`` lacks a name.
+    no ``fill``, or an optimiser holds parameters where they cannot be exchanged; ``KeyError`` where ``fill`` lacks a name;
+    ``ConfigError`` where experts cannot be divided as asked.
     """
     stages = engine.stages
     assert stages is not None, "prepare comes first"
@@ -154,13 +157,14 @@ def place_stages(
         for spec in specs.values():
             if spec.held_by == held_by and not spec.is_elsewhere:
                 spec.tied_axis = axis
+    among = _divide_experts(engine, config, [spec for spec in specs.values() if spec.key in experts])
     replaced: Replaced = {}
     with torch.inference_mode(False):  # parameters that are made in it could never be trained
         for param in params.values():
             spec = specs[id(param)]
             if fill is None:
                 _receive(param, spec, stages)
-            replaced[id(param)] = _left_of(param, spec, config, stages, fill, device)
+            replaced[id(param)] = _left_of(param, spec, config, stages, among, fill, device)
             if not param.is_meta:  # an object that somebody still holds holds no memory
                 param.data = param.data.new_empty(()).expand(param.shape)
                 param.grad = None
@@ -173,6 +177,24 @@ def place_stages(
         materialise_buffers(root, fill, device)
     span_stages()
     measure_errors(engine, [spec for spec in specs.values() if not spec.is_elsewhere], config)
+
+
+def _divide_experts(engine: Engine, config: Config, specs: Sequence[ParamSpec]) -> ExpertMesh | None:
+    """Have ``specs``, of weights of experts, say that the ranks of a stage divide them by expert; answers over which mesh."""
+    stages = engine.stages
+    assert stages is not None
+    if not specs:
+        return None
+    weights = {spec.name: torch.empty(spec.shape, device="meta") for spec in specs}
+    among = ExpertMesh.over(stages.mesh, config, weights, engine.target, stages.pipe.size)
+    if among is None:
+        return None
+    if among.mesh is not stages.mesh:
+        join(engine, replace(stages, experts=among.mesh))
+    for spec in specs:
+        spec.shape = (spec.shape[0] // among.axis.size, *spec.shape[1:])
+        spec.shard_axis, spec.expert_axis, spec.expert_levels = among.shard_axis, among.axis, among.levels
+    return among
 
 
 def _homes(stages: StageMesh, uses: Mapping[str, list[int]], mine: Collection[int]) -> dict[int, int]:
@@ -237,6 +259,7 @@ def _left_of(
     spec: ParamSpec,
     config: Config,
     stages: StageMesh,
+    among: ExpertMesh | None,
     fill: Fill | None,
     device: torch.device | str | None,
 ) -> tuple[nn.Parameter, nn.Parameter, Any]:
@@ -247,12 +270,20 @@ def _left_of(
             if attribute not in stand_in.__dict__:  # a prediction's tensors have their device there
                 setattr(stand_in, attribute, content)
         return param, stand_in, None
-    spec.layout = layout_of(param, config, config.zero.stage or 0)
+    mesh, axis = stages.mesh, spec.shard_axis
+    placements: Sequence[Any]
+    if spec.expert_axis is None:
+        among = None
+        spec.layout = layout_of(param, config, config.zero.stage or 0)
+        placements = [Shard(0)] if spec.layout == "shard" else [Replicate()]
+    else:
+        assert among is not None
+        spec.layout = among.layout(config)
+        mesh, placements = among.mesh, among.placements(spec.layout)
     spec.on_host = config.offload_param == "cpu" and spec.layout == "shard"
-    placements: Sequence[Any] = [Shard(0)] if spec.layout == "shard" else [Replicate()]
-    rows = rows_of(param.shape, spec.layout, stages.data, None)
-    new = distribute(spec.name, param, stages.mesh, rows, placements, fill, device, spec.on_host)
-    return param, new, lambda state: distribute_tensor(state, stages.mesh, placements)
+    rows = rows_of(param.shape, spec.layout, axis, among)
+    new = distribute(spec.name, param, mesh, rows, placements, fill, device, spec.on_host)
+    return param, new, lambda state: distribute_tensor(state, mesh, placements)
 
 
 __all__ = ["pipeline_mesh", "place_stages", "prepare"]

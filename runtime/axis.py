@@ -72,12 +72,18 @@ def axis_of(name: str, mesh: DeviceMesh, dim: int) -> Axis:
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StageMesh:
     """Where the stages of a model lie. ``pipe`` are the ranks of this rank's pipeline, which hold different stages; ``data``,
-    and ``mesh`` of one dimension, those that hold the same stages and divide their parameters. Tensors are on ``device``."""
+    and ``mesh`` of one dimension, those that hold the same stages and divide their parameters. ``experts`` is the mesh of the
+    same ranks that weights of experts lie on, where that is another. Tensors are on ``device``."""
 
     pipe: Axis
     data: Axis
     mesh: DeviceMesh
     device: torch.device
+    experts: DeviceMesh | None = None
+
+    @property
+    def meshes(self) -> tuple[DeviceMesh, ...]:
+        return (self.mesh,) if self.experts is None else (self.mesh, self.experts)
 
     @classmethod
     def of(cls, mesh: DeviceMesh) -> StageMesh:

@@ -469,6 +469,17 @@ def fake_mode() -> Iterator[Any]:
         yield mode
 
 
+@contextlib.contextmanager
+def own_tracing() -> Iterator[None]:
+    """Have AOTAutograd trace as it does inside of Dynamo: sizes of inputs are numbers, those that data decides are symbols."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    mode = FakeTensorMode(shape_env=ShapeEnv(assume_static_by_default=True), allow_non_fake_inputs=True)
+    with torch._guards.tracing(torch._guards.TracingContext(mode)):
+        yield
+
+
 def mode_of(values: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
     """The fake mode of the fake tensors among ``values``."""
     from torch._guards import detect_fake_mode

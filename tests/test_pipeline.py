@@ -16,6 +16,7 @@ from dspass.engines import engine_of
 from dspass.pipeline_outputs import PipelineUseError
 from tests.models import Block
 from tests.ranks import run
+from tests.test_expert_parallel import deepseek, mixtral
 from tests.training import call, sgd, without_inductor, zero
 
 Batch = dict[str, Any]
@@ -131,7 +132,7 @@ def _train(
     optimizer: Callable[[Any], torch.optim.Optimizer] = sgd,
 ) -> dict[str, Any]:
     """Train beside one process that has all batches; answers the largest differences and what was seen."""
-    build, batches = SUBJECTS[subject]
+    build, batches = (SUBJECTS | MIXTURES)[subject]
     torch.manual_seed(0)
     reference = build()
     torch.manual_seed(dist.get_rank())  # rank 0's values are every rank's
@@ -182,10 +183,17 @@ def _train(
         "here": sum(p.numel() for p in model.parameters() if not p.is_meta) / plain,
         "tied": tied / plain,
         "compiled": len(engine.compilations),
+        "exchanges": any("all-to-all" in kind for kind, *_ in engine.traffic.last),
         "halves": [
             sorted(c.programs) for c in engine.compilations if c.split is not None and "backward" not in c.programs
         ],
     }
+
+
+MIXTURES: dict[str, tuple[Callable[[], nn.Module], Callable[[torch.Generator, int], Batch]]] = {
+    "mixtral": (mixtral, _tokens),
+    "deepseek": (deepseek, _tokens),
+}
 
 
 def _close(results: list[dict[str, Any]], within: float = 1e-5) -> None:
@@ -233,6 +241,21 @@ def test_models_train_as_on_one_process(combination: tuple[str, int, str]) -> No
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_stages_on_one_axis_and_zero_on_the_other(stage: int) -> None:
     _close(run(4, _train, "llama", _pipeline(2, stage=stage), steps=4))
+
+
+@pytest.mark.parametrize(
+    ("subject", "stages", "size", "stage", "schedule"),
+    [("mixtral", 2, 2, 2, "zbh1"), ("deepseek", 2, None, 3, "1f1b"), ("mixtral", 1, 2, 1, "1f1b")],
+)
+def test_experts_are_divided_over_the_ranks_of_a_stage(
+    subject: str, stages: int, size: int | None, stage: int, schedule: str
+) -> None:
+    asked = {"enabled": True} | ({} if size is None else {"autoep_size": size})
+    options = {**_pipeline(stages, schedule, stage=stage), "expert_parallel": asked, "gradient_clipping": 0.05}
+    results = run(4, _train, subject, options, steps=4)
+    _close(results)
+    exchanging = [result["exchanges"] for result in results]
+    assert exchanging == [subject == "mixtral", subject == "mixtral", True, True]  # the first layer of the other is dense
 
 
 @without_inductor
