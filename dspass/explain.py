@@ -165,7 +165,9 @@ def _measured(model: nn.Module) -> Report:
     record = None
     if pipeline is not None:
         assert pipeline.staging is not None
-        record = record_of(pipeline.staging, pipeline.pipe.rank, pipeline.predicted(True), pipeline.measured)
+        record = record_of(
+            pipeline.staging, pipeline.pipe.rank, pipeline.predicted(True), pipeline.measured, pipeline.said
+        )
         if pipeline.measured is None:
             notes.append(
                 "Times of the pipeline's ranks were not gathered yet: that is done in the 3rd call that trains, the 10th, the "
@@ -308,7 +310,8 @@ def _predicted_pipeline(pipeline: Pipelined, peak_bytes: int, train: bool) -> Pi
     timeline = pipeline.predicted(train)
     peaks = list(timeline.peak_bytes)
     peaks[pipeline.pipe.rank] = peak_bytes
-    return record_of(pipeline.staging, pipeline.pipe.rank, dataclasses.replace(timeline, peak_bytes=tuple(peaks)), None)
+    timeline = dataclasses.replace(timeline, peak_bytes=tuple(peaks))
+    return record_of(pipeline.staging, pipeline.pipe.rank, timeline, None, pipeline.said)
 
 
 def _rates(device: str) -> str:

@@ -219,6 +219,15 @@ class Pipelined:
         schedule = staging.schedule
         return staging.timeline(schedule if trains else forward_only(schedule, schedule.micro_batches))
 
+    @property
+    def said(self) -> list[str]:
+        """How the stages of this rank run, for the report."""
+        built = self.last_trained or self.last
+        if self.engine is None or self.engine.stage != 3 or built is None:
+            return []
+        often = "call" if built.keeps_for_call else "micro-batch, in each direction"
+        return [f"parameters are gathered once a {often}"]
+
     # -- before the first call -------------------------------------------------------------------------------------
 
     def _begin(self, args: Any, kwargs: Any) -> None:

@@ -39,13 +39,16 @@ _RANKS, _CUTS, _OTHERS = 8, 4, 3
 _BESIDE = 44
 
 
-def record_of(staging: Staging, rank: int, predicted: Timeline, measured: Measured | None) -> PipelineRecord:
-    """What is known of a pipeline, on its ``rank``. ``predicted`` is of a schedule of ``staging``'s own stages."""
+def record_of(
+    staging: Staging, rank: int, predicted: Timeline, measured: Measured | None, more: Sequence[str] = ()
+) -> PipelineRecord:
+    """What is known of a pipeline, on its ``rank``. ``predicted`` is of a schedule of ``staging``'s own stages; ``more`` is said
+    of how they run."""
     return PipelineRecord(
         schedule=staging.schedule.name,
         rank_of=list(staging.schedule.rank_of),
         rank=rank,
-        why=list(staging.why),
+        why=[*staging.why[:1], *more, *staging.why[1:]],
         candidates=staging.table.splitlines(),
         predicted=_times(predicted, sent_bytes=staging.sent_bytes(predicted.schedule)),
         measured=None if measured is None else _times(measured.timeline, measured.wait_seconds, measured.sent_bytes),
