@@ -42,8 +42,8 @@ _BESIDE = 44
 def record_of(
     staging: Staging, rank: int, predicted: Timeline, measured: Measured | None, more: Sequence[str] = ()
 ) -> PipelineRecord:
-    """What is known of a pipeline, on its ``rank``. ``predicted`` is of a schedule of ``staging``'s own stages; ``more`` is said
-    of how they run."""
+    """What is known of a pipeline, on its ``rank``. ``predicted`` is of a schedule of ``staging``'s own stages, and ``more``
+    says how they run."""
     return PipelineRecord(
         schedule=staging.schedule.name,
         rank_of=list(staging.schedule.rank_of),
