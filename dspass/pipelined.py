@@ -53,7 +53,7 @@ from dspass.planning import budget_bytes
 from dspass.runtime import compat
 from dspass.runtime.axis import Axis, axis_of
 from dspass.runtime.engine import Engine
-from dspass.runtime.pipeline import Executor, Stage
+from dspass.runtime.pipeline import Executor, Stage, waiting_for
 from dspass.runtime.schedule import Kind, ScheduleError, Timeline
 from dspass.runtime.tied import sum_tied
 from dspass.settings import kind_of
@@ -484,7 +484,8 @@ class Pipelined:
         if trains:
             assert built.loss is not None
             gradients = {key: shard.grad for key, shard in shards.items() if shard.grad is not None}
-            sum_tied(engine, gradients)
+            with waiting_for(self.pipe, "sum gradients of tied weights"):
+                sum_tied(engine, gradients)
             answers[built.loss] = delivered(engine, answers[built.loss], gradients, scale, self.loss_scale)
         self._answer = answers
         self._answers_kept = answers if self._keeps_answers else None
@@ -533,7 +534,8 @@ class Pipelined:
             value = torch.empty(output.whole_shape(count), dtype=output.dtype, device=self.kind)
         if self.pipe.size > 1:
             value = value.contiguous()
-            dist.broadcast(value, self.pipe.ranks[owner], self.pipe.group)
+            with waiting_for(self.pipe, f"exchange {'the loss' if output.is_loss else 'an output'}"):
+                dist.broadcast(value, self.pipe.ranks[owner], self.pipe.group)
         return value
 
 

@@ -16,8 +16,9 @@ gathers gradients in ``.grad`` of the parameters, where a loss that is scaled af
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict, deque
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -32,6 +33,21 @@ from dspass.runtime.schedule import Action, Direction, Kind, Receive, Schedule, 
 
 class PipelineError(RuntimeError):
     """A message did not come or could not be sent: another rank has stopped."""
+
+
+@contextlib.contextmanager
+def waiting_for(axis: Axis, what: str) -> Iterator[None]:
+    """Say of a collective that fails inside which ranks it waited for; ``what`` it was to do."""
+    try:
+        yield
+    except PipelineError:
+        raise
+    except RuntimeError as error:
+        others = [rank for rank in axis.ranks if rank != axis.ranks[axis.rank]]
+        raise PipelineError(
+            f"rank {axis.ranks[axis.rank]} could not {what} with ranks {others} of the pipeline: one of them has stopped, or "
+            "was not called with a batch of its own within the process group's time-out. Look for its error: that came first."
+        ) from error
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -370,4 +386,4 @@ def _sum(own: torch.Tensor | None, passing: torch.Tensor | None, value: Value, d
     return own if passing is None else own + passing
 
 
-__all__ = ["Executor", "Halves", "PipelineError", "Stage", "Value"]
+__all__ = ["Executor", "Halves", "PipelineError", "Stage", "Value", "waiting_for"]

@@ -534,7 +534,9 @@ def _stops(how: str, trains: bool) -> str:
     if dist.get_rank() == 1 and how == "is called less":
         time.sleep(5)
         return ""
-    if dist.get_rank() == 1:
+    if dist.get_rank() == 1 and how == "dies late":
+        runner._answers = lambda *_: os._exit(3)
+    elif dist.get_rank() == 1:
         stage = executor.stages[1]
         inner, calls = stage.run, iter(range(9))
 
@@ -556,6 +558,11 @@ def _stops(how: str, trains: bool) -> str:
 @pytest.mark.parametrize("trains", [True, False])
 def test_a_rank_that_is_called_less_is_named(trains: bool) -> None:
     assert "rank 1, stage 1 of the pipeline" in run(2, _stops, "is called less", trains)[0]
+
+
+def test_ranks_that_wait_for_the_loss_are_told_whose() -> None:
+    with pytest.raises(RankError, match=r"PipelineError: rank 0 could not exchange the loss with ranks \[1\]"):
+        run(2, _stops, "dies late", True)
 
 
 def test_a_rank_that_dies_is_named() -> None:
