@@ -294,7 +294,9 @@ def _made_for(joint: fx.Graph, engine: Engine, config: Config, passes: Sequence[
         passes=tuple(map(str, passes)),
         offload=f"optimizer {config.offload_optimizer} {config.offload_optimizer_ratio:g}, param {config.offload_param}",
         torch=torch.__version__.split("+")[0],
-        part=str(place) if place is not None else "",
+        part=f"{place}{f', {config.quantise.sends} messages' if config.quantise.sends else ''}"
+        if place is not None
+        else "",
     )
 
 
