@@ -255,13 +255,15 @@ def trained() -> list[list[tuple[list[float], Report]]]:
 
 
 def test_it_trains_as_with_whole_messages() -> None:
-    """What arrives is off by some 0.6 % of its norm (the test below), the loss, a mean over tokens, by less, and a step by as
-    much as its gradients."""
+    """Errors of one message have either sign, and a loss is a mean over 64 tokens: it is off by some eighth of what a message is,
+    and by no more than twice that while steps by such gradients add up."""
     first, second = trained()
     assert [losses for losses, _ in first] == [losses for losses, _ in second], "ranks are told one loss"
-    (whole, _), (few, _) = first
+    (whole, _), (few, report) = first
+    assert report.pipeline is not None
+    off = max(m.relative_error or 0.0 for m in report.pipeline.messages)
     assert few != whole
-    assert few == pytest.approx(whole, rel=0.006)
+    assert few == pytest.approx(whole, rel=off / 4)
     assert few[-1] < 0.8 * few[0]
 
 
