@@ -255,8 +255,8 @@ def trained() -> list[list[tuple[list[float], Report]]]:
 
 
 def test_it_trains_as_with_whole_messages() -> None:
-    """Errors of one message have either sign, and a loss is a mean over 64 tokens: it is off by some eighth of what a message is,
-    and by no more than twice that while steps by such gradients add up."""
+    """Errors of one message have either sign, and a loss is a mean over 64 tokens: it is off by some eighth of what a message
+    is, and by no more than twice that while steps by such gradients add up."""
     first, second = trained()
     assert [losses for losses, _ in first] == [losses for losses, _ in second], "ranks are told one loss"
     (whole, _), (few, report) = first
