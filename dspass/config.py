@@ -342,6 +342,10 @@ KEYS: tuple[Key, ...] = (
     _act("dspass.quantise.exchanges", "exchanges", "text", None, "",
          "What rows go to experts on other ranks as, and come back as, forward and backward: each row in blocks of its own, of "
          "`block` values at most. Absent: whole. Its effect needs `expert_parallel`.", choices=FORMATS),
+    _act("dspass.quantise.sends", "sends", "text", None, "",
+         "What stages of a pipeline on different ranks send each other as, activations and their gradients, each row of a last "
+         "dimension in blocks of its own, of `block` values at most; what would be no smaller, and what is no fp32, fp16 or "
+         "bf16, travels whole. Absent: all does. Its effect needs `pipeline.stages`.", choices=FORMATS),
     _act("dspass.quantise.activations", "activations", "text", None, "",
          "What saved activations may wait for the backward as: under a `memory_budget` those that the planner chooses, without "
          "one all that can be. Absent: whole. Changes gradients, not the loss.", choices=FORMATS),
@@ -355,8 +359,9 @@ KEYS: tuple[Key, ...] = (
          "whole parameters on each rank. Absent: where `zeropp_loco_param` holds something.", stages=(3,)),
     _act("dspass.quantise.max_relative_error", "max_relative_error", "number", None, "share",
          "A bucket of which one parameter's rounding error, as a norm over that of the parameter and measured when it is "
-         "sharded, is larger, is gathered whole. Gradients, activations and rows of experts are not known when that is "
-         "decided: it does not act on them. Of rows the report says how far the first ones were off, and which by more.",
+         "sharded, is larger, is gathered whole. Gradients, activations, rows of experts and messages of stages are not known "
+         "when that is decided: it does not act on them. Of rows and messages the report says how far the first ones were off, "
+         "and which by more.",
          low=0),
     _act("dspass.experts.capacity_factor", "capacity_factor", "number", None, "share",
          "Most rows that an expert takes of a rank's, in even shares: of `tokens * experts a token / experts` rows, rounded "
@@ -872,6 +877,8 @@ class QuantiseConfig:
     """Format of reductions; None leaves it to ``zero_quantized_gradients``."""
     exchanges: str | None = None
     """Format of rows that go to experts and back; None sends them whole."""
+    sends: str | None = None
+    """Format of messages between pipeline stages; None sends them whole."""
     activations: str | None = None
     """Format of saved activations; None saves them whole."""
     block: int = 256
@@ -1314,14 +1321,19 @@ class Config:
             if key.field and stage not in key.stages and (value := self._value(key)) not in (None, key.default)
             and value is not False
         )  # fmt: skip
-        return replace(self, ignored=self.ignored + notes + self._notes_of_feedback() + self._notes_of_experts())
+        return replace(self, ignored=self.ignored + notes + self._notes_of_feedback() + self._notes_of_travel())
 
-    def _notes_of_experts(self) -> tuple[Ignored, ...]:
-        """Note what asks for rows of experts to travel in another way, where experts are not divided and none travel."""
-        if self.quantise.exchanges is None or self.expert_parallel.enabled:
-            return ()
-        reason = "no rows travel; it acts with expert_parallel"
-        return (Ignored(key="dspass.quantise.exchanges", value=self.quantise.exchanges, reason=reason),)
+    def _notes_of_travel(self) -> tuple[Ignored, ...]:
+        """Note what asks for rows of experts or messages of stages to travel in another way, where none travel."""
+        own = self.quantise
+        found = []
+        if own.exchanges is not None and not self.expert_parallel.enabled:
+            reason = "no rows travel; it acts with expert_parallel"
+            found.append(Ignored(key="dspass.quantise.exchanges", value=own.exchanges, reason=reason))
+        if own.sends is not None and (self.pipeline.stages or 1) == 1:
+            reason = "no stages send each other anything; it acts with pipeline.stages of 2 or more"
+            found.append(Ignored(key="dspass.quantise.sends", value=own.sends, reason=reason))
+        return tuple(found)
 
     def _notes_of_feedback(self) -> tuple[Ignored, ...]:
         """Note what asks for error feedback where it has no use, or is switched off."""

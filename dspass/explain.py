@@ -58,7 +58,7 @@ from dspass.report import (
     format_bytes,
     format_seconds,
 )
-from dspass.report_pipeline import record_of
+from dspass.report_pipeline import notes_of_messages, record_of
 from dspass.runtime import compat
 from dspass.runtime.axis import MODELLED
 from dspass.runtime.engine import Engine
@@ -166,7 +166,12 @@ def _measured(model: nn.Module) -> Report:
     if pipeline is not None:
         assert pipeline.staging is not None
         record = record_of(
-            pipeline.staging, pipeline.pipe.rank, pipeline.predicted(True), pipeline.measured, pipeline.said
+            pipeline.staging,
+            pipeline.pipe.rank,
+            pipeline.predicted(True),
+            pipeline.measured,
+            _sends(pipeline),
+            pipeline.said,
         )
         if pipeline.measured is None:
             notes.append(
@@ -310,8 +315,12 @@ def _predicted_pipeline(pipeline: Pipelined, peak_bytes: int, train: bool) -> Pi
     timeline = pipeline.predicted(train)
     peaks = list(timeline.peak_bytes)
     peaks[pipeline.pipe.rank] = peak_bytes
-    timeline = dataclasses.replace(timeline, peak_bytes=tuple(peaks))
-    return record_of(pipeline.staging, pipeline.pipe.rank, timeline, None, pipeline.said)
+    predicted = dataclasses.replace(timeline, peak_bytes=tuple(peaks))
+    return record_of(pipeline.staging, pipeline.pipe.rank, predicted, None, _sends(pipeline), pipeline.said)
+
+
+def _sends(pipeline: Pipelined) -> str | None:
+    return pipeline.config.quantise.sends
 
 
 def _rates(device: str) -> str:
@@ -629,6 +638,7 @@ def _report(
         ]
     ignored = {i.key: i.reason for i in config.ignored} if config is not None else {}
     quantised = quantised_tensors(_graphs(engine), engine)
+    limit = config.quantise.max_relative_error if config is not None else None
     return Report(
         kind=kind,
         model=type(model).__name__,
@@ -650,7 +660,8 @@ def _report(
         notes=[
             *dict.fromkeys(n for c in engine.compilations for p in c.passes for n in p.notes),
             *_routing_notes(kind, engine),
-            *notes_of_rows(quantised, config.quantise.max_relative_error if config is not None else None),
+            *notes_of_rows(quantised, limit),
+            *(notes_of_messages(pipeline, limit) if pipeline is not None else ()),
             *notes,
         ],
         versions={"torch": torch.__version__, "python": platform.python_version(), "dspass": _version()},

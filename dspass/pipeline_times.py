@@ -13,15 +13,18 @@ Dropped: to gather whenever the report is asked for. One rank may ask, and the o
 
 from __future__ import annotations
 
+import math
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch.distributed as dist
 
+from dspass.quantising import relative
 from dspass.runtime.axis import Axis
 from dspass.runtime.pipeline import Executor
-from dspass.runtime.schedule import Span, Timeline
+from dspass.runtime.schedule import Direction, Span, Timeline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +37,9 @@ class Measured:
     """In which a rank waited for messages."""
     sent_bytes: tuple[int, ...]
     """To neighbours, in this call."""
+    errors: Mapping[tuple[int, Direction], float] = field(default_factory=dict)
+    """By how much the first message in few bits was off over each cut, numbered by the stage before it: a norm over that of its
+    values."""
 
 
 def is_due(call: int) -> bool:
@@ -44,11 +50,14 @@ def is_due(call: int) -> bool:
 def gather(executor: Executor, axis: Axis, call: int, peak_bytes: int | None) -> Measured:
     """What the last call of ``executor``, which was watched, did on all ranks of ``axis``; all of them call this.
 
-    ``peak_bytes`` is the most memory that this rank has been seen to take; None where nobody looked.
+    ``peak_bytes`` is the most memory that this rank has been seen to take; None where nobody looked. A message that was not
+    finite, as the first with a scaled loss may be, is forgotten, so that the next one counts.
     """
     behind = time.time() - time.perf_counter()
     times = [(span.start + behind, span.end + behind) for span in executor.spans]
-    mine = times, peak_bytes, executor.wait_seconds, executor.sent_bytes
+    off = {place: relative(sums) for place, sums in executor.rounding.items()}
+    executor.rounding = {place: sums for place, sums in executor.rounding.items() if math.isfinite(off[place])}
+    mine = times, peak_bytes, executor.wait_seconds, executor.sent_bytes, off
     everyone: list[Any] = [mine] * axis.size
     if axis.size > 1:
         dist.all_gather_object(everyone, mine, axis.group)
@@ -63,6 +72,7 @@ def gather(executor: Executor, axis: Axis, call: int, peak_bytes: int | None) ->
         timeline=Timeline(schedule, tuple(spans), () if None in peaks else peaks),
         wait_seconds=tuple(one[2] for one in everyone),
         sent_bytes=tuple(one[3] for one in everyone),
+        errors={place: error for one in everyone for place, error in one[4].items() if math.isfinite(error)},
     )
 
 

@@ -59,7 +59,7 @@ from dspass.runtime.tied import sum_tied
 from dspass.settings import kind_of
 from dspass.shard import Fill, agree, materialise_buffers, refuse_wrapped
 from dspass.staged import pipeline_mesh, place_stages, prepare
-from dspass.staging import Staging, forward_only, plan_stages
+from dspass.staging import Staging, forward_only, packing_of, plan_stages
 
 
 def pipelined(
@@ -370,7 +370,8 @@ class Pipelined:
                 keep_outputs(gm, [position])
             costs = costs_of(gm, devices.tabled(kind_of(self.engine)), trains)
             cuts = follow(gm, staging.schedule.stages, costs, staging.stages_of, staging.known)
-            graphs = split_stages(gm, [s.nodes for s in cuts.stages], [c.values for c in cuts.cuts], cuts.stage_of)
+            crossing = [c.values for c in cuts.cuts]
+            graphs = split_stages(gm, [s.nodes for s in cuts.stages], crossing, cuts.stage_of, packing_of(self.config))
         schedule = staging.schedule_of(count) if trains else forward_only(staging.schedule, count)
         inputs = [*batches.inputs[0], *_totals(combination, batches)]
         parts = {action.stage for row in schedule.actions for action in row if action.kind is Kind.INPUT}

@@ -304,8 +304,17 @@ def _made_for(joint: fx.Graph, engine: Engine, config: Config, passes: Sequence[
         passes=tuple(map(str, passes)),
         offload=f"optimizer {config.offload_optimizer} {config.offload_optimizer_ratio:g}, param {config.offload_param}",
         torch=torch.__version__.split("+")[0],
-        part=f"{place}{', gathered once a call' * engine.keeps_for_call}" if place is not None else "",
+        part=_part(place, engine, config),
     )
+
+
+def _part(place: Place | None, engine: Engine, config: Config) -> str:
+    """Which stage of a pipeline is planned, and how it runs."""
+    if place is None:
+        return ""
+    gathers = ", gathered once a call" if engine.keeps_for_call else ""
+    sends = f", {config.quantise.sends} messages" if config.quantise.sends else ""
+    return f"{place}{gathers}{sends}"
 
 
 def _serves(made_for: MadeFor, plan: Plan, wanted: MadeFor, budget: int) -> bool:

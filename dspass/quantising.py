@@ -32,7 +32,7 @@ from dspass.report import Direction, QuantisedTensor
 from dspass.runtime.engine import Engine
 from dspass.runtime.formats import format_of
 from dspass.runtime.params import ParamSpec
-from dspass.runtime.quantise import DTYPES, blocks_of
+from dspass.runtime.quantise import DTYPES, blocks_of, squares
 
 #: Values whose rounding is looked at together: what that takes is little beside a shard.
 _AT_A_TIME = 2**20
@@ -75,13 +75,9 @@ def _squares(spec: ParamSpec, format: str, block: int) -> torch.Tensor:
     return sums.to(_collective_device(spec, local))
 
 
-def squares(values: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
-    """The sums of squares, in fp64, of what rounding has changed and of ``values``: ``float64[2]``."""
-    return torch.stack([t.double().square().sum() for t in (rounded - values.float(), values)])
-
-
 def relative(sums: torch.Tensor) -> float:
-    """An error as a norm over that of the values, from added :func:`squares`; 0 where there are but zeros."""
+    """An error as a norm over that of the values, from added :func:`squares <dspass.runtime.quantise.squares>`; 0
+    where there are but zeros."""
     off, all_of_it = sums.tolist()
     return float((off / all_of_it) ** 0.5) if all_of_it else 0.0
 

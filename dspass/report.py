@@ -327,6 +327,20 @@ class PipelineTimeline:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PipelineMessage:
+    """What goes one way over one ``cut``, numbered by the stage before it, for one micro-batch, where messages travel as
+    ``format``; None where it is no smaller so, and goes whole."""
+
+    cut: int
+    direction: Direction
+    format: str | None
+    whole_bytes: int
+    sent_bytes: int
+    relative_error: float | None = None
+    """What rounding has changed of the first one, as a norm over its values'; None where it was not measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PipelineRecord:
     """The stages of a model over ranks, and its batch over time."""
 
@@ -339,6 +353,8 @@ class PipelineRecord:
     """Where the model is cut, and why there: a line a cut."""
     candidates: list[str] = field(default_factory=list)
     """A table of the schedules that were compared: its head, then the chosen one, then the others."""
+    messages: list[PipelineMessage] = field(default_factory=list)
+    """Between ranks, where they are to travel in few bits; empty where all go whole."""
     predicted: PipelineTimeline | None = None
     measured: PipelineTimeline | None = None
 

@@ -14,13 +14,14 @@ from textwrap import wrap
 from dspass.pipeline_times import Measured
 from dspass.report import (
     PipelineKind,
+    PipelineMessage,
     PipelineRecord,
     PipelineSpan,
     PipelineTimeline,
     format_bytes,
     format_seconds,
 )
-from dspass.runtime.schedule import Action, Kind, Schedule, Span, Timeline
+from dspass.runtime.schedule import Action, Direction, Kind, Schedule, Send, Span, Timeline
 from dspass.staging import Staging
 from dspass.timeline import timeline_text
 
@@ -40,10 +41,15 @@ _BESIDE = 44
 
 
 def record_of(
-    staging: Staging, rank: int, predicted: Timeline, measured: Measured | None, more: Sequence[str] = ()
+    staging: Staging,
+    rank: int,
+    predicted: Timeline,
+    measured: Measured | None,
+    sends: str | None,
+    more: Sequence[str] = (),
 ) -> PipelineRecord:
-    """What is known of a pipeline, on its ``rank``. ``predicted`` is of a schedule of ``staging``'s own stages, and ``more``
-    says how they run."""
+    """What is known of a pipeline, on its ``rank``. ``predicted`` is of a schedule of ``staging``'s own stages, ``sends`` the
+    format of its messages, and ``more`` says how its stages run."""
     return PipelineRecord(
         schedule=staging.schedule.name,
         rank_of=list(staging.schedule.rank_of),
@@ -52,7 +58,40 @@ def record_of(
         candidates=staging.table.splitlines(),
         predicted=_times(predicted, sent_bytes=staging.sent_bytes(predicted.schedule)),
         measured=None if measured is None else _times(measured.timeline, measured.wait_seconds, measured.sent_bytes),
+        messages=[] if sends is None else list(_messages(staging, predicted.schedule, measured, sends)),
     )
+
+
+def _messages(
+    staging: Staging, schedule: Schedule, measured: Measured | None, format: str
+) -> Iterator[PipelineMessage]:
+    steps = (step for rank in range(schedule.ranks) for step in schedule.steps(rank) if isinstance(step, Send))
+    for cut, direction in sorted({(min(s.source, s.destination), s.direction) for s in steps}, key=_there_and_back):
+        link = staging.links[cut]
+        yield PipelineMessage(
+            cut=cut,
+            direction="forward" if direction is Direction.FORWARD else "backward",
+            format=format if link.sent(direction) < link.whole(direction) else None,
+            whole_bytes=link.whole(direction),
+            sent_bytes=link.sent(direction),
+            relative_error=measured.errors.get((cut, direction)) if measured is not None else None,
+        )
+
+
+def _there_and_back(place: tuple[int, Direction]) -> tuple[int, bool]:
+    return place[0], place[1] is Direction.BACKWARD
+
+
+def notes_of_messages(record: PipelineRecord, limit: float | None) -> list[str]:
+    """A sentence on messages that are off by more than ``limit``, which is known only once they have been sent."""
+    errors = [(m.relative_error, f"cut {m.cut} {m.direction}") for m in record.messages if m.relative_error is not None]
+    wrong = [(error, name) for error, name in errors if limit is not None and error > limit]
+    if not wrong:
+        return []
+    return [
+        f"Messages over {', '.join(name for _, name in wrong)} are off by up to {max(wrong)[0]:.2g} in few bits, beyond "
+        f"dspass.quantise.max_relative_error ({limit:g}): take a finer dspass.quantise.sends, or a smaller block."
+    ]
 
 
 def _times(timeline: Timeline, wait_seconds: Sequence[float] = (), sent_bytes: Sequence[int] = ()) -> PipelineTimeline:
@@ -115,6 +154,8 @@ def lines(record: PipelineRecord, width: int) -> Iterator[str]:
     for name, timeline in record.timelines.items():
         if said := beside(timeline):
             yield f"  {name}: {said}"
+    if record.messages:
+        yield from _wrapped(travel(record.messages), width)
     for line in record.candidates[: 2 + _OTHERS]:
         yield f"  {_line(line, keep_spaces=True)}"
     if len(record.candidates) > 2 + _OTHERS:
@@ -144,6 +185,23 @@ def beside(timeline: PipelineTimeline) -> str:
     return "; ".join(parts)
 
 
+def travel(messages: Sequence[PipelineMessage]) -> str:
+    """How messages travel: ``messages travel as int8: 1.05 MB → 279 kB a micro-batch over all cuts, ...``."""
+    whole, sent = sum(m.whole_bytes for m in messages), sum(m.sent_bytes for m in messages)
+    format = next((m.format for m in messages if m.format is not None), None)
+    if format is None:
+        return "messages travel whole: in few bits they are no smaller"
+    size = f"{format_bytes(whole)} → {format_bytes(sent)} a micro-batch over all cuts"
+    errors = [(m.relative_error, m) for m in messages if m.relative_error is not None]
+    if not errors:
+        return f"messages travel as {_line(format)}: {size}; errors not measured"
+    error, most = max(errors, key=lambda one: one[0])
+    return (
+        f"messages travel as {_line(format)}: {size}; the first were off by {100 * error:.2g} % at most (cut {most.cut}, "
+        f"{most.direction})"
+    )
+
+
 def changes(old: PipelineRecord | None, new: PipelineRecord | None) -> Iterator[str]:
     """What differs, as text."""
     if old is None or new is None:
@@ -160,10 +218,16 @@ def changes(old: PipelineRecord | None, new: PipelineRecord | None) -> Iterator[
         was, now = old.timelines.get(name), new.timelines.get(name)
         if was != now:
             yield f"{name}: {_figures(was)} → {_figures(now)}"
+    if old.messages != new.messages:
+        yield f"{_travelling(old.messages)} → {_travelling(new.messages)}"
     if old.candidates != new.candidates:
         yield "other schedules were compared, or with other results"
     if old.rank != new.rank:
         yield f"rank of the pipeline: {old.rank} → {new.rank}"
+
+
+def _travelling(messages: Sequence[PipelineMessage]) -> str:
+    return travel(messages) if messages else "messages travel whole"
 
 
 def _figures(timeline: PipelineTimeline | None) -> str:
@@ -186,4 +250,4 @@ def _line(text: str, keep_spaces: bool = False) -> str:
     return shown if keep_spaces else " ".join(shown.split())
 
 
-__all__ = ["beside", "changes", "heading", "lines", "record_of", "timelines_of"]
+__all__ = ["beside", "changes", "heading", "lines", "notes_of_messages", "record_of", "timelines_of", "travel"]

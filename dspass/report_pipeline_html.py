@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
-from dspass.report import PipelineRecord, PipelineTimeline, format_bytes, format_seconds
+from dspass.report import PipelineMessage, PipelineRecord, PipelineTimeline, format_bytes, format_seconds
 from dspass.report_pipeline import heading, timelines_of
 from dspass.timeline import timeline_svg
 
@@ -36,6 +36,7 @@ def pipeline_html(record: PipelineRecord | None) -> str:
     {picture}
     {_ranks(record)}
     {f'<h3 class="sub">Where it is cut</h3><ul class="notes">{why}</ul>' if why else ""}
+    {_messages(record.messages)}
     {_candidates(record.candidates)}
   </section>
 """
@@ -74,6 +75,25 @@ def _columns(timeline: PipelineTimeline) -> list[tuple[str, list[str]]]:
         ("Sends to neighbours", timeline.sent_bytes, format_bytes),
     ]
     return [(title, [show(value) for value in values]) for title, values, show in found if values]
+
+
+def _messages(messages: Sequence[PipelineMessage]) -> str:
+    """A row for each way over each cut."""
+    if not messages:
+        return ""
+    rows = [
+        (
+            str(m.cut),
+            m.direction,
+            m.format or "whole",
+            format_bytes(m.whole_bytes),
+            format_bytes(m.sent_bytes),
+            "-" if m.relative_error is None else f"{100 * m.relative_error:.2g} %",
+        )
+        for m in messages
+    ]
+    head = ("Cut", "Direction", "Travels as", "Whole", "Sent", "Error of the first")
+    return f'<h3 class="sub">Messages of a micro-batch</h3>{_table(head, rows, range(3, 6))}'
 
 
 def _candidates(table: Sequence[str]) -> str:

@@ -122,6 +122,8 @@ def links_of(graphs: Sequence[StageGraph]) -> list[Link]:
         Link(
             forward_bytes=sum(v.nbytes for v in graph.sent),
             backward_bytes=sum(v.nbytes for v in graph.sent if v.has_gradient),
+            forward_sent=sum(v.sent_bytes for v in graph.sent),
+            backward_sent=sum(v.sent_bytes for v in graph.sent if v.has_gradient),
         )
         for graph in graphs[:-1]
     ]

@@ -28,7 +28,8 @@ from dspass.planner.schedules import NAMES, Choice, choose, make
 from dspass.planner.stages import CutError, Cuts, Memory, cut
 from dspass.runtime.axis import Axis
 from dspass.runtime.engine import Engine
-from dspass.runtime.schedule import Action, Direction, Kind, Schedule, ScheduleError, Send, Timeline
+from dspass.runtime.schedule import Action, Kind, Schedule, ScheduleError, Send, Timeline
+from dspass.runtime.sends import Packing
 from dspass.settings import kind_of
 
 #: Bytes that a byte of a parameter takes, with its gradient and the states of Adam.
@@ -70,13 +71,18 @@ class Staging:
         for rank in range(schedule.ranks):
             for step in schedule.steps(rank):
                 if isinstance(step, Send):
-                    link = self.links[min(step.source, step.destination)]
-                    sent[rank] += link.forward_bytes if step.direction is Direction.FORWARD else link.backward_bytes
+                    sent[rank] += self.links[min(step.source, step.destination)].sent(step.direction)
         return tuple(sent)
 
     def keys(self, engine: Engine) -> dict[str, frozenset[int]]:
         """``stages_of`` by the keys of this rank's engine."""
         return {f"{engine.name}/{name}": stages for name, stages in self.stages_of.items()}
+
+
+def packing_of(config: Config) -> Packing | None:
+    """How messages between stages are quantised, if they are."""
+    own = config.quantise
+    return Packing(format=own.sends, block=own.block) if own.sends is not None else None
 
 
 def forward_only(schedule: Schedule, count: int) -> Schedule:
@@ -106,6 +112,7 @@ def plan_stages(
     pipeline = config.pipeline
     on = devices.tabled(kind_of(engine))
     costs = costs_of(gm, on)  # of a step that trains, also where the first call does not
+    packing = packing_of(config)
     divided = max(engine.stages.data.size, 1) if engine.stages is not None and engine.stage else 1
 
     @functools.cache
@@ -116,8 +123,9 @@ def plan_stages(
                 return cut(
                     gm, stages, costs, on,
                     micro_batches=count, boundaries=pipeline.boundaries, memory=memory, in_flight=[1] * stages,
+                    packing=packing,
                 )  # fmt: skip
-        return cut(gm, stages, costs, on, micro_batches=count, boundaries=pipeline.boundaries)
+        return cut(gm, stages, costs, on, micro_batches=count, boundaries=pipeline.boundaries, packing=packing)
 
     def costs_for(stages: int, micro_batches: int) -> tuple[Sequence[StageCost], Sequence[Link]]:
         return stage_costs(cut_into(stages), on, count / micro_batches, divided)
@@ -189,7 +197,8 @@ def _again(cost: StageCost, arrives: Link) -> StageCost:
 
 
 def stage_costs(cuts: Cuts, on: Device, rows: float, divided: int) -> tuple[list[StageCost], list[Link]]:
-    """Of stages and cuts, for micro-batches of ``rows`` times those that were captured."""
+    """Of stages and cuts, for micro-batches of ``rows`` times those that were captured. What travels in few bits takes a pass
+    over memory as well, of which each end has one."""
     stages = [
         StageCost(
             forward=rows * s.forward,
@@ -202,16 +211,23 @@ def stage_costs(cuts: Cuts, on: Device, rows: float, divided: int) -> tuple[list
         )
         for s in cuts.stages
     ]
-    links = [
-        Link(
-            forward=on.latency + rows * c.bytes / on.link,
-            backward=on.latency + rows * c.gradient_bytes / on.link,
-            forward_bytes=int(rows * c.bytes),
-            backward_bytes=int(rows * c.gradient_bytes),
+    links = []
+    for c in cuts.cuts:
+        forward, backward = (
+            on.latency + rows * sent / on.link + (on.moving(rows * (whole + sent)) if sent < whole else 0.0)
+            for whole, sent in ((c.bytes, c.sent_bytes), (c.gradient_bytes, c.sent_gradient_bytes))
         )
-        for c in cuts.cuts
-    ]
+        links.append(
+            Link(
+                forward=forward,
+                backward=backward,
+                forward_bytes=int(rows * c.bytes),
+                backward_bytes=int(rows * c.gradient_bytes),
+                forward_sent=int(rows * c.sent_bytes),
+                backward_sent=int(rows * c.sent_gradient_bytes),
+            )
+        )
     return stages, links
 
 
-__all__ = ["Staging", "forward_only", "plan_stages", "stage_costs"]
+__all__ = ["Staging", "forward_only", "packing_of", "plan_stages", "stage_costs"]

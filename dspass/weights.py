@@ -29,11 +29,11 @@ from tqdm import tqdm
 
 from dspass.config import Config, ConfigError, LayersConfig
 from dspass.owners import unwrap
-from dspass.quantising import relative, squares
+from dspass.quantising import relative
 from dspass.report import QuantisedTensor
 from dspass.runtime import compat
 from dspass.runtime.few_bits import dequantise_rows, quantise_rows
-from dspass.runtime.quantise import DTYPES
+from dspass.runtime.quantise import DTYPES, squares
 from dspass.shard import precision
 
 log = logging.getLogger(__name__)

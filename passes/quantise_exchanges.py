@@ -14,8 +14,7 @@ from dspass.passes.base import PassContext
 from dspass.passes.nodes import ROWS, even_start, is_packed, wait_of
 from dspass.passes.packed import DEQUANTISE, QUANTISE, QuantisingPass, item_of, packed_values
 from dspass.runtime import compat
-from dspass.runtime.formats import GRAIN, format_of
-from dspass.runtime.quantise import DTYPES, blocks_of
+from dspass.runtime.quantise import DTYPES, row_block, row_bytes
 
 _aten = torch.ops.aten
 
@@ -58,25 +57,14 @@ class QuantiseExchanges(QuantisingPass):
             return "the width of a row is not known"
         if not wait_of(start).users:
             return "nobody reads them"
-        if self._row_bytes(width) >= width * value.element_size():
+        if row_bytes(width, self.format or "", self.block) >= width * value.element_size():
             return "codes and scales are no smaller"
         return None
-
-    def _row_bytes(self, width: int) -> int:
-        """Of a row's codes and scales."""
-        block = self._block_of(width)
-        count = blocks_of(width, block)
-        return format_of(self.format or "").code_bytes(count * block) + 4 * count
-
-    def _block_of(self, width: int) -> int:
-        """Of a row of ``width`` values: no larger than what was asked for, and as even as a block can be."""
-        share = -(-width // max(blocks_of(width, self.block), 1))
-        return max(-(-share // GRAIN), 1) * GRAIN
 
     def _quantise(self, graph: fx.Graph, start: fx.Node, format: str) -> tuple[int, int]:
         """Rewrite one exchange; answers the bytes that this rank has for it before, and now."""
         rows, wait, lead, width = _rows(start), wait_of(start), _lead(start), _width(start)
-        block, before = self._block_of(width), rows.meta["val"]
+        block, before = row_block(width, self.block), rows.meta["val"]
         (item,) = wait.users
         after, meta = item.meta["val"], item.meta
 
@@ -107,7 +95,7 @@ class QuantiseExchanges(QuantisingPass):
         item.replace_all_uses_with(result)
         graph.erase_node(item)
         elements = compat.expected_elements(before)
-        return elements * before.element_size(), elements // width * self._row_bytes(width)
+        return elements * before.element_size(), elements // width * row_bytes(width, format, self.block)
 
 
 def _rows(start: fx.Node) -> fx.Node:

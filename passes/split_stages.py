@@ -23,6 +23,7 @@ import torch.fx as fx
 
 from dspass.runtime.params import lookup
 from dspass.runtime.pipeline import Value
+from dspass.runtime.sends import Packing
 
 UNSHARD = (torch.ops.dspass.unshard, torch.ops.dspass.unshard.default)
 
@@ -80,9 +81,11 @@ def split_stages(
     nodes: Sequence[Sequence[fx.Node]],
     crossing: Sequence[Sequence[fx.Node]],
     stage_of: Mapping[fx.Node, int],
+    packing: Packing | None = None,
 ) -> list[StageGraph]:
     """The graphs of all stages: of the ``nodes`` that each of them runs, in order, and the values ``crossing`` from each to the
     next. ``stage_of`` has the stage that makes a value, of those that one alone makes; the last stage makes the other outputs.
+    With a ``packing`` values travel in few bits.
 
     Outputs that are no tensors of their own (an input, a constant) belong to nobody and are in no ``results``.
     """
@@ -97,7 +100,7 @@ def split_stages(
         if isinstance(answer, fx.Node) and answer.op != "placeholder":
             results[stage_of.get(answer, stages - 1)].append(i)
     trains = _with_gradients(graph)
-    values = {n: _value(n, n in trains) for message in crossing for n in message}
+    values = {n: _value(n, n in trains, packing) for message in crossing for n in message}
     found = []
     for s in range(stages):
         before = crossing[s - 1] if s else ()
@@ -176,8 +179,8 @@ def _with_gradients(graph: fx.Graph) -> set[fx.Node]:
     return found
 
 
-def _value(node: fx.Node, has_gradient: bool) -> Value:
-    return Value.like(node.name, node.meta["example_value"], has_gradient)
+def _value(node: fx.Node, has_gradient: bool, packing: Packing | None) -> Value:
+    return Value.like(node.name, node.meta["example_value"], has_gradient, packing)
 
 
 __all__ = ["StageGraph", "is_marker", "keep_outputs", "key_of", "read_parameters", "split_stages"]

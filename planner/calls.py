@@ -32,7 +32,7 @@ from dspass.runtime import compat
 from dspass.runtime.engine import Engine
 from dspass.runtime.ledger import HOST, Ledger
 from dspass.runtime.program import Probe
-from dspass.runtime.schedule import Schedule
+from dspass.runtime.schedule import Direction, Schedule
 
 _Answer = TypeVar("_Answer")
 
@@ -83,7 +83,8 @@ class Place:
         schedule, sent = self.schedule, 0
         for cut, link in enumerate(self.links):
             source, reader = (schedule.rank_of[s] == self.rank for s in (cut, cut + 1))
-            sent += 0 if source and reader else link.forward_bytes * source + link.backward_bytes * reader
+            if source != reader:
+                sent += link.sent(Direction.FORWARD if source else Direction.BACKWARD)
         return sent
 
     def __str__(self) -> str:

@@ -65,7 +65,20 @@ class Link:
     backward: float = 0.0
     """Seconds of their gradients."""
     forward_bytes: int = 0
+    """Of the activations as stages make and read them."""
     backward_bytes: int = 0
+    forward_sent: int | None = None
+    """What of ``forward_bytes`` travels between two ranks; None: all."""
+    backward_sent: int | None = None
+
+    def whole(self, direction: Direction) -> int:
+        """Bytes of a message as stages make and read it."""
+        return self.forward_bytes if direction is Direction.FORWARD else self.backward_bytes
+
+    def sent(self, direction: Direction) -> int:
+        """Bytes of a message between two ranks."""
+        sent = self.forward_sent if direction is Direction.FORWARD else self.backward_sent
+        return self.whole(direction) if sent is None else sent
 
 
 def simulate(
@@ -126,9 +139,10 @@ def simulate(
 def peak_bytes(schedule: Schedule, costs: Sequence[StageCost], links: Sequence[Link] = ()) -> tuple[int, ...]:
     """The most memory of each rank.
 
-    A receive takes its memory from where it is posted until it is read: activations are then part of what a forward saves, and
-    gradients are gone after the backward. What an action makes for another stage is held while it runs, and if that stage is on
-    the same rank, until it is read; what is sent is taken to be away when the next action begins.
+    A receive takes its memory from where it is posted until it is read, in few bits where it travels so: activations are then
+    part of what a forward saves, and gradients are gone after the backward. What an action makes for another stage is held
+    whole while it runs, and if that stage is on the same rank, until it is read; what is sent is taken to be away when the next
+    action begins.
     """
     return tuple(peak_of_rank(schedule, costs, links, rank) for rank in range(schedule.ranks))
 
@@ -142,28 +156,31 @@ def peak_of_rank(schedule: Schedule, costs: Sequence[StageCost], links: Sequence
     held = peak = sum(costs[stage].static_bytes for stage in schedule.stages_of(rank))
     for step in steps:
         if isinstance(step, Receive):
-            link = links[min(step.source, step.destination)]
-            held += link.forward_bytes if step.direction is Direction.FORWARD else link.backward_bytes
+            held += links[min(step.source, step.destination)].sent(step.direction)
             peak = max(peak, held)
         if not isinstance(step, Action):
             continue
         cost, kind = costs[step.stage], step.kind
-        arrived = links[step.stage - 1].forward_bytes if step.stage > 0 else 0
-        gradient = links[step.stage].backward_bytes if step.stage < schedule.stages - 1 else 0
+        direction = Direction.FORWARD if kind is Kind.FORWARD else Direction.BACKWARD
+        come = 0
+        source = step.stage + (-1 if kind is Kind.FORWARD else 1)
+        if kind is not Kind.WEIGHT and 0 <= source < schedule.stages:
+            link = links[min(step.stage, source)]
+            come, sent = link.whole(direction), link.sent(direction)
+            if schedule.rank_of[source] != rank and sent != come:  # whole beside what has come
+                peak = max(peak, held + come)
+                held += come - sent
         if kind is Kind.FORWARD:
-            held += cost.saved_bytes - arrived
+            held += cost.saved_bytes - come
         reader = schedule.reader(step)
-        made = 0
-        if reader is not None:
-            link = links[min(step.stage, reader.stage)]
-            made = link.forward_bytes if kind is Kind.FORWARD else link.backward_bytes
+        made = links[min(step.stage, reader.stage)].whole(direction) if reader is not None else 0
         peak = max(peak, held + made + cost.working_bytes)
         if reader is not None and schedule.rank_of[reader.stage] == rank:
             held += made
         if kind is Kind.BACKWARD:
-            held -= cost.saved_bytes + gradient
+            held -= cost.saved_bytes + come
         elif kind is Kind.INPUT:
-            held -= cost.saved_bytes + gradient - cost.held_bytes
+            held -= cost.saved_bytes + come - cost.held_bytes
         elif kind is Kind.WEIGHT:
             held -= cost.held_bytes
     return peak

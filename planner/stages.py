@@ -45,6 +45,8 @@ from dspass.passes.experts import find_experts
 from dspass.passes.text import place_of
 from dspass.planner.stage_cuts import Outcome, Shared, Unit, Value, Work, outcome, solve
 from dspass.runtime import compat
+from dspass.runtime.pipeline import Value as Message
+from dspass.runtime.sends import Packing
 from dspass.runtime.wish import STAGE_BOUNDARY
 
 #: How a tensor that is received may lie in memory, by its dimensions.
@@ -91,13 +93,21 @@ class Stage:
 @dataclass(frozen=True, kw_only=True)
 class Cut:
     """Between stage ``index`` and the next: all ``values`` that are made at or before it and read behind it, by position in the
-    graph, carried ones among them; their bytes a micro-batch, and those of their gradients; seconds of the link for both."""
+    graph, carried ones among them; their bytes a micro-batch, and those of their gradients, whole and as they travel; seconds
+    of the link for both."""
 
     index: int
     values: tuple[fx.Node, ...]
     bytes: int
     gradient_bytes: int
+    sent_bytes: int
+    sent_gradient_bytes: int
     seconds: float
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether anything travels in few bits."""
+        return self.sent_bytes < self.bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,13 +134,15 @@ def cut(
     memory: Memory | None = None,
     in_flight: Sequence[int] | None = None,
     link: float | None = None,
+    packing: Packing | None = None,
 ) -> Cuts:
     """Cut a captured graph into ``stages``, which ``costs`` (:func:`dspass.passes.captured_cost.costs_of`) say what they take.
 
     ``rank_of`` is the rank of each stage (its own), whose ``memory`` its stages share; ``in_flight`` the micro-batches that
     each has saved at a time (as in 1F1B: ``min(stages - s, micro_batches)``); ``link`` the bytes a second between neighbours
     (the device's, between nodes). ``boundaries`` are names of modules, the first nodes of which begin the second stage and so
-    on; without them, calls of :func:`dspass.stage_boundary` in the graph are; without either, costs decide.
+    on; without them, calls of :func:`dspass.stage_boundary` in the graph are; without either, costs decide. What
+    crosses costs its bytes as it travels, which ``packing`` makes fewer.
 
     Raises :class:`CutError`, a ``ValueError``, where there are fewer places to cut than asked for, where boundaries are not one
     less than stages, have no such name or no place, and where no cut found fits into the memory.
@@ -148,8 +160,8 @@ def cut(
             Value(
                 source=parts.unit_of[n],
                 readers=tuple({parts.unit_of[r] for r in readers}),
-                bytes=_bytes(n),
-                gradient=_bytes(n) if costs[n].has_gradient else 0,
+                bytes=_sent_bytes(n, packing),
+                gradient=_sent_bytes(n, packing) if costs[n].has_gradient else 0,
             )
             for n, readers in parts.readers.items()
             if any(parts.unit_of[r] != parts.unit_of[n] for r in readers)
@@ -176,7 +188,11 @@ def cut(
         _refuse_memory(work, result, how)
     stage_of = {n: stage_of_unit[u] for n, u in parts.unit_of.items()}
     found = tuple(_stage(parts, stage_of, s) for s in range(stages))
-    crossings = tuple(_cut(parts, stage_of, s, work, result) for s in range(stages - 1))
+    seconds = [
+        work.link_seconds(result.crossing[s], result.gradients[s]) if work.is_sent(s) else 0.0
+        for s in range(stages - 1)
+    ]
+    crossings = tuple(_cut(parts, stage_of, s, packing, seconds[s]) for s in range(stages - 1))
     return Cuts(
         stage_of=stage_of,
         stages=found,
@@ -192,6 +208,7 @@ def follow(
     costs: Mapping[fx.Node, NodeCost],
     stages_of: Mapping[str, Collection[int]],
     known: Mapping[str, int],
+    packing: Packing | None = None,
 ) -> Cuts:
     """Cut ``gm`` so that each stage reads only parameters that lie on it, of which ``stages_of`` has the stages by name, and
     runs the nodes that it ran in the graph that was cut first (``known``, by name).
@@ -221,12 +238,8 @@ def follow(
         stage_of_unit.append(stage)
     stage_of = {n: stage_of_unit[u] for n, u in parts.unit_of.items()}
     found = tuple(_stage(parts, stage_of, s) for s in range(stages))
-    crossing = []
-    for s in range(stages - 1):
-        values = parts.crossing(stage_of, s)
-        sent, back = sum(map(_bytes, values)), sum(_bytes(n) for n in values if costs[n].has_gradient)
-        crossing.append(Cut(index=s, values=values, bytes=sent, gradient_bytes=back, seconds=0.0))
-    return Cuts(stage_of=stage_of, stages=found, cuts=tuple(crossing), bottleneck=max(s.seconds for s in found), why=())
+    crossing = tuple(_cut(parts, stage_of, s, packing) for s in range(stages - 1))
+    return Cuts(stage_of=stage_of, stages=found, cuts=crossing, bottleneck=max(s.seconds for s in found), why=())
 
 
 def _assign(parts: _Parts, work: Work, boundaries: Sequence[str] | None) -> tuple[list[int], str]:
@@ -574,6 +587,14 @@ def _bytes(node: fx.Node) -> int:
     return 0 if value is None else compat.expected_elements(value) * value.element_size()
 
 
+def _sent_bytes(node: fx.Node, packing: Packing | None) -> int:
+    """As a value travels."""
+    value = _value(node)
+    if packing is None or value is None:
+        return _bytes(node)
+    return Message.like(node.name, value, True, packing).sent_bytes
+
+
 # -- what was found ------------------------------------------------------------------------------------------
 
 
@@ -596,15 +617,17 @@ def _stage(parts: _Parts, stage_of: Mapping[fx.Node, int], s: int) -> Stage:
     )
 
 
-def _cut(parts: _Parts, stage_of: Mapping[fx.Node, int], s: int, work: Work, result: Outcome) -> Cut:
+def _cut(parts: _Parts, stage_of: Mapping[fx.Node, int], s: int, packing: Packing | None, seconds: float = 0.0) -> Cut:
     values = parts.crossing(stage_of, s)
-    count, gradients = result.crossing[s], result.gradients[s]
+    back = [n for n in values if parts.costs[n].has_gradient]
     return Cut(
         index=s,
         values=values,
-        bytes=count,
-        gradient_bytes=gradients,
-        seconds=work.link_seconds(count, gradients) if work.is_sent(s) else 0.0,
+        bytes=sum(map(_bytes, values)),
+        gradient_bytes=sum(map(_bytes, back)),
+        sent_bytes=sum(_sent_bytes(n, packing) for n in values),
+        sent_gradient_bytes=sum(_sent_bytes(n, packing) for n in back),
+        seconds=seconds,
     )
 
 
@@ -620,9 +643,10 @@ def _said(stages: Sequence[Stage], cuts: Sequence[Cut], stage_of: Mapping[fx.Nod
         )
         if behind is not None:
             sent = ", ".join(f"%{n.name}" for n in behind.values)
+            few = f" ({_size(behind.sent_bytes)} and {_size(behind.sent_gradient_bytes)} in few bits)"
             lines.append(
-                f"cut {behind.index}: {_size(behind.bytes)} there and {_size(behind.gradient_bytes)} back a micro-batch, "
-                f"{_time(behind.seconds)}: {sent or 'nothing'}"
+                f"cut {behind.index}: {_size(behind.bytes)} there and {_size(behind.gradient_bytes)} back a micro-batch"
+                f"{few if behind.is_packed else ''}, {_time(behind.seconds)}: {sent or 'nothing'}"
             )
     return lines
 

@@ -6,7 +6,8 @@ that it is given, which are leaves of its own: whoever called hands them out whe
 A message is a list of tensors whose names, shapes and types both ends know from the graph, so none are told. Receives are
 posted where the schedule has them and waited for by what reads them. A tensor that is sent is kept until it has gone: before
 the next message goes the same way, the last one must have arrived, which holds nobody up for good, since the order is one in
-which each send may block. On the way back a message holds the gradients of those values that have one.
+which each send may block. On the way back a message holds the gradients of those values that have one. Between ranks values
+travel whole or in few bits (:mod:`dspass.runtime.sends`); what stages of one rank hand each other is never rounded.
 
 Dropped: ``torch.distributed.pipelining``'s own runtime under its schedules. It passes inputs to the first stage alone, so that
 labels and masks would have to travel; splits backwards by walking autograd's graph, which compiled stages have none of; and
@@ -19,7 +20,7 @@ from __future__ import annotations
 import contextlib
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -29,6 +30,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from dspass.runtime.axis import Axis
 from dspass.runtime.clock import Moments
 from dspass.runtime.schedule import Action, Direction, Kind, Receive, Schedule, Send, Span
+from dspass.runtime.sends import Packing
 
 
 class PipelineError(RuntimeError):
@@ -53,45 +55,78 @@ def waiting_for(axis: Axis, what: str) -> Iterator[None]:
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Value:
     """One tensor of a message between two stages, which lies in memory with its dimensions in the order ``dims``, as channels
-    last do. ``has_gradient``: the message back holds its gradient."""
+    last do. ``has_gradient``: the message back holds its gradient. With a ``packing`` both travel in few bits."""
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     has_gradient: bool
     dims: tuple[int, ...]
+    packing: Packing | None = None
 
     @classmethod
-    def like(cls, name: str, tensor: torch.Tensor, has_gradient: bool) -> Value:
-        """A value like ``tensor``, which may be fake."""
+    def like(cls, name: str, tensor: torch.Tensor, has_gradient: bool, packing: Packing | None = None) -> Value:
+        """A value like ``tensor``, which may be fake. It travels as ``packing`` says where it is smaller so."""
         dims = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
         plain = tensor.is_contiguous() or not tensor.permute(dims).is_contiguous()
-        return cls(
+        whole = cls(
             name=name,
             shape=tuple(int(s) for s in tensor.shape),
             dtype=tensor.dtype,
             has_gradient=has_gradient and tensor.dtype.is_floating_point,
             dims=tuple(range(tensor.dim()) if plain else dims),
         )
+        shrinks = packing is not None and packing.shrinks(whole._in_memory, whole.dtype)
+        return replace(whole, packing=packing) if shrinks else whole
 
     def empty(self, device: torch.device | str) -> torch.Tensor:
         """A tensor of its shape, that lies as it does."""
-        return self._back(torch.empty([self.shape[d] for d in self.dims], dtype=self.dtype, device=device))
+        return self._back(torch.empty(self._in_memory, dtype=self.dtype, device=device))
 
-    def in_order(self, tensor: torch.Tensor) -> torch.Tensor:
-        """``tensor`` as it travels: contiguous, and if it lies as it should the same memory."""
-        return tensor.permute(self.dims).contiguous()
+    def buffer(self, device: torch.device | str) -> torch.Tensor:
+        """What it is received in, contiguous."""
+        if self.packing is None:
+            return torch.empty(self._in_memory, dtype=self.dtype, device=device)
+        return torch.empty(self.sent_bytes, dtype=torch.uint8, device=device)
+
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        """``tensor`` as it travels: contiguous, and if it travels whole and lies as it should the same memory."""
+        return self._in_order(tensor) if self.packing is None else self.packing.pack(self._in_order(tensor))
+
+    def unpack(self, buffer: torch.Tensor) -> torch.Tensor:
+        """What has come, lying as it should."""
+        if self.packing is not None:
+            buffer = self.packing.unpack(buffer, self._in_memory, self.dtype)
+        return self._back(buffer)
+
+    def squares(self, tensor: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
+        """As :meth:`Packing.squares`, of a ``tensor`` that travels as ``packed``."""
+        assert self.packing is not None
+        return self.packing.squares(self._in_order(tensor), packed)
 
     def laid(self, tensor: torch.Tensor) -> torch.Tensor:
         """``tensor``, lying as it does where it has travelled."""
-        return self._back(self.in_order(tensor))
+        return self._back(self._in_order(tensor))
+
+    def _in_order(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.permute(self.dims).contiguous()
 
     def _back(self, travelled: torch.Tensor) -> torch.Tensor:
         return travelled.permute([self.dims.index(d) for d in range(len(self.dims))])
 
     @property
+    def _in_memory(self) -> tuple[int, ...]:
+        """Its shape as it lies in memory."""
+        return tuple(self.shape[d] for d in self.dims)
+
+    @property
     def nbytes(self) -> int:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    @property
+    def sent_bytes(self) -> int:
+        """Of what goes from one rank to another."""
+        return self.nbytes if self.packing is None else self.packing.bytes_of(self._in_memory)
 
 
 class Halves(Protocol):
@@ -160,6 +195,9 @@ class Executor:
     """Of the last call that was watched, in which this rank waited for messages."""
     sent_bytes: int = 0
     """Of the last call."""
+    rounding: dict[tuple[int, Direction], torch.Tensor] = field(default_factory=dict)
+    """Of the first message in few bits that this rank has sent over each cut, numbered by the stage before it, the sums of
+    squares (:func:`dspass.runtime.quantise.squares`)."""
 
     def __call__(
         self, batches: Sequence[Sequence[Any]], shards: Mapping[str, torch.Tensor]
@@ -193,7 +231,7 @@ class _Call:
     ) -> None:
         self.executor, self.batches, self.shards = executor, batches, shards
         self.stages, self.axis = executor.stages, executor.axis
-        self.posted: dict[tuple[Direction, int, int], tuple[list[torch.Tensor], list[Any], int]] = {}
+        self.posted: dict[tuple[Direction, int, int], tuple[list[tuple[Value, torch.Tensor]], list[Any], int]] = {}
         self.outbox: dict[tuple[Direction, int, int], list[torch.Tensor]] = {}
         self.going: dict[tuple[Direction, int], deque[list[tuple[Any, torch.Tensor]]]] = defaultdict(deque)
         self.runs: dict[tuple[int, int], _Run] = {}
@@ -248,33 +286,38 @@ class _Call:
     def _post(self, step: Receive) -> None:
         assert self.axis is not None
         values = self._values(step.direction, step.source, step.destination)
-        buffers = [v.empty(self.executor.device) for v in values]
-        works = [
-            dist.irecv(v.in_order(b), self.axis.ranks[step.peer], self.axis.group)
-            for v, b in zip(values, buffers, strict=True)
-            if b.numel()
-        ]
-        self.posted[step.direction, step.destination, step.micro_batch] = buffers, works, step.peer
+        arrivals = [(v, v.buffer(self.executor.device)) for v in values]
+        works = [dist.irecv(b, self.axis.ranks[step.peer], self.axis.group) for _, b in arrivals if b.numel()]
+        self.posted[step.direction, step.destination, step.micro_batch] = arrivals, works, step.peer
 
     def _send(self, step: Send) -> None:
+        messages = self.going[step.direction, step.peer]
+        messages.append(self._start(step))
+        while len(messages) > 1:
+            self._let_go(messages.popleft(), step.peer)
+
+    def _start(self, step: Send) -> list[tuple[Any, torch.Tensor]]:
+        """Begin a send; answers what must be kept until it has gone."""
         assert self.axis is not None
         values = self._values(step.direction, step.source, step.destination)
         tensors = self.outbox.pop((step.direction, step.destination, step.micro_batch))
-        going = []
+        cut, known = min(step.source, step.destination), self.executor.rounding
+        going, squares = [], []
         for value, tensor in zip(values, tensors, strict=True):
             assert (tensor.dtype, tensor.shape) == (value.dtype, value.shape), f"{value} is sent as {tensor.dtype}"
             if tensor.numel():
-                tensor = value.in_order(tensor)
+                packed = value.pack(tensor)
                 try:
-                    work = dist.isend(tensor, self.axis.ranks[step.peer], self.axis.group)
+                    work = dist.isend(packed, self.axis.ranks[step.peer], self.axis.group)
                 except RuntimeError as error:
                     raise self._stopped(step.peer, "take") from error
-                going.append((work, tensor))
-                self.sent += tensor.nbytes
-        messages = self.going[step.direction, step.peer]
-        messages.append(going)
-        while len(messages) > 1:
-            self._let_go(messages.popleft(), step.peer)
+                going.append((work, packed))
+                self.sent += packed.nbytes
+                if value.packing is not None and (cut, step.direction) not in known:
+                    squares.append(value.squares(tensor, packed))
+        if squares:
+            known[cut, step.direction] = torch.stack(squares).sum(0)
+        return going
 
     def _let_go(self, message: list[tuple[Any, torch.Tensor]], peer: int) -> None:
         """Of what was sent, once it has gone: a send of gloo's says so only to who waits for it."""
@@ -289,12 +332,17 @@ class _Call:
         if action.kind is Kind.WEIGHT:
             return []
         if place in self.posted:
-            buffers, works, peer = self.posted.pop(place)
+            arrivals, works, peer = self.posted.pop(place)
             start = self._now()
             for work in works:
                 self._wait(work, peer, "send")
             self.waits.append((start, self._now()))
-            return buffers
+            arrivals.reverse()
+            message = []
+            while arrivals:  # one after another is let go
+                value, buffer = arrivals.pop()
+                message.append(value.unpack(buffer))
+            return message
         return self.outbox.pop(place, [])  # from a stage on this rank; none for the first, and behind the last
 
     def _wait(self, work: Any, peer: int, what: str) -> None:

@@ -26,7 +26,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from dspass.runtime.formats import Format, check_block, format_of
+from dspass.runtime.formats import GRAIN, Format, check_block, format_of
 from dspass.runtime.operators import operator
 
 #: What can be quantised.
@@ -39,6 +39,20 @@ SMALLEST = 2.0**-100
 def blocks_of(values: int, block: int) -> int:
     """Blocks that so many values take."""
     return -(-values // block)
+
+
+def row_block(width: int, block: int) -> int:
+    """The block for a row of ``width`` values that is quantised by itself: no larger than ``block``, and as even as blocks can
+    be, so that little is filled up."""
+    share = -(-width // max(blocks_of(width, block), 1))
+    return max(-(-share // GRAIN), 1) * GRAIN
+
+
+def row_bytes(width: int, format: str, block: int) -> int:
+    """Of the codes and scales of such a row."""
+    even = row_block(width, block)
+    count = blocks_of(width, even)
+    return format_of(format).code_bytes(count * even) + 4 * count
 
 
 # -- one tensor ----------------------------------------------------------------------------------------------------------
@@ -233,6 +247,11 @@ def dequantise_sum(
 
 #: Values whose rounding is looked at together: what that takes is little beside a tensor.
 _AT_A_TIME = 2**20
+
+
+def squares(values: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
+    """The sums of squares, in fp64, of what rounding has changed and of ``values``: ``float64[2]``."""
+    return torch.stack([t.double().square().sum() for t in (rounded - values.float(), values)])
 
 
 def rounding_squares(codes: torch.Tensor, scales: torch.Tensor, format: str, width: int) -> torch.Tensor:

@@ -259,7 +259,12 @@ def test_experts_are_divided_over_the_ranks_of_a_stage(
     results = run(4, _train, subject, options, steps=4)
     _close(results)
     exchanging = [result["exchanges"] for result in results]
-    assert exchanging == [subject == "mixtral", subject == "mixtral", True, True]  # the first layer of the other is dense
+    assert exchanging == [
+        subject == "mixtral",
+        subject == "mixtral",
+        True,
+        True,
+    ]  # the first layer of the other is dense
 
 
 @without_inductor

@@ -23,10 +23,10 @@ from dspass.passes.devices import device
 from dspass.passes.nodes import ROWS
 from dspass.passes.quantise_exchanges import QuantiseExchanges
 from dspass.passes.text import print_graph
-from dspass.quantising import relative, squares
+from dspass.quantising import relative
 from dspass.report import Report
 from dspass.runtime.formats import FORMATS
-from dspass.runtime.quantise import rounding_squares
+from dspass.runtime.quantise import rounding_squares, row_block, squares
 from tests.ranks import run
 from tests.test_expert_reports import Net, counts_bytes, sent_to_experts, tokens
 from tests.test_passes import apply, around, toy_of
@@ -221,7 +221,7 @@ def test_what_compute_hides_stays_whole() -> None:
 )
 def test_errors_are_near_what_rounding_does(format: str, rows: int, width: int, seed: int, scale: float) -> None:
     x = torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)) * scale
-    block = QuantiseExchanges(format=format, block=64)._block_of(width)
+    block = row_block(width, 64)
     codes, scales = torch.ops.dspass.quantise_bucket([x], [width], rows, format, block)
     (back,) = torch.ops.dspass.dequantise_bucket(codes, scales, [width], format, block, torch.float32)
     taken, true = relative(rounding_squares(codes, scales, format, width)), relative(squares(x, back))
@@ -232,7 +232,7 @@ def test_errors_are_near_what_rounding_does(format: str, rows: int, width: int, 
 @given(width=st.integers(1, 5000), block=st.integers(1, 64).map(lambda n: 16 * n))
 def test_blocks_of_a_row_are_even(width: int, block: int) -> None:
     """As many as were asked for, none larger, and less is filled up than with those that were."""
-    found = QuantiseExchanges(format="int8", block=block)._block_of(width)
+    found = row_block(width, block)
     assert found <= block
     assert found % 16 == 0
     count = -(-width // block)
