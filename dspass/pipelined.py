@@ -448,18 +448,7 @@ class Pipelined:
                 split=range(len(graph.reads)) if in_parts else None,
                 place=place,
             )
-        return Stage(
-            index=graph.index,
-            run=run,
-            received=graph.received,
-            sent=graph.sent,
-            reads=graph.reads,
-            makes=graph.makes,
-            inputs=graph.inputs,
-            keys=graph.keys,
-            results=graph.results,
-            halves=self.engine.compilations[-1].split,
-        )
+        return Stage.of(graph, run, self.engine.compilations[-1].split)
 
     # -- run -------------------------------------------------------------------------------------------------------
 

@@ -22,30 +22,17 @@ import torch
 import torch.fx as fx
 
 from dspass.runtime.params import lookup
-from dspass.runtime.pipeline import Value
+from dspass.runtime.pipeline import Ends, Value
 from dspass.runtime.sends import Packing
 
 UNSHARD = (torch.ops.dspass.unshard, torch.ops.dspass.unshard.default)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class StageGraph:
-    """One stage. ``received`` are the values that come from the stage before it and ``sent`` those that go to the next. The
-    graph reads ``reads`` of the former and makes ``makes`` of the latter, by name; the others pass by. ``inputs`` are
-    positions of the captured graph's inputs, ``keys`` those of parameters, ``results`` positions of the captured graph's
-    outputs.
+@dataclass(kw_only=True, eq=False)
+class StageGraph(Ends):
+    """The graph of one stage."""
 
-    The graph's inputs are ``reads``, ``inputs`` and ``keys``, its outputs ``makes`` and ``results``, in these orders."""
-
-    index: int
     gm: fx.GraphModule
-    received: tuple[Value, ...]
-    sent: tuple[Value, ...]
-    reads: tuple[str, ...]
-    makes: tuple[str, ...]
-    inputs: tuple[int, ...]
-    keys: tuple[str, ...]
-    results: tuple[int, ...]
 
 
 def is_marker(node: fx.Node) -> bool:

@@ -20,8 +20,8 @@ from __future__ import annotations
 import contextlib
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Protocol, Self
 
 import torch
 import torch.distributed as dist
@@ -147,12 +147,15 @@ class Halves(Protocol):
 
 
 @dataclass(kw_only=True, eq=False)
-class Stage:
-    """One stage that lies on this rank; see :class:`dspass.passes.split_stages.StageGraph` for its parts. ``run`` takes the
-    values that it reads, inputs of the batch and shards of parameters, and answers what it makes and its results."""
+class Ends:
+    """What a stage takes and gives. ``received`` are the values that come from the stage before it and ``sent`` those that go
+    to the next. It reads ``reads`` of the former and makes ``makes`` of the latter, by name; the others pass by. ``inputs`` are
+    positions of the captured graph's inputs, ``keys`` those of parameters, ``results`` positions of the captured graph's
+    outputs.
+
+    A stage's inputs are ``reads``, ``inputs`` and ``keys``, its outputs ``makes`` and ``results``, in these orders."""
 
     index: int
-    run: Callable[..., Sequence[Any]]
     received: tuple[Value, ...]
     sent: tuple[Value, ...]
     reads: tuple[str, ...]
@@ -160,7 +163,18 @@ class Stage:
     inputs: tuple[int, ...]
     keys: tuple[str, ...]
     results: tuple[int, ...]
+
+
+@dataclass(kw_only=True, eq=False)
+class Stage(Ends):
+    """A stage that lies on this rank, as ``run`` computes it; ``halves`` of its backward, where that has two."""
+
+    run: Callable[..., Sequence[Any]]
     halves: Halves | None = None
+
+    @classmethod
+    def of(cls, ends: Ends, run: Callable[..., Sequence[Any]], halves: Halves | None) -> Self:
+        return cls(run=run, halves=halves, **{f.name: getattr(ends, f.name) for f in fields(Ends)})
 
 
 @dataclass(kw_only=True, eq=False)
@@ -434,4 +448,4 @@ def _sum(own: torch.Tensor | None, passing: torch.Tensor | None, value: Value, d
     return own if passing is None else own + passing
 
 
-__all__ = ["Executor", "Halves", "PipelineError", "Stage", "Value", "waiting_for"]
+__all__ = ["Ends", "Executor", "Halves", "PipelineError", "Stage", "Value", "waiting_for"]
