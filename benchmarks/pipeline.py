@@ -200,7 +200,20 @@ def _goals(ours: Row, best: Row, peers: Sequence[Row], good: Sequence[Row]) -> l
         f"- {_met(peak <= 0.9)}: the peak is at most 0.9 of {best.name}'s: {peak:.3f}",
         f"- {_met(least <= 0.9)}: the peak is at most 0.9 of {smallest.name}'s, the smallest of a peer: {least:.3f}",
         f"- {_met(apart <= 1e-4)}: losses of {len(ours.losses)} steps agree to 1e-4: at most {apart:.1e} apart",
+        f"- limits: with {best.name}'s kernels, its work divided evenly and no waits, a step takes {_least_step(best):.3f} of its "
+        f"own; parameters, gradients and two states of AdamW, divided evenly, are {_least_peak(best):.3f} of its peak",
     ]
+
+
+def _least_step(row: Row) -> float:
+    """What cuts and schedules can reach, over the row's step: ranks compute, on average, while they do not wait."""
+    waits = [statistics.median(waits) for waits in zip(*row.waits, strict=True)]
+    return 1 - statistics.mean(waits) / row.step
+
+
+def _least_peak(row: Row) -> float:
+    """What a rank holds all the time in fp32 if no rank holds more, over the fullest's peak."""
+    return 16 * statistics.mean(row.parameters) / max(row.peaks)
 
 
 def _bubble(row: Row, cores: int) -> list[str]:

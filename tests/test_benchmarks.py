@@ -641,6 +641,9 @@ def test_pipelines_are_held_against_the_fastest_peer_and_the_smallest() -> None:
     assert "- met: the peak is at most 0.9 of torch-1f1b's: 0.800" in text
     assert "- met: the peak is at most 0.9 of torch-zb's, the smallest of a peer: 0.889" in text
     assert "- met: losses of 2 steps agree to 1e-4: at most 2.0e-05 apart" in text
+    # Ranks of the peer wait for 0.15 and 0.3 seconds of one, and hold 1.5 M parameters on average, 16 bytes each.
+    assert "a step takes 0.775 of its own" in text
+    assert "divided evenly, are 2.400 of its peak" in text
     assert "20.0 % simulated from the cost model" in text
     assert "share" not in text
     assert "4 ranks share 2 cores" not in text

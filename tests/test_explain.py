@@ -86,8 +86,7 @@ def _measured(name: str, stage: int) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("stage", range(4))
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "stage"), [("gpt", 0), ("gpt", 2), ("gpt", 3), ("llama", 1), ("llama", 3)])
 def test_predicted_is_measured(name: str, stage: int) -> None:
     model, args, kwargs = MODELS[name]()
     predicted = dspass.explain(model, *args, kwargs=kwargs, config=options(stage), world_size=2)
