@@ -200,8 +200,8 @@ def _goals(ours: Row, best: Row, peers: Sequence[Row], good: Sequence[Row]) -> l
         f"- {_met(peak <= 0.9)}: the peak is at most 0.9 of {best.name}'s: {peak:.3f}",
         f"- {_met(least <= 0.9)}: the peak is at most 0.9 of {smallest.name}'s, the smallest of a peer: {least:.3f}",
         f"- {_met(apart <= 1e-4)}: losses of {len(ours.losses)} steps agree to 1e-4: at most {apart:.1e} apart",
-        f"- limits: with {best.name}'s kernels, its work divided evenly and no waits, a step takes {_least_step(best):.3f} of its "
-        f"own; parameters, gradients and two states of AdamW, divided evenly, are {_least_peak(best):.3f} of its peak",
+        f"- limits: with {best.name}'s kernels, its work divided evenly and no waits, a step takes {_least_step(best):.3f} of "
+        f"its own; parameters, gradients and two states of AdamW, divided evenly, are {_least_peak(best):.3f} of its peak",
     ]
 
 
