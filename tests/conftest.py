@@ -33,8 +33,23 @@ def pytest_sessionfinish() -> None:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--golden-update", action="store_true", help="rewrite tests/golden with what the passes make now")
     parser.addoption(
-        "--whole-matrix", action="store_true", help="pipelines: every model with every number of stages and schedule"
+        "--whole-matrix",
+        action="store_true",
+        help="also run combinations that repeat what others show (tests/matrix.py)",
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "whole_matrix: runs with --whole-matrix alone")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--whole-matrix"):
+        runs: dict[bool, list[pytest.Item]] = {True: [], False: []}
+        for item in items:
+            runs[item.get_closest_marker("whole_matrix") is None].append(item)
+        config.hook.pytest_deselected(items=runs[False])
+        items[:] = runs[True]
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tests.matrix import matrix
 from tests.ranks import run
 from tests.training import close, train, zero
 
@@ -179,8 +180,10 @@ def architecture(name: str) -> tuple[Callable[[], nn.Module], Callable[..., Any]
     return Random(build), batches
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-@pytest.mark.parametrize("name", ARCHITECTURES)
+EACH_TIME = [*((name, 3) for name in ARCHITECTURES), ("llama", 1), ("convolutions", 1)]
+
+
+@pytest.mark.parametrize(("name", "stage"), matrix(EACH_TIME, ARCHITECTURES, (1, 3)))
 def test_trains_to_the_numbers_of_one_process(name: str, stage: int) -> None:
     results = run(2, train, *architecture(name), zero(stage), steps=5)
     close(results)

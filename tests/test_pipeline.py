@@ -14,6 +14,7 @@ import dspass
 from dspass.config import ConfigError
 from dspass.engines import engine_of
 from dspass.pipeline_outputs import PipelineUseError
+from tests.matrix import matrix
 from tests.models import Block
 from tests.ranks import run
 from tests.test_expert_parallel import deepseek, mixtral
@@ -211,7 +212,7 @@ def _pipeline(
 
 
 SCHEDULES = ["1f1b", "gpipe", "interleaved1f1b", "loopedbfs", "zbh1", "interleavedzerobubble", "zbv", "dualpipev"]
-#: What runs each time: each model, number of stages and kind of schedule. All of them run with --whole-matrix.
+#: What runs each time: each model, number of stages and kind of schedule.
 SOME = [
     ("llama", 3, "1f1b"),
     ("t5", 4, "gpipe"),
@@ -223,18 +224,8 @@ SOME = [
 ]
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    whole = metafunc.config.getoption("--whole-matrix")
-    if "stage_of_zero" in metafunc.fixturenames:
-        metafunc.parametrize("stage_of_zero", (0, 1, 2, 3) if whole else (1, 3))
-    if "combination" in metafunc.fixturenames:
-        every = [(subject, stages, schedule) for subject in SUBJECTS for stages in (2, 3, 4) for schedule in SCHEDULES]
-        chosen = every if whole else SOME
-        metafunc.parametrize("combination", chosen, ids=lambda c: f"{c[0]}-{c[1]}-{c[2]}")
-
-
-def test_models_train_as_on_one_process(combination: tuple[str, int, str]) -> None:
-    subject, stages, schedule = combination
+@pytest.mark.parametrize(("subject", "stages", "schedule"), matrix(SOME, SUBJECTS, (2, 3, 4), SCHEDULES))
+def test_models_train_as_on_one_process(subject: str, stages: int, schedule: str) -> None:
     results = run(stages, _train, subject, _pipeline(stages, schedule, 2 * stages), rows=4 * stages)
     _close(results)
     # Each byte lies on one rank, and that of a tied weight on those that read it: others' are freed.
@@ -243,8 +234,9 @@ def test_models_train_as_on_one_process(combination: tuple[str, int, str]) -> No
         assert all(result["halves"] for result in results)  # each backward is in two programs
 
 
-def test_stages_on_one_axis_and_zero_on_the_other(stage_of_zero: int) -> None:
-    _close(run(4, _train, "llama", _pipeline(2, stage=stage_of_zero), steps=4))
+@pytest.mark.parametrize("stage", matrix([(1,), (3,)], range(4)))
+def test_stages_on_one_axis_and_zero_on_the_other(stage: int) -> None:
+    _close(run(4, _train, "llama", _pipeline(2, stage=stage), steps=4))
 
 
 @pytest.mark.parametrize(
