@@ -172,18 +172,15 @@ def test_a_budget_that_only_the_host_can_meet() -> None:
     assert before == 0
 
 
-def _host_under_a_budget() -> list[tuple[int, dict[str, Any], dict[str, Any]]]:
+def _host_under_a_budget(zero: dict[str, Any]) -> tuple[int, dict[str, Any], dict[str, Any]]:
     plain = _train({}, inductor=True)
-    found = []
-    for zero in (OFFLOAD, BOTH):
-        budget = _refused(1000, zero)
-        found.append((budget, plain, _train(zero, budget, inductor=True)))
-    return found
+    budget = _refused(1000, zero)
+    return budget, plain, _train(zero, budget, inductor=True)
 
 
 def test_budgets_and_the_host_on_two_ranks() -> None:
-    for results in run(2, _host_under_a_budget):
-        (states, plain, one), (both, _, two) = results
+    of_states, of_both = (run(2, _host_under_a_budget, zero) for zero in (OFFLOAD, BOTH))
+    for (states, plain, one), (both, _, two) in zip(of_states, of_both, strict=True):
         assert both < states
         for budget, found in ((states, one), (both, two)):
             assert found["losses"] == plain["losses"]
