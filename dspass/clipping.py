@@ -121,7 +121,7 @@ def norm_of(
         *norms.values(),
         *(_over_stages(_joined(mine, norm_type), norm_type, stages) for stages, mine in of_stages),
     ]
-    found = _joined([total for total in totals if total is not None], norm_type)
+    found = _joined(totals, norm_type)
     return found if found is not None else torch.tensor(0.0)
 
 

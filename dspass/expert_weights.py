@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import gcd
 from typing import Any
@@ -145,22 +145,23 @@ def weights_in(graph: fx.Graph, inputs: Sequence[Any]) -> list[int]:
     """Which of a captured graph's ``inputs`` are weights of experts."""
     placeholders = graph.find_nodes(op="placeholder")
     params = {n for n, value in zip(placeholders, inputs, strict=True) if isinstance(value, nn.Parameter)}
-    layers: Sequence[Layer | Batch] = [
-        *find_experts(graph, params.__contains__)[0],
-        *find_batches(graph, params.__contains__, params.__contains__)[0],
-    ]
-    found = {source for layer in layers for source in layer.weights.values()}
+    found = _sources(graph, params.__contains__)
     return [i for i, node in enumerate(placeholders) if node in found]
 
 
 def keys_in(graph: fx.Graph) -> set[str]:
     """The keys of parameters that are weights of experts, of a captured graph that reads them through their markers."""
-    layers: Sequence[Layer | Batch] = [
-        *find_experts(graph, is_parameter)[0],
-        *find_batches(graph, is_parameter, is_parameter)[0],
-    ]
-    specs = (parameter_of(source) for layer in layers for source in layer.weights.values())
+    specs = map(parameter_of, _sources(graph, is_parameter))
     return {spec.key for spec in specs if spec is not None}
+
+
+def _sources(graph: fx.Graph, is_weight: Callable[[fx.Node], bool]) -> set[fx.Node]:
+    """The nodes that are weights of experts, among those that are parameters."""
+    layers: Sequence[Layer | Batch] = [
+        *find_experts(graph, is_weight)[0],
+        *find_batches(graph, is_weight, is_weight)[0],
+    ]
+    return {source for layer in layers for source in layer.weights.values()}
 
 
 def alike(root: nn.Module | None, weights: Iterable[torch.Tensor]) -> list[torch.Tensor]:

@@ -44,7 +44,7 @@ def measure_errors(engine: Engine, specs: Iterable[ParamSpec], config: Config) -
     All ranks call it together. Nothing is measured where there are no values, as in a prediction.
     """
     found = next((p for p in build(config) if isinstance(p, QuantiseGathers)), None)
-    if found is None or found.format is None or engine.lifetimes != 3:
+    if found is None or found.format is None or engine.stage != 3:
         return
     sharded = [s for s in specs if s.layout == "shard" and s.dtype in DTYPES and _local(s) is not None]
     if not sharded or dist.get_backend() == "fake":

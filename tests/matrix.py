@@ -1,4 +1,7 @@
-"""All combinations of some parameters, of which a part runs each time, and the rest with ``--whole-matrix``."""
+"""All combinations of some parameters, of which a part runs each time, and the rest with ``--whole-matrix``.
+
+All of them together take longer than the twenty minutes that the suite is to take on two cores. What runs each time has every
+value of every axis; what does not repeats them in other pairs."""
 
 from __future__ import annotations
 

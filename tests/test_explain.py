@@ -17,6 +17,7 @@ from dspass.passes import devices
 from dspass.report import format_bytes
 from dspass.runtime.host_states import LEAST_BYTES
 from examples.gpt import GPT, GPTConfig
+from tests.matrix import matrix
 from tests.ranks import run
 from tests.training import without_inductor
 
@@ -86,7 +87,10 @@ def _measured(name: str, stage: int) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize(("name", "stage"), [("gpt", 0), ("gpt", 2), ("gpt", 3), ("llama", 1), ("llama", 3)])
+EACH_TIME = [("gpt", 0), ("gpt", 2), ("gpt", 3), ("llama", 1), ("llama", 3)]
+
+
+@pytest.mark.parametrize(("name", "stage"), matrix(EACH_TIME, MODELS, range(4)))
 def test_predicted_is_measured(name: str, stage: int) -> None:
     model, args, kwargs = MODELS[name]()
     predicted = dspass.explain(model, *args, kwargs=kwargs, config=options(stage), world_size=2)

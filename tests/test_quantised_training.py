@@ -335,7 +335,7 @@ def _measured(config: dict[str, Any]) -> dict[str, Any]:
     return {"peak": report.memory.peak_bytes, "traffic": traffic}
 
 
-@pytest.mark.parametrize(("budget", "feedback"), [(None, False), (9_000_000, True)])
+@pytest.mark.parametrize(("budget", "feedback"), [(None, False), (8_000_000, False), (9_000_000, True)])
 def test_predicted_is_measured(budget: int | None, feedback: bool) -> None:
     """All three together, and under a budget. Two ranks are one node here."""
     zero = {"stage": 3, "zero_quantized_weights": True, "zero_quantized_gradients": True, "zero_hpz_partition_size": 2}
