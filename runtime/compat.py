@@ -472,10 +472,16 @@ def fake_mode() -> Iterator[Any]:
 @contextlib.contextmanager
 def own_tracing() -> Iterator[None]:
     """Have AOTAutograd trace as it does inside of Dynamo: sizes of inputs are numbers, those that data decides are symbols."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-    mode = FakeTensorMode(shape_env=ShapeEnv(assume_static_by_default=True), allow_non_fake_inputs=True)
+    class OfNumbers(FakeTensorMode):
+        """ShapeEnv's own ``assume_static_by_default`` serves Dynamo, which says so of each tensor: here all would be symbols."""
+
+        def from_tensor(self, tensor: torch.Tensor, *, static_shapes: bool | None = None, **options: Any) -> FakeTensor:
+            return super().from_tensor(tensor, static_shapes=True, **options)
+
+    mode = OfNumbers(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     with torch._guards.tracing(torch._guards.TracingContext(mode)):
         yield
 

@@ -31,8 +31,10 @@ from torch.utils.checkpoint import checkpoint
 
 import dspass
 from dspass.config import ConfigError
+from dspass.engines import engine_of
 from dspass.pipeline_outputs import PipelineUseError
 from dspass.planner.stages import CutError
+from dspass.runtime import compat
 from dspass.runtime.pipeline import PipelineError
 from tests.ranks import RankError, run
 from tests.training import adamw, sgd, whole, without_inductor, zero
@@ -422,6 +424,22 @@ def _expressions() -> None:
 
 def test_losses_in_expressions() -> None:
     run(2, _expressions)
+
+
+@without_inductor
+def _symbols() -> list[str]:
+    pair = Pair(Net, pipeline())
+    pair.backward(_scaled)
+    engine = engine_of(pair.model)
+    assert engine is not None
+    graphs = [graph for compilation in engine.compilations for graph in compilation.graphs.values()]
+    assert graphs
+    sizes = [(n.name, size) for gm in graphs for n in gm.graph.nodes for size in compat.sizes_of(n.meta.get("val"))]
+    return [f"{name}: {size}" for name, size in sizes if isinstance(size, torch.SymInt)]
+
+
+def test_stages_are_compiled_for_the_sizes_that_they_get() -> None:
+    assert run(2, _symbols) == [[], []], "symbols cost kernels their constants, and planners their bytes"
 
 
 def _loss(model: Any, **sizes: int) -> torch.Tensor:
