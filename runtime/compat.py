@@ -476,7 +476,7 @@ def own_tracing() -> Iterator[None]:
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     class OfNumbers(FakeTensorMode):
-        """ShapeEnv's own ``assume_static_by_default`` serves Dynamo, which says so of each tensor: here all would be symbols."""
+        """ShapeEnv's ``assume_static_by_default`` serves Dynamo, which says so of each tensor: here all would be symbols."""
 
         def from_tensor(self, tensor: torch.Tensor, *, static_shapes: bool | None = None, **options: Any) -> FakeTensor:
             return super().from_tensor(tensor, static_shapes=True, **options)
