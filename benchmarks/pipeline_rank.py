@@ -23,14 +23,18 @@ from benchmarks.pipeline_models import SHAPES, Shape, build, inputs, loss_of, pi
 from benchmarks.subjects import Training, adamw
 from benchmarks.workers import serve
 
+#: Of a peer's peak, the most that is wanted.
+PEAK_GOAL = 0.9
+
 
 @dataclass(frozen=True)
 class Setting:
-    """What all ways of one run share. ``schedule`` is dspass's alone."""
+    """What all ways of one run share. ``schedule`` and ``memory_budget``, in bytes, are dspass's alone."""
 
     shape: Shape
     micro_batches: int
     schedule: str
+    memory_budget: int | None = None
 
 
 class Trainer(ABC):
@@ -58,7 +62,9 @@ class Dspass(Trainer):
         pipeline: dict[str, Any] = {"stages": dist.get_world_size(), "schedule": setting.schedule}
         if not automatic:
             pipeline["micro_batches"] = setting.micro_batches
-        config = {"pipeline": pipeline}
+        config: dict[str, Any] = {"pipeline": pipeline}
+        if setting.memory_budget is not None:
+            config["dspass"] = {"memory_budget": setting.memory_budget}
         self.model = dspass.shard(model, config)
         self.optimizer = adamw(model)
         self.compiled: Any = torch.compile(model, backend="deepspeed", options=config)
@@ -168,16 +174,17 @@ class DeepSpeed(Trainer):
 @dataclass(frozen=True)
 class Way:
     """``how`` is printed; ``fits`` says whether the schedule exists for so many ranks, layers and micro-batches. What is not
-    ``usual`` runs where ``--only`` names it."""
+    ``usual`` runs where ``--only`` names it. What is ``budgeted`` starts last, with a budget below the peaks of all peers."""
 
     make: Callable[[nn.Module, Setting], Trainer]
     how: str
     usual: bool = True
     virtual: int = 1
+    budgeted: bool = False
 
 
-def _ours(automatic: bool, how: str) -> Way:
-    return Way(lambda model, setting: Dspass(model, setting, automatic), how, usual=not automatic)
+def _ours(how: str, automatic: bool = False, budgeted: bool = False) -> Way:
+    return Way(lambda model, setting: Dspass(model, setting, automatic), how, usual=not automatic, budgeted=budgeted)
 
 
 def _theirs(schedule: str, virtual: int = 1, compiled: bool = False) -> Way:
@@ -200,10 +207,12 @@ def _deepspeed(method: str, compiled: bool = False) -> Way:
 
 WAYS = {
     "dspass": _ours(
-        False,
-        'torch.compile(model, backend="deepspeed", options={"pipeline": {"stages": ranks, "micro_batches": ...}})',
+        'torch.compile(model, backend="deepspeed", options={"pipeline": {"stages": ranks, "micro_batches": ...}})'
     ),
-    "dspass-automatic": _ours(True, 'as dspass, without "micro_batches": the planner chooses them too'),
+    "dspass-automatic": _ours('as dspass, without "micro_batches": the planner chooses them too', automatic=True),
+    "dspass-budget": _ours(
+        f'as dspass, with "dspass": {{"memory_budget": {PEAK_GOAL} of the smallest peak of a peer}}', budgeted=True
+    ),
     "torch-1f1b": _theirs("1F1B"),
     "torch-1f1b-compile": _theirs("1F1B", compiled=True),
     "torch-gpipe-compile": _theirs("GPipe", compiled=True),
@@ -237,7 +246,7 @@ class PipelineRank:
         self.batches = batches(self.corpus, shape.batch, shape.context, seed=0, rank=0)  # all ranks have one batch
         self._watch_waits()
         torch.manual_seed(0)
-        setting = Setting(shape, given["micro_batches"], given["schedule"])
+        setting = Setting(shape, given["micro_batches"], given["schedule"], given["memory_budget"])
         self.trainer = WAYS[given["subject"]].make(build(shape), setting)
         gc.collect()  # what of the model lies elsewhere
 
