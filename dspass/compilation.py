@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch.fx as fx
 
 from dspass.config import Config
 from dspass.lowering.segments import SegmentCompiler, lower, shared_order
-from dspass.lowering.split_backward import SplitBackward
+from dspass.lowering.stage_backward import StageBackward
 from dspass.passes import devices
 from dspass.passes.base import Pass, PassContext, PassResult, Where, run_passes
 from dspass.passes.held import mark_all, mark_static
@@ -40,7 +40,7 @@ class Compilation:
     graphs: dict[str, fx.GraphModule] = field(default_factory=dict)
     programs: dict[str, Program] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
-    split: SplitBackward | None = None
+    stage_backward: StageBackward | None = None
     """Where the backward was compiled in two halves; ``programs`` are then "forward", "input" and "weight"."""
     plan: Plan | None = None
     made_for: MadeFor | None = None
@@ -63,17 +63,16 @@ def compile_graph(
     config: Config,
     passes: Sequence[Pass],
     compiler: Callable[..., Any] | None = None,
-    split: Collection[int] | None = None,
+    stage_backward: StageBackward | None = None,
     place: Place | None = None,
 ) -> Callable[..., Any]:
     """Compile ``gm``, in which sharded parameters are read through ``dspass::unshard``; inference and training alike.
 
-    ``split`` are the positions in ``inputs`` of activations: the backward can then answer their gradients before those of
-    parameters, through the compilation's :attr:`Compilation.split`. ``place``: it is a stage of a pipeline, and planned as one.
+    ``stage_backward``, of a stage of a pipeline, is what its backward becomes; ``place`` is that for which it is planned.
     """
     done = Compilation(name=f"graph {len(engine.compilations)}", frame=compat.compiled_frame())
     engine.compilations.append(done)
-    done.split = None if split is None else SplitBackward(len(inputs), split)
+    done.stage_backward = stage_backward
     patches = inductor_settings(config)
     known = engine.compiler
     if isinstance(known, SegmentCompiler) and (known.patches, known.share) != (patches, config.dspass.segment_cache):
@@ -128,7 +127,7 @@ def compile_graph(
                 apart,
                 earlier,
                 place,
-                done.split,
+                stage_backward,
             )
             passes = in_buckets(passes, done.plan.decision.bucket_bytes)
         else:
@@ -143,9 +142,9 @@ def compile_graph(
             start = time.perf_counter()
             if is_inference:
                 graph = prepare(compat.joint_graph_passes(graph, patches), "forward", trains=False)
-            run: Program | SplitBackward
-            if is_backward and done.split is not None:
-                run = done.split
+            run: Program | StageBackward
+            if is_backward and stage_backward is not None:
+                run = stage_backward
                 run.lower(graph, chosen, probe=engine.probe, order=order)
                 done.programs |= run.programs
             else:

@@ -38,6 +38,7 @@ from dspass.compilation import Compilation, compile_graph
 from dspass.config import Config, ConfigError
 from dspass.engines import new_engine
 from dspass.expert_weights import alike, keys_in
+from dspass.lowering.stage_backward import StageBackward
 from dspass.owners import unwrap
 from dspass.passes import devices
 from dspass.passes.captured_cost import costs_of
@@ -375,11 +376,12 @@ class Pipelined:
         schedule = staging.schedule_of(count) if trains else forward_only(staging.schedule, count)
         inputs = [*batches.inputs[0], *_totals(combination, batches)]
         parts = {action.stage for row in schedule.actions for action in row if action.kind is Kind.INPUT}
+        adds = schedule.micro_batches > 1
         before = len(self.engine.compilations)
         mine = schedule.stages_of(self.pipe.rank)
 
         def compiled(stage: StageGraph, place: Place | None = None) -> Stage:
-            return self._compile(stage, inputs, trains, stage.index in parts, place)
+            return self._compile(stage, inputs, trains, stage.index in parts, adds, place)
 
         def planned() -> dict[int, Stage]:
             assert self.engine is not None
@@ -429,8 +431,10 @@ class Pipelined:
         return combination.loss, combination
 
     def _compile(
-        self, graph: StageGraph, inputs: Sequence[Any], trains: bool, in_parts: bool, place: Place | None = None
+        self, graph: StageGraph, inputs: Sequence[Any], trains: bool, in_parts: bool, adds: bool, place: Place | None
     ) -> Stage:
+        """``in_parts``: gradients of activations may be asked for before the others; ``adds``: the others of several
+        micro-batches are added up."""
         assert self.engine is not None
         values = {v.name: v for v in graph.received}
         examples = []
@@ -438,6 +442,10 @@ class Pipelined:
             examples.append(values[name].empty(self.kind).zero_().requires_grad_(trains and values[name].has_gradient))
         examples += [inputs[i] for i in graph.inputs]
         examples += [shard_of(self.engine, key, trains) for key in graph.keys]
+        backward = None
+        if trains:
+            activations, keys = range(len(graph.reads)), range(len(examples) - len(graph.keys), len(examples))
+            backward = StageBackward(len(examples), activations if in_parts else None, keys if adds else ())
         with torch.set_grad_enabled(trains), compat.own_tracing():
             run = compile_graph(
                 graph.gm,
@@ -445,10 +453,10 @@ class Pipelined:
                 self.engine,
                 self.config,
                 self.passes,
-                split=range(len(graph.reads)) if in_parts else None,
+                stage_backward=backward,
                 place=place,
             )
-        return Stage.of(graph, run, self.engine.compilations[-1].split)
+        return Stage.of(graph, run, backward)
 
     # -- run -------------------------------------------------------------------------------------------------------
 

@@ -25,7 +25,7 @@ import torch.fx as fx
 from dspass.config import Config
 from dspass.hosting import host
 from dspass.lowering.simulate import GraphSimulator, InductorSimulator
-from dspass.lowering.split_backward import SplitBackward
+from dspass.lowering.stage_backward import StageBackward
 from dspass.passes import calibration, cost, devices
 from dspass.passes.base import Pass, PassContext, run_passes
 from dspass.passes.bucket_gathers import BucketGathers
@@ -73,13 +73,13 @@ def planned(
     apart: int = 0,
     earlier: Sequence[tuple[MadeFor, Plan]] = (),
     place: Place | None = None,
-    split: SplitBackward | None = None,
+    stage_backward: StageBackward | None = None,
 ) -> tuple[fx.GraphModule, fx.GraphModule, Plan, MadeFor]:
     """``joint`` split as a plan says, the plan, and what it is for: one that is read from ``dspass.plan``, or one made for
     ``dspass.memory_budget``. ``passes`` are those that will run on the two graphs (:func:`scheduled`). The model's other graphs
     hold ``held`` bytes while this one runs, and have ``apart`` bytes of parameters. Of ``earlier`` plans that of the same graph
-    for inputs of other shapes is tried first. ``place`` is that of a pipeline's stage, whose backward may be in two parts, by
-    ``split``. Raises :class:`BudgetError` or :class:`PlanError` on every rank that runs the graph alike."""
+    for inputs of other shapes is tried first. ``place`` is that of a pipeline's stage, and ``stage_backward`` what its backward
+    will become. Raises :class:`BudgetError` or :class:`PlanError` on every rank that runs the graph alike."""
 
     # Rows that arrive at experts: planned for as many as are expected. A plan goes by names of nodes, and serves both graphs.
     sized = compat.as_expected(joint, ROWS_EXPECTED) or joint
@@ -127,7 +127,7 @@ def planned(
                     forward, backward, num_fwd_outputs, engine, simulator,
                     activations=place.activations,
                     micro_batches=place.schedule.micro_batches,
-                    split=split.anew() if split is not None else None,
+                    stage_backward=stage_backward.anew() if stage_backward is not None else None,
                 )  # fmt: skip
                 return place.peak(cost_of, state, gradients)
             return peak_of_step(forward, backward, num_fwd_outputs, engine, state, simulator)

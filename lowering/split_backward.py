@@ -22,17 +22,15 @@ of I again.
 
 from __future__ import annotations
 
-import contextlib
 import operator
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass
 from typing import Any
 
 import networkx as nx
 import torch
 import torch.fx as fx
 
-from dspass.lowering.segments import lower
 from dspass.passes.kernels import REDUCTIONS, fuses, is_view, size_of
 from dspass.passes.nodes import STATIC, calls, is_packed, items_of, wait_of
 from dspass.passes.packed import DEQUANTISE
@@ -40,7 +38,6 @@ from dspass.passes.quantise_saved import DEQUANTISE as DEQUANTISE_SAVED
 from dspass.runtime import compat
 from dspass.runtime.collectives import gather_start, gather_wait
 from dspass.runtime.host import reload_start, reload_wait
-from dspass.runtime.program import Probe, Program
 
 #: What was brought from other ranks or from the host is brought again rather than held where it takes more bytes.
 HELD_BYTES = 2**20
@@ -85,7 +82,7 @@ class Literal:
 def split(gm: fx.GraphModule, first: Collection[int]) -> Halves:
     """Cut the backward graph ``gm``, which stays as it is; ``first`` are the positions of the outputs that are wanted first."""
     graph = _with_products_apart(gm.graph)
-    outputs = _outputs(graph)
+    outputs = outputs_of(graph)
     given: dict[int, str | Literal] = {}
     for i, output in enumerate(outputs):
         if not isinstance(output, fx.Node):
@@ -114,7 +111,24 @@ def split(gm: fx.GraphModule, first: Collection[int]) -> Halves:
     )
 
 
-def _outputs(graph: fx.Graph) -> Sequence[Any]:
+def whole(gm: fx.GraphModule) -> Halves:
+    """The backward graph ``gm``, which stays as it is, in one piece: all of it is the second half."""
+    outputs = outputs_of(gm.graph)
+    given: dict[int, str | Literal] = {i: Literal(o) for i, o in enumerate(outputs) if not isinstance(o, fx.Node)}
+    rest = [i for i in range(len(outputs)) if i not in given]
+    nodes = [n for n in gm.graph.nodes if n.op == "call_function"]
+    return Halves(
+        input=None,
+        weight=_half(gm, gm.graph, [], nodes, [outputs[i] for i in rest]),
+        first=(),
+        rest=tuple(rest),
+        given=given,
+        carried=(),
+        outputs=len(outputs),
+    )
+
+
+def outputs_of(graph: fx.Graph) -> Sequence[Any]:
     outputs = graph.find_nodes(op="output")[0].args[0]
     return outputs if isinstance(outputs, (list, tuple)) else (outputs,)
 
@@ -341,196 +355,3 @@ def _bring_less(graph: fx.Graph) -> None:
         start.args = (*([argument[i] for i in used] for argument in arguments[:listed]), *arguments[listed:])
         start.meta = {**start.meta, "val": [start.meta["val"][i] for i in used]}
         wait.meta = {**wait.meta, "val": start.meta["val"]}
-
-
-# -- what runs them ------------------------------------------------------------------------------------------------
-
-
-class SplitBackward:
-    """A compiled backward whose two halves run together or apart: that of a graph of so many ``inputs``, of which those at
-    the places ``activations`` have the gradients that are wanted first.
-
-    :meth:`boxed` stands where AOTAutograd expects a compiled backward. By itself it runs both halves and answers all
-    gradients. Inside of :meth:`deferred` it answers those of activations, and :meth:`weights` the others later. For these it
-    answers None meanwhile, which leaves ``.grad`` alone; where AOTAutograd insists on a tensor, for what is inside of a
-    DTensor, zeros of no memory. ``torch.autograd.grad`` for the gradients of activations drops either.
-
-    An attribute says which it is, no context variable: on a GPU autograd runs backwards in threads of its own.
-    """
-
-    def __init__(self, inputs: int, activations: Collection[int]) -> None:
-        self.inputs, self.activations = inputs, frozenset(activations)
-        self.halves: Halves | None = None
-        self.programs: dict[str, Program] = {}
-        self._names: tuple[str, ...] = ()  # of the whole backward's inputs
-        self._reads: dict[str, tuple[str, ...]] = {}  # of these, what each half reads
-        self._places: dict[int, int] = {}  # of a gradient among the outputs, its input's
-        self._inside: dict[int, torch.Tensor] = {}  # what a gradient inside of a DTensor is like
-        self._waiting: dict[Hashable, tuple[list[Any], list[int]]] = {}
-        self._deferred = False
-        self._token: Hashable = None
-
-    def anew(self) -> SplitBackward:
-        """Another of the same graph, that has not been lowered."""
-        return SplitBackward(self.inputs, self.activations)
-
-    def lower(
-        self,
-        gm: fx.GraphModule,
-        compiler: Callable[..., Any],
-        *,
-        probe: Probe | None = None,
-        order: Callable[[int], Iterable[int]] = range,
-    ) -> None:
-        """Split and compile ``gm``, the backward graph that AOTAutograd made. The rest is as for
-        :func:`dspass.lowering.segments.lower`."""
-        gradients = gradients_of(gm.graph)
-        outputs = _outputs(gm.graph)
-        is_first = [g is None or g.of in self.activations for g in gradients]
-        halves = self.halves = split(gm, [i for i, yes in enumerate(is_first) if yes])
-        self._names = tuple(n.name for n in gm.graph.find_nodes(op="placeholder"))
-        self._places = {i: g.of for i, g in enumerate(gradients) if g is not None}
-        self._inside = {i: outputs[i].meta["val"] for i in halves.rest if (g := gradients[i]) is not None and g.is_part}
-        for name, half in (("input", halves.input), ("weight", halves.weight)):
-            if half is None:
-                continue
-            read = (n.name for n in half.graph.find_nodes(op="placeholder"))
-            self._reads[name] = tuple(n for n in read if n not in halves.carried)
-            program = lower(half, compiler, is_backward=True, is_inference=False, probe=probe, order=order)
-            kinds = {**program.categories, **dict.fromkeys(halves.carried, "saved")}
-            # Only what begins a backward is given gradients that autograd has made.
-            begins = name == "input" or halves.input is None
-            self.programs[name] = replace(program, categories=kinds, is_backward=begins)
-
-    @contextlib.contextmanager
-    def deferred(self, token: Hashable = None) -> Iterator[None]:
-        """Inside, a backward answers the gradients of activations only; the others wait, in turn, or under ``token``, such as
-        the number of a micro-batch."""
-        before = self._deferred, self._token
-        self._deferred, self._token = True, token
-        try:
-            yield
-        finally:
-            self._deferred, self._token = before
-
-    @property
-    def waiting(self) -> tuple[Hashable, ...]:
-        """The tokens of weight gradients that wait, the oldest first."""
-        return tuple(self._waiting)
-
-    def weights(self, token: Hashable = None) -> list[torch.Tensor | None]:
-        """The gradients of one backward that waited, the oldest or that of ``token``, each at the place of its input of the
-        graph that was compiled; None where an input has none, or has had it. Of a DTensor the local part.
-
-        Raises ``LookupError`` where none waits, or none of that token, and ``RuntimeError`` where something has been changed in
-        place that they are made of: autograd watches saved tensors until the backward, which was long ago.
-        """
-        if token is None and self._waiting:
-            token = next(iter(self._waiting))
-        if token not in self._waiting:
-            known = f"those of {list(self._waiting)} do" if self._waiting else "none do"
-            raise LookupError(
-                f"no weight gradients wait under {token!r}, {known}: run the backward inside of deferred(...) first, and "
-                "ask once for each."
-            )
-        held, versions = self._waiting.pop(token)
-        if versions != _versions(held):
-            names = (*self.halves.carried, *self._reads["weight"]) if self.halves is not None else ()
-            changed = [n for n, *both in zip(names, versions, _versions(held), strict=True) if both[0] != both[1]]
-            raise RuntimeError(
-                f"{changed} of the backward graph changed in place between a backward and its weight gradients, which would be "
-                "wrong: give each micro-batch tensors of its own, and step the optimiser behind weights()."
-            )
-        with compat.without_autocast(), self._watched():
-            answers = self._weights(held)
-        found: list[torch.Tensor | None] = [None] * self.inputs
-        for position, value in answers.items():
-            found[self._places[position]] = value
-        return found
-
-    def drop(self) -> None:
-        """Let go of all that waits, as after a step that failed half-way."""
-        self._waiting.clear()
-
-    def boxed(self) -> Callable[[list[Any]], tuple[Any, ...]]:
-        """As :meth:`dspass.runtime.program.Program.boxed`."""
-
-        def run(arguments: list[Any]) -> tuple[Any, ...]:
-            return self(arguments)
-
-        run._boxed_call = True  # type: ignore[attr-defined]
-        return run
-
-    def __call__(self, arguments: list[Any]) -> tuple[Any, ...]:
-        """Of the whole graph's inputs, a list that is emptied, its outputs."""
-        halves = self.halves
-        assert halves is not None, "a backward ran before it was compiled"
-        token = object() if self._token is None else self._token
-        if self._deferred and token in self._waiting:
-            raise RuntimeError(
-                f"weight gradients of an earlier backward wait under {token!r}: take them with weights({token!r}) first, "
-                "or give each backward its own token."
-            )
-        values = dict(zip(self._names, arguments, strict=True))
-        arguments.clear()
-        answers: dict[int, Any] = {i: o.value if isinstance(o, Literal) else values[o] for i, o in halves.given.items()}
-        held = [values[name] for name in self._reads.get("weight", ())]
-        if halves.input is not None:
-            given = [values[name] for name in self._reads["input"]]
-            values.clear()
-            results = self.programs["input"](given)
-            count = len(halves.first)
-            answers |= zip(halves.first, results[:count], strict=True)
-            held = [*results[count:], *held]
-            del results
-        values.clear()
-        if self._deferred:
-            self._waiting[token] = held, _versions(held)
-            answers |= {i: self._zeros(i) for i in halves.rest}
-        else:
-            answers |= self._weights(held)
-        return tuple(answers[i] for i in range(halves.outputs))
-
-    def _weights(self, held: list[Any]) -> dict[int, Any]:
-        """Run W; its outputs by position. Empties ``held``."""
-        assert self.halves is not None
-        if self.halves.weight is None:
-            return {}
-        return dict(zip(self.halves.rest, self.programs["weight"](held), strict=True))
-
-    @contextlib.contextmanager
-    def _watched(self) -> Iterator[None]:
-        """What runs inside is part of the backward, though autograd does not run it."""
-        weight = self.programs.get("weight")
-        ledger = None if weight is None else weight.probe.ledger
-        if ledger is None:
-            yield
-            return
-        before = ledger.phase
-        ledger.mark("weight gradients", "backward")
-        try:
-            yield
-        finally:
-            ledger.mark(ledger.label, before)
-
-    def _zeros(self, position: int) -> torch.Tensor | None:
-        like = self._inside.get(position)
-        return None if like is None else torch.zeros((), dtype=like.dtype, device=like.device).expand(like.shape)
-
-
-def _versions(held: Sequence[Any]) -> list[int]:
-    """Each changes when the tensor is changed in place; those of inference mode have none."""
-    return [v._version if isinstance(v, torch.Tensor) and not v.is_inference() else 0 for v in held]
-
-
-def gradients_of(backward: fx.Graph) -> list[compat.Gradient | None]:
-    """Of each output of a backward graph that AOTAutograd made, which input of the compiled graph it is the gradient of; None
-    where it is none of a tensor, such as the mesh of a DTensor."""
-    said = backward.find_nodes(op="output")[0].meta.get("desc")
-    assert said is not None, "AOTAutograd says what each output is"
-    return [
-        compat.gradient(desc)
-        if isinstance(value, fx.Node) and isinstance(value.meta.get("val"), torch.Tensor)
-        else None
-        for value, desc in zip(_outputs(backward), said, strict=True)
-    ]

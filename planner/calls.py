@@ -15,7 +15,7 @@ micro-batches, and has to be done for each candidate of a plan.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -23,7 +23,7 @@ import torch
 import torch.fx as fx
 
 from dspass.lowering.segments import lower
-from dspass.lowering.split_backward import SplitBackward
+from dspass.lowering.stage_backward import StageBackward
 from dspass.passes.nodes import ON_HOST, calls, rounding_errors
 from dspass.passes.partition import received_by
 from dspass.planner.dry_run import Peak, State, dry, fresh
@@ -101,14 +101,14 @@ def cost_of_stage(
     *,
     activations: int,
     micro_batches: int,
-    split: SplitBackward | None = None,
+    stage_backward: StageBackward | None = None,
 ) -> StageCost:
-    """What a micro-batch takes on a stage, in bytes; there are no seconds in it. ``split`` is one that has not been lowered, of
-    the backward's inputs, where that runs in two parts. Lowering may move views in the graphs."""
+    """What a micro-batch takes on a stage, in bytes; there are no seconds in it. ``stage_backward`` is one that has not been
+    lowered. Lowering may move views in the graphs."""
     values = [n.meta.get("val") for n in forward.graph.find_nodes(op="placeholder")]
     ledger = Ledger(watches=True)
     with dry(engine) as other, compat.mode_of(values), other.one_call():
-        run = _Rounds(forward, backward, num_fwd_outputs, other, ledger, simulator, activations, split)
+        run = _Rounds(forward, backward, num_fwd_outputs, other, ledger, simulator, activations, stage_backward)
         rest = ledger.total
         for _ in range(min(micro_batches, 2) - 1):
             other.backward_of_call(False)
@@ -130,17 +130,13 @@ class _Rounds:
         ledger: Ledger,
         simulator: Callable[..., Any],
         activations: int,
-        split: SplitBackward | None,
+        stage_backward: StageBackward | None,
     ) -> None:
         self.outputs, self.engine, self.ledger, self.activations = num_fwd_outputs, engine, ledger, activations
         probe = Probe(ledger)
         self.forward = lower(forward, simulator, is_backward=False, is_inference=False, probe=probe)
-        self.split = split
-        if split is not None:
-            split.lower(backward, simulator, probe=probe)
-        self.backward: Callable[[list[Any]], Sequence[Any]] = split or lower(
-            backward, simulator, is_backward=True, is_inference=False, probe=probe
-        )
+        self.backward = stage_backward or StageBackward(len(forward.graph.find_nodes(op="placeholder")), None)
+        self.backward.lower(backward, simulator, probe=probe)
         placeholders = forward.graph.find_nodes(op="placeholder")
         self.received = [n.meta.get("val") for n in placeholders[:activations]]
         self.others = [fresh(n.meta.get("val")) for n in placeholders[activations:]]
@@ -149,6 +145,11 @@ class _Rounds:
         for node in calls(backward.graph, rounding_errors):  # there from the second step on
             arguments: Any = node.args
             ledger.note(rounding_errors(*arguments), "gradients")
+        inputs = [*self.received, *self.others]
+        self.totals = {
+            i: torch.empty(inputs[i].shape, dtype=inputs[i].dtype, device=inputs[i].device) for i in self.backward.added
+        }
+        ledger.note(list(self.totals.values()), "gradients")
         asked = forward.graph.find_nodes(op="output")[0].args[0][num_fwd_outputs:]
         self.saved = [node.name for node in received_by(backward.graph, asked)]
         self.needs = [(n.name, n.meta.get("val")) for n in backward.graph.find_nodes(op="placeholder")]
@@ -168,16 +169,20 @@ class _Rounds:
         ledger.note(arguments)
         message = [a for a, (name, _) in zip(arguments, self.needs, strict=True) if name not in self.saved]
         arrived = ledger.total - start - saved
-        with self.split.deferred(self) if self.split is not None else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.backward.adding(self.totals.__getitem__))
+            if self.backward.is_split:
+                stack.enter_context(self.backward.deferred(self))
             most, answers = self._watched(self.backward, arguments)
         made = sum(a.nbytes for a in answers[: self.activations] if isinstance(a, torch.Tensor))
         working = max(working, most - start - saved - arrived - made)
         gradients = [g for g in answers[self.activations :] if isinstance(g, torch.Tensor)]
         del answers, received, message
         held = 0
-        if self.split is not None:
+        if self.backward.is_split:
             held = ledger.total - start
-            most, found = self._watched(self.split.weights, self)
+            with self.backward.adding(self.totals.__getitem__):
+                most, found = self._watched(self.backward.weights, self)
             working = max(working, most - start - held)
             gradients = [g for g in found[self.activations :] if g is not None]
         self.gradients = self.gradients or gradients

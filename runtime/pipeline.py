@@ -18,6 +18,7 @@ gathers gradients in ``.grad`` of the parameters, where a loss that is scaled af
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -129,8 +130,12 @@ class Value:
         return self.nbytes if self.packing is None else self.packing.bytes_of(self._in_memory)
 
 
-class Halves(Protocol):
-    """A compiled backward in two parts (:mod:`dspass.lowering.split_backward`)."""
+class Backward(Protocol):
+    """A stage's compiled backward (:mod:`dspass.lowering.stage_backward`)."""
+
+    def adding(self, total_of: Callable[[int], torch.Tensor]) -> Any:
+        """A context in which gradients may be added to what ``total_of`` answers for the position of the graph's input, in
+        place of being given."""
 
     def deferred(self, token: int) -> Any:
         """A context in which the backward computes gradients of activations alone, and keeps the rest under ``token``."""
@@ -167,14 +172,14 @@ class Ends:
 
 @dataclass(kw_only=True, eq=False)
 class Stage(Ends):
-    """A stage that lies on this rank, as ``run`` computes it; ``halves`` of its backward, where that has two."""
+    """A stage that lies on this rank, as ``run`` computes it, and its ``backward`` where it trains."""
 
     run: Callable[..., Sequence[Any]]
-    halves: Halves | None = None
+    backward: Backward | None = None
 
     @classmethod
-    def of(cls, ends: Ends, run: Callable[..., Sequence[Any]], halves: Halves | None) -> Self:
-        return cls(run=run, halves=halves, **{f.name: getattr(ends, f.name) for f in fields(Ends)})
+    def of(cls, ends: Ends, run: Callable[..., Sequence[Any]], backward: Backward | None) -> Self:
+        return cls(run=run, backward=backward, **{f.name: getattr(ends, f.name) for f in fields(Ends)})
 
 
 @dataclass(kw_only=True, eq=False)
@@ -225,8 +230,8 @@ class Executor:
             return _Call(self, batches, shards).run()
         except BaseException:
             for stage in self.stages.values():
-                if stage.halves is not None:
-                    stage.halves.drop()  # of a call that has failed, which nobody will ask for
+                if stage.backward is not None:
+                    stage.backward.drop()  # of a call that has failed, which nobody will ask for
             raise
 
     @property
@@ -381,13 +386,24 @@ class _Call:
             self._forward(stage, action.micro_batch, message)
             return
         self.executor.on_last(action in self.last)
-        if action.kind is Kind.WEIGHT:
-            self._weights(stage, action.micro_batch)
-        elif action.kind is Kind.BACKWARD or stage.halves is None:
-            self._backward(stage, action.micro_batch, message)
-        else:
-            with stage.halves.deferred(action.micro_batch):
+        assert stage.backward is not None
+        with stage.backward.adding(functools.partial(self._total, stage)):
+            if action.kind is Kind.WEIGHT:
+                self._weights(stage, stage.backward, action.micro_batch)
+            elif action.kind is Kind.INPUT:
+                with stage.backward.deferred(action.micro_batch):
+                    self._backward(stage, action.micro_batch, message)
+            else:
                 self._backward(stage, action.micro_batch, message)
+
+    def _total(self, stage: Stage, position: int) -> torch.Tensor:
+        """What gradients of the parameter at a position of the stage's inputs are added to."""
+        shard = self.shards[stage.keys[position - len(stage.reads) - len(stage.inputs)]]
+        if shard.grad is None:
+            shard.grad = torch.zeros(shard.shape, dtype=shard.dtype, device=shard.device)
+        elif not shard.grad.is_contiguous():  # another stage has the parameter too, and was first
+            shard.grad = shard.grad.contiguous()
+        return shard.grad
 
     def _forward(self, stage: Stage, batch: int, message: list[torch.Tensor]) -> None:
         trains = self.executor.loss is not None
@@ -431,10 +447,10 @@ class _Call:
                     back.append(_sum(own, passing, value, self.executor.device))
             self.outbox[Direction.BACKWARD, stage.index - 1, batch] = back
 
-    def _weights(self, stage: Stage, batch: int) -> None:
-        if stage.halves is None or batch not in stage.halves.waiting:  # the latter where nothing here trains
+    def _weights(self, stage: Stage, backward: Backward, batch: int) -> None:
+        if batch not in backward.waiting:  # nothing here trains
             return
-        gradients = stage.halves.weights(batch)
+        gradients = backward.weights(batch)
         for key, gradient in zip(stage.keys, gradients[len(stage.reads) + len(stage.inputs) :], strict=True):
             if gradient is not None:
                 shard = self.shards[key]
@@ -448,4 +464,4 @@ def _sum(own: torch.Tensor | None, passing: torch.Tensor | None, value: Value, d
     return own if passing is None else own + passing
 
 
-__all__ = ["Ends", "Executor", "Halves", "PipelineError", "Stage", "Value", "waiting_for"]
+__all__ = ["Backward", "Ends", "Executor", "PipelineError", "Stage", "Value", "waiting_for"]

@@ -25,7 +25,8 @@ from dspass.compilation import Compilation, compile_graph
 from dspass.config import Config
 from dspass.engines import new_engine
 from dspass.lowering import split_backward
-from dspass.lowering.split_backward import Halves, Literal, SplitBackward, gradients_of, split
+from dspass.lowering.split_backward import Halves, Literal, split
+from dspass.lowering.stage_backward import StageBackward, gradients_of
 from dspass.passes.kernels import is_view, size_of
 from dspass.passes.nodes import calls, items_of, wait_of
 from dspass.pipeline import build
@@ -388,7 +389,8 @@ class Stage:
         def backend(gm: fx.GraphModule, inputs: Sequence[Any], split: bool) -> Any:
             places = [i for i, value in enumerate(inputs) if not isinstance(value, nn.Parameter)]
             self.parameters = list(inputs)
-            return compile_graph(gm, inputs, self.engine, config, build(config), compiler, places if split else None)
+            made = StageBackward(len(inputs), places) if split else None
+            return compile_graph(gm, inputs, self.engine, config, build(config), compiler, made)
 
         torch._dynamo.reset()
         self.whole = torch.compile(model, backend=functools.partial(backend, split=False))
@@ -396,12 +398,12 @@ class Stage:
 
     @property
     def done(self) -> Compilation:
-        return next(c for c in reversed(self.engine.compilations) if c.split is not None)
+        return next(c for c in reversed(self.engine.compilations) if c.stage_backward is not None)
 
     @property
-    def split(self) -> SplitBackward:
-        assert self.done.split is not None
-        return self.done.split
+    def split(self) -> StageBackward:
+        assert self.done.stage_backward is not None
+        return self.done.stage_backward
 
     def gradients(self, run: Any) -> dict[str, torch.Tensor]:
         """By ``loss.backward()``."""
