@@ -41,7 +41,7 @@ class Compilation:
     programs: dict[str, Program] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     stage_backward: StageBackward | None = None
-    """Where the backward was compiled in two halves; ``programs`` are then "forward", "input" and "weight"."""
+    """A pipeline's; where it is in two halves ``programs`` are "forward", "input" and "weight"."""
     plan: Plan | None = None
     made_for: MadeFor | None = None
     frame: int = -1

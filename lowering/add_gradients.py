@@ -19,12 +19,10 @@ import torch.fx as fx
 from dspass.runtime.sums import ADD_PRODUCT, ADD_ROWS
 
 _ADD = torch.ops.aten.add.Tensor
-_CLAMP = torch.ops.aten.clamp.default
 _FULL = torch.ops.aten.full.default
 _MM = torch.ops.aten.mm.default
 _PERMUTE = torch.ops.aten.permute.default
 _PUT = torch.ops.aten._unsafe_masked_index_put_accumulate.default
-_WHERE = torch.ops.aten.where.ScalarOther
 
 #: Puts into a graph, at the place that it has, what adds something to a sum.
 Adds = Callable[[fx.Graph, fx.Node], None]
@@ -98,19 +96,10 @@ def _turned(graph: fx.Graph, node: fx.Node) -> fx.Node:
 
 
 def _rows(node: fx.Node) -> Adds:
-    """An embedding's: rows at which ``mask`` is false are padding, whose index may be any."""
-
     def add(graph: fx.Graph, total: fx.Node) -> None:
         _, mask, (index,), values = node.args
-        assert isinstance(index, fx.Node)
-        assert isinstance(values, fx.Node)
-        size = total.meta["val"].shape[0]
         with graph.inserting_before(node):
-            inside = graph.call_function(_CLAMP, (index, -size, size - 1))
-            inside.meta["val"] = index.meta["val"].new_empty(index.meta["val"].shape)
-            kept = graph.call_function(_WHERE, (mask, values, 0.0))
-            kept.meta["val"] = values.meta["val"].new_empty(values.meta["val"].shape)
-            graph.call_function(ADD_ROWS, (total, inside, kept)).meta["val"] = None
+            graph.call_function(ADD_ROWS, (total, mask, index, values)).meta["val"] = None
 
     return add
 

@@ -48,6 +48,11 @@ class StageBackward:
         self._total_of: Callable[[int], torch.Tensor] | None = None
 
     @property
+    def _rest(self) -> str:
+        """Names the program that runs last, or alone."""
+        return "weight" if self.is_split else "backward"
+
+    @property
     def is_split(self) -> bool:
         return self.activations is not None
 
@@ -83,7 +88,7 @@ class StageBackward:
             totals = add_gradients(halves.weight.graph, [j for j, of in can.items() if of in self.adds])
             halves.weight.recompile()
             self.added = tuple(can[j] for j in totals)
-        for name, half in (("input", halves.input), ("weight", halves.weight)):
+        for name, half in (("input", halves.input), (self._rest, halves.weight)):
             if half is None:
                 continue
             read = (n.name for n in half.graph.find_nodes(op="placeholder"))
@@ -138,7 +143,7 @@ class StageBackward:
             )
         held, versions = self._waiting.pop(token)
         if versions != _versions(held):
-            names = (*self.halves.carried, *self._reads["weight"]) if self.halves is not None else ()
+            names = (*self.halves.carried, *self._reads[self._rest]) if self.halves is not None else ()
             changed = [n for n, *both in zip(names, versions, _versions(held), strict=True) if both[0] != both[1]]
             raise RuntimeError(
                 f"{changed} of the backward graph changed in place between a backward and its weight gradients, which would be "
@@ -177,7 +182,7 @@ class StageBackward:
         values = dict(zip(self._names, arguments, strict=True))
         arguments.clear()
         answers: dict[int, Any] = {i: o.value if isinstance(o, Literal) else values[o] for i, o in halves.given.items()}
-        held = [values[name] for name in self._reads.get("weight", ())]
+        held = [values[name] for name in self._reads.get(self._rest, ())]
         if halves.input is not None:
             given = [values[name] for name in self._reads["input"]]
             values.clear()
@@ -202,12 +207,12 @@ class StageBackward:
         if self.added:
             assert self._total_of is not None, "a backward that adds gradients ran outside of adding()"
             held += map(self._total_of, self.added)
-        return dict(zip(self.halves.rest, self.programs["weight"](held), strict=True))
+        return dict(zip(self.halves.rest, self.programs[self._rest](held), strict=True))
 
     @contextlib.contextmanager
     def _watched(self) -> Iterator[None]:
         """What runs inside is part of the backward, though autograd does not run it."""
-        weight = self.programs.get("weight")
+        weight = self.programs.get(self._rest)
         ledger = None if weight is None else weight.probe.ledger
         if ledger is None:
             yield

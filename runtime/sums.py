@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 torch.library.define("dspass::add_product_", "(Tensor(a!) total, Tensor left, Tensor right) -> ()")
-torch.library.define("dspass::add_rows_", "(Tensor(a!) total, Tensor index, Tensor values) -> ()")
+torch.library.define("dspass::add_rows_", "(Tensor(a!) total, Tensor mask, Tensor index, Tensor values) -> ()")
 
 
 @torch.library.impl("dspass::add_product_", "CompositeExplicitAutograd")
@@ -22,10 +22,12 @@ def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -
 
 
 @torch.library.impl("dspass::add_rows_", "CompositeExplicitAutograd")
-def _add_rows(total: torch.Tensor, index: torch.Tensor, values: torch.Tensor) -> None:
-    """``total[index[...]] += values[...]``; a row that occurs again is added to again. ``total`` is (n, ...), ``values`` have
-    the shape of ``index`` and behind it that of a row. Raises ``IndexError`` where there is no such row."""
-    total.index_put_((index,), values, accumulate=True)
+def _add_rows(total: torch.Tensor, mask: torch.Tensor, index: torch.Tensor, values: torch.Tensor) -> None:
+    """``total[index[...]] += values[...]`` where ``mask`` is true; elsewhere the index may be any. A row that occurs again is
+    added to again. ``total`` is (n, ...), ``values`` have the shape of ``index`` and behind it that of a row, and ``mask``
+    broadcasts to it."""
+    rows = total.shape[0]
+    total.index_put_((index.clamp(-rows, rows - 1),), torch.where(mask, values, 0), accumulate=True)
 
 
 @torch.library.register_fake("dspass::add_product_")
@@ -34,7 +36,7 @@ def _(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
 
 
 @torch.library.register_fake("dspass::add_rows_")
-def _(total: torch.Tensor, index: torch.Tensor, values: torch.Tensor) -> None:
+def _(total: torch.Tensor, mask: torch.Tensor, index: torch.Tensor, values: torch.Tensor) -> None:
     torch._check(values.shape == index.shape + total.shape[1:], lambda: f"{values.shape} for {index.shape}")
 
 

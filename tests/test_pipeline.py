@@ -186,7 +186,9 @@ def _train(
         "compiled": len(engine.compilations),
         "exchanges": any("all-to-all" in kind for kind, *_ in engine.traffic.last),
         "halves": [
-            sorted(c.programs) for c in engine.compilations if c.split is not None and "backward" not in c.programs
+            sorted(c.programs)
+            for c in engine.compilations
+            if c.stage_backward is not None and c.stage_backward.is_split
         ],
     }
 
