@@ -119,7 +119,7 @@ def planned(
             state = replace(state, elsewhere=held + max(state.trained - gradients, 0), here=here)
         elif engine.accumulation_steps > 1:  # what earlier calls have left
             state = replace(state, elsewhere=state.trained)
-        simulator = InductorSimulator(patches=patches) if kind_of(engine) == "cpu" else GraphSimulator()
+        simulator = _simulator(engine, patches)
 
         def run(forward: fx.GraphModule, backward: fx.GraphModule) -> Peak:
             if place is not None:
@@ -360,6 +360,16 @@ def _shared(made_for: MadeFor, make: Callable[[], Plan], ranks: Sequence[int]) -
             + " ".join(differences)
         )
     return Plan.from_json(told["plan"])
+
+
+def _simulator(engine: Engine, patches: Mapping[str, Any]) -> Callable[..., Any]:
+    if kind_of(engine) != "cpu":
+        return GraphSimulator()
+    key = repr(sorted(patches.items()))
+    if key not in engine.simulators:
+        engine.simulators[key] = InductorSimulator(patches=patches)
+    simulator: Callable[..., Any] = engine.simulators[key]
+    return simulator
 
 
 def _unknown(value: Any) -> bool:

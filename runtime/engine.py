@@ -101,6 +101,9 @@ class Engine:
     deferred: bool = False
     #: What the compiler keeps with the model: its segments and a record of each graph. The runtime reads neither.
     compiler: Any = None
+    #: What the planner has generated code with, by Inductor's settings: stages that are alike, and a stage that is planned
+    #: again, have segments in common.
+    simulators: dict[str, Any] = field(default_factory=dict)
     #: What a prediction supposes to step the parameters (``dspass.explain``); None where there is a real one.
     supposed_optimizer: Optimizer | None = None
     #: The kind of device that a prediction is for; None where the model runs on the devices of its own tensors.
