@@ -51,10 +51,22 @@ def add_gradients(graph: fx.Graph, outputs: Collection[int]) -> dict[int, str]:
         results[position] = None
         for add in adds:
             add(graph, total)
+    made = [n for n in output.all_input_nodes if n not in results]
     output.args = (tuple(results),)
-    # What made the gradients has no reader; operators that write are not taken for dead.
-    graph.eliminate_dead_code()
+    for node in made:
+        _erase(graph, node)
     return found
+
+
+def _erase(graph: fx.Graph, node: fx.Node) -> None:
+    """Take out ``node``, which nobody reads any more, and what it alone was made of. Other nodes without a reader stay: they may
+    be there for what they do."""
+    if node.op != "call_function" or node.users:
+        return
+    sources = node.all_input_nodes
+    graph.erase_node(node)
+    for source in sources:
+        _erase(graph, source)
 
 
 def _addends(node: fx.Node, is_turned: bool = False) -> list[Adds] | None:

@@ -14,7 +14,7 @@ from dspass.lowering.add_gradients import add_gradients
 from dspass.lowering.segments import lower
 from dspass.lowering.split_backward import Halves, Literal, outputs_of, split, whole
 from dspass.runtime import compat
-from dspass.runtime.program import Probe, Program
+from dspass.runtime.program import Probe, Program, boxed
 
 
 class StageBackward:
@@ -161,13 +161,8 @@ class StageBackward:
         self._waiting.clear()
 
     def boxed(self) -> Callable[[list[Any]], tuple[Any, ...]]:
-        """As :meth:`dspass.runtime.program.Program.boxed`."""
-
-        def run(arguments: list[Any]) -> tuple[Any, ...]:
-            return self(arguments)
-
-        run._boxed_call = True  # type: ignore[attr-defined]
-        return run
+        """This backward for AOTAutograd."""
+        return boxed(self)
 
     def __call__(self, arguments: list[Any]) -> tuple[Any, ...]:
         """Of the whole graph's inputs, a list that is emptied, its outputs."""

@@ -12,6 +12,16 @@ from dspass.runtime.clock import Clock
 from dspass.runtime.ledger import Ledger
 
 
+def boxed(program: Callable[[list[Any]], tuple[Any, ...]]) -> Callable[[list[Any]], tuple[Any, ...]]:
+    """``program`` as a function, marked so that AOTAutograd hands over its list of arguments and lets go of it."""
+
+    def run(arguments: list[Any]) -> tuple[Any, ...]:
+        return program(arguments)
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run
+
+
 @dataclass(frozen=True, kw_only=True)
 class Instruction:
     """``run`` takes the list of its inputs and answers a sequence of its outputs. A ``boxed`` one empties the list as it
@@ -94,13 +104,8 @@ class Program:
         )
 
     def boxed(self) -> Callable[[list[Any]], tuple[Any, ...]]:
-        """This program as a function, marked so that AOTAutograd hands over its list of arguments and lets go of it."""
-
-        def run(arguments: list[Any]) -> tuple[Any, ...]:
-            return self(arguments)
-
-        run._boxed_call = True  # type: ignore[attr-defined]
-        return run
+        """This program for AOTAutograd."""
+        return boxed(self)
 
     def __call__(self, arguments: list[Any]) -> tuple[Any, ...]:
         if self.is_backward and self.probe.ledger is not None:

@@ -97,13 +97,12 @@ def test_what_is_made_for_a_sum_is_added_to_it(name: str, compiler: str) -> None
     placeholders = [n.name for n in gm.graph.find_nodes(op="placeholder")]
     assert placeholders[len(inputs) :] == list(added.values()), "sums are the last inputs"
     before = {i: torch.randn(wanted[i].shape) for i in added}
-    run: Callable[[list[Any]], Sequence[Any]] = lambda args: gm(*args)  # noqa: E731
-    if compiler == "inductor":
-        run = lower(gm, SegmentCompiler(), is_backward=True, is_inference=False)
+    inductor = lower(gm, SegmentCompiler(), is_backward=True, is_inference=False) if compiler == "inductor" else None
     for times in (1, 2):  # as with several micro-batches
         totals = {i: total.clone() for i, total in before.items()}
         for _ in range(times):
-            answers = run([*inputs, *totals.values()])
+            given = [*inputs, *totals.values()]
+            answers = inductor(given) if inductor is not None else gm(*given)
         for i, value in enumerate(wanted):
             if i in added:
                 assert answers[i] is None
@@ -120,6 +119,20 @@ def test_nothing_is_made_that_is_added() -> None:
     assert targets.count(ADD_ROWS) == 1
     assert not {aten.mm.default, aten.add.Tensor, aten.full.default} & set(targets)
     lower(gm, GraphSimulator(), is_backward=True, is_inference=False)  # and a dry run knows the operators
+
+
+def _effect(x: torch.Tensor) -> None:
+    raise AssertionError("it is not run here")
+
+
+def test_what_nobody_reads_for_other_reasons_stays() -> None:
+    of, inputs, _ = CASES["product"]
+    gm = make_fx(of, tracing_mode="fake")(*inputs)
+    with gm.graph.inserting_after(gm.graph.find_nodes(op="placeholder")[-1]):
+        gm.graph.call_function(_effect, (gm.graph.find_nodes(op="placeholder")[0],))
+    assert add_gradients(gm.graph, [0])
+    assert _effect in [n.target for n in gm.graph.nodes]
+    assert aten.mm.default not in [n.target for n in gm.graph.nodes]
 
 
 @settings(max_examples=40, deadline=None)
