@@ -59,7 +59,7 @@ def add_gradients(graph: fx.Graph, outputs: Collection[int]) -> dict[int, str]:
 
 
 def _erase(graph: fx.Graph, node: fx.Node) -> None:
-    """Take out ``node``, which nobody reads any more, and what it alone was made of. Other nodes without a reader stay: they may
+    """Take out ``node``, which nobody reads any more, and what it alone was made of. Others without a reader stay: they may
     be there for what they do."""
     if node.op != "call_function" or node.users:
         return
