@@ -612,6 +612,10 @@ KEYS: tuple[Key, ...] = (
     _act("dspass.experts.expected_imbalance", "expected_imbalance", "number", 1.0, "times the mean",
          "How many tokens the busiest rank is expected to get for its experts, over the mean: a prediction and a memory budget "
          "suppose it, for how many come is known in each step alone. The report shows what it is.", low=1.0),
+    _act("dspass.experts.chunks", "chunks", "integer", None, "chunks",
+         "In how many parts, some of each rank's experts each, a layer of experts is computed, so that rows of one part travel "
+         "while another is computed; no more than there are experts on a rank. Absent: what the cost model finds fastest, 1 on "
+         "a device that does not compute while it sends.", low=1),
     _act("dspass.experts.hierarchical", "hierarchical", "flag", None, "",
          "Rows on their way to experts, and back, go inside of the node first, to the rank whose place is that of the one that "
          "they are for, and then across nodes: fewer and larger messages, the same numbers. Nodes have "
@@ -1015,6 +1019,8 @@ class ExpertsConfig:
     """False drops none in spite of a factor."""
     min_capacity: int | None = None
     """Least capacity; None is 4."""
+    chunks: int | None = None
+    """Parts of a layer whose rows travel one by one; None: as many as pay."""
     hierarchical: bool | None = None
     """Whether rows go inside of the node first; None: where it pays."""
 

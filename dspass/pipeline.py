@@ -59,7 +59,7 @@ def _options(cls: type[Pass], config: Config) -> dict[str, Any]:
     zero = config.zero
     options: dict[str, Any] = {}
     if cls is DivideExperts:
-        options["enabled"] = config.expert_parallel.enabled
+        options |= {"enabled": config.expert_parallel.enabled, "chunks": config.experts.chunks}
     if cls is DivideExperts and config.experts.limits:
         options["capacity_factor"] = config.experts.capacity_factor
         if config.experts.min_capacity is not None:

@@ -4,6 +4,9 @@
 
       counts of arriving rows -> dispatch -> order of experts -> [inside] -> order of arrival -> combine
 
+  and where a layer is computed in chunks, some of each rank's experts each, all but the first for each of them, between
+  ``split_chunks`` and ``join_chunks``
+
 - :class:`Limited`, of the same rows where experts have a capacity: the first of each expert, in fixed sizes, padded with
   zeros::
 
@@ -20,7 +23,8 @@ own order and send zeros in between, which needs no padding operator, and tells 
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -56,45 +60,69 @@ def rows_of(graph: fx.Graph, node: fx.Node) -> Any:
 
 @dataclass(kw_only=True)
 class Dropless:
-    """``ends`` are those of all experts on this rank, ``scores`` the router's; ``first`` has the rows."""
+    """``ends`` are those of all experts on this rank, ``scores`` the router's; ``first`` has the rows. Of the experts of each
+    rank the first ``sizes[0]`` are chunk 0, the next ``sizes[1]`` chunk 1."""
 
     graph: fx.Graph
     spec: ParamSpec
     first: fx.Node
     ends: fx.Node
     scores: fx.Node | None
-    _arriving: Any = None
-    _splits: Any = None
-    _positions: Any = None
-    _count: Any = None
+    sizes: Sequence[int]
+    _arriving: list[Any] = field(default_factory=list)
+    _splits: list[Any] = field(default_factory=list)
+    _positions: list[Any] = field(default_factory=list)
+    _counts: list[Any] = field(default_factory=list)
+    _left: list[fx.Node] = field(default_factory=list)
 
-    def open(self) -> fx.Node:
-        """The ends of the rows of the experts here."""
-        graph = self.graph
-        told = graph.call_function(_ops.exchange_counts, (self.ends, self.scores, self.spec.key))
-        self._arriving, self._splits = (graph.call_function(operator.getitem, (told, i)) for i in range(2))
-        here = graph.call_method("sum", (self._arriving, 0))
-        return graph.call_function(torch.cumsum, (here,), {"dim": 0, "dtype": torch.int32})
+    def open(self) -> list[fx.Node]:
+        """Of each chunk the ends of the rows of its experts here."""
+        graph, chunks = self.graph, len(self.sizes)
+        told = graph.call_function(_ops.exchange_counts, (self.ends, self.scores, chunks, self.spec.key))
+        arriving, *self._splits = (graph.call_function(operator.getitem, (told, i)) for i in range(1 + chunks))
+        self._arriving = [arriving] if chunks == 1 else items(graph, torch.split, arriving, list(self.sizes), 1)
+        here = [graph.call_method("sum", (one, 0)) for one in self._arriving]
+        return [graph.call_function(torch.cumsum, (one,), {"dim": 0, "dtype": torch.int32}) for one in here]
 
-    def enter(self, node: fx.Node) -> fx.Node:
-        """Rows of the experts here from all ranks, in the order of experts."""
-        graph = self.graph
-        sent = graph.call_function(_ops.dispatch_rows, (node, self._splits, None, self.spec.key))
-        if self._positions is None:
-            self._count = graph.call_method("size", (sent, 0))
-            self._positions = graph.call_function(_ops.arrival_positions, (self._arriving, self._count))
-        return graph.call_function(_ops.spread_experts, (sent, self._positions))
+    def enter(self, node: fx.Node) -> list[fx.Node]:
+        """Of each chunk the rows of its experts here from all ranks, in the order of experts."""
+        graph, key = self.graph, self.spec.key
+        leaving = [node]
+        if len(self.sizes) > 1:
+            leaving = items(graph, _ops.split_chunks, node, self._splits, None, key)
+        sent = [
+            graph.call_function(_ops.dispatch_rows, (rows, splits, None, key))
+            for rows, splits in zip(leaving, self._splits, strict=True)
+        ]
+        if not self._positions:
+            self._counts = [graph.call_method("size", (rows, 0)) for rows in sent]
+            self._positions = [
+                graph.call_function(_ops.arrival_positions, (arriving, count))
+                for arriving, count in zip(self._arriving, self._counts, strict=True)
+            ]
+            self._left = leaving
+        return [
+            graph.call_function(_ops.spread_experts, (rows, positions))
+            for rows, positions in zip(sent, self._positions, strict=True)
+        ]
 
-    def count(self) -> Any:
+    def count(self, chunk: int) -> Any:
         """How many there are; known once the first have entered."""
-        return self._count
+        return self._counts[chunk]
 
-    def leave(self, node: fx.Node) -> fx.Node:
-        """Back to where rows came from; zeros behind the last end."""
+    def leave(self, node: fx.Node, chunk: int) -> fx.Node:
+        """Back to where a chunk's rows came from; of all in one chunk, zeros behind the last end."""
         graph = self.graph
-        back = graph.call_function(_ops.unpermute_experts, (node, self._positions))
-        size = rows_of(graph, self.first)
-        return graph.call_function(_ops.combine_rows, (back, self._splits, size, self.spec.key))
+        back = graph.call_function(_ops.unpermute_experts, (node, self._positions[chunk]))
+        size = rows_of(graph, self.first) if len(self.sizes) == 1 else graph.call_method("size", (self._left[chunk], 0))
+        return graph.call_function(_ops.combine_rows, (back, self._splits[chunk], size, self.spec.key))
+
+    def join(self, chunks: list[fx.Node]) -> fx.Node:
+        """Rows of all chunks, which have left, in the order of experts; zeros behind the last end."""
+        if len(chunks) == 1:
+            return chunks[0]
+        size = rows_of(self.graph, self.first)
+        return self.graph.call_function(_ops.join_chunks, (chunks, self._splits, size, self.spec.key))
 
 
 @dataclass(kw_only=True)
@@ -106,34 +134,47 @@ class Limited:
     first: fx.Node
     ends: fx.Node
     scores: fx.Node | None
+    sizes: Sequence[int]
     limit: Limit
     _capacity: Any = None
     _is_open: bool = False
 
-    def open(self) -> fx.Node:
-        graph, here, ranks = self.graph, self.spec.shape[0], self.spec.divided_over.size
-        self._capacity = self.limit.node(graph, self.first, here * ranks)
-        return graph.call_function(even_ends, (self.ends, here, self._times(ranks)))
+    def open(self) -> list[fx.Node]:
+        graph, ranks = self.graph, self.spec.divided_over.size
+        self._capacity = self.limit.node(graph, self.first, self.spec.shape[0] * ranks)
+        return [graph.call_function(even_ends, (self.ends, here, self._times(ranks))) for here in self.sizes]
 
-    def enter(self, node: fx.Node) -> fx.Node:
+    def enter(self, node: fx.Node) -> list[fx.Node]:
         graph = self.graph
         padded = graph.call_function(_ops.pad_experts, (node, self.ends, self._capacity))
-        told = () if self._is_open else (self.ends, self.scores)
-        self._is_open = True
-        return graph.call_method("flatten", (even_in(graph, padded, self.spec, *told), 0, 1))
+        entered = []
+        for part in self._apart(padded):
+            told = () if self._is_open else (self.ends, self.scores)
+            self._is_open = True
+            entered.append(even_in(graph, part, self.spec, *told))
+        return [graph.call_method("flatten", (part, 0, 1)) for part in entered]
 
-    def count(self) -> Any:
-        return self._times(self.spec.shape[0] * self.spec.divided_over.size)
+    def _apart(self, padded: fx.Node) -> list[fx.Node]:
+        """``[experts, capacity, ...]`` of each chunk."""
+        apart = by_rank(self.graph, padded, self.spec)
+        return [apart] if len(self.sizes) == 1 else items(self.graph, torch.split, apart, list(self.sizes), 1)
+
+    def count(self, chunk: int) -> Any:
+        return self._times(self.sizes[chunk] * self.spec.divided_over.size)
 
     def _times(self, number: int) -> Any:
         if isinstance(self._capacity, int):
             return self._capacity * number
         return self.graph.call_function(operator.mul, (self._capacity, number))
 
-    def leave(self, node: fx.Node) -> fx.Node:
+    def leave(self, node: fx.Node, chunk: int) -> fx.Node:
+        apart = self.graph.call_method("unflatten", (node, 0, (self.sizes[chunk], -1)))
+        return even_out(self.graph, apart, self.spec)
+
+    def join(self, chunks: list[fx.Node]) -> fx.Node:
         graph = self.graph
-        apart = graph.call_method("unflatten", (node, 0, (self.spec.shape[0], -1)))
-        padded = even_out(graph, apart, self.spec)
+        whole = chunks[0] if len(chunks) == 1 else graph.call_function(torch.cat, (chunks, 1))
+        padded = graph.call_method("flatten", (whole, 0, 1))
         return graph.call_function(_ops.unpad_experts, (padded, self.ends, rows_of(graph, self.first)))
 
 
@@ -148,17 +189,20 @@ class Batched:
     def enter(self, node: fx.Node) -> fx.Node:
         told = () if self._is_open else (None, None)
         self._is_open = True
-        return even_in(self.graph, node, self.spec, *told)
+        return even_in(self.graph, by_rank(self.graph, node, self.spec), self.spec, *told)
 
     def leave(self, node: fx.Node) -> fx.Node:
-        return even_out(self.graph, node, self.spec)
+        return self.graph.call_method("flatten", (even_out(self.graph, node, self.spec), 0, 1))
 
 
-def even_in(graph: fx.Graph, node: fx.Node, spec: ParamSpec, *told: fx.Node | None) -> fx.Node:
-    """``[experts, capacity, ...]`` of this rank to ``[experts here, ranks * capacity, ...]`` of all. With what is ``told``,
-    ends and scores, the exchange opens the layer's."""
-    ranks, here = spec.divided_over.size, spec.shape[0]
-    apart = graph.call_method("unflatten", (node, 0, (ranks, here)))
+def by_rank(graph: fx.Graph, node: fx.Node, spec: ParamSpec) -> fx.Node:
+    """``[experts, capacity, ...]`` as ``[ranks, experts of a rank, capacity, ...]``."""
+    return graph.call_method("unflatten", (node, 0, (spec.divided_over.size, spec.shape[0])))
+
+
+def even_in(graph: fx.Graph, apart: fx.Node, spec: ParamSpec, *told: fx.Node | None) -> fx.Node:
+    """``[ranks, experts here, capacity, ...]`` of this rank to ``[experts here, ranks * capacity, ...]`` of all. With what is
+    ``told``, ends and scores, the exchange opens the layer's."""
     ends, scores = told or (None, None)
     arrived = graph.call_function(_ops.exchange_even, (apart, ends, scores, bool(told), spec.key))
     return graph.call_method("flatten", (graph.call_method("transpose", (arrived, 0, 1)), 1, 2))
@@ -167,6 +211,11 @@ def even_in(graph: fx.Graph, node: fx.Node, spec: ParamSpec, *told: fx.Node | No
 def even_out(graph: fx.Graph, node: fx.Node, spec: ParamSpec) -> fx.Node:
     """The way back of :func:`even_in`."""
     apart = graph.call_method("unflatten", (node, 1, (spec.divided_over.size, -1)))
-    by_rank = graph.call_method("transpose", (apart, 0, 1))
-    arrived = graph.call_function(_ops.exchange_even, (by_rank, None, None, False, spec.key))
-    return graph.call_method("flatten", (arrived, 0, 1))
+    by_source = graph.call_method("transpose", (apart, 0, 1))
+    return graph.call_function(_ops.exchange_even, (by_source, None, None, False, spec.key))
+
+
+def items(graph: fx.Graph, function: Any, *args: Any) -> list[fx.Node]:
+    """What ``function`` answers, one by one: as many as its second argument is long."""
+    made = graph.call_function(function, args)
+    return [graph.call_function(operator.getitem, (made, i)) for i in range(len(args[1]))]

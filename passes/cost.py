@@ -168,15 +168,25 @@ def _exchanged(start: fx.Node) -> list[Collective]:
     if start.target is combine_start:
         sent, got = got, sent
     counts = [compat.expected(tensors[0].shape[0]) or 0 for tensors in (sent, got)]
-    going, coming = expected_splits(axis, *counts)
-    others = max(counts[0] - going[axis.rank], counts[1] - coming[axis.rank])
-    row = sum(math.prod(t.shape[1:]) * t.element_size() for t in got)
+    return rows_costs(spec, counts[0], counts[1], sum(math.prod(t.shape[1:]) * t.element_size() for t in got))
+
+
+def rows_costs(spec: ParamSpec, sent: int, received: int, row_bytes: int) -> list[Collective]:
+    """Of rows to experts, and just so of their way back: ``sent`` by the rank that gets the most, ``received``."""
+    axis = spec.divided_over
+    going, coming = expected_splits(axis, sent, received)
+    others = max(sent - going[axis.rank], received - coming[axis.rank])
     if spec.expert_levels is not None:
-        table = expected_table(axis, *counts)
-        if spec.expert_levels.pay(table, row):
-            ways = (level_costs(spec.expert_levels, axis.rank, t, row, "forward") for t in (table, turned(table)))
+        table = expected_table(axis, sent, received)
+        if spec.expert_levels.pay(table, row_bytes):
+            ways = (level_costs(spec.expert_levels, axis.rank, t, row_bytes, "forward") for t in (table, turned(table)))
             return [max(both, key=lambda cost: cost.bytes) for both in zip(*ways, strict=True)]
-    return [rows_cost(axis, others * row, "forward")]
+    return [rows_cost(axis, others * row_bytes, "forward")]
+
+
+def rows_seconds(spec: ParamSpec, sent: int, received: int, row_bytes: int, on: Device) -> float:
+    """Seconds of :func:`rows_costs`, alone on the link."""
+    return sum(on.latency + c.bytes / on.link_of(c.span) for c in rows_costs(spec, sent, received, row_bytes))
 
 
 def collective_seconds(start: fx.Node, on: Device) -> float:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 import torch.fx as fx
 
-from dspass.passes.around_experts import Batched, Dropless, Limit, Limited, rows_of
+from dspass.passes.around_experts import Batched, Dropless, Limit, Limited, items, rows_of
 from dspass.passes.base import Pass, PassContext, Where
 from dspass.passes.batched_experts import Batch, find_batches, is_of_parameters, weight_of
+from dspass.passes.expert_chunks import fastest
 from dspass.passes.experts import Layer, chain_of, find_experts, value_of
 from dspass.runtime import capacity, exchange, experts, grouped  # noqa: F401  (their operators)
 from dspass.runtime.params import ParamSpec, lookup
+from dspass.runtime.traffic import even_parts
 
 _ops = torch.ops.dspass
 
@@ -27,6 +29,12 @@ class DivideExperts(Pass):
     divided over an expert axis stands what :mod:`dspass.passes.around_experts` has for it, and inside the weights are those of
     this rank, ``unshard_experts``. It works on the graph as Dynamo captured it, before it is differentiated: the backward's two
     exchanges are the derivatives of these. A weight that is read in any other way is gathered from all ranks first.
+
+    A layer may be computed in ``chunks``, some of each rank's experts each, so that rows of one are on their way while those
+    of another are computed (as Tutel's and FasterMoE's pipelines do it with parts of the tokens); without a number as many as
+    :mod:`dspass.passes.expert_chunks` finds fastest. By experts, each matrix is read once, and its gradient is written by one
+    product. Dropped: by tokens, which lets the rows of one part travel while attention computes another, and needs the whole
+    model twice, every weight's gradient as a sum, and a batch whose parts do not depend on each other.
 
     With a ``capacity_factor`` each expert takes that many times its even share of a rank's rows, and ``min_capacity`` at least;
     what is beyond becomes zeros, where experts are not divided too.
@@ -41,6 +49,7 @@ class DivideExperts(Pass):
     enabled: bool = True
     capacity_factor: float | None = None
     min_capacity: int = 4
+    chunks: int | None = None
 
     def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
         limit = self._limit
@@ -52,8 +61,9 @@ class DivideExperts(Pass):
         told: dict[str, list[str]] = {}
         for layer in layers:
             if _share_axis(layer):
-                told.setdefault(_told(layer), []).append(_name(layer))
-                _divide(graph, layer, limit)
+                chunks = self._chunks(graph, layer, ctx)
+                told.setdefault(_told(layer, chunks), []).append(_name(layer))
+                _divide(graph, layer, limit, chunks)
             else:
                 told.setdefault(f"of {layer.experts} experts, whole on each rank", []).append(_name(layer))
                 if limit is not None:
@@ -76,6 +86,15 @@ class DivideExperts(Pass):
             ctx.say("no experts are divided over ranks")
         return graph
 
+    def _chunks(self, graph: fx.Graph, layer: Layer, ctx: PassContext) -> int:
+        """How many chunks a layer is computed in: no more than there are experts on a rank."""
+        spec = spec_of(layer.weights[layer.products[0]])
+        if _is_read_between(layer):
+            return 1
+        if self.chunks is not None:
+            return min(self.chunks, spec.shape[0])
+        return fastest(graph, layer, spec, ctx)
+
     @property
     def _limit(self) -> Limit | None:
         return None if self.capacity_factor is None else Limit(factor=self.capacity_factor, least=self.min_capacity)
@@ -93,9 +112,16 @@ def _name(layer: Layer | Batch) -> str:
     return source.name if source.op == "placeholder" else spec_of(source).layer
 
 
-def _told(layer: Layer | Batch) -> str:
+def _told(layer: Layer | Batch, chunks: int = 1) -> str:
     spec = spec_of(layer.weights[layer.products[0]])
-    return f"of {layer.experts} experts, {spec.shape[0]} on each of {spec.divided_over.size} ranks"
+    text = f"of {layer.experts} experts, {spec.shape[0]} on each of {spec.divided_over.size} ranks"
+    return text if chunks == 1 else f"{text} in {chunks} chunks"
+
+
+def _is_read_between(layer: Layer) -> bool:
+    """Whether something outside reads what is made inside before all of it is."""
+    held, last = set(layer.inside), layer.inside[-1]
+    return any(user not in held and user < last for node in layer.inside for user in node.users)
 
 
 _UNSHARD = (_ops.unshard, _ops.unshard.default)
@@ -131,44 +157,82 @@ def _share_axis(layer: Layer | Batch) -> bool:
 # -- rows in the order of experts ----------------------------------------------------------------------------------------
 
 
-def _divide(graph: fx.Graph, layer: Layer, limit: Limit | None) -> None:
+def _divide(graph: fx.Graph, layer: Layer, limit: Limit | None, chunks: int) -> None:
     spec = spec_of(layer.weights[layer.products[0]])
     entering, leaving = layer.entering(), layer.leaving()
     first = layer.products[0].args[0]
     assert isinstance(first, fx.Node)
+    sizes = even_parts(spec.shape[0], chunks)
     given: dict[str, Any] = {
-        "graph": graph, "spec": spec, "first": first, "ends": layer.ends, "scores": layer.scores
+        "graph": graph, "spec": spec, "first": first, "ends": layer.ends, "scores": layer.scores, "sizes": sizes
     }  # fmt: skip
     way = Dropless(**given) if limit is None else Limited(**given, limit=limit)
-    with graph.inserting_before(layer.inside[0]):
+    parts = _copies(graph, layer, chunks) if chunks > 1 else [{node: node for node in layer.inside}]
+    begin = parts[0][layer.inside[0]]
+    with graph.inserting_before(begin):
         ends = way.open()
 
-    inner: dict[fx.Node, fx.Node] = {}
+    inner: list[dict[fx.Node, fx.Node]] = [{} for _ in parts]
     for node in [first, *(n for n in entering if n is not first)]:
-        with graph.inserting_before(_reader(layer, node)):
-            if layer.names_expert(node):
-                ids = graph.call_function(
-                    _ops.experts_of_rows, (ends, way.count(), spec.divided_over.rank * spec.shape[0])
-                )
-                inner[node] = graph.node_copy(node, lambda n, node=node, ids=ids: ids if n is node.args[1] else n)
-                inner[node].meta.clear()
-            else:
-                inner[node] = way.enter(node)
+        # All chunks' rows leave before one of them is computed.
+        with graph.inserting_before(begin if chunks > 1 else _reader(layer, node)):
+            entered = _rows_of_experts(way, node, ends) if layer.names_expert(node) else way.enter(node)
+        for known, its in zip(inner, entered, strict=True):
+            known[node] = its
 
-    for product, weight in _weights_here(graph, layer).items():
-        rows: Any = product.args[0]
-        between = chain_of(product.args[1])[1]
-        product.target, product.args, product.kwargs = _ops.grouped_product, (rows, weight, ends), {}
-        _erase_unread(graph, between)
-    _redirect(layer, inner, leaving, way.leave)
+    weights = _weights_here(graph, layer, sizes)
+    between = [node for product in layer.products for node in chain_of(product.args[1])[1]]
+    for i, part in enumerate(parts):
+        for product in layer.products:
+            copy = part[product]
+            rows: Any = copy.args[0]
+            copy.target, copy.args, copy.kwargs = _ops.grouped_product, (rows, weights[product][i], ends[i]), {}
+        _read(part.values(), inner[i])
+
+    def leave(node: fx.Node) -> fx.Node:
+        back = []
+        for i, part in enumerate(parts):
+            with graph.inserting_before(part[node].next):
+                back.append(way.leave(part[node], i))
+        with graph.inserting_before(back[-1].next):
+            return way.join(back)
+
+    _leave(layer, leaving, leave)
+    if chunks > 1:
+        _erase_unread(graph, layer.inside)
+    _erase_unread(graph, between)
+
+
+def _copies(graph: fx.Graph, layer: Layer, chunks: int) -> list[dict[fx.Node, fx.Node]]:
+    """The inside once more for each chunk, one behind the other: what each of its nodes has become."""
+    made: list[dict[fx.Node, fx.Node]] = []
+    with graph.inserting_before(layer.inside[-1].next):
+        for _ in range(chunks):
+            known: dict[fx.Node, fx.Node] = {}
+            for node in layer.inside:
+                known[node] = graph.node_copy(node, lambda n, known=known: known.get(n, n))
+            made.append(known)
+    return made
+
+
+def _rows_of_experts(way: Dropless | Limited, node: fx.Node, ends: Sequence[fx.Node]) -> list[fx.Node]:
+    """Of each chunk what ``node`` has for each row's expert, made anew of the rows here."""
+    made, before = [], way.spec.divided_over.rank * way.spec.shape[0]
+    for i, size in enumerate(way.sizes):
+        ids = way.graph.call_function(_ops.experts_of_rows, (ends[i], way.count(i), before))
+        made.append(way.graph.node_copy(node, lambda n, ids=ids: ids if n is node.args[1] else n))
+        made[-1].meta.clear()
+        before += size
+    return made
 
 
 def _limit_rows(graph: fx.Graph, layer: Layer, limit: Limit) -> None:
     """Rows beyond the capacity become zeros where they leave a layer whose experts are all here."""
 
     def kept(node: fx.Node) -> fx.Node:
-        padded = graph.call_function(_ops.pad_experts, (node, layer.ends, limit.node(graph, node, layer.experts)))
-        return graph.call_function(_ops.unpad_experts, (padded, layer.ends, rows_of(graph, node)))
+        with graph.inserting_before(node.next):
+            padded = graph.call_function(_ops.pad_experts, (node, layer.ends, limit.node(graph, node, layer.experts)))
+            return graph.call_function(_ops.unpad_experts, (padded, layer.ends, rows_of(graph, node)))
 
     _leave(layer, layer.leaving(), kept)
 
@@ -194,12 +258,18 @@ def _divide_batch(graph: fx.Graph, batch: Batch) -> None:
             else:  # each rank's own, which goes with its rows
                 whole = graph.call_function(_for_each_row, (node, entering[0]))
                 inner[node] = way.enter(whole)
-    for product, weight in _weights_here(graph, batch).items():
+    for product, (weight,) in _weights_here(graph, batch, [spec.shape[0]]).items():
         old = weight_of(product)
         between = chain_of(old)[1]
         product.replace_input_with(old, weight)
         _erase_unread(graph, between)
-    _redirect(batch, inner, leaving, way.leave)
+    _read(batch.inside, inner)
+
+    def leave(node: fx.Node) -> fx.Node:
+        with graph.inserting_before(node.next):
+            return way.leave(node)
+
+    _leave(batch, leaving, leave)
 
 
 def _for_each_row(value: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -213,23 +283,28 @@ def _reader(layer: Layer | Batch, node: fx.Node) -> fx.Node:
     return next(n for n in layer.inside if node in n.all_input_nodes)
 
 
-def _weights_here(graph: fx.Graph, layer: Layer | Batch) -> dict[fx.Node, fx.Node]:
-    """For each product its matrices of the experts here, laid out as it had all of them."""
-    found: dict[fx.Node, fx.Node] = {}
-    here: dict[fx.Node, fx.Node] = {}
+def _weights_here(graph: fx.Graph, layer: Layer | Batch, sizes: Sequence[int]) -> dict[fx.Node, list[fx.Node]]:
+    """For each product the matrices of each chunk's experts here, laid out as it had all of them."""
+    found: dict[fx.Node, list[fx.Node]] = {}
+    here: dict[fx.Node, list[fx.Node]] = {}
     for product in layer.products:
         source, between = chain_of(product.args[1] if isinstance(layer, Layer) else weight_of(product))
         assert source is not None
         if source not in here:
-            with graph.inserting_after(source):
-                here[source] = graph.call_function(_ops.unshard_experts, source.args)
+            with graph.inserting_before(source.next):
+                whole = graph.call_function(_ops.unshard_experts, source.args)
+                here[source] = [whole]
+                if len(sizes) > 1:  # not sliced, whose gradient would be as large as the whole for each chunk
+                    here[source] = items(graph, torch.split, whole, list(sizes))
+        found[product] = []
         with graph.inserting_before(product):
-            value = here[source]
-            copies: dict[fx.Node, fx.Node] = {source: value}
-            for node in between:
-                value = copies[node] = graph.node_copy(node, lambda n, known=copies: known.get(n, n))
-                value.meta.clear()
-        found[product] = value
+            for value in here[source]:
+                copies: dict[fx.Node, fx.Node] = {source: value}
+                made = value
+                for node in between:
+                    made = copies[node] = graph.node_copy(node, lambda n, known=copies: known.get(n, n))
+                    made.meta.clear()
+                found[product].append(made)
     return found
 
 
@@ -239,26 +314,20 @@ def _erase_unread(graph: fx.Graph, nodes: Sequence[fx.Node]) -> None:
             graph.erase_node(node)
 
 
-def _redirect(
-    layer: Layer | Batch,
-    inner: Mapping[fx.Node, fx.Node],
-    leaving: Sequence[fx.Node],
-    leave: Callable[[fx.Node], fx.Node],
-) -> None:
-    """The inside reads what has entered, and who stands outside what has left."""
-    for node in layer.inside:
-        node.args = fx.map_arg(node.args, lambda n: inner.get(n, n))
-        node.kwargs = fx.map_arg(node.kwargs, lambda n: inner.get(n, n))
+def _read(inside: Iterable[fx.Node], entered: Mapping[fx.Node, fx.Node]) -> None:
+    """The inside reads what has entered."""
+    for node in inside:
+        node.args = fx.map_arg(node.args, lambda n: entered.get(n, n))
+        node.kwargs = fx.map_arg(node.kwargs, lambda n: entered.get(n, n))
         node.meta.pop("example_value", None)
-    _leave(layer, leaving, leave)
 
 
 def _leave(layer: Layer | Batch, leaving: Sequence[fx.Node], leave: Callable[[fx.Node], fx.Node]) -> None:
+    """Who stands outside reads what has left."""
     held = set(layer.inside)
     for node in leaving:
         outside = [user for user in node.users if user not in held]
-        with node.graph.inserting_before(node.next):
-            result = leave(node)
+        result = leave(node)
         for user in outside:
             user.replace_input_with(node, result)
 

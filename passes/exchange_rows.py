@@ -25,7 +25,7 @@ from dspass.runtime.exchange import COMBINE, COUNTS, DISPATCH, EVEN, MEAN
 #: Of each marker what begins it, and which of its arguments that takes: the first of rows in a list, for a pass may divide it
 #: into codes and scales.
 _STARTS: dict[Any, tuple[Callable[..., Any], tuple[int, ...]]] = {
-    COUNTS: (counts_start, (0, 1, 2)),
+    COUNTS: (counts_start, (0, 1, 2, 3)),
     DISPATCH: (dispatch_start, (0, 1, 3)),
     COMBINE: (combine_start, (0, 1, 2, 3)),
     MEAN: (mean_start, (0, 1)),

@@ -14,6 +14,7 @@ from dspass.passes.cost import collective_seconds, seconds_again
 from dspass.passes.kernels import fuses, is_view
 from dspass.passes.nodes import REDUCE_GRAD, ROWS, exchange_wait
 from dspass.runtime.collectives import RUNTIME_FUNCTIONS
+from dspass.runtime.exchange import CHUNKS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +135,8 @@ def _made_from(node: fx.Node, among: list[fx.Node]) -> list[fx.Node]:
 
 
 def _is_exchange(node: fx.Node) -> bool:
+    if node.target in CHUNKS:
+        return False
     source = node.args[0] if node.args else None
     return node.target in RUNTIME_FUNCTIONS or (isinstance(source, fx.Node) and source.target is exchange_wait)
 

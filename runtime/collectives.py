@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from dspass.runtime.engine import Exchange, Gather, Reduction
+from dspass.runtime.exchange import CHUNKS
 from dspass.runtime.host import offload_start, offload_wait, reload_start, reload_wait
 from dspass.runtime.params import Over, Packed, lookup
 
@@ -169,10 +170,10 @@ def rounding_errors(tensors: list[torch.Tensor], keys: list[str], reset: int | N
     return specs[0].engine.rounding_errors(specs, reset)
 
 
-def counts_start(ends: torch.Tensor, scores: torch.Tensor | None, key: str) -> Exchange:
+def counts_start(ends: torch.Tensor, scores: torch.Tensor | None, chunks: int, key: str) -> Exchange:
     """Begin :func:`dspass.runtime.exchange.exchange_counts`."""
     spec = lookup(key)
-    return spec.engine.start_counts(spec, ends, scores)
+    return spec.engine.start_counts(spec, ends, scores, chunks)
 
 
 def dispatch_start(rows: list[torch.Tensor], splits: torch.Tensor, key: str, packed: Packed = None) -> Exchange:
@@ -218,6 +219,7 @@ def exchange_wait(exchange: Exchange) -> list[torch.Tensor]:
 
 RUNTIME_FUNCTIONS = frozenset(
     {
+        *CHUNKS,
         combine_start,
         counts_start,
         dispatch_start,

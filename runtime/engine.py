@@ -52,6 +52,7 @@ from dspass.runtime.traffic import (
     TrafficCounter,
     counts_cost,
     even_cost,
+    even_parts,
     expected_table,
     gather_cost,
     level_costs,
@@ -215,8 +216,8 @@ class Engine:
 
     # -- experts ---------------------------------------------------------------------------------------------------
 
-    def start_counts(self, spec: ParamSpec, ends: torch.Tensor, scores: torch.Tensor | None) -> Exchange:
-        """Begin to tell each rank how many rows come for each of its experts.
+    def start_counts(self, spec: ParamSpec, ends: torch.Tensor, scores: torch.Tensor | None, chunks: int) -> Exchange:
+        """Begin to tell each rank how many rows come for each of its experts, which are computed in so many ``chunks``.
 
         It is told of all experts, a few hundred numbers, for the report. Megatron-LM's dispatcher gathers as much. The host
         reads them, once for all that is sent by them: on a GPU each time would wait for all that it has begun.
@@ -235,8 +236,9 @@ class Engine:
                 _refuse_nan(spec, on_host[:, -1])
                 self.routing.counted(spec, all_told[:, :-1])
             here = ends.shape[0] // axis.size
-            splits = on_host[:, :-1].reshape(axis.size, axis.size, here).sum(2, dtype=torch.int32)
-            return [all_told[:, axis.rank * here : (axis.rank + 1) * here].contiguous(), splits]
+            by_rank = on_host[:, :-1].reshape(axis.size, axis.size, here)
+            splits = [part.sum(2, dtype=torch.int32) for part in by_rank.split(even_parts(here, chunks), dim=2)]
+            return [all_told[:, axis.rank * here : (axis.rank + 1) * here].contiguous(), *splits]
 
         return Exchange(self, flight, counted, arrived)
 

@@ -16,6 +16,11 @@ MegaBlocks, 2023). Every rank may have another number of tokens, none too. How m
 have: the size is an unbacked symbol of the graph, made here and not by ``item()``, which Dynamo allows with
 ``capture_scalar_outputs`` alone. A router that answers NaN says so in its counts, and every rank raises.
 
+Where a layer is computed in *chunks*, so that the rows of one travel while those of another are computed, a chunk has some of
+each rank's experts: :func:`split_chunks` and :func:`join_chunks`, each other's adjoint, stand outside of the exchanges, which
+are then as many, each of fewer rows. They copy the rows once. Dropped: to send from, and receive into, pieces of one tensor,
+which copies nothing where a transport takes lists of tensors, and makes one exchange of what should be several.
+
 Where each expert takes the same number of rows from every rank, its *capacity*, sizes are fixed and :func:`exchange_even` is
 all there is: one row of a tensor a rank, and its own adjoint. A rank whose capacity is another one than its peers', which has
 another number of tokens, would leave them with less than they wait for: ranks tell each other before they send.
@@ -40,23 +45,24 @@ from dspass.runtime.params import lookup
 # -- counts --------------------------------------------------------------------------------------------------------------
 
 
-def _counts_fake(ends: torch.Tensor, scores: torch.Tensor | None, key: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _counts_fake(ends: torch.Tensor, scores: torch.Tensor | None, chunks: int, key: str) -> list[torch.Tensor]:
     ranks = lookup(key).divided_over.size
     arriving = ends.new_empty((ranks, ends.shape[0] // ranks), dtype=torch.int32)
-    return arriving, ends.new_empty((ranks, ranks), dtype=torch.int32, device="cpu")
+    splits = [ends.new_empty((ranks, ranks), dtype=torch.int32, device="cpu") for _ in range(chunks)]
+    return [arriving, *splits]
 
 
-@operator("exchange_counts(Tensor ends, Tensor? scores, str key) -> (Tensor, Tensor)", fake=_counts_fake)
-def exchange_counts(ends: torch.Tensor, scores: torch.Tensor | None, key: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """``int32[ranks, experts here]``: the rows that each rank has for each expert here; on the host ``int32[ranks, ranks]``,
-    those that each rank has for each other one. ``ends[experts]``: the row behind each expert's last on this rank.
-    ``scores``, the router's, are looked through for NaN. ``key``: a weight of the experts.
+@operator("exchange_counts(Tensor ends, Tensor? scores, int chunks, str key) -> Tensor[]", fake=_counts_fake)
+def exchange_counts(ends: torch.Tensor, scores: torch.Tensor | None, chunks: int, key: str) -> list[torch.Tensor]:
+    """``int32[ranks, experts here]``: the rows that each rank has for each expert here; then on the host, for each of the
+    ``chunks`` of each rank's experts, which are as even as can be (:func:`dspass.runtime.traffic.even_parts`),
+    ``int32[ranks, ranks]``, those that each rank has for each other one. ``ends[experts]``: the row behind each expert's last
+    on this rank. ``scores``, the router's, are looked through for NaN. ``key``: a weight of the experts.
 
     Raises ``RuntimeError`` on all ranks where one has NaN among its scores.
     """
     spec = lookup(key)
-    arriving, splits = spec.engine.start_counts(spec, ends, scores).wait()
-    return arriving, splits
+    return spec.engine.start_counts(spec, ends, scores, chunks).wait()
 
 
 # -- rows ----------------------------------------------------------------------------------------------------------------
@@ -121,6 +127,80 @@ def _combine_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None,
 
 differentiable("dispatch_rows", backward=_dispatch_backward, keep=_keep_dispatch)
 differentiable("combine_rows", backward=_combine_backward, keep=_keep_combine)
+
+
+# -- chunks --------------------------------------------------------------------------------------------------------------
+
+
+def _split_fake(rows: torch.Tensor, splits: list[torch.Tensor], sizes: Any, key: str) -> list[torch.Tensor]:
+    if sizes is None:
+        some, others = rows.shape[0] // len(splits), len(splits) - 1
+        likely = [rows.shape[0] - some * others, *[some] * others]
+        known = lookup(key).engine.target is not None
+        sizes = likely if known else [compat.unknown_size(rows, size) for size in likely]
+    return [rows.new_empty((size, *rows.shape[1:])) for size in sizes]
+
+
+@operator("split_chunks(Tensor rows, Tensor[] splits, SymInt[]? sizes, str key) -> Tensor[]", fake=_split_fake)
+def split_chunks(
+    rows: torch.Tensor, splits: list[torch.Tensor], sizes: list[int] | None, key: str
+) -> list[torch.Tensor]:
+    """Of ``rows[rows, ...]``, in the order of all experts, those of each chunk: ``[sizes[i], ...]``, where these are known, in
+    the order of experts. ``splits`` are those of :func:`exchange_counts`, one for each chunk."""
+    spec = lookup(key)
+    pieces = _pieces(rows, splits, spec.divided_over.rank)
+    chunks = [torch.cat([of_rank[i] for of_rank in pieces]) for i in range(len(splits))]
+    spec.engine.routing.dispatched(spec, rows.shape[0] - sum(chunk.shape[0] for chunk in chunks))
+    return chunks
+
+
+@operator(
+    "join_chunks(Tensor[] rows, Tensor[] splits, SymInt size, str key) -> Tensor",
+    fake=lambda rows, splits, size, key: rows[0].new_empty((size, *rows[0].shape[1:])),
+)
+def join_chunks(rows: list[torch.Tensor], splits: list[torch.Tensor], size: int, key: str) -> torch.Tensor:
+    """``[size, ...]``: rows where :func:`split_chunks` took them, and zeros behind those."""
+    result = rows[0].new_empty((size, *rows[0].shape[1:]))
+    pieces = _pieces(result, splits, lookup(key).divided_over.rank)
+    for i, chunk in enumerate(rows):
+        places = [of_rank[i] for of_rank in pieces]
+        for place, piece in zip(places, chunk.split([p.shape[0] for p in places]), strict=True):
+            place.copy_(piece)
+    result[sum(chunk.shape[0] for chunk in rows) :].zero_()
+    return result
+
+
+def _pieces(rows: torch.Tensor, splits: list[torch.Tensor], rank: int) -> list[tuple[torch.Tensor, ...]]:
+    """Views of a rank's rows, for each rank that they go to those of each chunk."""
+    counts = [[int(c) for c in of_rank] for of_rank in zip(*(table[rank].tolist() for table in splits), strict=True)]
+    whole = rows[: sum(map(sum, counts))].split([sum(of_rank) for of_rank in counts])
+    return [part.split(of_rank) for part, of_rank in zip(whole, counts, strict=True)]
+
+
+def _keep_split(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) -> None:
+    rows, splits, _, ctx.key = inputs
+    ctx.size = rows.shape[0]
+    ctx.save_for_backward(*splits)
+
+
+def _split_backward(ctx: Any, grads: list[torch.Tensor]) -> tuple[torch.Tensor, list[None], None, None]:
+    splits = list(ctx.saved_tensors)
+    return torch.ops.dspass.join_chunks(grads, splits, ctx.size, ctx.key), [None] * len(splits), None, None
+
+
+def _keep_join(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    rows, splits, _, ctx.key = inputs
+    ctx.sizes = [chunk.shape[0] for chunk in rows]
+    ctx.save_for_backward(*splits)
+
+
+def _join_backward(ctx: Any, grad: torch.Tensor) -> tuple[list[torch.Tensor], list[None], None, None]:
+    splits = list(ctx.saved_tensors)
+    return torch.ops.dspass.split_chunks(grad, splits, ctx.sizes, ctx.key), [None] * len(splits), None, None
+
+
+differentiable("split_chunks", backward=_split_backward, keep=_keep_split)
+differentiable("join_chunks", backward=_join_backward, keep=_keep_join)
 
 
 # -- the same number of rows for each expert -----------------------------------------------------------------------------
@@ -208,5 +288,9 @@ DISPATCH = torch.ops.dspass.dispatch_rows.default
 COMBINE = torch.ops.dspass.combine_rows.default
 MEAN = torch.ops.dspass.mean_over_ranks.default
 EVEN = torch.ops.dspass.exchange_even.default
-#: Those that send, on all ranks: none runs again because somebody would rather compute a value than keep it.
-MARKERS = frozenset({COUNTS, DISPATCH, COMBINE, EVEN, MEAN})
+SPLIT = torch.ops.dspass.split_chunks.default
+JOIN = torch.ops.dspass.join_chunks.default
+#: What reads sizes on the host to copy rows.
+CHUNKS = (SPLIT, JOIN)
+#: Those that send, on all ranks, and the former: none runs again because somebody would rather compute a value than keep it.
+MARKERS = frozenset({COUNTS, DISPATCH, COMBINE, EVEN, MEAN, *CHUNKS})

@@ -103,9 +103,9 @@ def mean_cost(axis: Axis, size: int, direction: Direction) -> Collective:
 def expected_splits(axis: Axis, size: int, received: int) -> tuple[list[int], list[int]]:
     """How many of ``size`` rows go to each rank, and how many of the ``received`` ones come from each, on the rank that gets
     the most: from all alike, itself one of them, and what it does not keep goes to the others alike."""
-    coming = _even(received, axis.size)
+    coming = even_parts(received, axis.size)
     own = coming[axis.rank]
-    going = _even(size - own, axis.size - 1)
+    going = even_parts(size - own, axis.size - 1)
     going.insert(axis.rank, own)
     return going, coming
 
@@ -118,7 +118,7 @@ def expected_table(axis: Axis, size: int, received: int) -> list[list[int]]:
     for source in range(axis.size):
         row = going
         if source != axis.rank:
-            row = _even(max(size - coming[source], 0), axis.size - 1)
+            row = even_parts(max(size - coming[source], 0), axis.size - 1)
             row.insert(axis.rank, coming[source])
         table.append(row)
     return table
@@ -129,7 +129,8 @@ def turned(table: Table) -> list[list[int]]:
     return [list(column) for column in zip(*table, strict=True)]
 
 
-def _even(total: int, parts: int) -> list[int]:
+def even_parts(total: int, parts: int) -> list[int]:
+    """``total`` as so many whole numbers that differ by one at most, the larger ones first."""
     return [total // parts + (i < total % parts) for i in range(parts)]
 
 

@@ -63,7 +63,7 @@ from dspass.pipeline import build
 from dspass.runtime import compat
 from dspass.runtime.collectives import RUNTIME_FUNCTIONS
 from dspass.runtime.engine import Engine
-from dspass.runtime.exchange import COMBINE, COUNTS, DISPATCH, MEAN
+from dspass.runtime.exchange import CHUNKS, COMBINE, COUNTS, DISPATCH, JOIN, MEAN, SPLIT
 from dspass.runtime.few_bits import QUANTISED_LINEAR, quantise_rows
 from dspass.runtime.params import Over, ParamSpec, lookup
 from dspass.runtime.traffic import reduction_steps
@@ -239,6 +239,7 @@ TOYS: Mapping[str, Callable[[], nn.Module]] = {
     "mlp": Mlp,
     "stored": Stored,
     "routed": Routed,
+    "chunks_routed": Routed,
     "quantised_routed": functools.partial(Routed, 20),
     "balanced": Balanced,
     "tied": Tied,
@@ -361,6 +362,7 @@ CONFIGS = {
     "in_node": IN_NODE,
     "in_nodes": IN_NODE,
     "routed": ROUTED,
+    "chunks_routed": options(experts={"chunks": 2}) | {"expert_parallel": {"enabled": True}},
     "quantised_routed": ROUTED,
     "balanced": BALANCED,
     "rounded": ROUNDED,
@@ -616,11 +618,33 @@ def _mean(key: str, grads: PerRank) -> PerRank:
     return PerRank(rows_of(spec, mean, r).to(spec.dtype) for r in range(len(grads)))
 
 
-def _counts(ends: PerRank, world: int) -> PerRank:
-    """Of each rank the rows that arrive for each expert here, and those of every rank for every other one."""
+def _counts(ends: PerRank, world: int, chunks: int) -> PerRank:
+    """Of each rank the rows that arrive for each expert here, and for each chunk of experts those of every rank for every
+    other one."""
     counts = torch.stack([e.diff(prepend=e.new_zeros(1)).int().view(world, -1) for e in ends])
-    splits = counts.sum(2, dtype=torch.int32)
-    return PerRank((counts[:, rank], splits) for rank in range(world))
+    splits = [part.sum(2, dtype=torch.int32) for part in counts.tensor_split(chunks, dim=2)]
+    return PerRank([counts[:, rank], *splits] for rank in range(world))
+
+
+def _chunked(rows: PerRank, splits: PerRank) -> PerRank:
+    """Of each rank's rows those of each chunk, which stand one behind the other for each rank that they go to."""
+    found = []
+    for rank, its in enumerate(rows):
+        counts = torch.stack([table[rank] for table in splits[rank]]).t()
+        pieces = its[: counts.sum()].split(counts.flatten().tolist())
+        found.append([torch.cat(pieces[i :: counts.shape[1]]) for i in range(counts.shape[1])])
+    return PerRank(found)
+
+
+def _joined(chunks: PerRank, splits: PerRank, sizes: PerRank) -> PerRank:
+    numbers = PerRank(torch.arange(size) for size in sizes)
+    places = _chunked(numbers, splits)
+    found = []
+    for rank, its in enumerate(chunks):
+        result = its[0].new_zeros((sizes[rank], *its[0].shape[1:]))
+        result[torch.cat(places[rank])] = torch.cat(list(its))
+        found.append(result)
+    return PerRank(found)
 
 
 def _sent(splits: torch.Tensor, source: int, rank: int) -> slice:
@@ -652,10 +676,12 @@ def _averaged(values: PerRank) -> PerRank:
 
 #: Exchanges, as markers and as starts, by what they answer of their arguments' values on all ranks.
 EXCHANGES: dict[Any, Any] = {
-    COUNTS: lambda ends, *_: _counts(ends, len(ends)),
-    counts_start: lambda ends, *_: _counts(ends, len(ends)),
+    COUNTS: lambda ends, _, chunks, *__: _counts(ends, len(ends), chunks[0]),
+    counts_start: lambda ends, _, chunks, *__: _counts(ends, len(ends), chunks[0]),
     DISPATCH: lambda rows, splits, *_: _dispatched(rows, splits),
     COMBINE: lambda rows, splits, sizes, *_: _combined(rows, splits, sizes),
+    SPLIT: lambda rows, splits, *_: _chunked(rows, splits),
+    JOIN: lambda rows, splits, sizes, *_: _joined(rows, splits, sizes),
     MEAN: lambda values, _: _averaged(values),
     mean_start: lambda values, _: _averaged(values),
 }
@@ -741,9 +767,9 @@ def _call(node: fx.Node, values: Mapping[fx.Node, Any], world: int, trace: Trace
     if (exchange := EXCHANGES.get(_overload(node.target))) is not None:
         given = [PerRank(_of_rank(a, values, r) for r in range(world)) for a in node.args]
         answer = exchange(*given)
-        if node.target not in RUNTIME_FUNCTIONS:
+        if node.target not in RUNTIME_FUNCTIONS or node.target in CHUNKS:
             return answer
-        is_of_counts = isinstance(answer[0], tuple)
+        is_of_counts = isinstance(answer[0], list)
         parts = [PerRank(one) for one in zip(*answer, strict=True)] if is_of_counts else [answer]
         return Flight("exchange", parts)
     if node.target in (gather_wait, reduce_wait, exchange_wait):

@@ -390,7 +390,9 @@ def test_no_token_is_lost_or_doubled(drawn: tuple[int, int, list[list[int]]]) ->
     counts = torch.tensor([[c.count(e) for e in range(ranks * here)] for c in choices], dtype=torch.int32)
     ends = PerRank(row.cumsum(0).int() for row in counts)
     rows = PerRank(torch.arange(len(c), dtype=torch.float32)[:, None] + 100.0 * r for r, c in enumerate(choices))
-    arriving, splits = (PerRank(values) for values in zip(*EXCHANGES[COUNTS](ends), strict=True))
+    arriving, splits = (
+        PerRank(values) for values in zip(*EXCHANGES[COUNTS](ends, None, PerRank([1]), None), strict=True)
+    )
     arrived = EXCHANGES[DISPATCH](rows, splits)
     for rank in range(ranks):
         size = int(arriving[rank].sum())

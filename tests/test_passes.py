@@ -98,6 +98,8 @@ def toy_of(name: str, world: int = 0, bucket_bytes: int = 256) -> Toy:
         said["zero_optimization"] |= {"zeropp_loco_param": {"err_beta": 0.25, "reset_T": 8}}
     if name.startswith("in_node"):
         said["zero_optimization"] |= {"zero_hpz_partition_size": 2}
+    if name == "chunks_routed":
+        said["dspass"] |= {"experts": {"chunks": 2}}
     if name == "balanced":
         said["dspass"] |= {"experts": {"global_aux_loss": True}}
     if name.endswith("routed"):
@@ -162,14 +164,20 @@ class Case:
 
 CASES: dict[type[Pass], Case] = {
     DivideExperts: Case(
-        golden=(("routed", "captured"),), declines=("mlp", "captured", "expert_parallel is not enabled")
+        golden=(("routed", "captured"), ("chunks_routed", "captured")),
+        declines=("mlp", "captured", "expert_parallel is not enabled"),
     ),
     GlobalAuxLoss: Case(
         golden=(("balanced", "captured"),),
         declines=("mlp", "captured", "each rank's auxiliary loss is of its own tokens"),
     ),
     HideExchanges: Case(
-        golden=(("routed", "forward"), ("routed", "backward")),
+        golden=(
+            ("routed", "forward"),
+            ("routed", "backward"),
+            ("chunks_routed", "forward"),
+            ("chunks_routed", "backward"),
+        ),
         declines=("routed", "forward", "the device does not compute while it sends"),
         options={"anywhere": False},
     ),
@@ -287,6 +295,7 @@ def test_the_numbers_stay(cls: type[Pass]) -> None:
         "quantised_uneven",
         "stored",
         "routed",
+        "chunks_routed",
         "quantised_routed",
         "balanced",
         "rounded",
