@@ -84,8 +84,8 @@ class Dropless:
         here = [graph.call_method("sum", (one, 0)) for one in self._arriving]
         return [graph.call_function(torch.cumsum, (one,), {"dim": 0, "dtype": torch.int32}) for one in here]
 
-    def enter(self, node: fx.Node) -> list[fx.Node]:
-        """Of each chunk the rows of its experts here from all ranks, in the order of experts."""
+    def enter(self, node: fx.Node, readers: Sequence[fx.Node]) -> list[fx.Node]:
+        """Of each chunk the rows of its experts here from all ranks, in the order of experts, before its reader."""
         graph, key = self.graph, self.spec.key
         leaving = [node]
         if len(self.sizes) > 1:
@@ -94,17 +94,17 @@ class Dropless:
             graph.call_function(_ops.dispatch_rows, (rows, splits, None, key))
             for rows, splits in zip(leaving, self._splits, strict=True)
         ]
-        if not self._positions:
-            self._counts = [graph.call_method("size", (rows, 0)) for rows in sent]
-            self._positions = [
-                graph.call_function(_ops.arrival_positions, (arriving, count))
-                for arriving, count in zip(self._arriving, self._counts, strict=True)
-            ]
-            self._left = leaving
-        return [
-            graph.call_function(_ops.spread_experts, (rows, positions))
-            for rows, positions in zip(sent, self._positions, strict=True)
-        ]
+        self._left = leaving
+        return [self._arrive(rows, i, reader) for i, (rows, reader) in enumerate(zip(sent, readers, strict=True))]
+
+    def _arrive(self, rows: fx.Node, chunk: int, reader: fx.Node) -> fx.Node:
+        graph = self.graph
+        with graph.inserting_before(reader):
+            if chunk == len(self._positions):
+                self._counts.append(graph.call_method("size", (rows, 0)))
+                positions = graph.call_function(_ops.arrival_positions, (self._arriving[chunk], self._counts[chunk]))
+                self._positions.append(positions)
+            return graph.call_function(_ops.spread_experts, (rows, self._positions[chunk]))
 
     def count(self, chunk: int) -> Any:
         """How many there are; known once the first have entered."""
@@ -144,15 +144,18 @@ class Limited:
         self._capacity = self.limit.node(graph, self.first, self.spec.shape[0] * ranks)
         return [graph.call_function(even_ends, (self.ends, here, self._times(ranks))) for here in self.sizes]
 
-    def enter(self, node: fx.Node) -> list[fx.Node]:
+    def enter(self, node: fx.Node, readers: Sequence[fx.Node]) -> list[fx.Node]:
         graph = self.graph
         padded = graph.call_function(_ops.pad_experts, (node, self.ends, self._capacity))
-        entered = []
+        sent, entered = [], []
         for part in self._apart(padded):
             told = () if self._is_open else (self.ends, self.scores)
             self._is_open = True
-            entered.append(even_in(graph, part, self.spec, *told))
-        return [graph.call_method("flatten", (part, 0, 1)) for part in entered]
+            sent.append(even_in(graph, part, self.spec, *told))
+        for part, reader in zip(sent, readers, strict=True):
+            with graph.inserting_before(reader):
+                entered.append(graph.call_method("flatten", (by_expert(graph, part), 0, 1)))
+        return entered
 
     def _apart(self, padded: fx.Node) -> list[fx.Node]:
         """``[experts, capacity, ...]`` of each chunk."""
@@ -189,7 +192,7 @@ class Batched:
     def enter(self, node: fx.Node) -> fx.Node:
         told = () if self._is_open else (None, None)
         self._is_open = True
-        return even_in(self.graph, by_rank(self.graph, node, self.spec), self.spec, *told)
+        return by_expert(self.graph, even_in(self.graph, by_rank(self.graph, node, self.spec), self.spec, *told))
 
     def leave(self, node: fx.Node) -> fx.Node:
         return self.graph.call_method("flatten", (even_out(self.graph, node, self.spec), 0, 1))
@@ -201,15 +204,19 @@ def by_rank(graph: fx.Graph, node: fx.Node, spec: ParamSpec) -> fx.Node:
 
 
 def even_in(graph: fx.Graph, apart: fx.Node, spec: ParamSpec, *told: fx.Node | None) -> fx.Node:
-    """``[ranks, experts here, capacity, ...]`` of this rank to ``[experts here, ranks * capacity, ...]`` of all. With what is
-    ``told``, ends and scores, the exchange opens the layer's."""
+    """``[ranks, experts here, capacity, ...]``, for each rank, to the same from each. With what is ``told``, ends and scores,
+    the exchange opens the layer's."""
     ends, scores = told or (None, None)
-    arrived = graph.call_function(_ops.exchange_even, (apart, ends, scores, bool(told), spec.key))
+    return graph.call_function(_ops.exchange_even, (apart, ends, scores, bool(told), spec.key))
+
+
+def by_expert(graph: fx.Graph, arrived: fx.Node) -> fx.Node:
+    """``[ranks, experts here, capacity, ...]`` as ``[experts here, ranks * capacity, ...]``."""
     return graph.call_method("flatten", (graph.call_method("transpose", (arrived, 0, 1)), 1, 2))
 
 
 def even_out(graph: fx.Graph, node: fx.Node, spec: ParamSpec) -> fx.Node:
-    """The way back of :func:`even_in`."""
+    """The way back of :func:`even_in` and :func:`by_expert`."""
     apart = graph.call_method("unflatten", (node, 1, (spec.divided_over.size, -1)))
     by_source = graph.call_method("transpose", (apart, 0, 1))
     return graph.call_function(_ops.exchange_even, (by_source, None, None, False, spec.key))

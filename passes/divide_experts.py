@@ -174,9 +174,12 @@ def _divide(graph: fx.Graph, layer: Layer, limit: Limit | None, chunks: int) -> 
 
     inner: list[dict[fx.Node, fx.Node]] = [{} for _ in parts]
     for node in [first, *(n for n in entering if n is not first)]:
-        # All chunks' rows leave before one of them is computed.
-        with graph.inserting_before(begin if chunks > 1 else _reader(layer, node)):
-            entered = _rows_of_experts(way, node, ends) if layer.names_expert(node) else way.enter(node)
+        # All chunks' rows leave before one of them is computed, and each is waited for where it is.
+        readers = [part[layer.inside[0]] for part in parts] if chunks > 1 else [_reader(layer, node)]
+        with graph.inserting_before(readers[0]):
+            entered = (
+                _rows_of_experts(way, node, ends, readers) if layer.names_expert(node) else way.enter(node, readers)
+            )
         for known, its in zip(inner, entered, strict=True):
             known[node] = its
 
@@ -215,13 +218,16 @@ def _copies(graph: fx.Graph, layer: Layer, chunks: int) -> list[dict[fx.Node, fx
     return made
 
 
-def _rows_of_experts(way: Dropless | Limited, node: fx.Node, ends: Sequence[fx.Node]) -> list[fx.Node]:
-    """Of each chunk what ``node`` has for each row's expert, made anew of the rows here."""
+def _rows_of_experts(
+    way: Dropless | Limited, node: fx.Node, ends: Sequence[fx.Node], readers: Sequence[fx.Node]
+) -> list[fx.Node]:
+    """Of each chunk what ``node`` has for each row's expert, made anew of the rows here, before its reader."""
     made, before = [], way.spec.divided_over.rank * way.spec.shape[0]
     for i, size in enumerate(way.sizes):
-        ids = way.graph.call_function(_ops.experts_of_rows, (ends[i], way.count(i), before))
-        made.append(way.graph.node_copy(node, lambda n, ids=ids: ids if n is node.args[1] else n))
-        made[-1].meta.clear()
+        with way.graph.inserting_before(readers[i]):
+            ids = way.graph.call_function(_ops.experts_of_rows, (ends[i], way.count(i), before))
+            made.append(way.graph.node_copy(node, lambda n, ids=ids: ids if n is node.args[1] else n))
+            made[-1].meta.clear()
         before += size
     return made
 

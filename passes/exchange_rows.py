@@ -36,7 +36,8 @@ _STARTS: dict[Any, tuple[Callable[..., Any], tuple[int, ...]]] = {
 @dataclass(frozen=True, kw_only=True)
 class ExchangeRows(Pass):
     """``exchange_counts``, ``dispatch_rows``, ``combine_rows``, ``exchange_even`` and ``mean_over_ranks`` become a start,
-    a wait and its items, where they stand."""
+    behind what it sends, and a wait and its items before their first reader: what stands between runs meanwhile, other chunks
+    for one. Ranks start theirs in one order, that of the graph that they share."""
 
     name: ClassVar[str] = "exchange_rows"
     provides: ClassVar[frozenset[str]] = frozenset({"exchanges"})
@@ -46,13 +47,16 @@ class ExchangeRows(Pass):
         for marker in markers:
             begin, places = _STARTS[marker.target]
             value = marker.meta["val"]
-            with graph.inserting_before(marker):
+            readers = list(marker.users) or [marker.next]
+            last = max(marker.all_input_nodes)
+            with graph.inserting_before(last.next if last.op != "placeholder" else _first_call(graph)):
                 first, *others = (marker.args[i] for i in places)
                 start = graph.call_function(begin, ([first] if begin in ROWS else first, *others))
+            with graph.inserting_before(min(readers)):
                 wait = graph.call_function(exchange_wait, (start,))
             if isinstance(value, torch.Tensor):
                 start.meta["val"] = wait.meta["val"] = [value]
-                with graph.inserting_before(marker):
+                with graph.inserting_before(wait.next):
                     item = graph.call_function(operator.getitem, (wait, 0))
                 item.meta.update(marker.meta)
                 marker.replace_all_uses_with(item)
@@ -63,3 +67,7 @@ class ExchangeRows(Pass):
         rows = sum(m.target in (DISPATCH, COMBINE) for m in markers)
         ctx.say(f"{rows} all-to-all{'s' * (rows != 1)} of rows" if markers else "no rows go to experts on other ranks")
         return graph
+
+
+def _first_call(graph: fx.Graph) -> fx.Node:
+    return next(node for node in graph.nodes if node.op != "placeholder")

@@ -50,9 +50,9 @@ class HideExchanges(Pass):
         moved = 0
         for start in starts:
             (wait,) = start.users
-            needed = float("inf") if self.anywhere else collective_seconds(start, on)
-            for put in (_delay, _advance):
-                count, seconds = put(start, wait, needed, on)
+            needed = float("inf") if self.anywhere else collective_seconds(start, on) - _between(start, wait, on)
+            for put, at in ((_delay, start), (_advance, wait)):
+                count, seconds = put(at, needed, on)
                 moved += count
                 needed -= seconds
         products = "1 product runs" if moved == 1 else f"{moved} products run"
@@ -60,8 +60,18 @@ class HideExchanges(Pass):
         return graph
 
 
-def _delay(start: fx.Node, wait: fx.Node, needed: float, on: devices.Device) -> tuple[int, float]:
-    """Move products from before ``start``, which it is not made of, before ``wait``; answers how many, and their seconds."""
+def _between(start: fx.Node, wait: fx.Node, on: devices.Device) -> float:
+    """Seconds of the products that stand between a start and its wait as it is."""
+    total, node = 0.0, start.next
+    while node is not wait:
+        total += 0.0 if fuses(node) or is_view(node) else seconds_again(node, on)
+        node = node.next
+    return total
+
+
+def _delay(start: fx.Node, needed: float, on: devices.Device) -> tuple[int, float]:
+    """Move products from before ``start``, which it is not made of, right behind it; answers how many, and their seconds."""
+    behind = start.next
     earlier: list[fx.Node] = []
     node = start.prev
     while node.op == "call_function" and not _is_exchange(node):
@@ -79,13 +89,13 @@ def _delay(start: fx.Node, wait: fx.Node, needed: float, on: devices.Device) -> 
         seconds = seconds_again(node, on)
         if seconds and not any(_keeps_order(one) for one in readers):
             for one in readers:
-                wait.prepend(one)
+                behind.prepend(one)
             free = [one for one in free if one not in readers]
             count, total = count + 1, total + seconds
     return count, total
 
 
-def _advance(start: fx.Node, wait: fx.Node, needed: float, on: devices.Device) -> tuple[int, float]:
+def _advance(wait: fx.Node, needed: float, on: devices.Device) -> tuple[int, float]:
     """Move products from behind ``wait``, which do not need it, before it; answers how many, and their seconds."""
     later: list[fx.Node] = []
     node = wait.next

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -19,7 +20,16 @@ from dspass.config import ConfigError
 from dspass.engines import engine_of
 from dspass.passes.experts import find_experts
 from dspass.passes.nodes import calls, gather_start, specs_of
-from dspass.runtime.exchange import COMBINE, COUNTS, DISPATCH, arrival_positions, experts_of_rows
+from dspass.runtime.exchange import (
+    COMBINE,
+    COUNTS,
+    DISPATCH,
+    arrival_positions,
+    experts_of_rows,
+    join_chunks,
+    split_chunks,
+)
+from dspass.runtime.traffic import even_parts
 from tests.graphs import EXCHANGES, PerRank
 from tests.ranks import RankError, run
 from tests.training import Batch, close, train, whole, without_inductor, zero
@@ -102,6 +112,10 @@ def divided(stage: int = 3, size: int | None = None, **more: Any) -> dict[str, A
     return zero(stage, expert_parallel=asked, **more)
 
 
+def in_chunks(number: int) -> dict[str, Any]:
+    return {"dspass": {"experts": {"chunks": number}}}
+
+
 def trained(build: Any, config: dict[str, Any], *, batches: Any = sentences, **more: Any) -> dict[str, Any]:
     T.utils.logging.set_verbosity_error()
     held: set[int] = set()
@@ -130,6 +144,8 @@ CASES = [
     (deepseek, 2, divided(0), 3, 4),
     (deepseek, 4, divided(2, 2), 3, 2),
     (gpt_oss, 2, divided(), 3, 4),
+    (gpt_oss, 2, divided(**in_chunks(3)), 3, 4),  # of 2, 1 and 1 experts, with biases
+    (functools.partial(qwen3, **AUXILIARY), 4, divided(3, 2, **in_chunks(4)), 3, 2),
     (gpt_oss, 4, divided(0, 2), 2, 4),  # at stage 0 they hold them both
 ]
 
@@ -147,7 +163,9 @@ def test_trains_as_one_process(build: Any, ranks: int, config: dict[str, Any], s
 
 def test_by_inductor_and_in_bfloat16() -> None:
     """Rows arrive in other numbers each step: one compilation serves them all."""
-    close(run(2, trained, qwen3, divided(), steps=3, inductor=True))
+    results = run(2, trained, qwen3, divided(**in_chunks(2)), steps=3, inductor=True)
+    close(results)
+    assert {result["graphs"] for result in results} == {1}
     results = run(2, trained, gpt_oss, divided(3, bf16={"enabled": True}), steps=3, inductor=True)
     close(results, params=False, within=2e-2)
     assert {result["graphs"] for result in results} == {1}
@@ -187,14 +205,17 @@ def seldom(draw: torch.Generator, rank: int, call: int, kind: str) -> Batch:
     return torch.randn(tokens, 6, generator=draw), scores, top_k, torch.randn(tokens, 10, generator=draw)
 
 
-def _seldom(kind: str) -> dict[str, Any]:
+def _seldom(kind: str, chunks: int) -> dict[str, Any]:
     torch._dynamo.reset()
-    return train(Routed, functools.partial(seldom, kind=kind), divided(), steps=4)
+    return train(Routed, functools.partial(seldom, kind=kind), divided(**in_chunks(chunks)), steps=4)
 
 
-@pytest.mark.parametrize("kind", ["all on one", "none on one", "one token", "none here", "all"])
-def test_seldom_routings(kind: str) -> None:
-    close(run(2, _seldom, kind))
+@pytest.mark.parametrize(
+    ("kind", "chunks"),
+    [("all on one", 1), ("none on one", 2), ("one token", 2), ("none here", 1), ("none here", 2), ("all", 1)],
+)
+def test_seldom_routings(kind: str, chunks: int) -> None:
+    close(run(2, _seldom, kind, chunks))
 
 
 # -- auxiliary losses over all ranks -------------------------------------------------------------------------------------
@@ -379,6 +400,32 @@ ROUTINGS = st.integers(1, 4).flatmap(
         ).map(lambda choices: (ranks, here, choices))
     )
 )
+
+
+@settings(max_examples=60, deadline=None)
+@given(ROUTINGS, st.integers(1, 3), st.integers(0, 2))
+def test_chunks_are_taken_apart_and_put_together(
+    drawn: tuple[int, int, list[list[int]]], chunks: int, dropped: int
+) -> None:
+    """Each row of a rank is in the chunk of its expert, in order, and comes back to its place; rows behind the last end, which
+    are ``dropped``, are in none, and come back as zeros."""
+    ranks, here, choices = drawn
+    chunks = min(chunks, here)
+    choices = [sorted(c) for c in choices]
+    counts = torch.tensor([[c.count(e) for e in range(ranks * here)] for c in choices], dtype=torch.int32)
+    splits = [p.sum(2, dtype=torch.int32) for p in counts.view(ranks, ranks, here).tensor_split(chunks, dim=2)]
+    chunk_of = [i for i, size in enumerate(even_parts(here, chunks)) for _ in range(size)]
+    for rank, mine in enumerate(choices):
+        spec = mock.MagicMock()
+        spec.divided_over.rank = rank
+        rows = torch.arange(1.0, 1 + len(mine) + dropped)[:, None]
+        with mock.patch("dspass.runtime.exchange.lookup", lambda key, spec=spec: spec):
+            parts = split_chunks(rows, splits, None, "")
+            whole = join_chunks(parts, splits, len(rows), "")
+        spec.engine.routing.dispatched.assert_called_once_with(spec, dropped)
+        for chunk, part in enumerate(parts):
+            assert part.flatten().tolist() == [i + 1 for i, e in enumerate(mine) if chunk_of[e % here] == chunk]
+        assert whole.flatten().tolist() == [*range(1, 1 + len(mine)), *[0] * dropped]
 
 
 @settings(max_examples=60, deadline=None)
