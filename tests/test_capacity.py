@@ -243,11 +243,17 @@ def grouped(factor: float | None = None, least: int = 0) -> Model:
     return Model(Grouped(EXPERTS, 2, biases=True, capacity=most), Grouped(EXPERTS, 1, capacity=most))
 
 
-@pytest.mark.parametrize(("ranks", "stage", "size", "least"), [(2, 3, None, 0), (1, 0, None, 3)])
-def test_rows_beyond_a_capacity_are_dropped(ranks: int, stage: int, size: int | None, least: int) -> None:
+@pytest.mark.parametrize(
+    ("ranks", "stage", "size", "least", "own"),
+    [(2, 3, None, 0, {}), (2, 3, None, 0, {"chunks": 2}), (1, 0, None, 3, {})],
+    ids=["2 ranks", "in chunks", "1 rank"],
+)
+def test_rows_beyond_a_capacity_are_dropped(
+    ranks: int, stage: int, size: int | None, least: int, own: dict[str, int]
+) -> None:
     """As a loop drops them that takes the first of each expert; on one process nothing is divided. Calls of other lengths
     share a graph, and each has its capacity."""
-    config = ep(stage, size, capacity_factor=1.0, min_capacity=least)
+    config = ep(stage, size, capacity_factor=1.0, min_capacity=least, **own)
     if ranks == 1:
         del config["expert_parallel"]
     config["gradient_accumulation_steps"] = 2

@@ -1,4 +1,4 @@
-"""How many chunks a layer of experts is computed in: the clock of one layer, and its choice beside predictions of whole steps."""
+"""How many chunks a layer of experts is computed in: one layer's clock, and its choice beside predictions of whole steps."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_one_chunk_waits_for_all_its_rows() -> None:
 
 
 def test_chunks_send_while_they_compute() -> None:
-    assert layer_seconds(times(2.0, 2.0), 2, trains=False) == 1 + 1 + 1 + 1 + 1, "first rows, both products, last rows"
+    assert layer_seconds(times(2.0, 2.0), 2, trains=False) == 1 + 2 + 1, "first rows, both products, last rows"
     assert layer_seconds(times(4.0, 0.0), 4, trains=False) == 8, "there is nothing to hide it"
 
 

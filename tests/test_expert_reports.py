@@ -22,7 +22,7 @@ from dspass.passes.nodes import EXCHANGES
 from dspass.report import Report
 from dspass.runtime import compat, grouped  # noqa: F401  (declares operators)
 from dspass.runtime.axis import Axis
-from dspass.runtime.exchange import MARKERS
+from dspass.runtime.exchange import CHUNKS, MARKERS
 from dspass.runtime.traffic import rows_cost
 from tests.ranks import run
 from tests.training import close, train, without_inductor, zero
@@ -117,10 +117,11 @@ def test_uneven_routing_takes_more_time_and_memory() -> None:
     waits = ["...", "-hide_exchanges"]
     even, uneven = (predicted(4, count=4096, experts={"expected_imbalance": f}, passes=waits) for f in (1.0, 3.0))
     seconds = [sum(t.exposed_seconds or 0.0 for t in r.traffic if t.group == "expert") for r in (even, uneven)]
-    # Nothing hides them here. In a dispatch it is what the busiest rank gets, in a combine what it sends; latencies stay.
+    # In a dispatch it is what the busiest rank gets, in a combine what it sends; latencies stay. Nothing is moved to hide them,
+    # and what stands between start and wait in any case takes tens of nanoseconds.
     row, arriving = 16 * 4, 4096 * TOP_K * 3 / 4
     more = 2 * 4 * 2 * arriving * row / device("h100").link_of(4)
-    assert seconds[1] - seconds[0] == pytest.approx(more, rel=1e-6)
+    assert 0 <= more - (seconds[1] - seconds[0]) < 1e-7
     assert even.step_seconds is not None
     assert uneven.step_seconds is not None
     assert uneven.step_seconds - even.step_seconds > 2 * more, "experts compute more"
@@ -139,7 +140,7 @@ def test_even_exchanges_take_their_time_too() -> None:
 
 def test_whatever_is_started_has_a_cost() -> None:
     assert {begin for begin, _ in _STARTS.values()} == set(EXCHANGES)
-    assert set(_STARTS) == MARKERS
+    assert set(_STARTS) == MARKERS - set(CHUNKS), "those two send nothing"
 
 
 def test_ranks_of_one_place_in_each_node_are_joined_by_the_slower_link() -> None:
