@@ -23,11 +23,22 @@ from dspass.runtime.operators import operator_of
 def expand(gm: fx.GraphModule, patches: Mapping[str, Any]) -> fx.GraphModule:
     """``gm``, in which each of our operators that is not served otherwise is written out. ``patches`` are Inductor settings."""
     graph = gm.graph
-    for node in list(graph.nodes):
-        found = operator_of(node.target) if node.op == "call_function" else None
-        if found is not None and found.server(_device_of(node)) == "torch reference":
+    for node, written in zip(_ours(graph), written_out(graph), strict=True):
+        if written:
+            found = operator_of(node.target)
+            assert found is not None
             _write_out(graph, node, found.reference, patches)
     return gm
+
+
+def written_out(graph: fx.Graph) -> tuple[bool, ...]:
+    """Of each of our operators in ``graph``, whether :func:`expand` replaces it: kernels are registered at any time."""
+    servers = (operator_of(n.target).server(_device_of(n)) for n in _ours(graph))  # type: ignore[union-attr]
+    return tuple(server == "torch reference" for server in servers)
+
+
+def _ours(graph: fx.Graph) -> list[fx.Node]:
+    return [n for n in graph.nodes if n.op == "call_function" and operator_of(n.target) is not None]
 
 
 def _device_of(node: fx.Node) -> str:

@@ -12,6 +12,7 @@ Dropped: a liveness model over Inductor's scheduler nodes. It would repeat the w
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,10 +21,15 @@ import torch
 import torch.fx as fx
 from torch.utils._pytree import tree_map_only
 
-from dspass.lowering.expand import expand
+from dspass.lowering.expand import expand, written_out
 from dspass.lowering.segments import Compiled, _has_constants, _has_symbols, segment_key
 from dspass.passes.kernels import is_view, materialised
 from dspass.runtime import compat
+
+#: What Inductor generated for a segment, by all that it depends on. Kept from one model to the next, the latest last: plans and
+#: predictions of one model under several settings have most of their segments in common.
+_GENERATED: OrderedDict[tuple[Any, ...], Compiled] = OrderedDict()
+KEPT = 1000
 
 
 @dataclass(kw_only=True)
@@ -31,20 +37,25 @@ class InductorSimulator:
     patches: Mapping[str, Any] = field(default_factory=dict)
     compiled: int = 0
     reused: int = 0
-    _cache: dict[str, Compiled] = field(default_factory=dict)
 
     def __call__(self, gm: fx.GraphModule, *, is_backward: bool, is_inference: bool) -> Compiled:
-        key = None if _has_symbols(gm.graph) or _has_constants(gm.graph) else segment_key(gm.graph)
-        if key is not None and key in self._cache:
-            self.reused += 1
-            return self._cache[key]
+        key = None
+        if not _has_symbols(gm.graph) and not _has_constants(gm.graph) and (same := segment_key(gm.graph)) is not None:
+            settings = (compat.inductor_hash(self.patches), torch.get_num_threads(), is_backward, is_inference)
+            key = (same, settings, written_out(gm.graph))
+            if key in _GENERATED:
+                self.reused += 1
+                _GENERATED.move_to_end(key)
+                return _GENERATED[key]
         self.compiled += 1
         inputs = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
         run = compat.generate_segment(
             expand(gm, self.patches), inputs, is_backward=is_backward, is_inference=is_inference, patches=self.patches
         )
         if key is not None:
-            self._cache[key] = run
+            _GENERATED[key] = run
+            if len(_GENERATED) > KEPT:
+                _GENERATED.popitem(last=False)
         return run
 
 

@@ -39,8 +39,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+#: The files that take longest, the longest first.
+LONGEST = [
+    "test_planner",
+    "test_explain",
+    "test_quantised_training",
+    "test_benchmarks",
+    "test_architectures",
+    "test_pipeline",
+    "test_numbers",
+    "test_expert_parallel",
+    "test_offload_saved",
+    "test_quantise",
+]
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "whole_matrix: runs with --whole-matrix alone")
+    # pytest-xdist would hand out files with many tests first. Those that take minutes have few: one that begins last leaves
+    # all other processes idle. Unordered, it takes them as they are collected.
+    config.option.loadscopereorder = False
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -50,6 +68,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             runs[item.get_closest_marker("whole_matrix") is None].append(item)
         config.hook.pytest_deselected(items=runs[False])
         items[:] = runs[True]
+    if config.getoption("numprocesses", None) or hasattr(config, "workerinput"):
+        place = {name: i for i, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))  # the others stay in their order
 
 
 @pytest.fixture
