@@ -27,7 +27,7 @@ from importlib.metadata import version
 import torch
 from tqdm import tqdm
 
-from benchmarks import page
+from benchmarks import experts_predicted, page
 from benchmarks.experts_rank import PRESETS, Shape
 from benchmarks.peers import deepspeed_python
 from benchmarks.subjects import SUBJECTS
@@ -213,10 +213,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--only", default="", help=f"rows, with commas between: {', '.join(WAYS)}")
     parser.add_argument("--out", default="benchmarks/results", help="where the table is written")
+    parser.add_argument(
+        "--predict", action="store_true", help="measure nothing: chunks of experts on H100s as explain predicts them"
+    )
+    parser.add_argument(
+        "--imbalance", type=float, default=1.0, help="with --predict: rows of the busiest rank over the mean"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
     begin = time.time()
+    if options.predict:
+        text, facts = experts_predicted.page_of(options.imbalance)
+        print("\n" + text + "\n")
+        page.write(
+            options,
+            "experts-predicted.md",
+            title="Experts in chunks, predicted",
+            benchmark="experts --predict",
+            keys=("imbalance",),
+            facts=facts,
+            text=text,
+        )
+        return 0
     shape = PRESETS[options.preset]
     names = options.only.split(",") if options.only else list(WAYS)
     if wrong := next((name for name in names if name not in WAYS), None):

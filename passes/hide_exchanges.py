@@ -20,8 +20,8 @@ from dspass.runtime.exchange import CHUNKS
 @dataclass(frozen=True, kw_only=True)
 class HideExchanges(Pass):
     """Between the start and the wait of an all-to-all of rows come products that it does not need, from right before it, and
-    then products that do not need it, from further down, until the cost model takes it to be hidden: shared experts in the
-    forward; in the backward theirs, and gradients of weights.
+    then products that do not need it, from further down, until the cost model takes it to be hidden by these and by what stands
+    there in any case, other chunks: shared experts in the forward; in the backward theirs, and gradients of weights.
 
     Only where the device computes while it sends. ``anywhere``: also where it does not, as much as there is.
 
@@ -29,9 +29,7 @@ class HideExchanges(Pass):
     and lives longer, by a layer at most: what comes behind the next layer's rows waits for them.
 
     Dropped: to move waits down instead. Everything between one layer's rows and the next waits for them, so there would be an
-    order among what is behind the wait to choose all the same. Dropped: to divide the batch into chunks, one of which computes
-    while another's rows travel. Experts' products would have half of the rows each, every weight would be read twice, and
-    twice as many exchanges cost their latency twice; no device was at hand to show where it pays.
+    order among what is behind the wait to choose all the same.
     """
 
     name: ClassVar[str] = "hide_exchanges"

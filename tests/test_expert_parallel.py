@@ -31,6 +31,7 @@ from dspass.runtime.exchange import (
 )
 from dspass.runtime.traffic import even_parts
 from tests.graphs import EXCHANGES, PerRank
+from tests.matrix import matrix
 from tests.ranks import RankError, run
 from tests.training import Batch, close, train, whole, without_inductor, zero
 
@@ -159,6 +160,15 @@ def test_trains_as_one_process(build: Any, ranks: int, config: dict[str, Any], s
         assert result["counts"]["all-to-all"] >= 5
         if config["expert_parallel"].get("autoep_size", ranks) == ranks:
             assert not [name for name in result["gathered"] if ".experts." in name and "bias" not in name]
+
+
+@pytest.mark.parametrize(
+    ("build", "ranks", "chunks"), matrix([], [mixtral, qwen3, olmoe, deepseek, gpt_oss], [2, 4], [1, 2])
+)
+def test_each_model_trains_as_one_process_for_twenty_steps(build: Any, ranks: int, chunks: int) -> None:
+    close(
+        run(ranks, trained, functools.partial(build, **AUXILIARY), divided(**in_chunks(chunks)), steps=20, timeout=300)
+    )
 
 
 def test_by_inductor_and_in_bfloat16() -> None:

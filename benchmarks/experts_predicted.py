@@ -1,0 +1,115 @@
+"""Layers of experts in chunks on absent GPUs: whole steps as ``dspass.explain`` predicts them, in one chunk and in as many as
+the cost model chooses.
+
+Nothing of this is measured. Models have the widths, experts and routing of published ones and few layers, on the meta device.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import dspass
+from dspass.report import Report
+
+RANKS = (8, 16, 64)
+LAYERS, TOKENS = 2, 4096
+
+#: ``model_type`` and what differs from the defaults of its configuration in transformers, which are the published model's.
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "Mixtral 8x7B": ("mixtral", {}),
+    "Qwen3-MoE 30B-A3B": ("qwen3_moe", {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768}),
+    "DeepSeek-V3": ("deepseek_v3", {"first_k_dense_replace": 0}),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """A prediction; ``exposed`` are the seconds of a step in which rows travel and nothing is computed."""
+
+    model: str
+    ranks: int
+    chunks: int
+    step: float
+    exposed: float
+
+
+def build(kind: str, own: dict[str, Any]) -> nn.Module:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(kind, num_hidden_layers=LAYERS, use_cache=False, **own)
+    with torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(config)
+    return model.train()
+
+
+def predict(kind: str, own: dict[str, Any], ranks: int, imbalance: float, chunks: int | None) -> Report:
+    torch._dynamo.reset()
+    ids = torch.zeros((1, TOKENS), dtype=torch.int64, device="meta")
+    experts = {"expected_imbalance": imbalance, **({} if chunks is None else {"chunks": chunks})}
+    config = {
+        "zero_optimization": {"stage": 3},
+        "bf16": {"enabled": True},
+        "expert_parallel": {"enabled": True},
+        "dspass": {"experts": experts},
+    }
+    call = {"input_ids": ids, "labels": ids}
+    return dspass.explain(build(kind, own), kwargs=call, config=config, world_size=ranks, device="h100")
+
+
+def points(names: Sequence[str], imbalance: float) -> list[tuple[Point, Point]]:
+    """Of each model on each number of ranks, in one chunk and in as many as are chosen."""
+    found = []
+    todo = [(name, ranks) for name in names for ranks in RANKS if _divides(name, ranks)]
+    for name, ranks in tqdm(todo, desc="predict", unit="model", ncols=90):
+        one, chosen = (_point(name, ranks, predict(*MODELS[name], ranks, imbalance, n)) for n in (1, None))
+        found.append((one, chosen))
+    return found
+
+
+def _divides(name: str, ranks: int) -> bool:
+    """Whether there are as many experts as ranks."""
+    kind, own = MODELS[name]
+    return {"mixtral": 8, "deepseek_v3": 256}.get(kind, own.get("num_experts", 0)) >= ranks
+
+
+def _point(name: str, ranks: int, report: Report) -> Point:
+    assert report.step_seconds is not None
+    said = next(p.summary for p in report.passes if p.name == "divide_experts")
+    chunks = int(said.split(" chunks")[0].split()[-1]) if " chunks" in said else 1
+    exposed = sum(t.exposed_seconds or 0.0 for t in report.traffic if t.group == "expert" and t.kind == "all-to-all")
+    return Point(model=name, ranks=ranks, chunks=chunks, step=report.step_seconds, exposed=exposed)
+
+
+def table(found: Sequence[tuple[Point, Point]]) -> str:
+    lines = [
+        "| model | ranks | step in 1 chunk | of it rows, exposed | chunks chosen | step | rows, exposed | step of that in 1 |",
+        "|---" * 8 + "|",
+    ]
+    for one, chosen in found:
+        cells = [one.model, str(one.ranks), _ms(one.step), _ms(one.exposed), str(chosen.chunks)]
+        cells += [_ms(chosen.step), _ms(chosen.exposed), f"{chosen.step / one.step:.3f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.1f} ms"
+
+
+def page_of(imbalance: float) -> tuple[str, str]:
+    """The table, and what it is of."""
+    begin = time.time()
+    text = table(points(list(MODELS), imbalance))
+    facts = (
+        f"predicted, not measured: {LAYERS} layers of each model's published width, {TOKENS} tokens a rank in bf16, ZeRO-3, "
+        f"H100s in nodes of 8 at 0.6 of datasheet rates, {imbalance:g} times the mean of rows at the busiest rank; torch "
+        f"{torch.__version__}; {(time.time() - begin) / 60:.1f} minutes."
+    )
+    return text, facts
