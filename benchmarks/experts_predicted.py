@@ -28,6 +28,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "DeepSeek-V3": ("deepseek_v3", {"first_k_dense_replace": 0}),
 }
 
+#: Of a layer; no more ranks can hold them.
+EXPERTS = {"Mixtral 8x7B": 8, "Qwen3-MoE 30B-A3B": 128, "DeepSeek-V3": 256}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
@@ -66,17 +69,11 @@ def predict(kind: str, own: dict[str, Any], ranks: int, imbalance: float, chunks
 def points(names: Sequence[str], imbalance: float) -> list[tuple[Point, Point]]:
     """Of each model on each number of ranks, in one chunk and in as many as are chosen."""
     found = []
-    todo = [(name, ranks) for name in names for ranks in RANKS if _divides(name, ranks)]
+    todo = [(name, ranks) for name in names for ranks in RANKS if EXPERTS[name] >= ranks]
     for name, ranks in tqdm(todo, desc="predict", unit="model", ncols=90):
         one, chosen = (_point(name, ranks, predict(*MODELS[name], ranks, imbalance, n)) for n in (1, None))
         found.append((one, chosen))
     return found
-
-
-def _divides(name: str, ranks: int) -> bool:
-    """Whether there are as many experts as ranks."""
-    kind, own = MODELS[name]
-    return {"mixtral": 8, "deepseek_v3": 256}.get(kind, own.get("num_experts", 0)) >= ranks
 
 
 def _point(name: str, ranks: int, report: Report) -> Point:

@@ -72,6 +72,8 @@ class DivideExperts(Pass):
             if _share_axis(batch):
                 told.setdefault(_told(batch), []).append(_name(batch))
                 _divide_batch(graph, batch)
+                if self.chunks is not None and self.chunks > 1:
+                    ctx.note(f"{_name(batch)} is in one chunk: its rows are batched by the model itself.")
         for kind, names in told.items():
             ctx.say(f"{len(names)} layer{'s' * (len(names) > 1)} {kind}: {', '.join(names)}")
         if layers and limit is not None:
