@@ -213,9 +213,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--only", default="", help=f"rows, with commas between: {', '.join(WAYS)}")
     parser.add_argument("--out", default="benchmarks/results", help="where the table is written")
-    parser.add_argument(
-        "--predict", action="store_true", help="measure nothing: chunks of experts on H100s as explain predicts them"
-    )
+    parser.add_argument("--predict", action="store_true", help="measure nothing: chunks and parts on H100s, predicted")
     parser.add_argument(
         "--imbalance", type=float, default=1.0, help="with --predict: rows of the busiest rank over the mean"
     )
@@ -229,7 +227,7 @@ def run(options: argparse.Namespace) -> int:
         page.write(
             options,
             "experts-predicted.md",
-            title="Experts in chunks, predicted",
+            title="Experts in chunks, batches in parts, predicted",
             benchmark="experts --predict",
             keys=("imbalance",),
             facts=facts,

@@ -1,5 +1,5 @@
-"""Layers of experts in chunks on absent GPUs: whole steps as ``dspass.explain`` predicts them, in one chunk and in as many as
-the cost model chooses.
+"""What hides the all-to-alls of experts on absent GPUs: whole steps as ``dspass.explain`` predicts them, with layers in one
+chunk, in as many as the cost model chooses, and with the batch in as many parts as it chooses.
 
 Nothing of this is measured. Models have the widths, experts and routing of published ones and few layers, on the meta device.
 """
@@ -19,7 +19,7 @@ import dspass
 from dspass.report import Report
 
 RANKS = (8, 16, 64)
-LAYERS, TOKENS = 2, 4096
+LAYERS, SEQUENCES, TOKENS = 2, 4, 2048
 
 #: ``model_type`` and what differs from the defaults of its configuration in transformers, which are the published model's.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -39,6 +39,7 @@ class Point:
     model: str
     ranks: int
     chunks: int
+    parts: int
     step: float
     exposed: float
 
@@ -52,10 +53,10 @@ def build(kind: str, own: dict[str, Any]) -> nn.Module:
     return model.train()
 
 
-def predict(kind: str, own: dict[str, Any], ranks: int, imbalance: float, chunks: int | None) -> Report:
+def predict(kind: str, own: dict[str, Any], ranks: int, imbalance: float, **experts: Any) -> Report:
     torch._dynamo.reset()
-    ids = torch.zeros((1, TOKENS), dtype=torch.int64, device="meta")
-    experts = {"expected_imbalance": imbalance, **({} if chunks is None else {"chunks": chunks})}
+    ids = torch.zeros((SEQUENCES, TOKENS), dtype=torch.int64, device="meta")
+    experts["expected_imbalance"] = imbalance
     config = {
         "zero_optimization": {"stage": 3},
         "bf16": {"enabled": True},
@@ -66,32 +67,42 @@ def predict(kind: str, own: dict[str, Any], ranks: int, imbalance: float, chunks
     return dspass.explain(build(kind, own), kwargs=call, config=config, world_size=ranks, device="h100")
 
 
-def points(names: Sequence[str], imbalance: float) -> list[tuple[Point, Point]]:
-    """Of each model on each number of ranks, in one chunk and in as many as are chosen."""
+def points(names: Sequence[str], imbalance: float) -> list[tuple[Point, Point, Point]]:
+    """Of each model on each number of ranks: in one chunk, in as many as are chosen, and in parts of the batch."""
     found = []
     todo = [(name, ranks) for name in names for ranks in RANKS if EXPERTS[name] >= ranks]
     for name, ranks in tqdm(todo, desc="predict", unit="model", ncols=90):
-        one, chosen = (_point(name, ranks, predict(*MODELS[name], ranks, imbalance, n)) for n in (1, None))
-        found.append((one, chosen))
+        one, chunks, parts = (
+            _point(name, ranks, predict(*MODELS[name], ranks, imbalance, **asked))
+            for asked in ({"chunks": 1}, {}, {"batch_parts": "auto"})
+        )
+        found.append((one, chunks, parts))
     return found
 
 
 def _point(name: str, ranks: int, report: Report) -> Point:
     assert report.step_seconds is not None
-    said = next(p.summary for p in report.passes if p.name == "divide_experts")
-    chunks = int(said.split(" chunks")[0].split()[-1]) if " chunks" in said else 1
     exposed = sum(t.exposed_seconds or 0.0 for t in report.traffic if t.group == "expert" and t.kind == "all-to-all")
-    return Point(model=name, ranks=ranks, chunks=chunks, step=report.step_seconds, exposed=exposed)
+    chunks, parts = _number(report, "divide_experts", " chunks"), _number(report, "split_batch", " parts of")
+    return Point(model=name, ranks=ranks, chunks=chunks, parts=parts, step=report.step_seconds, exposed=exposed)
 
 
-def table(found: Sequence[tuple[Point, Point]]) -> str:
+def _number(report: Report, name: str, of: str) -> int:
+    """How many chunks or parts a pass says that there are."""
+    said = next(p.summary for p in report.passes if p.name == name)
+    return int(said.split(of)[0].split()[-1]) if of in said else 1
+
+
+def table(found: Sequence[tuple[Point, Point, Point]]) -> str:
     lines = [
-        "| model | ranks | step in 1 chunk | of it rows, exposed | chunks chosen | step | rows, exposed | step of that in 1 |",
-        "|---" * 8 + "|",
+        "| model | ranks | step in 1 chunk, 1 part | rows, exposed | chunks chosen | step | rows, exposed | of that in 1 | "
+        "parts chosen | step | rows, exposed | of that in 1 |",
+        "|---" * 12 + "|",
     ]
-    for one, chosen in found:
-        cells = [one.model, str(one.ranks), _ms(one.step), _ms(one.exposed), str(chosen.chunks)]
-        cells += [_ms(chosen.step), _ms(chosen.exposed), f"{chosen.step / one.step:.3f}"]
+    for one, *others in found:
+        cells = [one.model, str(one.ranks), _ms(one.step), _ms(one.exposed)]
+        for number, other in zip((others[0].chunks, others[1].parts), others, strict=True):
+            cells += [str(number), _ms(other.step), _ms(other.exposed), f"{other.step / one.step:.3f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -105,8 +116,8 @@ def page_of(imbalance: float) -> tuple[str, str]:
     begin = time.time()
     text = table(points(list(MODELS), imbalance))
     facts = (
-        f"predicted, not measured: {LAYERS} layers of each model's published width, {TOKENS} tokens a rank in bf16, ZeRO-3, "
-        f"H100s in nodes of 8 at 0.6 of datasheet rates, {imbalance:g} times the mean of rows at the busiest rank; torch "
-        f"{torch.__version__}; {(time.time() - begin) / 60:.1f} minutes."
+        f"predicted, not measured: {LAYERS} layers of each model's published width, {SEQUENCES} sequences of {TOKENS} tokens a "
+        f"rank in bf16, ZeRO-3, H100s in nodes of 8 at 0.6 of datasheet rates, {imbalance:g} times the mean of rows at the "
+        f"busiest rank; torch {torch.__version__}; {(time.time() - begin) / 60:.1f} minutes."
     )
     return text, facts

@@ -31,6 +31,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from dspass import steps
+from dspass.batch_parts import in_parts
 from dspass.casts import cast_inputs, half, inputs_to_cast
 from dspass.compilation import Compilation, compile_graph
 from dspass.config import Config
@@ -106,12 +107,18 @@ def deepspeed(
         return torch._dynamo.disable(
             _FirstCall(gm, example_inputs, root, config, passes), reason="runs once, before sharding"
         )
-    cast_inputs(gm, config)
     if stage:
         engine = _engine_of(heap, params) or Engine(stage=stage, accumulation_steps=config.gradient_accumulation_steps)
-        if chosen is not None:
-            round_layers(gm, {}, chosen, engine)
-        return compile_graph(gm, example_inputs, engine, config, passes)
+
+        def prepare(gm: fx.GraphModule) -> None:
+            cast_inputs(gm, config)
+            if chosen is not None:
+                round_layers(gm, {}, chosen, engine)
+
+        prepare(gm)
+        run = in_parts(gm, example_inputs, engine, config, passes, prepare)
+        return run or compile_graph(gm, example_inputs, engine, config, passes)
+    cast_inputs(gm, config)
     engine = new_engine(root, config)
     if not engine.compilations:
         compat.allow_compilations(1)

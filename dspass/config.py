@@ -616,6 +616,11 @@ KEYS: tuple[Key, ...] = (
          "In how many parts, some of each rank's experts each, a layer of experts is computed, so that rows of one part travel "
          "while another is computed; no more than there are experts on a rank. Absent: what the cost model finds fastest, 1 on "
          "a device that does not compute while it sends.", low=1),
+    _act("dspass.experts.batch_parts", "batch_parts", "integer", None, "",
+         "In how many equal parts, along its first dimension, the batch goes through the layers, in turns, so that rows of one "
+         "are on their way to experts while attention or experts compute another. Heads and losses are of the whole batch. "
+         "`\"auto\"`: 1, 2 or 4, what the cost model finds fastest in the first call, for all ranks. Each size of the batch is "
+         "then compiled by itself. Absent: 1.", low=1, off=("auto",)),
     _act("dspass.experts.hierarchical", "hierarchical", "flag", None, "",
          "Rows on their way to experts, and back, go inside of the node first, to the rank whose place is that of the one that "
          "they are for, and then across nodes: fewer and larger messages, the same numbers. Nodes have "
@@ -1021,6 +1026,8 @@ class ExpertsConfig:
     """Least capacity; None is 4."""
     chunks: int | None = None
     """Parts of a layer whose rows travel one by one; None: as many as pay."""
+    batch_parts: int | Literal["auto"] | None = None
+    """Parts of the batch that take turns; "auto": as many as pay, None: 1."""
     hierarchical: bool | None = None
     """Whether rows go inside of the node first; None: where it pays."""
 
@@ -1339,6 +1346,14 @@ class Config:
         if own.sends is not None and (self.pipeline.stages or 1) == 1:
             reason = "no stages send each other anything; it acts with pipeline.stages of 2 or more"
             found.append(Ignored(key="dspass.quantise.sends", value=own.sends, reason=reason))
+        for name in ("chunks", "batch_parts"):
+            value = getattr(self.experts, name)
+            if value is not None and not self.expert_parallel.enabled:
+                reason = "no rows travel; it acts with expert_parallel"
+                found.append(Ignored(key=f"dspass.experts.{name}", value=value, reason=reason))
+            elif name == "batch_parts" and value is not None and self.pipeline.enabled:
+                reason = "a pipeline's micro-batches are parts of the batch already; see pipeline.micro_batches"
+                found.append(Ignored(key=f"dspass.experts.{name}", value=value, reason=reason))
         return tuple(found)
 
     def _notes_of_feedback(self) -> tuple[Ignored, ...]:

@@ -18,7 +18,6 @@ guards.
 from __future__ import annotations
 
 import functools
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -33,6 +32,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from dspass import pipeline_times as times
 from dspass import stage_plans as plans
 from dspass import steps
+from dspass.batches import batch_size, part_of
 from dspass.casts import cast_inputs
 from dspass.compilation import Compilation, compile_graph
 from dspass.config import Config, ConfigError
@@ -170,7 +170,12 @@ class Pipelined:
         if self.engine is None:
             self._begin(args, kwargs)
         leaves, structure = tree_flatten((args, kwargs))
-        size, trains = _batch_size(leaves), torch.is_grad_enabled()
+        size, trains = batch_size(leaves), torch.is_grad_enabled()
+        if size is None:
+            raise PipelineUseError(
+                "a call without tensors that have a dimension has no batch to split into micro-batches: pass the batch as "
+                "tensors."
+            )
         _refuse_gradients(leaves, trains)
         if self.staging is None:
             guess = self._micro_batches(size, trains)
@@ -327,7 +332,7 @@ class Pipelined:
     def _collect(self, leaves: Sequence[Any], structure: Any, size: int, count: int) -> _Batches:
         calls, inputs, captures, split = [], [], [], set()
         for i in range(count):
-            part = _part(leaves, size, count, i)
+            part = part_of(leaves, size, count, i)
             args, kwargs = call = tree_unflatten(part, structure)
             try:
                 with compat.ignoring_logs():
@@ -561,31 +566,6 @@ def _copied(gm: fx.GraphModule) -> fx.GraphModule:
     (old,), (new,) = gm.graph.find_nodes(op="output"), graph.find_nodes(op="output")
     new.meta = dict(old.meta)
     return made
-
-
-def _batch_size(leaves: Sequence[Any]) -> int:
-    """The length that most tensors have along their first dimension."""
-    sizes = Counter(t.shape[0] for t in leaves if isinstance(t, torch.Tensor) and t.dim())
-    if not sizes:
-        raise PipelineUseError(
-            "a call without tensors that have a dimension has no batch to split into micro-batches: pass the batch as tensors."
-        )
-    return max(sizes, key=lambda size: sizes[size])
-
-
-def _part(leaves: Sequence[Any], size: int, count: int, i: int) -> list[Any]:
-    """Micro-batch ``i``: of each tensor that has the batch's rows its own, of all else the whole; one given twice stays one."""
-    rows = size // count
-    known: dict[int, torch.Tensor] = {}
-    found = []
-    for leaf in leaves:
-        if count > 1 and isinstance(leaf, torch.Tensor) and leaf.dim() and leaf.shape[0] == size:
-            found.append(known.setdefault(id(leaf), leaf.narrow(0, i * rows, rows)))
-        elif isinstance(leaf, torch.Tensor) and leaf.dim() and leaf.shape[0] == size:
-            found.append(known.setdefault(id(leaf), leaf.view_as(leaf)))
-        else:
-            found.append(leaf)
-    return found
 
 
 def _refuse_gradients(leaves: Sequence[Any], trains: bool) -> None:

@@ -61,7 +61,8 @@ def rows_of(graph: fx.Graph, node: fx.Node) -> Any:
 @dataclass(kw_only=True)
 class Dropless:
     """``ends`` are those of all experts on this rank, ``scores`` the router's; ``first`` has the rows. Of the experts of each
-    rank the first ``sizes[0]`` are chunk 0, the next ``sizes[1]`` chunk 1."""
+    rank the first ``sizes[0]`` are chunk 0, the next ``sizes[1]`` chunk 1. The graph computes the layer for so many ``parts``
+    of the batch."""
 
     graph: fx.Graph
     spec: ParamSpec
@@ -69,6 +70,7 @@ class Dropless:
     ends: fx.Node
     scores: fx.Node | None
     sizes: Sequence[int]
+    parts: int = 1
     _arriving: list[Any] = field(default_factory=list)
     _splits: list[Any] = field(default_factory=list)
     _positions: list[Any] = field(default_factory=list)
@@ -78,7 +80,7 @@ class Dropless:
     def open(self) -> list[fx.Node]:
         """Of each chunk the ends of the rows of its experts here."""
         graph, chunks = self.graph, len(self.sizes)
-        told = graph.call_function(_ops.exchange_counts, (self.ends, self.scores, chunks, self.spec.key))
+        told = graph.call_function(_ops.exchange_counts, (self.ends, self.scores, chunks, self.parts, self.spec.key))
         arriving, *self._splits = (graph.call_function(operator.getitem, (told, i)) for i in range(1 + chunks))
         self._arriving = [arriving] if chunks == 1 else items(graph, torch.split, arriving, list(self.sizes), 1)
         here = [graph.call_method("sum", (one, 0)) for one in self._arriving]

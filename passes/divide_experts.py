@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -33,8 +34,8 @@ class DivideExperts(Pass):
     A layer may be computed in ``chunks``, some of each rank's experts each, so that rows of one are on their way while those
     of another are computed (as Tutel's and FasterMoE's pipelines do it with parts of the tokens); without a number as many as
     :mod:`dspass.passes.expert_chunks` finds fastest. By experts, each matrix is read once, and its gradient is written by one
-    product. Dropped: by tokens, which lets the rows of one part travel while attention computes another, and needs the whole
-    model twice, every weight's gradient as a sum, and a batch whose parts do not depend on each other.
+    product; parts of the batch, which need each weight twice, are :mod:`dspass.passes.split_batch`'s, and a layer that is
+    computed for several has one chunk without a number.
 
     With a ``capacity_factor`` each expert takes that many times its even share of a rank's rows, and ``min_capacity`` at least;
     what is beyond becomes zeros, where experts are not divided too.
@@ -57,24 +58,27 @@ class DivideExperts(Pass):
             ctx.say("expert_parallel is not enabled")
             return graph
         layers, said = find_experts(graph, is_parameter)
-        batches, more = find_batches(graph, _is_divided, is_parameter)
+        batches, more = find_batches(graph, is_divided, is_parameter)
         told: dict[str, list[str]] = {}
+        calls = Counter(_weight(layer) for layer in layers)
         for layer in layers:
-            if _share_axis(layer):
-                chunks = self._chunks(graph, layer, ctx)
+            if share_axis(layer):
+                parts = calls[_weight(layer)]
+                chunks = self._chunks(graph, layer, parts, ctx)
                 told.setdefault(_told(layer, chunks), []).append(_name(layer))
-                _divide(graph, layer, limit, chunks)
+                _divide(graph, layer, limit, chunks, parts)
             else:
                 told.setdefault(f"of {layer.experts} experts, whole on each rank", []).append(_name(layer))
                 if limit is not None:
                     _limit_rows(graph, layer, limit)
         for batch in batches:
-            if _share_axis(batch):
+            if share_axis(batch):
                 told.setdefault(_told(batch), []).append(_name(batch))
                 _divide_batch(graph, batch)
                 if self.chunks is not None and self.chunks > 1:
                     ctx.note(f"{_name(batch)} is in one chunk: its rows are batched by the model itself.")
-        for kind, names in told.items():
+        for kind, each in told.items():
+            names = list(dict.fromkeys(each))
             ctx.say(f"{len(names)} layer{'s' * (len(names) > 1)} {kind}: {', '.join(names)}")
         if layers and limit is not None:
             ctx.say("rows beyond a capacity are dropped")
@@ -88,14 +92,14 @@ class DivideExperts(Pass):
             ctx.say("no experts are divided over ranks")
         return graph
 
-    def _chunks(self, graph: fx.Graph, layer: Layer, ctx: PassContext) -> int:
+    def _chunks(self, graph: fx.Graph, layer: Layer, parts: int, ctx: PassContext) -> int:
         """How many chunks a layer is computed in: no more than there are experts on a rank."""
-        spec = spec_of(layer.weights[layer.products[0]])
+        spec = spec_of(_weight(layer))
         if _is_read_between(layer):
             return 1
         if self.chunks is not None:
             return min(self.chunks, spec.shape[0])
-        return fastest(graph, layer, spec, ctx)
+        return 1 if parts > 1 else fastest(graph, layer, spec, ctx)
 
     @property
     def _limit(self) -> Limit | None:
@@ -108,14 +112,18 @@ class DivideExperts(Pass):
                 _limit_rows(graph, layer, self._limit)
 
 
+def _weight(layer: Layer | Batch) -> fx.Node:
+    return layer.weights[layer.products[0]]
+
+
 def _name(layer: Layer | Batch) -> str:
     """Of the layer's module."""
-    source = layer.weights[layer.products[0]]
+    source = _weight(layer)
     return source.name if source.op == "placeholder" else spec_of(source).layer
 
 
 def _told(layer: Layer | Batch, chunks: int = 1) -> str:
-    spec = spec_of(layer.weights[layer.products[0]])
+    spec = spec_of(_weight(layer))
     text = f"of {layer.experts} experts, {spec.shape[0]} on each of {spec.divided_over.size} ranks"
     return text if chunks == 1 else f"{text} in {chunks} chunks"
 
@@ -145,22 +153,22 @@ def is_parameter(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target in _UNSHARD
 
 
-def _is_divided(node: fx.Node) -> bool:
+def is_divided(node: fx.Node) -> bool:
     is_marker = node.op == "call_function" and node.target in _UNSHARD
     return is_marker and spec_of(node).expert_axis is not None
 
 
-def _share_axis(layer: Layer | Batch) -> bool:
+def share_axis(layer: Layer | Batch) -> bool:
     """Whether all weights of a layer are divided, over one axis."""
     sources = list(layer.weights.values())
-    return all(_is_divided(n) for n in sources) and len({id(spec_of(n).expert_axis) for n in sources}) == 1
+    return all(is_divided(n) for n in sources) and len({id(spec_of(n).expert_axis) for n in sources}) == 1
 
 
 # -- rows in the order of experts ----------------------------------------------------------------------------------------
 
 
-def _divide(graph: fx.Graph, layer: Layer, limit: Limit | None, chunks: int) -> None:
-    spec = spec_of(layer.weights[layer.products[0]])
+def _divide(graph: fx.Graph, layer: Layer, limit: Limit | None, chunks: int, batch_parts: int) -> None:
+    spec = spec_of(_weight(layer))
     entering, leaving = layer.entering(), layer.leaving()
     first = layer.products[0].args[0]
     assert isinstance(first, fx.Node)
@@ -168,7 +176,7 @@ def _divide(graph: fx.Graph, layer: Layer, limit: Limit | None, chunks: int) -> 
     given: dict[str, Any] = {
         "graph": graph, "spec": spec, "first": first, "ends": layer.ends, "scores": layer.scores, "sizes": sizes
     }  # fmt: skip
-    way = Dropless(**given) if limit is None else Limited(**given, limit=limit)
+    way = Dropless(**given, parts=batch_parts) if limit is None else Limited(**given, limit=limit)
     parts = _copies(graph, layer, chunks) if chunks > 1 else [{node: node for node in layer.inside}]
     begin = parts[0][layer.inside[0]]
     with graph.inserting_before(begin):
@@ -249,7 +257,7 @@ def _limit_rows(graph: fx.Graph, layer: Layer, limit: Limit) -> None:
 
 
 def _divide_batch(graph: fx.Graph, batch: Batch) -> None:
-    spec = spec_of(batch.weights[batch.products[0]])
+    spec = spec_of(_weight(batch))
     entering, constants, leaving = batch.entering(), batch.constants(), batch.leaving()
     way = Batched(graph=graph, spec=spec)
     inner: dict[fx.Node, fx.Node] = {}
@@ -257,7 +265,7 @@ def _divide_batch(graph: fx.Graph, batch: Batch) -> None:
         with graph.inserting_before(_reader(batch, node)):
             if node in entering:
                 inner[node] = way.enter(node)
-            elif _is_divided(node) and spec_of(node).expert_axis is spec.expert_axis:
+            elif is_divided(node) and spec_of(node).expert_axis is spec.expert_axis:
                 inner[node] = graph.call_function(_ops.unshard_experts, node.args)
             elif is_of_parameters(node, is_parameter):
                 inner[node] = graph.call_method(

@@ -25,7 +25,7 @@ from dspass.runtime.exchange import COMBINE, COUNTS, DISPATCH, EVEN, MEAN
 #: Of each marker what begins it, and which of its arguments that takes: the first of rows in a list, for a pass may divide it
 #: into codes and scales.
 _STARTS: dict[Any, tuple[Callable[..., Any], tuple[int, ...]]] = {
-    COUNTS: (counts_start, (0, 1, 2, 3)),
+    COUNTS: (counts_start, (0, 1, 2, 3, 4)),
     DISPATCH: (dispatch_start, (0, 1, 3)),
     COMBINE: (combine_start, (0, 1, 2, 3)),
     MEAN: (mean_start, (0, 1)),
@@ -47,12 +47,11 @@ class ExchangeRows(Pass):
         for marker in markers:
             begin, places = _STARTS[marker.target]
             value = marker.meta["val"]
-            readers = list(marker.users) or [marker.next]
             last = max(marker.all_input_nodes)
             with graph.inserting_before(last.next if last.op != "placeholder" else _first_call(graph)):
                 first, *others = (marker.args[i] for i in places)
                 start = graph.call_function(begin, ([first] if begin in ROWS else first, *others))
-            with graph.inserting_before(min(readers)):
+            with graph.inserting_before(_first_use(marker, start)):
                 wait = graph.call_function(exchange_wait, (start,))
             if isinstance(value, torch.Tensor):
                 start.meta["val"] = wait.meta["val"] = [value]
@@ -62,11 +61,26 @@ class ExchangeRows(Pass):
                 marker.replace_all_uses_with(item)
             else:  # its own items are the wait's
                 start.meta["val"] = wait.meta["val"] = list(value)
+                for item in reversed(list(marker.users)):
+                    wait.append(item)
                 marker.replace_all_uses_with(wait)
             graph.erase_node(marker)
         rows = sum(m.target in (DISPATCH, COMBINE) for m in markers)
         ctx.say(f"{rows} all-to-all{'s' * (rows != 1)} of rows" if markers else "no rows go to experts on other ranks")
         return graph
+
+
+def _first_use(marker: fx.Node, start: fx.Node) -> fx.Node:
+    """Before which node the wait stands: the first reader, and of what comes in items the first of these or, where rows are
+    sent by them, what is behind those rows, for that exchange starts there."""
+    if isinstance(marker.meta["val"], torch.Tensor):
+        return min(marker.users, default=marker.next)
+    items = list(marker.users)
+    uses = []
+    for user in {user for item in items for user in item.users}:
+        others = [n for n in user.all_input_nodes if n not in items]
+        uses.append(max([start, *others]).next if user.target in _STARTS else user)
+    return min(uses, default=marker.next)
 
 
 def _first_call(graph: fx.Graph) -> fx.Node:

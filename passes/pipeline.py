@@ -23,11 +23,13 @@ from dspass.passes.quantise_saved import QuantiseSaved
 from dspass.passes.quantised_products import QuantisedProducts
 from dspass.passes.release_gathered import ReleaseGathered
 from dspass.passes.share_roundings import ShareRoundings
+from dspass.passes.split_batch import SplitBatch
 from dspass.passes.zero_gather import ZeroGather
 from dspass.passes.zero_reduce import ZeroReduce
 
 DEFAULT: tuple[type[Pass], ...] = (
-    DivideExperts,  # as captured: tokens go to the ranks that hold their experts
+    SplitBatch,  # as captured: parts of the batch take turns around layers of experts, where a person says so
+    DivideExperts,  # tokens go to the ranks that hold their experts
     GlobalAuxLoss,  # and their balance is that of all ranks, where a person says so
     ExposeParameters,  # joint: whole parameters become inputs
     HonourWishes,  # and what a person marked is tagged

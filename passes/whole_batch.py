@@ -66,8 +66,8 @@ class Compared:
 
     ``varies``: its value is not the same in each micro-batch. ``rows``: one of its dimensions grows with the batch.
     ``blends``: what it holds of a row depends on other rows, in a way that cannot be undone; ``inherits``: only since it reads
-    something that does, or a number that is the micro-batch's size. ``of_parameters`` and ``random``: it depends on a
-    parameter, on random numbers.
+    something that does, or a number that is the micro-batch's size; ``scaled``: there is such a number. ``of_parameters`` and
+    ``random``: it depends on a parameter, on random numbers.
     """
 
     twin: dict[fx.Node, fx.Node] = field(default_factory=dict)
@@ -75,6 +75,7 @@ class Compared:
     rows: set[fx.Node] = field(default_factory=set)
     blends: set[fx.Node] = field(default_factory=set)
     inherits: set[fx.Node] = field(default_factory=set)
+    scaled: set[fx.Node] = field(default_factory=set)
     of_parameters: set[fx.Node] = field(default_factory=set)
     random: set[fx.Node] = field(default_factory=set)
 
@@ -172,8 +173,10 @@ def _judge(node: fx.Node, other: fx.Node, micro_batches: int, found: Compared) -
     if (grows and not is_rows) or _goes_along(node, grows):
         found.blends.add(node)
     is_scaled = has_other_numbers and name_of(node) not in _SIZED and _is_float(node)
-    if is_scaled and name_of(node) not in ARITHMETIC:
-        found.blends.add(node)
+    if is_scaled:
+        found.scaled.add(node)
+        if name_of(node) not in ARITHMETIC:
+            found.blends.add(node)
     is_layer = is_rows and any(n in found.of_parameters and n not in found.varies and _is_matrix(n) for n in inputs)
     if not is_layer and (is_scaled or any(n in found.blends or n in found.inherits for n in inputs)):
         found.inherits.add(node)

@@ -170,10 +170,10 @@ def rounding_errors(tensors: list[torch.Tensor], keys: list[str], reset: int | N
     return specs[0].engine.rounding_errors(specs, reset)
 
 
-def counts_start(ends: torch.Tensor, scores: torch.Tensor | None, chunks: int, key: str) -> Exchange:
+def counts_start(ends: torch.Tensor, scores: torch.Tensor | None, chunks: int, parts: int, key: str) -> Exchange:
     """Begin :func:`dspass.runtime.exchange.exchange_counts`."""
     spec = lookup(key)
-    return spec.engine.start_counts(spec, ends, scores, chunks)
+    return spec.engine.start_counts(spec, ends, scores, chunks, parts)
 
 
 def dispatch_start(rows: list[torch.Tensor], splits: torch.Tensor, key: str, packed: Packed = None) -> Exchange:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import inspect
 import itertools
 import logging
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import FrameType
+from types import CellType, CodeType, FrameType, FunctionType
 from typing import Any
 from unittest import mock
 
@@ -105,6 +106,65 @@ def call_of(module: torch.nn.Module) -> tuple[Sequence[Any], Mapping[str, Any]]:
     raise RuntimeError(
         f"{type(module).__name__} was not called as a module: call the model itself, and not its forward, or call "
         "dspass.shard(model, config) first."
+    )
+
+
+def capture_error() -> type[Exception]:
+    """What Dynamo raises where it cannot capture a function."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    return TorchDynamoException
+
+
+def captured_code() -> CodeType:
+    """Of the function that Dynamo is capturing, which :func:`call_at` finds when it runs."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    return InstructionTranslator.current_tx().output.root_tx.f_code
+
+
+@dataclass(frozen=True)
+class RunningCall:
+    """A function that is running, compiled, by its ``code``, and what it was called with: ``args``, ``kwargs`` and what its
+    closure's ``cells`` hold."""
+
+    code: CodeType
+    globals: dict[str, Any]
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+    cells: Sequence[Any]
+
+    def function(self, cells: Sequence[Any]) -> Callable[..., Any]:
+        """The function with other ``cells``, which Dynamo captures apart from the one that runs."""
+        closure = tuple(map(CellType, cells))
+        return FunctionType(self.code.replace(), self.globals, self.code.co_name, None, closure)
+
+
+def call_at(code: CodeType) -> RunningCall:
+    """The call of ``code`` that is on this thread's stack."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and not _is_same_code(frame.f_code, code):
+        frame = frame.f_back
+    if frame is None:
+        raise RuntimeError(f"{code.co_qualname} is not running.")
+    held, names, count = frame.f_locals, code.co_varnames, code.co_argcount
+    args = [held[name] for name in names[:count]]
+    end = count + code.co_kwonlyargcount
+    kwargs = {name: held[name] for name in names[count:end]}
+    if code.co_flags & inspect.CO_VARARGS:
+        args += held[names[end]]
+        end += 1
+    if code.co_flags & inspect.CO_VARKEYWORDS:
+        kwargs |= held[names[end]]
+    return RunningCall(code, frame.f_globals, args, kwargs, [held[name] for name in code.co_freevars])
+
+
+def _is_same_code(one: CodeType, other: CodeType) -> bool:
+    """Dynamo runs another code under the same name, from the same place."""
+    return (one.co_name, one.co_filename, one.co_firstlineno) == (
+        other.co_name,
+        other.co_filename,
+        other.co_firstlineno,
     )
 
 

@@ -115,6 +115,8 @@ class Engine:
     stages: StageMesh | None = None
     #: How many rows the busiest rank of an expert axis is expected to get, over the mean.
     expected_imbalance: float = 1.0
+    #: Parts of the batch that take turns around layers of experts; None before ranks have agreed on it.
+    batch_parts: int | None = None
     #: By parameter, what its rounding is off by where it is gathered in few bits; see :mod:`dspass.quantising`.
     quantised_errors: dict[str, float] = field(default_factory=dict)
     #: What rounding is taken to change of rows that go to experts in few bits, as added squares of that and of the rows, by
@@ -216,8 +218,11 @@ class Engine:
 
     # -- experts ---------------------------------------------------------------------------------------------------
 
-    def start_counts(self, spec: ParamSpec, ends: torch.Tensor, scores: torch.Tensor | None, chunks: int) -> Exchange:
-        """Begin to tell each rank how many rows come for each of its experts, which are computed in so many ``chunks``.
+    def start_counts(
+        self, spec: ParamSpec, ends: torch.Tensor, scores: torch.Tensor | None, chunks: int, parts: int
+    ) -> Exchange:
+        """Begin to tell each rank how many rows come for each of its experts, which are computed in so many ``chunks``, for
+        one of so many ``parts`` of the batch.
 
         It is told of all experts, a few hundred numbers, for the report. Megatron-LM's dispatcher gathers as much. The host
         reads them, once for all that is sent by them: on a GPU each time would wait for all that it has begun.
@@ -225,7 +230,8 @@ class Engine:
         axis = spec.divided_over
         counts = ends.diff(prepend=ends.new_zeros(1)).to(torch.int32)
         bad = counts.new_zeros(1) if scores is None else scores.isnan().any().to(torch.int32)[None]
-        told = torch.cat([counts, bad]).expand(axis.size, -1)
+        way = chunks + _MOST_CHUNKS * parts
+        told = torch.cat([counts, bad + 2 * way]).expand(axis.size, -1)
         flight = transport_for(axis, self.dry).all_to_all(axis, [told])
         counted = self.traffic.add(counts_cost(axis, ends.shape[0], _direction()))
 
@@ -233,7 +239,8 @@ class Engine:
             (all_told,) = results
             on_host = all_told.cpu()
             if not compat.is_fake(all_told):
-                _refuse_nan(spec, on_host[:, -1])
+                _refuse_nan(spec, on_host[:, -1] % 2)
+                _refuse_other_ways(spec, (on_host[:, -1] // 2).tolist())
                 self.routing.counted(spec, all_told[:, :-1])
             here = ends.shape[0] // axis.size
             by_rank = on_host[:, :-1].reshape(axis.size, axis.size, here)
@@ -611,6 +618,23 @@ class Engine:
     def kept_errors(self) -> list[torch.Tensor]:
         """What rounding has lost of gradients so far; see :meth:`rounding_errors`."""
         return [error for _, error in self._errors.values()]
+
+
+#: More chunks than this no rank can tell the others of.
+_MOST_CHUNKS = 2**14
+
+
+def _refuse_other_ways(spec: ParamSpec, ways: Sequence[int]) -> None:
+    """Raise where ranks exchange a layer's rows in other numbers of chunks or of parts of the batch."""
+    for place, way in enumerate(ways):
+        if way != ways[0]:
+            (one, first), (other, its) = (divmod(w, _MOST_CHUNKS) for w in (ways[0], way))
+            ranks = spec.divided_over.ranks
+            raise RuntimeError(
+                f"rank {ranks[0]} sends rows to the experts of {spec.layer} for {one} parts of the batch in {first} chunks, "
+                f"rank {ranks[place]} for {other} in {its}. Give every rank a batch of the same first dimension "
+                "(drop_last=True), or write dspass.experts.batch_parts: 1 and a number for dspass.experts.chunks."
+            )
 
 
 def _refuse_nan(spec: ParamSpec, bad: torch.Tensor) -> None:

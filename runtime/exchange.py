@@ -45,24 +45,29 @@ from dspass.runtime.params import lookup
 # -- counts --------------------------------------------------------------------------------------------------------------
 
 
-def _counts_fake(ends: torch.Tensor, scores: torch.Tensor | None, chunks: int, key: str) -> list[torch.Tensor]:
+def _counts_fake(
+    ends: torch.Tensor, scores: torch.Tensor | None, chunks: int, parts: int, key: str
+) -> list[torch.Tensor]:
     ranks = lookup(key).divided_over.size
     arriving = ends.new_empty((ranks, ends.shape[0] // ranks), dtype=torch.int32)
     splits = [ends.new_empty((ranks, ranks), dtype=torch.int32, device="cpu") for _ in range(chunks)]
     return [arriving, *splits]
 
 
-@operator("exchange_counts(Tensor ends, Tensor? scores, int chunks, str key) -> Tensor[]", fake=_counts_fake)
-def exchange_counts(ends: torch.Tensor, scores: torch.Tensor | None, chunks: int, key: str) -> list[torch.Tensor]:
+@operator("exchange_counts(Tensor ends, Tensor? scores, int chunks, int parts, str key) -> Tensor[]", fake=_counts_fake)
+def exchange_counts(
+    ends: torch.Tensor, scores: torch.Tensor | None, chunks: int, parts: int, key: str
+) -> list[torch.Tensor]:
     """``int32[ranks, experts here]``: the rows that each rank has for each expert here; then on the host, for each of the
     ``chunks`` of each rank's experts, which are as even as can be (:func:`dspass.runtime.traffic.even_parts`),
     ``int32[ranks, ranks]``, those that each rank has for each other one. ``ends[experts]``: the row behind each expert's last
-    on this rank. ``scores``, the router's, are looked through for NaN. ``key``: a weight of the experts.
+    on this rank. ``scores``, the router's, are looked through for NaN. The layer is computed for so many ``parts`` of the
+    batch, of which this is one. ``key``: a weight of the experts.
 
-    Raises ``RuntimeError`` on all ranks where one has NaN among its scores.
+    Raises ``RuntimeError`` on all ranks where one has NaN among its scores, or other numbers of chunks or parts.
     """
     spec = lookup(key)
-    return spec.engine.start_counts(spec, ends, scores, chunks).wait()
+    return spec.engine.start_counts(spec, ends, scores, chunks, parts).wait()
 
 
 # -- rows ----------------------------------------------------------------------------------------------------------------

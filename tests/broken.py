@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import operator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.fx as fx
@@ -54,6 +54,7 @@ from dspass.passes.quantise_saved import QuantiseSaved
 from dspass.passes.quantised_products import QuantisedProducts
 from dspass.passes.release_gathered import ReleaseGathered
 from dspass.passes.share_roundings import ShareRoundings
+from dspass.passes.split_batch import SplitBatch
 from dspass.passes.zero_gather import ZeroGather
 from dspass.passes.zero_reduce import ZeroReduce
 from dspass.runtime.fake_quantise import FAKE_QUANTISE
@@ -74,6 +75,29 @@ class LeftAsTheyArrive(DivideExperts):
                 numbers = graph.call_function(torch.arange, (count,), {"dtype": torch.int32})
                 same = graph.call_method("view", (numbers, -1, 1))
             places.replace_all_uses_with(same)
+        return graph
+
+
+@dataclass(frozen=True, kw_only=True)
+class JoinedInAnotherOrder(SplitBatch):
+    """The parts are joined in another order than the batch has them in."""
+
+    def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
+        graph = super().run(graph, ctx)
+        joined = calls(graph, torch.cat)[0]
+        parts, dim = joined.args
+        joined.args = (list(reversed(cast(Any, parts))), dim)
+        return graph
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnePartTwice(SplitBatch):
+    """Each part is the batch's first."""
+
+    def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
+        graph = super().run(graph, ctx)
+        for node in graph.find_nodes(op="call_method", target="narrow"):
+            node.update_arg(2, 0)
         return graph
 
 

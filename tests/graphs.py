@@ -17,7 +17,7 @@ import itertools
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 from unittest import mock
 
@@ -59,6 +59,7 @@ from dspass.passes.packed import COMPENSATE, DEQUANTISE, QUANTISE, SUM
 from dspass.passes.partition import partition
 from dspass.passes.quantise_saved import DEQUANTISE as DEQUANTISE_SAVED
 from dspass.passes.quantise_saved import QUANTISE as QUANTISE_SAVED
+from dspass.passes.split_batch import SplitBatch
 from dspass.pipeline import build
 from dspass.runtime import compat
 from dspass.runtime.collectives import RUNTIME_FUNCTIONS
@@ -240,6 +241,7 @@ TOYS: Mapping[str, Callable[[], nn.Module]] = {
     "stored": Stored,
     "routed": Routed,
     "chunks_routed": Routed,
+    "parts_routed": Routed,
     "quantised_routed": functools.partial(Routed, 20),
     "balanced": Balanced,
     "tied": Tied,
@@ -281,10 +283,16 @@ class Toy:
     losses: list[torch.Tensor]
     grads: dict[str, torch.Tensor]
     world: int
+    part: fx.GraphModule | None = None
+    """The same captured with half a batch, of a toy that is computed in parts."""
 
     @property
     def passes(self) -> tuple[Pass, ...]:
-        return build(self.config)
+        return with_part(build(self.config), self.part)
+
+
+def with_part(passes: Sequence[Pass], part: fx.GraphModule | None) -> tuple[Pass, ...]:
+    return tuple(replace(p, count=2, part=part) if isinstance(p, SplitBatch) and part else p for p in passes)
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:
@@ -363,6 +371,7 @@ CONFIGS = {
     "in_nodes": IN_NODE,
     "routed": ROUTED,
     "chunks_routed": options(experts={"chunks": 2}) | {"expert_parallel": {"enabled": True}},
+    "parts_routed": ROUTED,
     "quantised_routed": ROUTED,
     "balanced": BALANCED,
     "rounded": ROUNDED,
@@ -388,11 +397,13 @@ def capture(
     with fake_world(world):
         shard(model, settings)
         engine = new_engine(model, settings)
+        part = _captured_part(model, batches[0]) if name == "parts_routed" else None
+        chosen = with_part(passes or build(settings), part)
 
         def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
             if settings.trains_rounded:
                 round_layers(gm, {}, choose(model, settings), engine)
-            compile_graph(gm, inputs, engine, settings, [Keep(into=kept), *(passes or build(settings))], as_written)
+            compile_graph(gm, inputs, engine, settings, [Keep(into=kept), *chosen], as_written)
             return stop  # what no rank sent would be computed with
 
         with contextlib.suppress(StopCaptureError):
@@ -405,11 +416,26 @@ def capture(
         config=settings,
         batches=batches,
         world=world,
+        part=part,
         whole={f"{engine.name}/{n}": p for n, p in whole.items()},
         losses=losses,
         grads={f"{engine.name}/{n}": g for n, g in grads.items()},
     )
     return toy
+
+
+def _captured_part(model: nn.Module, batch: Sequence[torch.Tensor]) -> fx.GraphModule:
+    """What Dynamo captures of the first half of a batch."""
+    found: list[fx.GraphModule] = []
+
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        found.append(gm)
+        return stop
+
+    with contextlib.suppress(StopCaptureError):
+        torch.compile(model, backend=backend, dynamic=False)(*(t[: len(t) // 2] for t in batch))
+    torch._dynamo.reset()
+    return found[0]
 
 
 class StopCaptureError(Exception):
@@ -460,7 +486,7 @@ def _batch(name: str) -> tuple[torch.Tensor, ...]:
     if name == "stored":
         return *quantise_rows(torch.randn(8, 4), "int8"), torch.randn(3, 4), torch.randint(8, (3,))
     if name.endswith("routed"):
-        return (torch.randn(3, 5),)
+        return (torch.randn(4 if name == "parts_routed" else 3, 5),)
     if name == "balanced":
         return (torch.randn(4, 6),)
     return (torch.randint(8, (3,)),) if name == "tied" else (torch.randn(3, 4),)

@@ -14,6 +14,8 @@ from tests.test_passes import toy_of
 #: (PassError) or a check of the suite.
 MISTAKES: list[tuple[type[Pass], str, type[Exception], str]] = [
     (broken.LeftAsTheyArrive, "routed", CheckError, r"the (loss|gradient of \w+) on rank \d differs"),
+    (broken.JoinedInAnotherOrder, "parts_routed", CheckError, r"the (loss|gradient of \w+) on rank \d differs"),
+    (broken.OnePartTwice, "parts_routed", CheckError, r"the (loss|gradient of \w+) on rank \d differs"),
     (broken.NotSentBack, "routed", ValueError, r"do not go with positions"),
     (broken.ProbabilitiesAveraged, "balanced", CheckError, r"the (loss|gradient of [\w.]+) on rank \d differs"),
     (broken.WaitsTooSoon, "routed", PassError, r"'hide_exchanges' left a graph that does not lint"),

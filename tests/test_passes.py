@@ -47,6 +47,7 @@ from dspass.passes.quantise_saved import QuantiseSaved
 from dspass.passes.quantised_products import QuantisedProducts
 from dspass.passes.release_gathered import ReleaseGathered
 from dspass.passes.share_roundings import ShareRoundings
+from dspass.passes.split_batch import SplitBatch
 from dspass.passes.text import print_graph
 from dspass.passes.zero_gather import ZeroGather
 from dspass.passes.zero_reduce import ZeroReduce
@@ -82,7 +83,13 @@ def toy_of(name: str, world: int = 0, bucket_bytes: int = 256) -> Toy:
     few_bits = {"name": "quantise_saved", "min_bytes": 0}
     passes = ["...", few_bits, offload, {"name": "onednn_products", "min_operations": 0}]
     if name.endswith("routed"):  # behind the exchanges, and before what comes with parameters
-        first = ["divide_experts", "expose_parameters", "exchange_rows", {"name": "hide_exchanges", "anywhere": True}]
+        first = [
+            "split_batch",
+            "divide_experts",
+            "expose_parameters",
+            "exchange_rows",
+            {"name": "hide_exchanges", "anywhere": True},
+        ]
         passes = [*first, *passes]
     said = options(bucket_bytes=bucket_bytes, passes=passes)
     if name == "offloaded":
@@ -163,6 +170,7 @@ class Case:
 
 
 CASES: dict[type[Pass], Case] = {
+    SplitBatch: Case(golden=(("parts_routed", "captured"),), declines=("mlp", "captured", "the batch is in one part")),
     DivideExperts: Case(
         golden=(("routed", "captured"), ("chunks_routed", "captured")),
         declines=("mlp", "captured", "expert_parallel is not enabled"),
@@ -182,7 +190,12 @@ CASES: dict[type[Pass], Case] = {
         options={"anywhere": False},
     ),
     ExchangeRows: Case(
-        golden=(("routed", "forward"), ("routed", "backward")),
+        golden=(
+            ("routed", "forward"),
+            ("routed", "backward"),
+            ("parts_routed", "forward"),
+            ("parts_routed", "backward"),
+        ),
         declines=("mlp", "forward", "no rows go to experts on other ranks"),
     ),
     ExposeParameters: Case(
@@ -296,6 +309,7 @@ def test_the_numbers_stay(cls: type[Pass]) -> None:
         "stored",
         "routed",
         "chunks_routed",
+        "parts_routed",
         "quantised_routed",
         "balanced",
         "rounded",
