@@ -35,7 +35,14 @@ from benchmarks.table import cpu
 from benchmarks.workers import Group, SubjectFailed
 
 #: The first is held against the second; the last is there where DeepSpeed is.
-WAYS = ("dspass-3-experts", "dspass-3", "dspass-3-products", "fsdp2-compile-parts", "deepspeed-autoep")
+WAYS = (
+    "dspass-3-experts",
+    "dspass-3",
+    "dspass-3-experts-parts",
+    "dspass-3-products",
+    "fsdp2-compile-parts",
+    "deepspeed-autoep",
+)
 _OURS, _PLAIN, _DEEPSPEED = WAYS[0], WAYS[1], WAYS[-1]
 _STARTING, _STEP = 1800.0, 600.0
 _KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all")

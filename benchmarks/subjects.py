@@ -35,7 +35,12 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def _dspass(
-    stage: int, *passes: str, node: int = 1, experts: dict[str, Any] | None = None, **quantise: str | None
+    stage: int,
+    *passes: str,
+    node: int = 1,
+    experts: dict[str, Any] | None = None,
+    batch_parts: int | None = None,
+    **quantise: str | None,
 ) -> Callable[[nn.Module, str], Training]:
     def wrap(model: nn.Module, device: str) -> Training:
         import dspass  # noqa: F401  (registers the backend from a checkout)
@@ -47,6 +52,8 @@ def _dspass(
             options["dspass"] = {"passes": list(passes)}
         if quantise:
             options["dspass"] = {"quantise": quantise}
+        if batch_parts is not None:
+            options["dspass"] = {"experts": {"batch_parts": batch_parts}}
         return Training(torch.compile(model, backend="deepspeed", options=options), model, adamw(model))
 
     return wrap
@@ -200,6 +207,11 @@ SUBJECTS: dict[str, Subject] = {
     },
     "dspass-3-experts": Subject(
         _dspass(3, experts={}), 'as dspass-3, with "expert_parallel": {"enabled": true}', usual=False
+    ),
+    "dspass-3-experts-parts": Subject(
+        _dspass(3, experts={}, batch_parts=2),
+        'as dspass-3-experts, with "dspass": {"experts": {"batch_parts": 2}}: halves of the batch take turns',
+        usual=False,
     ),
     "dspass-3-products": Subject(
         _dspass(3, experts={"autoep_size": 1}),

@@ -45,8 +45,8 @@ class SplitBatch(Pass):
     sequence, which causal attention would allow in one order, and which no capture shows. Dropped: ranks' own choice of the
     number of parts: each exchange is one of all ranks, so that they agree on it (:mod:`dspass.batch_parts`).
 
-    Comet (Zhang et al., 2025) and DeepSeek-V3's DualPipe overlap experts with attention of another micro-batch by hand-written
-    schedules; SGLang's two-batch overlap does it in serving.
+    DeepSeek-V3's DualPipe (2024) overlaps experts of one micro-batch with attention of another by a schedule that is written
+    for the model; SGLang's two-batch overlap does it in serving.
     """
 
     name: ClassVar[str] = "split_batch"

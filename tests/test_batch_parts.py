@@ -19,7 +19,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import dspass
-from dspass.batches import divided
+from dspass.batches import batch_size, divided
+from dspass.config import Config
 from dspass.passes import split_batch
 from dspass.passes.base import PassContext
 from dspass.passes.divide_experts import is_parameter
@@ -314,6 +315,36 @@ def test_one_part_where_nothing_overlaps_or_nothing_is_written() -> None:
     assert "do not divide" in predicted(16, 63, batch_parts=2)[1]
     limited = predicted(16, 64, batch_parts=2, capacity_factor=1.0)[1]
     assert "which rows are beyond a capacity depends on all of it" in limited
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ({}, "it acts with expert_parallel"),
+        ({"pipeline": {"stages": 2}}, "it acts with expert_parallel"),
+        ({"expert_parallel": {"enabled": True}, "pipeline": {"stages": 2}}, "micro-batches are parts"),
+    ],
+)
+def test_a_number_that_acts_on_nothing_is_noted(more: dict[str, Any], reason: str) -> None:
+    config = Config.load({"dspass": {"experts": {"batch_parts": 2}}, **more}).resolve_stage(True)
+    (note,) = [n for n in config.ignored if n.key == "dspass.experts.batch_parts"]
+    assert reason in note.reason
+    config = Config.load({"dspass": {"experts": {"batch_parts": 2}}, "expert_parallel": {"enabled": True}})
+    assert not config.resolve_stage(True).ignored
+
+
+def test_containers_without_rows_stay_the_objects_that_they_are() -> None:
+    collected: dict[str, Any] = {"logits": []}
+    weight = nn.Parameter(torch.zeros(4, 2))
+    given = ([torch.arange(4), collected], {"mask": torch.ones(4, 3), "weight": weight, "table": torch.ones(3)})
+    (rows, same), named = divided(given, 4, 2)
+    assert rows.tolist() == [0, 1]
+    assert same is collected
+    assert named["mask"].shape == (2, 3)
+    assert named["weight"] is weight
+    assert named["table"].shape == (3,)
+    assert batch_size([torch.ones(4, 3), torch.arange(4), torch.ones(3), weight]) == 4
+    assert batch_size([1, torch.tensor(2)]) is None
 
 
 # -- on ranks ------------------------------------------------------------------------------------------------------------
