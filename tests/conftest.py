@@ -4,6 +4,7 @@ import tempfile
 
 import pytest
 
+gc.disable()  # while all is imported, of which nothing goes
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -21,7 +22,11 @@ def _onednn_pays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pytest_collection_finish() -> None:
-    gc.freeze()  # all that was imported; see tests/ranks.py
+    from tests.ranks import RARE_COLLECTIONS
+
+    gc.freeze()  # all that was imported
+    gc.enable()
+    gc.set_threshold(*RARE_COLLECTIONS)
 
 
 def pytest_sessionfinish() -> None:

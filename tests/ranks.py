@@ -1,8 +1,9 @@
 """Real ranks for tests: worker processes over gloo that are kept from test to test.
 
-``run(n, function, *args)`` calls an importable function on ``n`` ranks and answers their results, rank 0 first. Importing
-torch costs seconds a process, so a world of each size is started once and reused; one in which a rank failed, died, did
-not answer in time or gave up its process group is killed, never reused. No rank outlives pytest.
+``run(n, function, *args)`` calls an importable function on ``n`` ranks and answers their results, rank 0 first. A world of
+each size is started once and reused; one in which a rank failed, died, did not answer in time or gave up its process group is
+killed, never reused. Importing torch and the rest costs seconds a process, so ranks are forked from one that has done it
+(:mod:`tests.preloaded`). No rank outlives pytest.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
+
+#: Thresholds for the garbage collector: tracing makes many objects that live long, and each collection looks through them.
+RARE_COLLECTIONS = (100_000, 50, 50)
 
 
 class RankError(AssertionError):
@@ -45,6 +49,7 @@ def _worker(rank: int, size: int, port: int, pipe: Connection) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    gc.set_threshold(*RARE_COLLECTIONS)
     dist.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size, timeout=timedelta(seconds=60)
     )
@@ -60,12 +65,13 @@ def _worker(rank: int, size: int, port: int, pipe: Connection) -> None:
             pipe.send((False, traceback.format_exc(), False))
         torch._dynamo.reset()
         gc.collect()
-        gc.freeze()  # what is still there stays: tracing makes many objects, and each collection would look through all of it
+        gc.freeze()  # what is still there stays
 
 
 class World:
     def __init__(self, size: int) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["tests.preloaded"])
         port = free_port()
         self.pipes: list[Connection] = []
         self.processes = []
