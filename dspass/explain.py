@@ -528,15 +528,18 @@ def _unwrapped() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _rare_collections() -> Iterator[None]:
-    """Graphs are many small objects that live long: looking through them again and again takes a sixth of the time."""
-    thresholds = gc.get_threshold()
-    gc.freeze()
+    """Graphs are many small objects that live long: looking through them again and again takes a sixth of the time. What the
+    caller has frozen stays so."""
+    thresholds, is_frozen = gc.get_threshold(), gc.get_freeze_count() > 0
+    if not is_frozen:
+        gc.freeze()
     gc.set_threshold(200_000, 50, 50)
     try:
         yield
     finally:
         gc.set_threshold(*thresholds)
-        gc.unfreeze()
+        if not is_frozen:
+            gc.unfreeze()
 
 
 @contextlib.contextmanager
