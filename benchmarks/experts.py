@@ -45,6 +45,8 @@ WAYS = (
 )
 _OURS, _PLAIN, _DEEPSPEED = WAYS[0], WAYS[1], WAYS[-1]
 _STARTING, _STEP = 1800.0, 600.0
+#: What runs in a process of a row.
+RANK = "benchmarks.experts_rank"
 _KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all")
 
 
@@ -84,7 +86,7 @@ def measure(names: Sequence[str], options: argparse.Namespace, python: str | Non
 
         def start(row: Row) -> None:
             here = python if row.name == _DEEPSPEED else None
-            group = groups[row.name] = Group(row.name, options.ranks, settings, here, module="benchmarks.experts_rank")
+            group = groups[row.name] = Group(row.name, options.ranks, settings, here, module=RANK)
             stack.callback(group.close)
             for _ in range(3):
                 step(row, _STARTING)

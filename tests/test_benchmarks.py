@@ -409,7 +409,7 @@ def test_a_lookahead_is_predicted() -> None:
 
     with torch.device("meta"):
         config = LlamaConfig(
-            vocab_size=256, hidden_size=256, intermediate_size=512, num_hidden_layers=4, use_cache=False
+            vocab_size=256, hidden_size=256, intermediate_size=512, num_hidden_layers=2, use_cache=False
         )
         model = LlamaForCausalLM(config)
     tokens = torch.zeros(1, 64, dtype=torch.long)
@@ -556,7 +556,8 @@ def test_mixtures_have_the_size_that_is_said(preset: str) -> None:
     assert len(model.blocks) == PRESETS[preset].layers
 
 
-def test_experts_are_measured_on_two_ranks() -> None:
+def test_experts_are_measured_on_two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experts, "RANK", "tests.plain_experts_rank")
     options = argparse.Namespace(preset="tiny", ranks=2, batch=2, context=16, rounds=1)
     (ours,) = experts.measure(["dspass-3-experts"], options)
     assert ours.error is None
