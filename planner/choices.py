@@ -31,7 +31,7 @@ from dspass.passes.cost import compute_seconds
 from dspass.passes.devices import Device
 from dspass.passes.nodes import GATHERED
 from dspass.planner.halves import Halves
-from dspass.planner.liveness import Liveness
+from dspass.planner.liveness import Liveness, Moments
 from dspass.planner.mincut import Choice, Value, completed, hull, smallest
 from dspass.planner.record import Decision, Setting
 from dspass.planner.timing import Times, times_of
@@ -76,6 +76,7 @@ class Choices:
     _halves: Halves = field(init=False)
     _liveness: Liveness = field(init=False)
     _times: dict[Any, Times] = field(default_factory=dict)  # by what a choice saves, and how
+    _moments: dict[Any, Moments] = field(default_factory=dict)
     _peaks: dict[Any, int] = field(default_factory=dict)  # and bytes of a bucket
 
     def __post_init__(self) -> None:
@@ -230,13 +231,15 @@ class Choices:
 
     def _peak(self, choice: Choice, bucket_bytes: int | None = None) -> int:
         """The modelled peak, and with it the times."""
-        key, saved = (choice.saved, choice.ways), {self.inside[k] for k in choice.saved}
+        key = (choice.saved, choice.ways)
         if (*key, bucket_bytes) not in self._peaks:
-            halves = self._halves.of(saved)
             if key not in self._times:
+                saved = {self.inside[k] for k in choice.saved}
+                halves = self._halves.of(saved)
                 held = {self.inside[k]: self.ways[k][way].holding for k, way in choice.ways}
                 self._times[key] = times_of(halves, held, self.on)
-            self._peaks[*key, bucket_bytes] = self._liveness.peak(halves, saved, self._times[key].absent, bucket_bytes)
+                self._moments[key] = self._liveness.moments(halves, saved, self._times[key].absent)
+            self._peaks[*key, bucket_bytes] = self._liveness.peak(self._moments[key], bucket_bytes)
         return self._peaks[*key, bucket_bytes]
 
     def _seconds(self, choice: Choice) -> float:

@@ -57,17 +57,12 @@ class Liveness:
             elif GATHERED in node.meta and is_gathered(spec := lookup(node.meta[GATHERED][0])):
                 self._whole[node] = spec
 
-    def peak(
-        self,
-        halves: tuple[Stretch, Stretch],
-        saved: Set[fx.Node],
-        absent: Mapping[fx.Node, Absence] | None = None,
-        bucket_bytes: int | None = None,
-    ) -> int:
-        """Bytes at the peak of forward and backward, beyond shards, states and the batch, when ``saved`` are kept between
-        ``halves``, those that are ``absent`` on the device only in part, and collectives go in buckets of ``bucket_bytes``."""
+    def moments(
+        self, halves: tuple[Stretch, Stretch], saved: Set[fx.Node], absent: Mapping[fx.Node, Absence]
+    ) -> Moments:
+        """The step when ``saved`` are kept between ``halves``, those that are ``absent`` on the device only in part: all that
+        no bucket's size changes."""
         forward, backward = halves
-        absent = absent or {}
         events: list[tuple[int, int, int]] = []  # from, to, bytes
         middle = len(forward.nodes)
         end = middle + len(backward.nodes)
@@ -82,8 +77,14 @@ class Liveness:
                 away = absent[node]
                 events += [(first.made[node], away.last, size), (away.back, last, size)]
                 events.append((away.last, away.back, away.bytes))
-        self._parameters(first, second, saved, middle, bucket_bytes, events)
-        self._reductions(backward.nodes, middle, end, bucket_bytes, events)
+        return Moments(first, second, saved, backward.nodes, middle, end, events)
+
+    def peak(self, step: Moments, bucket_bytes: int | None = None) -> int:
+        """Bytes at the peak of forward and backward, beyond shards, states and the batch, when collectives go in buckets of
+        ``bucket_bytes``."""
+        events = list(step.events)
+        self._parameters(step.first, step.second, step.saved, step.middle, bucket_bytes, events)
+        self._reductions(step.backward, step.middle, step.end, bucket_bytes, events)
         return _highest(events)
 
     def _lifetimes(
@@ -170,6 +171,20 @@ class Reads:
     made: dict[fx.Node, int]
     first: dict[fx.Node, int]
     last: dict[fx.Node, int]
+
+
+@dataclass(frozen=True)
+class Moments:
+    """A step without its collectives: reads of its halves, the values that are ``saved`` from one to the other, the nodes of
+    the ``backward``, where that begins and the ``end``, and what is alive from when to when."""
+
+    first: Reads
+    second: Reads
+    saved: Set[fx.Node]
+    backward: Sequence[fx.Node]
+    middle: int
+    end: int
+    events: Sequence[tuple[int, int, int]]
 
 
 def reads_of(stretch: Stretch, start: int = 0) -> Reads:
