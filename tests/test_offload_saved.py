@@ -108,7 +108,7 @@ def test_a_gpu_offloads_where_it_pays() -> None:
     """With room for all nothing is copied; copies that compute hides make a budget fit that computing again alone cannot, and
     where both can they are faster."""
     with torch.device("meta"):
-        model = GPT(GPTConfig(context=1024, layers=6, heads=8, width=2048))
+        model = GPT(GPTConfig(context=1024, layers=4, heads=8, width=2048))
     tokens = torch.zeros(8, 1024, dtype=torch.long)
 
     def plan(budget: int, offload: bool | None = None) -> Any:

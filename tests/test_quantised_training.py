@@ -15,6 +15,7 @@ from dspass.config import Config, ConfigError
 from dspass.engines import engine_of
 from dspass.runtime.axis import Axis
 from examples.gpt import GPT, GPTConfig
+from tests.matrix import WHOLE
 from tests.models import MODELS
 from tests.ranks import run
 from tests.test_explain import gpt
@@ -335,7 +336,10 @@ def _measured(config: dict[str, Any]) -> dict[str, Any]:
     return {"peak": report.memory.peak_bytes, "traffic": traffic}
 
 
-@pytest.mark.parametrize(("budget", "feedback"), [(None, False), (8_000_000, False), (9_000_000, True)])
+@pytest.mark.parametrize(
+    ("budget", "feedback"),
+    [(None, False), pytest.param(8_000_000, False, marks=WHOLE), (9_000_000, True)],
+)
 def test_predicted_is_measured(budget: int | None, feedback: bool) -> None:
     """All three together, and under a budget. Two ranks are one node here."""
     zero = {"stage": 3, "zero_quantized_weights": True, "zero_quantized_gradients": True, "zero_hpz_partition_size": 2}
