@@ -32,7 +32,7 @@ from dspass.runtime import compat
 from tests.matrix import matrix
 from tests.mixtures import VOCABULARY, WIDTH, Grouped, GShard
 from tests.ranks import RankError, run
-from tests.test_expert_parallel import AUXILIARY, deepseek, gpt_oss, mixtral, olmoe, qwen3, trained
+from tests.test_expert_parallel import AUXILIARY, ONE, deepseek, gpt_oss, mixtral, olmoe, qwen3, trained
 from tests.test_expert_parallel import divided as on_ranks
 from tests.test_expert_reports import Net, experts_on, tokens
 from tests.training import Batch, close
@@ -393,11 +393,21 @@ def test_each_model_trains_as_one_process_for_twenty_steps(build: Any, ranks: in
 def test_by_inductor_with_a_smaller_last_batch() -> None:
     """One compilation for each size, and in one part where two do not divide it."""
     config = in_parts(2, gradient_accumulation_steps=2)
-    results = run(2, trained, qwen3, config, batches=smaller, steps=2, calls=2, inductor=True, timeout=300)
+    results = run(
+        2,
+        trained,
+        functools.partial(qwen3, **ONE),
+        config,
+        batches=smaller,
+        steps=2,
+        calls=2,
+        inductor=True,
+        timeout=300,
+    )
     close(results)
     assert {result["graphs"] for result in results} == {2}
 
 
 def test_ranks_with_other_numbers_of_parts_say_so() -> None:
     with pytest.raises(RankError, match=r"for 2 parts of the batch in 1 chunks, rank 1 for 1 in 1\. Give every rank"):
-        run(2, trained, qwen3, in_parts(2), batches=uneven, steps=2)
+        run(2, trained, functools.partial(qwen3, **ONE), in_parts(2), batches=uneven, steps=2)
