@@ -450,7 +450,8 @@ class _Steps:
     ) -> None:
         self.compiled, self.model, self.engine = compiled, model, engine
         self.batch, self.named, self.states, self.train, self.ledger = batch, named, states, train, ledger
-        self.kept: list[torch.Tensor] = []
+        self.kept: dict[int, list[torch.Tensor]] = {}
+        """The optimiser's states, by the parameter that they are of."""
 
     def run(self) -> None:
         self.ledger.phase = "forward"
@@ -482,11 +483,11 @@ class _Steps:
         hosted = {id(spec.param()) for spec in self.engine.specs.values() if spec.on_host}
         for param in trained:
             self.ledger.note(param.grad, HOST if id(param) in hosted else "gradients")
-        if not self.kept:
-            for param in trained:
-                kept = [torch.zeros_like(local_of(param)) for _ in range(self.states)]
-                self.ledger.note(kept, HOST if param in away or id(param) in hosted else "optimizer")
-                self.kept += kept
+            if id(param) not in self.kept:
+                self.kept[id(param)] = [torch.zeros_like(local_of(param)) for _ in range(self.states)]
+            # Where they wait was decided behind the step that made them, if a plan did.
+            waits = param in away or id(param) in hosted
+            self.ledger.note(self.kept[id(param)], HOST if waits else "optimizer")
         for moment in step_moments(self.engine, trained):
             came, made = (torch.empty(count, dtype=torch.uint8) for count in (moment.states, moment.temporaries))
             self.ledger.note(came, "optimizer")

@@ -197,6 +197,7 @@ def test_on_a_gpu_states_go_to_the_host_where_a_budget_asks_for_it() -> None:
         zero = {"stage": 3, **({"offload_optimizer": {"device": device}} if device else {})}
         config = {"zero_optimization": zero}
         report = dspass.explain(model, tokens, tokens, config=config, world_size=2, device="h100", memory_budget=budget)
+        assert report.memory.peak_bytes <= budget, "states that were made before the plan have gone to the host"
         return report.plans[0]
 
     assert "on the host" not in plan(10**12).summary
