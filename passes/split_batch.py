@@ -41,7 +41,8 @@ class SplitBatch(Pass):
     what follows, heads and losses, auxiliary ones too, is computed of the whole batch: the numbers of one part, whatever the
     loss is. What does not depend on the batch is computed once. A weight's gradient is the sum of the parts'.
 
-    Parts are of the batch's first dimension: sequences, whose tokens do not attend to each other's. Dropped: parts of a
+    Parts are of the batch's first dimension: sequences, whose tokens do not attend to each other's. That a layer computes each
+    of them by itself is looked at in what blends rows and reads them again, not in every operator. Dropped: parts of a
     sequence, which causal attention would allow in one order, and which no capture shows. Dropped: ranks' own choice of the
     number of parts: each exchange is one of all ranks, so that they agree on it (:mod:`dspass.batch_parts`).
 
@@ -196,10 +197,24 @@ def _refuse_blends(
         with_rows = [user for user in node.users if user in body and of_part[user] in found.rows]
         is_norm = node.target is F.batch_norm and _argument(node, 5, "training")
         across = few in found.blends if few in found.rows else bool(with_rows)
-        if is_norm or across or few in found.scaled:
+        if is_norm or across or few in found.scaled or _moves_rows(few, node):
             raise SplitError(
                 f"%{node.name} ({name_of(node)}) is made of all of the batch's rows and read with each of them"
             )
+
+
+#: What puts rows in the places of others, and where the dimensions stand among its arguments.
+_MOVES = {"flip": 1, "flipud": 1, "roll": 2}
+
+
+def _moves_rows(few: fx.Node, node: fx.Node) -> bool:
+    """That an index does so is known from its values alone: a model is taken at its word."""
+    value, every = value_of(few), value_of(node)
+    if name_of(node) not in _MOVES or not isinstance(value, torch.Tensor):
+        return False
+    given = _argument(node, _MOVES[name_of(node)], "dims") or 0
+    dims = given if isinstance(given, (list, tuple)) else [given]
+    return any(value.shape[d] != every.shape[d] for d in dims)
 
 
 def _is_float(value: Any) -> bool:
@@ -207,6 +222,7 @@ def _is_float(value: Any) -> bool:
 
 
 def _argument(node: fx.Node, place: int, name: str) -> Any:
+    """False where it is not given."""
     return node.args[place] if len(node.args) > place else node.kwargs.get(name, False)
 
 

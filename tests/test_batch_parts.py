@@ -183,7 +183,12 @@ class Noted(Mixture):
         return F.cross_entropy(self.head(y[:, :-1]).flatten(0, 1), x[:, 1:].flatten()) + balance
 
 
-@pytest.mark.parametrize("build", [Checkpointed, SequenceFirst, Noted])
+class Shifted(Mixture):
+    def layer(self, x: torch.Tensor, i: int) -> torch.Tensor:
+        return super().layer(0.9 * x + 0.1 * x.roll(1, 1), i)
+
+
+@pytest.mark.parametrize("build", [Checkpointed, SequenceFirst, Noted, Shifted])
 def test_ways_to_write_a_model(build: Callable[..., nn.Module]) -> None:
     torch.manual_seed(1)
     assert_same(build(4, 2), {"x": torch.randint(VOCABULARY, (6, 3))}, 3)
@@ -195,6 +200,11 @@ def test_ways_to_write_a_model(build: Callable[..., nn.Module]) -> None:
 class Centred(Mixture):
     def layer(self, x: torch.Tensor, i: int) -> torch.Tensor:
         return super().layer(x - x.mean(0), i)
+
+
+class Mixed(Mixture):
+    def layer(self, x: torch.Tensor, i: int) -> torch.Tensor:
+        return super().layer(0.9 * x + 0.1 * x.roll(1, 0), i)
 
 
 class Scaled(Mixture):
@@ -238,6 +248,7 @@ class Batched(Mixture):
     ("build", "why"),
     [
         (Centred, r"%sub\w* \(sub\) is made of all|%mean\w* \(mean\) is made of all"),
+        (Mixed, r"\(roll\) is made of all"),
         (Scaled, r"\(truediv\) is made of all of the batch's rows"),
         (Normed, r"is made of all of the batch's rows|is another one for each part"),
         (Interleaved, r"which is read behind the last layer of experts, has not the batch's rows in their order"),
