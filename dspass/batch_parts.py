@@ -2,8 +2,8 @@
 
 A graph of the whole batch has its sizes written into it, so what one part takes is captured a second time
 (:mod:`dspass.passes.split_batch` says how the two become one). The first call of the compiled graph does that, from inside of
-the function that was captured: there are its arguments, and the compiler is done with it. All ranks are in it together, and
-rank 0 says how many parts there are, since every exchange is one of all of them.
+the function that was captured: there are its arguments, and the compiler is done with it. Where the cost model chooses, all
+ranks are in it together, and rank 0 says how many parts there are, since every exchange is one of all of them.
 
 Each size of the batch is compiled by itself. A batch that parts do not divide goes in fewer, which is an error that names both
 ranks where another rank's goes in more. What cannot be split is in one part, and the report says why.
@@ -54,7 +54,8 @@ def in_parts(
         return None
     broken, why = compat.broken_graph(), None
     if wanted == "auto" and not devices.tabled(kind_of(engine)).overlaps:
-        return _in_one(gm, inputs, engine, config, passes, "the device does not compute while it sends")
+        passes = _in_one(passes, "the device does not compute while it sends")
+        return compile_graph(gm, inputs, engine, config, passes)
     if config.experts.limits:
         why = "which rows are beyond a capacity depends on all of it"
     elif broken is not None:
@@ -62,22 +63,18 @@ def in_parts(
     elif any(map(_has_symbols, inputs)):
         why = "its sizes are symbols: compile with dynamic=False"
     if why is not None:
-        _warn(why)
-        return _in_one(gm, inputs, engine, config, passes, why)
+        return compile_graph(gm, inputs, engine, config, _in_one(passes, why, warns=True))
     compat.keep_shapes_static()
     return torch._dynamo.disable(
         _InParts(gm, engine, config, passes, prepare), reason="captures a part of the batch first"
     )
 
 
-def _in_one(
-    gm: fx.GraphModule, inputs: Sequence[Any], engine: Engine, config: Config, passes: Sequence[Pass], why: str
-) -> Callable[..., Any]:
-    return compile_graph(gm, inputs, engine, config, _with(passes, why=f"the batch is in one part: {why}"))
-
-
-def _warn(why: str) -> None:
-    log.warning("dspass.experts.batch_parts has no effect, the batch is in one part: %s", why)
+def _in_one(passes: Sequence[Pass], why: str, warns: bool = False) -> Sequence[Pass]:
+    """The passes, of which that of the parts says why there is one."""
+    if warns:
+        log.warning("dspass.experts.batch_parts has no effect, the batch is in one part: %s", why)
+    return _with(passes, why=f"the batch is in one part: {why}")
 
 
 def _with(passes: Sequence[Pass], **options: Any) -> tuple[Pass, ...]:
@@ -122,30 +119,25 @@ class _InParts:
         given = (call.args, call.kwargs, call.cells)
         size = batch_size(tree_leaves(given))
         if size is None:
-            return self._in_one("no argument of the model has a dimension")
+            return _in_one(self.passes, "no argument of the model has a dimension")
         captured = functools.cache(lambda count: self._capture(call, *divided(given, size, count)))
         if self.engine.batch_parts is None:
-            self.engine.batch_parts = _told(self._wanted(size, captured))
+            wanted = self.config.experts.batch_parts
+            self.engine.batch_parts = _told(self._fastest(size, captured)) if wanted == "auto" else wanted
         asked = self.engine.batch_parts
+        assert asked is not None
         if asked == 1:
-            return self._in_one("the cost model finds no other number faster")
+            return _in_one(self.passes, "the cost model finds no other number faster")
         count = max(d for d in range(1, asked + 1) if size % d == 0)
         if count == 1:
-            return self._in_one(f"{asked} do not divide its {size} rows", warns=True)
+            return _in_one(self.passes, f"{asked} do not divide its {size} rows", warns=True)
         try:
             return _with(self.passes, part=captured(count), count=count)
         except compat.capture_error() as error:
-            return self._in_one(f"a part could not be captured: {str(error).splitlines()[0]}", warns=True)
+            return _in_one(self.passes, f"a part could not be captured: {str(error).splitlines()[0]}", warns=True)
 
-    def _in_one(self, why: str, warns: bool = False) -> Sequence[Pass]:
-        if warns:
-            _warn(why)
-        return _with(self.passes, why=f"the batch is in one part: {why}")
-
-    def _wanted(self, size: int, captured: Callable[[int], fx.GraphModule]) -> int:
-        wanted = self.config.experts.batch_parts
-        if isinstance(wanted, int):
-            return wanted
+    def _fastest(self, size: int, captured: Callable[[int], fx.GraphModule]) -> int:
+        """What the cost model chooses; 1 where no part can be captured."""
         on, trains = devices.tabled(kind_of(self.engine)), torch.is_grad_enabled()
         self.engine.expected_imbalance = self.config.experts.expected_imbalance
         layers = divided_layers(self.gm.graph)

@@ -68,10 +68,15 @@ def fastest(graph: fx.Graph, layer: Layer, spec: ParamSpec, ctx: PassContext) ->
     if not on.overlaps or not rows:
         return 1
     times = times_of(graph, layer, spec, rows, on)
-    imbalance = spec.engine.expected_imbalance
-    found = {n: layer_seconds(times, n, imbalance, trains=ctx.trains) for n in range(1, min(MOST, spec.shape[0]) + 1)}
+    found = by_chunks(times, spec, ctx.trains)
     least = min(found.values())
     return next(n for n, seconds in found.items() if seconds <= least * _WITHIN)
+
+
+def by_chunks(times: Times, spec: ParamSpec, trains: bool) -> dict[int, float]:
+    """:func:`layer_seconds` of each number of chunks that may be chosen, 1 first."""
+    imbalance = spec.engine.expected_imbalance
+    return {n: layer_seconds(times, n, imbalance, trains=trains) for n in range(1, min(MOST, spec.shape[0]) + 1)}
 
 
 def layer_seconds(times: Times, chunks: int, imbalance: float = 1.0, *, trains: bool = True) -> float:

@@ -23,7 +23,7 @@ import torch.fx as fx
 from dspass.passes.captured_cost import costs_of, parameter_of
 from dspass.passes.devices import Device
 from dspass.passes.divide_experts import spec_of
-from dspass.passes.expert_chunks import MOST, Times, layer_seconds, times_of
+from dspass.passes.expert_chunks import Times, by_chunks, times_of
 from dspass.passes.experts import Layer
 from dspass.runtime import compat
 
@@ -91,12 +91,9 @@ def chunks_save(graph: fx.Graph, layers: Sequence[Layer], on: Device, trains: bo
     """Seconds that chunks of experts save, of layers that are computed for the whole batch."""
     saved = 0.0
     for layer in layers:
-        spec, times = spec_of(layer.weights[layer.products[0]]), _times(graph, layer, on)
-        found = [
-            layer_seconds(times, n, spec.engine.expected_imbalance, trains=trains)
-            for n in range(1, min(MOST, spec.shape[0]) + 1)
-        ]
-        saved += found[0] - min(found)
+        spec = spec_of(layer.weights[layer.products[0]])
+        found = by_chunks(_times(graph, layer, on), spec, trains)
+        saved += found[1] - min(found.values())
     return saved
 
 
