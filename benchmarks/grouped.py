@@ -5,12 +5,14 @@ transformers holds them; forward alone, and forward and backward, which computes
 Mixtral 8x7B, OLMoE 1B-7B and Qwen3 30B-A3B with widths divided by 8, 4 and 4. Routing is drawn anew for every call, as in
 training: uniform, or skewed by Zipf's law. All take turns, in an order drawn anew for each round. The limit is the same number
 of operations as one dense product: one matrix, which all rows share, by the faster of ``torch.mm`` and our operator with one
-expert. With one thread seconds are those that the process had a core for, with more those of the clock.
+expert. With one thread seconds are those that the process had a core for, with more those of the clock. The process keeps its
+memory: what a result's pages cost, a seventh of a backward, would otherwise be each contender's by accident.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import platform
 import random
 import statistics
@@ -30,6 +32,7 @@ from dspass.runtime import grouped  # noqa: F401  (declares operators)
 MODELS = {"mixtral": (8, 512, 1792, 2), "olmoe": (64, 512, 256, 8), "qwen3": (128, 512, 192, 8)}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ROUTINGS = ("uniform", "skewed")
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 _OURS, _FALLBACK, _TORCH, _LOOP, _LIMITS = "dspass", "fallback", "torch._grouped_mm", "loop", ("mm", "one expert")
 
 Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -139,6 +142,14 @@ def _paired(some: Sequence[float], others: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(some, others, strict=True))
 
 
+def keep_memory() -> None:
+    """Have glibc give nothing back to the operating system, which would have to clear it again."""
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is not None:
+        for option, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1)):
+            set_option(option, value)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=512, help="of a call, each to as many experts as its model says")
     parser.add_argument("--rounds", type=int, default=21, help="interleaved rounds")
@@ -148,6 +159,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     begin = time.time()
+    keep_memory()
     torch.set_num_threads(options.threads)
     clock = time.process_time if options.threads == 1 else time.perf_counter
     rows = [Row(model, dtype, routing, 0.0) for model in MODELS for dtype in DTYPES for routing in ROUTINGS]

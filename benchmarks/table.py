@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import platform
 import random
 import statistics
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.workers import SubjectFailed
+from dspass.runtime import cpu as processor
 from examples.gpt import GPT, PRESETS
 
 SHARDED_PEERS = (
@@ -231,10 +230,7 @@ def device(kind: str) -> str:
 
 def cpu() -> str:
     """The model of this machine's processor, and how many cores it has."""
-    table = Path("/proc/cpuinfo")
-    lines = table.read_text().splitlines() if table.exists() else []
-    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores"
+    return f"{processor.name()}, {os.cpu_count()} cores"
 
 
 def _mb(count: float | None) -> str:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from dspass.passes import calibration
-from dspass.runtime import adamw, compat, experts, grouped, kernels, quantise  # noqa: F401  (declares operators)
+from dspass.runtime import adamw, compat, cpu, experts, grouped, kernels, quantise  # noqa: F401  (declares operators)
 from dspass.runtime.operators import OPERATORS
 
 
@@ -26,7 +26,7 @@ def describe() -> list[tuple[str, list[tuple[str, str]]]]:
             ("mpi", dist.is_mpi_available),
         )
     ]
-    _, calibrated = calibration.find("cpu", calibration.cpu_name())
+    _, calibrated = calibration.find("cpu", cpu.name())
     devices = [("cpu", f"{torch.get_num_threads()} threads, {platform.machine()}; {calibrated}")]
     if torch.accelerator.is_available():
         kind = torch.accelerator.current_accelerator()

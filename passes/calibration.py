@@ -169,14 +169,6 @@ def note_step(kind: str, product: str, model: str, ratio: float) -> None:
         replace(found, steps={**found.steps, model: min(max(ratio, low), high)}).save(folder())
 
 
-def cpu_name() -> str:
-    """The processor as the operating system names it."""
-    table = Path("/proc/cpuinfo")
-    lines = table.read_text().splitlines() if table.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else os.uname().machine
-
-
 def _file(kind: str, product: str, threads: int) -> str:
     """``cpu-1-threads.json``, or a GPU's name: machines may share a home."""
     return f"cpu-{threads}-threads.json" if kind == "cpu" else f"{'-'.join(product.lower().split())}.json"

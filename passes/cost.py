@@ -72,7 +72,8 @@ from dspass.runtime.traffic import (
 )
 
 _STARTS = {gather_start, reduce_start, *EXCHANGES}
-_GROUPED = {torch.ops.dspass.grouped_product.default, torch.ops.dspass.grouped_outer.default}
+_OUTER = torch.ops.dspass.grouped_outer.default
+_GROUPED = {torch.ops.dspass.grouped_product.default, _OUTER}
 
 
 @dataclass
@@ -278,8 +279,10 @@ def arithmetic_seconds(
     operations = float(compat.expected(counter(*args, **kwargs, out_val=result)) or 0)
     if target in _GROUPED:  # a product for each expert
         experts = max(args[-1].shape[0], 1)
-        kind = "linear" if on.name == "cpu" and grouped.by_onednn(value.dtype) else "product"
-        return experts * on.computing(kind, value.dtype, operations / experts)
+        operations /= experts
+        least = grouped.least_operations(value.dtype, is_outer=target is _OUTER) if on.name == "cpu" else math.inf
+        kind = "linear" if operations >= least else "product"
+        return experts * on.computing(kind, value.dtype, operations)
     return on.computing(kind, value.dtype, operations)
 
 

@@ -26,6 +26,7 @@ import torch.fx as fx
 
 from dspass.passes import calibration
 from dspass.passes.calibration import Calibration, Curve
+from dspass.runtime import cpu
 
 #: Share of a datasheet rate that large kernels and long messages reach. An assumption, until the device is calibrated.
 ACHIEVED = 0.6
@@ -257,7 +258,7 @@ def text_of(dtype: torch.dtype) -> str:
 
 def product_of(kind: str) -> str:
     """What is here, ``"cpu"`` or ``"cuda"``, by its maker's name."""
-    return calibration.cpu_name() if kind == "cpu" else _product()
+    return cpu.name() if kind == "cpu" else _product()
 
 
 def _product() -> str:

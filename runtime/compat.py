@@ -407,6 +407,7 @@ def _reinterpret(base: torch.Tensor, size: Any, stride: Any, offset: int = 0) ->
     return torch.as_strided(base, size, stride, base.storage_offset() + offset)
 
 
+@functools.cache
 def has_onednn() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
@@ -416,6 +417,7 @@ def onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
+@functools.cache
 def multiplies_by_onednn(dtype: torch.dtype) -> bool:
     """Whether ``torch.mm`` of 16-bit ``dtype`` on this CPU is oneDNN's; torch's own is some ten times slower."""
     if not has_onednn():
@@ -426,15 +428,17 @@ def multiplies_by_onednn(dtype: torch.dtype) -> bool:
 
 
 def multiplies_grouped(*matrices: torch.Tensor) -> bool:
-    """Whether :func:`grouped_product` on a GPU takes these as they lie: bf16, without gaps in one of the last two dimensions,
-    all else at multiples of 16 bytes."""
+    """Whether :func:`grouped_product` takes these as they lie: without gaps in one of the last two dimensions, all else at
+    multiples of 16 bytes; on a GPU bf16 alone."""
 
     def lies_well(matrix: torch.Tensor) -> bool:
         *rest, row, column = matrix.stride()
         others = [*rest, column if row == 1 else row]
-        return 1 in (row, column) and all(stride % 8 == 0 for stride in others) and matrix.data_ptr() % 16 == 0
+        aligned = all(stride * matrix.itemsize % 16 == 0 for stride in others) and matrix.data_ptr() % 16 == 0
+        return 1 in (row, column) and aligned and min(others[-1:]) >= max(matrix.shape[-1 if column == 1 else -2], 1)
 
-    return all(matrix.dtype is torch.bfloat16 and lies_well(matrix) for matrix in matrices)
+    dtypes = {torch.bfloat16} if matrices[0].is_cuda else {torch.float32, torch.float16, torch.bfloat16}
+    return all(matrix.dtype in dtypes and lies_well(matrix) for matrix in matrices)
 
 
 def grouped_product(left: torch.Tensor, right: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:

@@ -4,25 +4,30 @@
 are each other's gradients, so that those of any order are made of them. ``ends`` are those of
 :func:`dspass.runtime.experts.permute_experts`. They are values, not shapes: a graph with these operators serves every routing.
 
-**On a CPU** experts take turns, and what remains is to give the library products that it is fast at. fp32 goes to oneDNN where
-:func:`dspass.runtime.linear.pays`, bf16 and fp16 as well, through fp32 where the CPU has no product of theirs. oneDNN generates
-code for each number of rows, most of a millisecond for products that take a tenth of that, and routing brings new numbers in
-each step. So rows are rounded up to five significant bits: a product reads a few rows of the next expert too, what it makes of
-them is dropped or written over by that expert, and an octave of rows is 16 shapes, of which oneDNN keeps 1024. A gradient of
-matrices, where rows are what is summed over, has zeros there instead. ``benchmarks/results/grouped-cpu.md`` has the figures.
+**On a CPU** each expert is a product of its own, by the library that is fast at it. In fp32 that is oneDNN where experts have
+:func:`dspass.runtime.linear.least_operations` on average, and MKL elsewhere; bf16 and fp16 are oneDNN's as they are, or through
+fp32 where the CPU has no product of theirs. oneDNN generates code for each number of rows, which takes 0.3 to 1 ms for a small
+product, and keeps 1024 of them. Routing brings new numbers in each step, few where experts have few rows. Where they have many,
+rows are rounded up to seven significant bits: a product reads a few rows of the next expert too, what it makes of them is
+dropped or written over by that expert, and an octave of rows is 64 shapes. A gradient of matrices, where rows are what is
+summed over, has zeros there instead. Where no expert wants any of this, ``torch._grouped_mm`` is the loop: it is C++, and calls
+from Python are 3 to 4 % of products of 32 rows. ``benchmarks/results/grouped-cpu.md`` has the figures.
 
 **On a GPU** bf16 goes to ``torch._grouped_mm`` where matrices lie as it wants them, without waiting for the device; the rest is
 the loop over experts, which reads ``ends`` first. No GPU has run this yet.
 
-Dropped: ``torch._grouped_mm`` on a CPU. It is the same loop over ``mm``, in C++, 1 to 2 % faster than in Python, but by MKL in
-fp32 and without rounded rows; it wants strides of 16 bytes, leaves rows behind the last end as they were, and its meta function
-takes bf16 alone. Dropped: experts of equal counts as one batched product: counts are equal by accident only. Dropped: weights
-gathered for each row, or for each tile of rows, which reads them as many times.
+Dropped: ``torch._grouped_mm`` for all of a CPU: it takes MKL for fp32 and does not round. Dropped: a library for each expert by
+its own rows: a skewed routing's one large expert gained less than the loop in Python cost. Dropped: oneDNN's product turned
+over (``w @ x.T``), which need not rearrange the larger matrix: a quarter faster at 16, 32 or 48 rows, slower between them.
+Dropped: experts of equal counts as one batched product: counts are equal by accident only. Dropped: weights gathered
+for each row, or for each tile of rows, which reads them as many times.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -81,71 +86,78 @@ def _whose(rows: int, ends: torch.Tensor) -> list[torch.Tensor]:
 
 # -- a loop over experts -------------------------------------------------------------------------------------------------
 
+#: Rows of an expert, on average, of which there would be more numbers than oneDNN keeps code for.
+_MANY_ROWS = 256
+
 
 def _product_by_expert(
     x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor, *, by_onednn: bool, is_rounded: bool
 ) -> torch.Tensor:
     rows = x.shape[0]
-    out = x.new_empty((rows, weight.shape[2]))
-    if not x.numel() or not out.numel():
-        return out.zero_()
-    end = 0
-    for expert, begin, end in _spans(ends, rows):
-        if begin == end:
-            continue
-        width = min(_rounded(end - begin), rows) if is_rounded else end - begin
-        first = min(begin, rows - width)  # the last experts read rows before theirs instead
-        some = x[first : first + width]
-        if by_onednn:
-            found = compat.onednn_linear(some.float(), weight[expert].t().float(), None)
-        elif first == begin:
-            torch.mm(some, weight[expert], out=out[begin : begin + width])  # those to come write over what is not its
-            continue
-        else:
-            found = torch.mm(some, weight[expert])
-        out[begin:end] = found[begin - first : end - first]
-    out[end:].zero_()
+    if not x.numel() or not weight.numel():
+        return x.new_zeros((rows, weight.shape[2]))
+    spans, widths = _spans(ends, rows, is_rounded)
+    if not by_onednn and _are_exact(spans, widths) and compat.multiplies_grouped(x, weight):
+        out = compat.grouped_product(x, weight, ends)
+    else:
+        out = x.new_empty((rows, weight.shape[2]))
+        for matrix, (begin, end), width in zip(weight.unbind(), spans, widths, strict=True):
+            if begin == end:
+                continue
+            first = min(begin, rows - width)  # the last experts read rows before theirs instead
+            some = x[first : first + width]
+            if not by_onednn and first == begin:
+                torch.mm(some, matrix, out=out[begin : begin + width])  # those to come write over what is not its
+            else:
+                found = _by_onednn(some, matrix) if by_onednn else torch.mm(some, matrix)
+                out[begin:end] = found[begin - first : end - first]
+    if spans[-1][1] < rows:
+        out[spans[-1][1] :].zero_()
     return out
 
 
 def _outer_by_expert(
     x: torch.Tensor, grad: torch.Tensor, ends: torch.Tensor, *, by_onednn: bool, is_rounded: bool
 ) -> torch.Tensor:
+    if not x.numel() or not grad.numel():
+        return x.new_zeros((ends.shape[0], x.shape[1], grad.shape[1]))
+    spans, widths = _spans(ends, x.shape[0], is_rounded)
+    if not by_onednn and _are_exact(spans, widths) and compat.multiplies_grouped(x.t(), grad):
+        return compat.grouped_product(x.t(), grad, ends)
     out = x.new_empty((ends.shape[0], x.shape[1], grad.shape[1]))
-    if not out.numel():
-        return out
-    spans = list(_spans(ends, x.shape[0]))
-    most = max(_rounded(end - begin) for _, begin, end in spans)
-    rooms = [part.new_empty((most, part.shape[1])) for part in (x, grad)] if is_rounded else []
-    for expert, begin, end in spans:
+    rooms = [part.new_empty((max(widths), part.shape[1])) for part in (x, grad)]
+    for its, (begin, end), width in zip(out.unbind(), spans, widths, strict=True):
         if begin == end:
-            out[expert].zero_()
+            its.zero_()
             continue
         left, right = x[begin:end], grad[begin:end]
-        if is_rounded and (width := _rounded(end - begin)) > end - begin:
+        if width > end - begin:
             left, right = (_filled(part, room[:width]) for part, room in zip((left, right), rooms, strict=True))
         if by_onednn:
-            out[expert] = compat.onednn_linear(left.t().float(), right.t().float(), None)
+            its.copy_(_by_onednn(left.t(), right))
         else:
-            torch.mm(left.t(), right, out=out[expert])
+            torch.mm(left.t(), right, out=its)
     return out
 
 
-def _spans(ends: torch.Tensor, rows: int) -> Iterator[tuple[int, int, int]]:
-    """Each expert with its first row and the one behind its last."""
-    begin = 0
-    for expert, end in enumerate(ends.tolist()):
+def _spans(ends: torch.Tensor, rows: int, is_rounded: bool) -> tuple[list[tuple[int, int]], list[int]]:
+    """Each expert's first row and the one behind its last, and how many rows are multiplied for it."""
+    spans = list(pairwise([0, *ends.tolist()]))
+    for expert, (begin, end) in enumerate(spans):
         if not begin <= end <= rows:
             raise ValueError(
                 f"expert {expert} ends at row {end} behind {begin}, of {rows} rows: take ends that do not decrease."
             )
-        yield expert, begin, end
-        begin = end
+    return spans, [min(_rounded(end - begin), rows) if is_rounded else end - begin for begin, end in spans]
+
+
+def _are_exact(spans: Sequence[tuple[int, int]], widths: Sequence[int]) -> bool:
+    return all(end - begin == width for (begin, end), width in zip(spans, widths, strict=True))
 
 
 def _rounded(rows: int) -> int:
-    """Up to five significant bits: at most a sixteenth more, some 2 % on average."""
-    step = 1 << max(rows.bit_length() - 5, 0)
+    """Up to seven significant bits: at most a 64th more."""
+    step = 1 << max(rows.bit_length() - 7, 0)
     return -(-rows // step) * step
 
 
@@ -159,16 +171,26 @@ def _filled(part: torch.Tensor, room: torch.Tensor) -> torch.Tensor:
 # -- devices -------------------------------------------------------------------------------------------------------------
 
 
-def _ways_of(dtype: torch.dtype) -> dict[str, bool]:
-    """How this CPU multiplies matrices of ``dtype`` best."""
-    is_own = compat.multiplies_by_onednn(dtype)  # torch.mm is oneDNN's
-    by_onednn = not is_own and linear.pays()
-    return {"by_onednn": by_onednn, "is_rounded": is_own or by_onednn}
+def least_operations(dtype: torch.dtype, *, is_outer: bool = False) -> float:
+    """From how many operations on the product of one expert is given to oneDNN, where torch itself would not: maybe none."""
+    if compat.multiplies_by_onednn(dtype):  # torch.mm is oneDNN's
+        return math.inf
+    if dtype is not torch.float32:
+        return 0 if linear.pays() else math.inf
+    return linear.least_outer_operations() if is_outer else linear.least_operations()
 
 
-def by_onednn(dtype: torch.dtype) -> bool:
-    """Whether this CPU multiplies them by oneDNN, which torch itself would not."""
-    return _ways_of(dtype)["by_onednn"]
+def _way_of(dtype: torch.dtype, rows: float, operations: int, *, is_outer: bool = False) -> dict[str, Any]:
+    """How this CPU multiplies, where experts have so many rows on average, each of so many operations."""
+    by_onednn = rows * operations >= least_operations(dtype, is_outer=is_outer)
+    return {
+        "by_onednn": by_onednn,
+        "is_rounded": by_onednn or (rows >= _MANY_ROWS and compat.multiplies_by_onednn(dtype)),
+    }
+
+
+def _by_onednn(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    return compat.onednn_linear(left.float(), right.t().float(), None)
 
 
 _PLAIN = {"by_onednn": False, "is_rounded": False}
@@ -177,13 +199,15 @@ _PLAIN = {"by_onednn": False, "is_rounded": False}
 @implement("grouped_product", "CPU")
 def _product_on_cpu(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     _check_product(x, weight, ends)
-    return _product_by_expert(x, weight, ends, **_ways_of(x.dtype))
+    way = _way_of(x.dtype, x.shape[0] / ends.shape[0], 2 * weight[0].numel())
+    return _product_by_expert(x, weight, ends, **way)
 
 
 @implement("grouped_outer", "CPU")
 def _outer_on_cpu(x: torch.Tensor, grad: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     _check_outer(x, grad, ends)
-    return _outer_by_expert(x, grad, ends, **_ways_of(x.dtype))
+    way = _way_of(x.dtype, x.shape[0] / ends.shape[0], 2 * x.shape[1] * grad.shape[1], is_outer=True)
+    return _outer_by_expert(x, grad, ends, **way)
 
 
 @implement("grouped_product", "CUDA")

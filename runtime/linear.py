@@ -10,12 +10,13 @@ Dropped: timing both at compile time and taking the faster. Ranks, and runs, wou
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from dspass.runtime import compat
+from dspass.runtime import compat, cpu
 
 torch.library.define("dspass::linear", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 
@@ -42,3 +43,15 @@ LINEAR = torch.ops.dspass.linear.default
 def pays() -> bool:
     """Whether this CPU is of the kind that was measured; on others torch's own choice stands."""
     return compat.has_onednn() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def least_operations() -> float:
+    """From how many operations on a product pays that writes into a tensor of its own, which is copied."""
+    if not pays():
+        return math.inf
+    return 2e8 if cpu.halves_avx512() else 0
+
+
+def least_outer_operations() -> float:
+    """The same of ``x.T @ y``, whose left operand is copied as well."""
+    return math.inf if not pays() or cpu.halves_avx512() else 0

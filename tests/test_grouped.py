@@ -70,10 +70,10 @@ def some(rows: int, inner: int, columns: int, experts: int, dtype: torch.dtype) 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    counts=st.lists(st.one_of(st.just(0), st.integers(1, 80)), min_size=1, max_size=6),
+    counts=st.lists(st.one_of(st.just(0), st.integers(1, 80), st.integers(250, 270)), min_size=1, max_size=6),
     behind=st.integers(0, 9),
-    inner=st.integers(0, 40),
-    columns=st.integers(0, 40),
+    inner=st.one_of(st.integers(0, 40), st.sampled_from((8, 16))),  # which torch's own loop takes
+    columns=st.one_of(st.integers(0, 40), st.sampled_from((8, 16))),
     dtype=st.sampled_from(DTYPES),
     layouts=st.tuples(*[st.sampled_from(LAYOUTS)] * 3),
     way=st.sampled_from([None, *WAYS]),
@@ -118,22 +118,22 @@ def test_odd_shares(counts: tuple[int, ...], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("way", [None, *WAYS], ids=str)
 def test_an_expert_sees_nothing_of_its_neighbours(way: dict[str, bool] | None) -> None:
     """Its products read rows of theirs where numbers of rows are rounded up."""
-    ends = ends_of((37, 0, 19, 90))
-    x, weight, grad = some(151, 24, 16, 4, torch.float32)
+    ends = ends_of((337, 0, 259, 290))
+    x, weight, grad = some(891, 24, 16, 4, torch.float32)
     odd = [t.clone() for t in (x, grad)]
     for t in odd:
-        t[37:56] = float("nan")
-        t[146:] = float("inf")
+        t[337:596] = float("nan")
+        t[886:] = float("inf")
     product, outer = (
         (ops.grouped_product, ops.grouped_outer)
         if way is None
         else (lambda *a: reference._product_by_expert(*a, **way), lambda *a: reference._outer_by_expert(*a, **way))
     )
     plain, found = product(x, weight, ends), product(odd[0], weight, ends)
-    assert same(found[:37], plain[:37])
-    assert found[37:56].isnan().all()
-    assert same(found[56:], plain[56:])
-    assert not found[146:].any()
+    assert same(found[:337], plain[:337])
+    assert found[337:596].isnan().all()
+    assert same(found[596:], plain[596:])
+    assert not found[886:].any()
     plain, found = outer(x, grad, ends), outer(*odd, ends)
     assert found[2].isnan().all()
     assert all(same(found[e], plain[e]) for e in (0, 1, 3))
@@ -142,22 +142,52 @@ def test_an_expert_sees_nothing_of_its_neighbours(way: dict[str, bool] | None) -
 
 def test_numbers_of_rows_are_few() -> None:
     found = [reference._rounded(rows) for rows in range(1, 2049)]
-    assert all(rows <= more <= rows * 17 / 16 for rows, more in enumerate(found, 1))
-    assert len(set(found)) == 31 + 16 * 6 + 1
-    assert found[:34] == [*range(1, 33), 34, 34]
+    assert all(rows <= more <= rows * 65 / 64 for rows, more in enumerate(found, 1))
+    assert len(set(found)) == 127 + 64 * 4 + 1
+    assert found[:130] == [*range(1, 129), 130, 130]
 
 
 def test_products_are_of_few_numbers_of_rows() -> None:
     """Also those of the last experts, behind whom there are no more rows."""
-    ends = ends_of((37, 0, 67, 35))
+    ends = ends_of((301, 0, 519, 283))
     for operands, run in (
-        (some(139, 24, 16, 4, torch.bfloat16)[:2], reference._product_by_expert),
-        (some(139, 24, 16, 4, torch.bfloat16)[::2], reference._outer_by_expert),
+        (some(1103, 24, 16, 4, torch.bfloat16)[:2], reference._product_by_expert),
+        (some(1103, 24, 16, 4, torch.bfloat16)[::2], reference._outer_by_expert),
     ):
         with _Calls("aten") as calls:
             run(*operands, ends, by_onednn=False, is_rounded=True)
         found = {rows for name, shape in calls.made if name == "mm" for rows in shape} - {24}
-        assert found == {38, 68, 36}
+        assert found == {304, 520, 284}
+
+
+@pytest.mark.parametrize("is_rounded", [False, True])
+def test_products_of_few_rows_are_torch_s_own_loop(is_rounded: bool) -> None:
+    ends, way = ends_of((37, 0, 127)), {"by_onednn": False, "is_rounded": is_rounded}
+    x, weight, grad = some(300, 24, 16, 3, torch.bfloat16)
+    with _Calls("aten") as calls:
+        found, outer = (
+            reference._product_by_expert(x, weight, ends, **way),
+            reference._outer_by_expert(x, grad, ends, **way),
+        )
+    assert [name for name in calls.names if name.endswith("mm")] == ["_grouped_mm"] * 2
+    check(found, looped, x, weight, ends)
+    check(outer, looped_outer, x, grad, ends)
+
+
+@pytest.mark.parametrize("family", ["25", "26"])
+def test_onednn_is_for_large_experts_where_avx512_is_halved(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a Zen 4's fp32; a Zen 5 gives it all."""
+    monkeypatch.setattr(reference.linear.cpu, "facts", lambda: {"vendor_id": "AuthenticAMD", "cpu family": family})
+    halves = family == "25"
+    x, weight, grad = some(40, 24, 16, 2, torch.float32)
+    for inner, is_large in ((512, False), (4096, True)):
+        operations = 2.0 * 128 * inner * 512
+        assert (operations >= reference.least_operations(torch.float32)) == (is_large or not halves)
+        assert (operations >= reference.least_operations(torch.float32, is_outer=True)) != halves
+    with _Calls("mkldnn") as calls:
+        reference._product_on_cpu(x, weight, ends_of((20, 20)))
+        reference._outer_on_cpu(x, grad, ends_of((20, 20)))
+    assert len(calls.made) == (0 if halves else 4)
 
 
 def test_the_way_of_a_gpu() -> None:
@@ -168,7 +198,7 @@ def test_the_way_of_a_gpu() -> None:
         check(reference._product_on_cuda(x, weight, ends), looped, x, weight, ends)
         check(reference._outer_on_cuda(x, grad, ends), looped_outer, x, grad, ends)
     assert reference.compat.multiplies_grouped(x, weight, weight.transpose(1, 2), x.t(), grad)
-    for odd in (x.float(), x[:, 1:], x[:, :23].contiguous(), x[:, ::2], laid(x, "gaps")):
+    for odd in (x.double(), x[:, 1:], x[:, :23].contiguous(), x[:, ::2], laid(x, "gaps")):
         assert not reference.compat.multiplies_grouped(odd)
 
 
