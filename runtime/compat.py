@@ -427,18 +427,19 @@ def multiplies_by_onednn(dtype: torch.dtype) -> bool:
     return dtype is torch.float16 and bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
 
 
-def multiplies_grouped(*matrices: torch.Tensor) -> bool:
-    """Whether :func:`grouped_product` takes these as they lie: without gaps in one of the last two dimensions, all else at
-    multiples of 16 bytes; on a GPU bf16 alone."""
+def multiplies_grouped(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Whether :func:`grouped_product` takes these as they lie, on a GPU bf16 alone, and answers without gaps: one of the last
+    two dimensions has none, all else is at multiples of 16 bytes, as rows of the result are laid."""
 
     def lies_well(matrix: torch.Tensor) -> bool:
         *rest, row, column = matrix.stride()
         others = [*rest, column if row == 1 else row]
         aligned = all(stride * matrix.itemsize % 16 == 0 for stride in others) and matrix.data_ptr() % 16 == 0
-        return 1 in (row, column) and aligned and min(others[-1:]) >= max(matrix.shape[-1 if column == 1 else -2], 1)
+        return 1 in (row, column) and aligned and others[-1] >= max(matrix.shape[-1 if column == 1 else -2], 1)
 
-    dtypes = {torch.bfloat16} if matrices[0].is_cuda else {torch.float32, torch.float16, torch.bfloat16}
-    return all(matrix.dtype in dtypes and lies_well(matrix) for matrix in matrices)
+    dtypes = {torch.bfloat16} if left.is_cuda else {torch.float32, torch.float16, torch.bfloat16}
+    fits = left.dtype in dtypes and right.shape[-1] * right.itemsize % 16 == 0
+    return fits and all(map(lies_well, (left, right)))
 
 
 def grouped_product(left: torch.Tensor, right: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:

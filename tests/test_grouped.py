@@ -96,6 +96,8 @@ def test_products_are_those_of_a_loop(
     else:
         product = reference._product_by_expert(x, weight, ends, **way)
         outer = reference._outer_by_expert(x, grad, ends, **way)
+    assert product.is_contiguous()  # as fake ones are
+    assert outer.is_contiguous()
     check(product, looped, x, weight, ends)
     check(outer, looped_outer, x, grad, ends)
 
@@ -197,9 +199,15 @@ def test_the_way_of_a_gpu() -> None:
         x, weight, grad = some(17, 24, 16, 3, dtype)
         check(reference._product_on_cuda(x, weight, ends), looped, x, weight, ends)
         check(reference._outer_on_cuda(x, grad, ends), looped_outer, x, grad, ends)
-    assert reference.compat.multiplies_grouped(x, weight, weight.transpose(1, 2), x.t(), grad)
+    takes = reference.compat.multiplies_grouped
+    assert takes(x, weight)
+    assert takes(grad, weight.transpose(1, 2))
+    assert takes(x.t(), grad)
+    narrow = laid(weight[..., :12], "columns")  # torch's result would have gaps, which fake tensors do not
+    assert not takes(x, narrow)
+    assert reference._product_on_cuda(x, narrow, ends).is_contiguous()
     for odd in (x.double(), x[:, 1:], x[:, :23].contiguous(), x[:, ::2], laid(x, "gaps")):
-        assert not reference.compat.multiplies_grouped(odd)
+        assert not takes(odd, weight)
 
 
 # -- gradients -----------------------------------------------------------------------------------------------------------
