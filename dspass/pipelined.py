@@ -280,7 +280,6 @@ class Pipelined:
             told = [self.staging]
             dist.broadcast_object_list(told, 0)
             self.staging = told[0]
-        mine = self.staging.schedule.stages_of(self.pipe.rank)
         experts = self._experts(gm) if self.config.expert_parallel.enabled else ()
         place_stages(
             self.root,
@@ -288,7 +287,7 @@ class Pipelined:
             self.config,
             self.mesh,
             self.staging.keys(self.engine),
-            mine,
+            self.staging.schedule.rank_of,
             fill=self.fill,
             device=self.device,
             experts=experts,

@@ -121,14 +121,15 @@ def place_stages(
     config: Config,
     mesh: DeviceMesh,
     stages_of: Mapping[str, frozenset[int]],
-    mine: Collection[int],
+    rank_of: Sequence[int],
     fill: Fill | None = None,
     device: torch.device | str | None = None,
     experts: Collection[str] = (),
 ) -> None:
-    """Leave on this rank what its stages ``mine`` use of the parameters that :func:`prepare` has seen; all ranks call this.
+    """Leave on this rank what its stages use of the parameters that :func:`prepare` has seen; all ranks call this.
 
-    ``stages_of`` has the stages that use a parameter, by its key; one that is not in it is used by none. Rank 0's values are
+    ``stages_of`` has the stages that use a parameter, by its key; one that is not in it is used by none. ``rank_of`` has each
+    stage's place on the pipe axis (:attr:`dspass.runtime.schedule.Schedule.rank_of`). Rank 0's values are
     handed out, one parameter at a time, unless ``fill`` has them, as for :func:`dspass.shard`: then no rank asks for those of
     other stages. Layouts follow the ZeRO stage within the ranks of a stage, which divide weights of ``experts``, by key, by
     expert first. What this rank does not keep is freed, also in optimisers.
@@ -147,11 +148,12 @@ def place_stages(
             "dspass.shard(model, config, fill=...) a function (name, shape, dtype) -> tensor or a state dict."
         )
     specs = {id(param): engine.specs[f"{engine.name}/{name}"] for name, param in params.items()}
-    homes = _homes(stages, {spec.name: sorted(stages_of.get(spec.key, ())) for spec in specs.values()}, mine)
+    uses = {spec.name: sorted(stages_of.get(spec.key, ())) for spec in specs.values()}
+    _refuse_differences(stages, uses, rank_of)
     heap = Heap.scan()
     refuse_stale(heap, params.values())
     for spec in specs.values():
-        spec.held_by = tuple(sorted({homes[stage] for stage in stages_of.get(spec.key, ())})) or (0,)
+        spec.held_by = tuple(sorted({rank_of[stage] for stage in stages_of.get(spec.key, ())})) or (0,)
     for held_by in sorted({spec.held_by for spec in specs.values() if len(spec.held_by) > 1}):
         axis = _tied_axis(mesh, stages, held_by)  # groups are made by all ranks, those outside of them too
         for spec in specs.values():
@@ -197,30 +199,27 @@ def _divide_experts(engine: Engine, config: Config, specs: Sequence[ParamSpec]) 
     return among
 
 
-def _homes(stages: StageMesh, uses: Mapping[str, list[int]], mine: Collection[int]) -> dict[int, int]:
-    """Each stage's place on the pipe axis. Where nothing is sent, in a prediction, others' stages are dealt out in turns."""
-    here = stages.pipe.rank
-    if dist.get_backend() == "fake" or dist.get_world_size() == 1:
-        return {s: s % stages.pipe.size for of in uses.values() for s in of} | dict.fromkeys(mine, here)
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (here, sorted(mine), dict(uses)))
-    homes: dict[int, int] = {}
-    for rank, (place, theirs, used) in enumerate(everyone):
-        if used != everyone[0][2]:
-            name = next(n for n in {**used, **everyone[0][2]} if used.get(n) != everyone[0][2].get(n))
+def _refuse_differences(stages: StageMesh, uses: Mapping[str, list[int]], rank_of: Sequence[int]) -> None:
+    """Have all ranks raise where some would place another stage, or another parameter, elsewhere."""
+    everyone: list[Any] = [(tuple(rank_of), dict(uses))]
+    if dist.get_backend() != "fake" and dist.get_world_size() > 1:
+        everyone = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, (tuple(rank_of), dict(uses)))
+    places, used = everyone[0]
+    for rank, (theirs, others) in enumerate(everyone):
+        if theirs != places:
             raise RuntimeError(
-                f"ranks 0 and {rank} differ in the stages that use {name}: {everyone[0][2].get(name)} and {used.get(name)}. "
+                f"ranks 0 and {rank} differ in the places of stages on the pipe axis: {list(places)} and {list(theirs)}. Every "
+                "rank must be given the same configuration."
+            )
+        if others != used:
+            name = next(n for n in {**others, **used} if others.get(n) != used.get(n))
+            raise RuntimeError(
+                f"ranks 0 and {rank} differ in the stages that use {name}: {used.get(name)} and {others.get(name)}. "
                 "Every rank must build the same model and be given inputs of the same sizes."
             )
-        for stage in theirs:
-            if homes.setdefault(stage, place) != place:
-                raise RuntimeError(
-                    f"stage {stage} is on the places {homes[stage]} and {place} of the pipeline at once."
-                )
-    lost = sorted({stage for of in uses.values() for stage in of} - homes.keys())
-    if lost:
+    if lost := sorted({stage for of in used.values() for stage in of if not 0 <= stage < len(places)}):
         raise RuntimeError(f"stages {lost} use parameters, and are on no rank of the pipeline.")
-    return homes
 
 
 def _tied_axis(mesh: DeviceMesh, stages: StageMesh, held_by: tuple[int, ...]) -> Axis | None:

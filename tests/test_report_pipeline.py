@@ -197,6 +197,17 @@ def test_a_model_without_values_is_predicted_on_ranks_that_are_not_there(schedul
     assert all(p.is_meta for p in model.parameters())
 
 
+@pytest.mark.parametrize("schedule", ["interleaved1f1b", "zbvzerobubble"])
+def test_a_prediction_holds_the_parameters_of_its_own_stages(schedule: str) -> None:
+    """Wherever the schedule places them: the first and the last, of a V."""
+    names = {"interleaved1f1b": ("embed", "blocks.2", "blocks.3"), "zbvzerobubble": ("embed", "norm", "head")}[schedule]
+    model = Net()
+    config = options(schedule=schedule, virtual_stages=2, boundaries=["blocks.0", "blocks.2", "norm"])
+    report = dspass.explain(model, tokens(), config=config, world_size=2)
+    own = [p for n, p in model.named_parameters() if n.startswith(names)]
+    assert report.memory.by_category["parameters"] == sum(p.nbytes for p in own)
+
+
 def test_a_forward_alone_has_no_backwards() -> None:
     report = dspass.explain(Net(), tokens(), config=options(), world_size=2, device="h100", train=False)
     assert report.pipeline is not None

@@ -96,7 +96,7 @@ def placed(model: nn.Module, stages: int, used: Callable[[str, int], frozenset[i
     given = {key: more.pop(key) for key in ("fill",) if key in more}
     engine, config, mesh = prepared(model, stages, **more)
     table = {spec.key: used(spec.name, stages) for spec in engine.specs.values()}
-    place_stages(model, engine, config, mesh, table, [mesh.get_coordinate()[0]], **given)
+    place_stages(model, engine, config, mesh, table, range(stages), **given)
     from dspass import steps
 
     steps.watch(engine, config)
@@ -197,7 +197,7 @@ def _capture() -> list[Any]:
         assert model.embed.weight is model._parameters.get("embed", model.head.weight)  # an eager read is the parameter
         results.append(captured(model))
         table = {spec.key: uses(spec.name, 2) for spec in engine.specs.values()}
-        place_stages(model, engine, config, mesh, table, [mesh.get_coordinate()[0]], fill=reference().state_dict())
+        place_stages(model, engine, config, mesh, table, range(2), fill=reference().state_dict())
         results.append(captured(model))
     return results
 
@@ -324,18 +324,18 @@ def _disagreeing(what: str) -> str:
     engine, config, mesh = prepared(model := different(), 2)
     rank = dist.get_rank()
     table = {spec.key: uses(spec.name, 2) for spec in engine.specs.values()}
-    mine = {"twice": [0, 1], "lost": []}.get(what, [rank])
+    places = {"places": [rank, 1 - rank], "lost": [0]}.get(what, [0, 1])
     if what == "uses" and rank == 1:
         table[f"{engine.name}/low"] = frozenset({0})
-    return said(lambda: place_stages(model, engine, config, mesh, table, mine))
+    return said(lambda: place_stages(model, engine, config, mesh, table, places))
 
 
 @pytest.mark.parametrize(
     ("what", "says"),
     [
         ("uses", r"stages that use low: [1] and [0]"),
-        ("twice", "stage 0 is on the places 0 and 1"),
-        ("lost", "stages [0, 1] use parameters, and are on no rank"),
+        ("places", "ranks 0 and 1 differ in the places of stages on the pipe axis: [0, 1] and [1, 0]"),
+        ("lost", "stages [1] use parameters, and are on no rank"),
     ],
 )
 def test_ranks_that_disagree_say_so(what: str, says: str) -> None:
