@@ -5,9 +5,10 @@ rows: the planner compares numbers of micro-batches without capturing each. What
 the ZeRO stage divides them, with a gradient and two states of an optimiser that trains them.
 
 Under a memory budget the cut sees to it that what is always there fits, with one micro-batch, where a cut does; and a schedule
-that is over the budget with all saved is taken to compute again what is too much, which makes it slower: so one that holds less
-is chosen where that is faster in the end. Nothing is refused for its memory here, where sizes are what eager code saves and the
-optimiser is a guess: what is smallest is tried, and the planner, which runs each stage on fake tensors, has the last word.
+that is over the budget with all saved is taken to compute again what is too much, first what takes no product, which makes it
+slower: so one that holds less is chosen where that is faster in the end. Nothing is refused for its memory here, where sizes
+are what eager code saves and the optimiser is a guess: what is smallest is tried, and the planner, which runs each stage on
+fake tensors, has the last word.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from dspass.passes.captured_cost import costs_of
 from dspass.passes.devices import Device
 from dspass.planner.schedule_times import Link, StageCost, simulate
 from dspass.planner.schedules import NAMES, Choice, choose, make
-from dspass.planner.stages import CutError, Cuts, Memory, cut
+from dspass.planner.stages import CutError, Cuts, Memory, Stage, cut
 from dspass.runtime.axis import Axis
 from dspass.runtime.engine import Engine
 from dspass.runtime.schedule import Action, Kind, Schedule, ScheduleError, Send, Timeline
@@ -130,9 +131,14 @@ def plan_stages(
     def costs_for(stages: int, micro_batches: int) -> tuple[Sequence[StageCost], Sequence[Link]]:
         return stage_costs(cut_into(stages), on, count / micro_batches, divided)
 
-    def computed_again(stages: int, micro_batches: int) -> tuple[Sequence[StageCost], Sequence[Link]]:
+    def light_again(stages: int, micro_batches: int) -> tuple[Sequence[StageCost], Sequence[Link]]:
         found, links = costs_for(stages, micro_batches)
-        return [_again(cost, links[s - 1] if s else Link()) for s, cost in enumerate(found)], links
+        made = zip(found, cut_into(stages).stages, strict=True)
+        return [_light_again(cost, stage, count / micro_batches) for cost, stage in made], links
+
+    def all_again(stages: int, micro_batches: int) -> tuple[Sequence[StageCost], Sequence[Link]]:
+        found, links = costs_for(stages, micro_batches)
+        return [_all_again(cost, links[s - 1] if s else Link()) for s, cost in enumerate(found)], links
 
     virtual = pipeline.virtual_stages
     if virtual is None and pipeline.boundaries is not None and (len(pipeline.boundaries) + 1) % pipe.size == 0:
@@ -152,7 +158,7 @@ def plan_stages(
         micro_batches=pipeline.micro_batches,
         names=(pipeline.schedule,) if named else NAMES,
         virtual_stages=virtual,
-        again=computed_again if trains else None,
+        again=(light_again, all_again) if trains else (),
         overlaps=on.overlaps,
     )
     try:
@@ -184,7 +190,21 @@ def _staging(cuts: Cuts, choice: Choice, costs: Sequence[StageCost], links: Sequ
     )
 
 
-def _again(cost: StageCost, arrives: Link) -> StageCost:
+def _light_again(cost: StageCost, stage: Stage, rows: float) -> StageCost:
+    """A stage that saves nothing that it can make again without products, in both halves of a backward that is split."""
+    again, freed = rows * stage.light, int(rows * stage.light_bytes)
+    return replace(
+        cost,
+        backward=cost.backward + again,
+        input=cost.input + again,
+        weight=cost.weight + again,
+        saved_bytes=cost.saved_bytes - freed,
+        held_bytes=cost.held_bytes - freed,
+        working_bytes=cost.working_bytes + int(rows * stage.most_light_bytes),
+    )
+
+
+def _all_again(cost: StageCost, arrives: Link) -> StageCost:
     """A stage that saves what arrives alone, and runs its forward once more in its backward."""
     saved = min(cost.saved_bytes, arrives.forward_bytes)
     return replace(

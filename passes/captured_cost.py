@@ -13,7 +13,7 @@ is it counted, written once, and read once between two products. Derivatives fol
 What the backward needs is counted as eager code saves it: operands of products, and one value of each other operator that is
 not linear, its result or its input. Each tensor counts once, with the node that saves it first, and parameters and inputs of
 the graph never. Of a region under ``torch.utils.checkpoint`` its inputs are saved, and it runs once more in the backward.
-Inductor's partitioner saves less of the rest, on all stages alike.
+What is made without products of what else is saved, such as a norm's result, need not be: the planner drops that first.
 
 Dropped: the joint graph of AOTAutograd, whose kernels :mod:`dspass.passes.cost` prices more exactly. It takes a minute where
 this takes seconds, and its nodes would have to be led back to captured ones, which the cut is of.
@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -93,7 +93,8 @@ CONTEXTS = frozenset(
 @dataclass(frozen=True, kw_only=True)
 class NodeCost:
     """Of one run of one node: seconds of its ``forward``, and of its backward by what that makes, ``input_gradient`` and
-    ``weight_gradient``; bytes that it has saved for the backward.
+    ``weight_gradient``; bytes that it has saved for the backward, and ``light_bytes``, those of them that follow from what else
+    is saved without a product, which the backward may as well make again, in ``light`` seconds of forwards.
 
     ``memory`` are the storages that its tensors lie in, by numbers that mean something within one answer of :func:`costs_of`
     only, and ``writes`` those whose contents it changes; ``is_view`` where all its tensors lie in its inputs'."""
@@ -102,6 +103,8 @@ class NodeCost:
     input_gradient: float = 0.0
     weight_gradient: float = 0.0
     saved_bytes: int = 0
+    light: float = 0.0
+    light_bytes: int = 0
     has_product: bool = False
     has_gradient: bool = False
     is_random: bool = False
@@ -300,8 +303,11 @@ def _price(graph: fx.Graph, recorder: _Recorder, on: Device) -> dict[fx.Node, No
     in_memory = given | saved.keys() | set(map(_storage, _tensors(answered)))
     in_memory |= {_storage(t) for op in work if not op.is_fused for t in (*op.reads, *op.writes)}
     found = {node: _described(node, recorder) for node in recorder.values}
-    for node, size in saved.values():
-        found[node] = replace(found[node], saved_bytes=found[node].saved_bytes + size)
+    light = _light(work, given, saved.keys())
+    for place, (node, size) in saved.items():
+        cost = found[node]
+        less = size if place in light else 0
+        found[node] = replace(cost, saved_bytes=cost.saved_bytes + size, light_bytes=cost.light_bytes + less)
     for op, forward in _forward_seconds(work, in_memory, on):
         derived = _derivatives(op, forward, recorder, on) if op.has_gradient else (0.0, 0.0)
         again = forward if op.has_gradient and op.node.target is _CHECKPOINT else 0.0
@@ -309,6 +315,7 @@ def _price(graph: fx.Graph, recorder: _Recorder, on: Device) -> dict[fx.Node, No
         found[op.node] = replace(
             cost,
             forward=cost.forward + forward,
+            light=cost.light + (forward if any(_storage(t) in light for t in op.writes) else 0.0),
             input_gradient=cost.input_gradient + derived[0] + again,
             weight_gradient=cost.weight_gradient + derived[1],
             has_product=cost.has_product or is_product(op.func),
@@ -422,6 +429,20 @@ def _saved(work: Sequence[_Operator], given: set[int], recorder: _Recorder) -> d
         for tensor in _tensors(entering) if is_checkpointed else _needed(op, recorder):
             if id(tensor) not in recorder.of_parameters and _storage(tensor) not in given:
                 found.setdefault(_storage(tensor), (op.node, _bytes(tensor)))
+    return found
+
+
+def _light(work: Sequence[_Operator], given: set[int], saved: Set[int]) -> set[int]:
+    """The storages that are made without products of ``given`` ones and of those of ``saved`` that are not themselves."""
+    at_hand = set(given)
+    found: set[int] = set()
+    for op in work:
+        follows = op.is_fused and op.reads and all(_storage(t) in at_hand for t in op.reads)
+        for place in map(_storage, op.writes):
+            if follows and place not in at_hand:
+                found.add(place)
+            if follows or place in saved:
+                at_hand.add(place)
     return found
 
 

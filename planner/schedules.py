@@ -195,7 +195,7 @@ def choose(
     names: Sequence[str] = NAMES,
     virtual_stages: int | None = None,
     budget_bytes: int | None = None,
-    again: Costs | None = None,
+    again: Sequence[Costs] = (),
     overlaps: bool = True,
 ) -> Choice:
     """The fastest schedule whose peak fits on every rank; of equally fast ones the smallest, then the simplest.
@@ -203,8 +203,8 @@ def choose(
     ``batch`` is the size of the whole batch; unless ``micro_batches`` says how many to divide it into, all its divisors are
     tried. ``names`` and ``virtual_stages`` narrow down what is tried. ``costs`` is asked once for each number of stages and of
     micro-batches, and raises ``ValueError`` where the model cannot be cut so. ``budget_bytes`` is for each rank; None for any.
-    ``again`` are costs where stages save the least and compute all else again: a rank that is over the budget does that with as
-    much as it must, and its time and bytes are taken to lie between the two in proportion.
+    ``again`` are costs where stages save less and less and compute the rest again: a rank that is over the budget does that
+    with as much as it must, and its time and bytes are taken to lie between those of two neighbours in proportion.
 
     :class:`ScheduleError`: nothing fits, with the smallest that was found, or nothing exists for these settings.
     """
@@ -229,9 +229,10 @@ def choose(
             else:
                 schedule = _made(rule, ranks, count, virtual)
                 timeline = simulate(schedule, *cost, overlaps=overlaps)
-                if again is not None and budget_bytes is not None and max(timeline.peak_bytes) > budget_bytes:
-                    least = again(ranks * virtual, count)[0]
-                    cost = _between(timeline, *cost, least, budget_bytes), cost[1]
+                for less in again:
+                    if budget_bytes is None or max(timeline.peak_bytes) <= budget_bytes:
+                        break
+                    cost = _between(timeline, *cost, less(ranks * virtual, count)[0], budget_bytes), cost[1]
                     timeline = simulate(schedule, *cost, overlaps=overlaps)
                 found.append(replace(candidate, timeline=timeline, costs=tuple(cost[0])))
     return _best(ranks, found, absent, budget_bytes)

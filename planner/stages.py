@@ -74,7 +74,8 @@ class Memory:
 class Stage:
     """One stage. ``nodes`` are all that it runs, in the graph's order: its own, what it computes again, its parameters' markers
     and their placeholders. Seconds and saved bytes are a micro-batch's, ``parameter_bytes`` in the parameters' own
-    precision."""
+    precision. ``light_bytes`` of what is saved can be made again in ``light`` seconds without a product
+    (:class:`~dspass.passes.captured_cost.NodeCost`); ``most_light_bytes`` is a node's most."""
 
     index: int
     nodes: tuple[fx.Node, ...]
@@ -84,6 +85,9 @@ class Stage:
     parameters: tuple[str, ...]
     parameter_bytes: int
     saved_bytes: int
+    light: float = 0.0
+    light_bytes: int = 0
+    most_light_bytes: int = 0
 
     @property
     def seconds(self) -> float:
@@ -614,6 +618,9 @@ def _stage(parts: _Parts, stage_of: Mapping[fx.Node, int], s: int) -> Stage:
         parameters=tuple(named),
         parameter_bytes=sum(named.values()),
         saved_bytes=sum(parts.costs[n].saved_bytes for n in own),
+        light=sum(parts.costs[n].light for n in own),
+        light_bytes=sum(parts.costs[n].light_bytes for n in own),
+        most_light_bytes=max((parts.costs[n].light_bytes for n in own), default=0),
     )
 
 

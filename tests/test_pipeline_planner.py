@@ -203,20 +203,25 @@ def test_all_ranks_hear_of_a_stage_that_cannot_be_compiled() -> None:
 # -- schedules under a budget ----------------------------------------------------------------------------------
 
 
-def _stages(stages: int, count: int, again: bool = False) -> tuple[list[StageCost], list[Link]]:
+def _stages(stages: int, count: int, less: float = 1.0) -> tuple[list[StageCost], list[Link]]:
+    """With a part ``less`` of what can be saved; the first quarter costs little to compute again."""
     work, saved = 24 / stages / count, 2400 // stages // count
-    one = StageCost(work, 2 * work, work, work, saved_bytes=saved, held_bytes=saved, static_bytes=100)
-    less = StageCost(
-        work, 3 * work, 2 * work, work, saved_bytes=0, held_bytes=saved, working_bytes=saved, static_bytes=100
-    )
-    return [less if again else one] * stages, [Link()] * (stages - 1)
+    kept = int(less * saved)
+    more = work * (0.04 * (1 - less) if less >= 0.75 else 1 - less)
+    one = StageCost(
+        work, 2 * work + more, work + more, work,
+        saved_bytes=kept, held_bytes=saved, working_bytes=saved - kept, static_bytes=100,
+    )  # fmt: skip
+    return [one] * stages, [Link()] * (stages - 1)
 
 
 @given(st.lists(st.integers(1, 4000), min_size=2, max_size=6))
 @settings(max_examples=30, deadline=None)
 def test_what_does_not_fit_is_computed_again_and_more_memory_is_never_slower(budgets: list[int]) -> None:
     def seconds(budget: int) -> float:
-        choose_within = functools.partial(choose, 2, _stages, batch=8, again=functools.partial(_stages, again=True))
+        choose_within = functools.partial(
+            choose, 2, _stages, batch=8, again=[functools.partial(_stages, less=less) for less in (0.75, 0.0)]
+        )
         try:
             choice = choose_within(budget_bytes=budget)
         except ScheduleError as error:
@@ -236,7 +241,19 @@ def test_a_rank_computes_again_what_is_too_much() -> None:
         choose(2, _stages, batch=8, micro_batches=8, names=["1f1b"], budget_bytes=most - 1)
     less = choose(
         2, _stages, batch=8, micro_batches=8, names=["1f1b"],
-        budget_bytes=most - 1, again=lambda s, m: _stages(s, m, again=True),
+        budget_bytes=most - 1, again=[lambda s, m: _stages(s, m, less=0.0)],
     )  # fmt: skip
     assert max(less.timeline.peak_bytes) < most
     assert less.timeline.seconds > whole.timeline.seconds
+
+
+def test_what_costs_little_is_computed_again_first() -> None:
+    whole = choose(2, _stages, batch=8, micro_batches=8, names=["1f1b"]).timeline
+    in_flight = 2 * 2400 // 2 // 8
+    budget = max(whole.peak_bytes) - in_flight // 16
+    points = [functools.partial(_stages, less=less) for less in (0.75, 0.0)]
+    found = [
+        choose(2, _stages, batch=8, micro_batches=8, names=["1f1b"], budget_bytes=budget, again=again).timeline.seconds
+        for again in (points[1:], points)
+    ]
+    assert found[1] - whole.seconds < (found[0] - whole.seconds) / 4

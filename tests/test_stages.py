@@ -319,6 +319,25 @@ def test_a_checkpointed_region_saves_what_enters_it_and_runs_again() -> None:
     assert seconds[1][1] - seconds[0][1] == pytest.approx(seconds[0][0], rel=0.5)
 
 
+def test_what_follows_without_a_product_is_light() -> None:
+    """Results of norms and activations, not the sums of a residual stream, whose products are not saved."""
+
+    class Mlp(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 32), nn.Linear(32, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.down(F.gelu(self.up(self.norm(x))))
+
+    gm, _engine = graph_of(nn.Sequential(Mlp(), Mlp()), torch.randn(4, 8))
+    costs = costs_of(gm, devices.CPU).values()
+    assert sum(c.light_bytes for c in costs) == 2 * 4 * (8 + 32) * 4
+    assert sum(c.saved_bytes - c.light_bytes for c in costs) == 4 * (32 + 32 + 8) * 4
+    light = sum(c.light for c in costs)
+    assert 0 < light < sum(c.forward for c in costs) / 2
+
+
 def test_a_node_that_cannot_be_run_is_priced_by_its_tensors() -> None:
     gm, _engine = graph_of(nn.Linear(8, 8), torch.randn(4, 8))
     (product,) = (n for n in gm.graph.nodes if n.target is F.linear)
