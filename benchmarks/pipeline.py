@@ -35,7 +35,7 @@ from tqdm import tqdm
 from benchmarks import page, pipeline_predicted
 from benchmarks.peers import deepspeed_python
 from benchmarks.pipeline_models import MODELS, SHAPES, Shape, resized
-from benchmarks.pipeline_rank import PEAK_GOAL, WAYS
+from benchmarks.pipeline_rank import PEAK_GOAL, STEP_GOAL, WAYS
 from benchmarks.table import cpu
 from benchmarks.workers import Group, SubjectFailed
 from dspass.planner.schedule_times import StageCost, simulate
@@ -94,7 +94,7 @@ class Row:
 
 def measure(names: Sequence[str], model: str, options: argparse.Namespace, python: str | None = None) -> list[Row]:
     """``python`` is the one that has DeepSpeed. A row that fails says why, and the others go on."""
-    rows = [Row(name) for name in sorted(names, key=lambda name: WAYS[name].budgeted)]
+    rows = [Row(name) for name in sorted(names, key=lambda name: WAYS[name].below is not None)]
     settings = {
         "model": model,
         "device": "cpu",
@@ -116,11 +116,12 @@ def measure(names: Sequence[str], model: str, options: argparse.Namespace, pytho
 
         def start(row: Row) -> None:
             here = python if row.name.startswith("deepspeed") else None
-            if WAYS[row.name].budgeted:
-                peaks = [max(other.peaks) for other in rows if not other.is_ours and other.peaks]
-                if not peaks:
+            if (below := WAYS[row.name].below) is not None:
+                peers = [other for other in rows if not other.is_ours and other.peaks]
+                if not peers:
                     raise SubjectFailed(f"{row.name}: no peer has run whose peak its budget could be below")
-                row.budget = int(PEAK_GOAL * min(peaks))
+                one = min(peers, key=lambda peer: peer.step if below == "fastest" else max(peer.peaks))
+                row.budget = int(PEAK_GOAL * max(one.peaks))
             given = {**settings, "memory_budget": row.budget}
             group = groups[row.name] = Group(row.name, options.ranks, given, here, module=RANK)
             stack.callback(group.close)
@@ -206,7 +207,7 @@ def _goals(ours: Row, best: Row, peers: Sequence[Row], good: Sequence[Row]) -> l
     least = max(ours.peaks) / max(smallest.peaks)
     apart = max(_apart(row, ours) for row in good)
     return [
-        f"- {_met(step <= 0.85)}: a step takes at most 0.85 of {best.name}'s, the fastest peer: {step:.3f}",
+        f"- {_met(step <= STEP_GOAL)}: a step takes at most {STEP_GOAL} of {best.name}'s, the fastest peer: {step:.3f}",
         f"- {_met(peak <= PEAK_GOAL)}: the peak is at most {PEAK_GOAL} of {best.name}'s: {peak:.3f}",
         f"- {_met(least <= PEAK_GOAL)}: the peak is at most {PEAK_GOAL} of {smallest.name}'s, the smallest of a peer: "
         f"{least:.3f}",
@@ -217,11 +218,14 @@ def _goals(ours: Row, best: Row, peers: Sequence[Row], good: Sequence[Row]) -> l
 
 
 def _of_budget(row: Row, budget: int, best: Row, peers: Sequence[Row]) -> str:
-    peak = max(row.peaks)
-    smallest = min(max(peer.peaks) for peer in peers)
+    peak, step = max(row.peaks), _paired(row, best)
+    least, other = min(max(peer.peaks) for peer in peers), max(best.peaks)
+    reaches = step <= STEP_GOAL and peak <= PEAK_GOAL * other
     return (
         f"- {_met(peak <= 1.01 * budget)}: {row.name} keeps its budget, {budget / 1e6:.1f} MB, within 1 %: its peak is "
-        f"{peak / smallest:.3f} of the smallest of a peer, and its step {_paired(row, best):.3f} of {best.name}'s"
+        f"{peak / other:.3f} of {best.name}'s and {peak / least:.3f} of the smallest of a peer\n"
+        f"- {_met(reaches)}: both at once, a step of at most {STEP_GOAL} and a peak of at most {PEAK_GOAL} of {best.name}'s: "
+        f"{row.name} has {step:.3f} and {peak / other:.3f}"
     )
 
 

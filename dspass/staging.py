@@ -137,8 +137,8 @@ def plan_stages(
         return [_light_again(cost, stage, count / micro_batches) for cost, stage in made], links
 
     def all_again(stages: int, micro_batches: int) -> tuple[Sequence[StageCost], Sequence[Link]]:
-        found, links = costs_for(stages, micro_batches)
-        return [_all_again(cost, links[s - 1] if s else Link()) for s, cost in enumerate(found)], links
+        found, links = light_again(stages, micro_batches)
+        return [_all_again(cost, links[s - 1] if s else None) for s, cost in enumerate(found)], links
 
     virtual = pipeline.virtual_stages
     if virtual is None and pipeline.boundaries is not None and (len(pipeline.boundaries) + 1) % pipe.size == 0:
@@ -204,15 +204,18 @@ def _light_again(cost: StageCost, stage: Stage, rows: float) -> StageCost:
     )
 
 
-def _all_again(cost: StageCost, arrives: Link) -> StageCost:
-    """A stage that saves what arrives alone, and runs its forward once more in its backward."""
-    saved = min(cost.saved_bytes, arrives.forward_bytes)
+def _all_again(light: StageCost, arrives: Link | None) -> StageCost:
+    """A stage that saves what arrives alone, and runs its forward once more in its backward: in the half that makes gradients
+    of inputs, which leaves the other what it needs, or, of the first stage, in the other. ``light`` saves nothing light."""
+    saved = min(light.saved_bytes, arrives.forward_bytes) if arrives is not None else 0
     return replace(
-        cost,
-        backward=cost.backward + cost.forward,
-        input=cost.input + cost.forward,
+        light,
+        backward=light.backward + light.forward,
+        input=light.input + (light.forward if arrives is not None else 0.0),
+        weight=light.weight + (light.forward if arrives is None else 0.0),
         saved_bytes=saved,
-        working_bytes=cost.working_bytes + cost.saved_bytes - saved,
+        held_bytes=light.held_bytes if arrives is not None else saved,
+        working_bytes=light.working_bytes + light.saved_bytes - saved,
     )
 
 

@@ -649,6 +649,24 @@ def test_pipelines_are_held_against_the_fastest_peer_and_the_smallest() -> None:
     assert "share" not in text
     assert "4 ranks share 2 cores" not in text
     assert "2 ranks share 1 cores" in pipeline.table(rows, cores=1)
+    rows.append(pipeline_row("dspass-budget", 0.84, 89 * 10**5))
+    rows[-1].budget = 9 * 10**6
+    text = pipeline.table(rows)
+    assert (
+        "- met: dspass-budget keeps its budget, 9.0 MB, within 1 %: its peak is 0.890 of torch-1f1b's and 0.989 of the"
+        in text
+    )
+    assert (
+        "- met: both at once, a step of at most 0.85 and a peak of at most 0.9 of torch-1f1b's: dspass-budget has 0.840"
+        in text
+    )
+    rows[-1].peaks = [91 * 10**5]
+    assert (
+        pipeline.table(rows).count("- missed: both at once")
+        == pipeline.table(rows).count("- missed: dspass-budget")
+        == 1
+    )
+    del rows[-1]
     rows.append(pipeline.Row("deepspeed-uniform", error="no luck"))
     ours.seconds, ours.peaks, ours.losses[1] = {0: 0.9, 1: 0.9}, [10**7], 3.1
     ours.predicted = simulate(schedule, [StageCost(1.0, 2.0), StageCost(2.0, 4.0)])
