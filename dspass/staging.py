@@ -191,28 +191,27 @@ def _staging(cuts: Cuts, choice: Choice, costs: Sequence[StageCost], links: Sequ
 
 
 def _light_again(cost: StageCost, stage: Stage, rows: float) -> StageCost:
-    """A stage that saves nothing that it can make again without products, in both halves of a backward that is split."""
+    """A stage that saves nothing that it can make again without products. Of a backward that is split the second half needs
+    gradients and operands of products all the same, and holds as much; of the first stage it does everything."""
     again, freed = rows * stage.light, int(rows * stage.light_bytes)
     return replace(
         cost,
         backward=cost.backward + again,
         input=cost.input + again,
-        weight=cost.weight + again,
         saved_bytes=cost.saved_bytes - freed,
-        held_bytes=cost.held_bytes - freed,
+        held_bytes=cost.held_bytes - (0 if stage.index else freed),
         working_bytes=cost.working_bytes + int(rows * stage.most_light_bytes),
     )
 
 
 def _all_again(light: StageCost, arrives: Link | None) -> StageCost:
-    """A stage that saves what arrives alone, and runs its forward once more in its backward: in the half that makes gradients
-    of inputs, which leaves the other what it needs, or, of the first stage, in the other. ``light`` saves nothing light."""
+    """A stage that saves what arrives alone, where something does, and runs its forward once more in its backward. ``light``
+    saves nothing light."""
     saved = min(light.saved_bytes, arrives.forward_bytes) if arrives is not None else 0
     return replace(
         light,
         backward=light.backward + light.forward,
-        input=light.input + (light.forward if arrives is not None else 0.0),
-        weight=light.weight + (light.forward if arrives is None else 0.0),
+        input=light.input + light.forward,
         saved_bytes=saved,
         held_bytes=light.held_bytes if arrives is not None else saved,
         working_bytes=light.working_bytes + light.saved_bytes - saved,
@@ -229,7 +228,9 @@ def stage_costs(cuts: Cuts, on: Device, rows: float, divided: int) -> tuple[list
             input=rows * s.input_gradient,
             weight=rows * s.weight_gradient,
             saved_bytes=int(rows * s.saved_bytes),
-            held_bytes=int(rows * s.saved_bytes),
+            held_bytes=int(
+                rows * (s.held_bytes if s.index else s.saved_bytes)
+            ),  # the first makes no gradients of inputs
             static_bytes=_STATES * s.parameter_bytes // divided,
         )
         for s in cuts.stages

@@ -94,7 +94,8 @@ CONTEXTS = frozenset(
 class NodeCost:
     """Of one run of one node: seconds of its ``forward``, and of its backward by what that makes, ``input_gradient`` and
     ``weight_gradient``; bytes that it has saved for the backward, and ``light_bytes``, those of them that follow from what else
-    is saved without a product, which the backward may as well make again, in ``light`` seconds of forwards.
+    is saved without a product, which the backward may as well make again, in ``light`` seconds of forwards. ``held_bytes`` are
+    what its weight gradients are made of, where these are made later than those of inputs: operands and gradients of products.
 
     ``memory`` are the storages that its tensors lie in, by numbers that mean something within one answer of :func:`costs_of`
     only, and ``writes`` those whose contents it changes; ``is_view`` where all its tensors lie in its inputs'."""
@@ -105,6 +106,7 @@ class NodeCost:
     saved_bytes: int = 0
     light: float = 0.0
     light_bytes: int = 0
+    held_bytes: int = 0
     has_product: bool = False
     has_gradient: bool = False
     is_random: bool = False
@@ -308,6 +310,8 @@ def _price(graph: fx.Graph, recorder: _Recorder, on: Device) -> dict[fx.Node, No
         cost = found[node]
         less = size if place in light else 0
         found[node] = replace(cost, saved_bytes=cost.saved_bytes + size, light_bytes=cost.light_bytes + less)
+    for node, size in _held(work, given, recorder):
+        found[node] = replace(found[node], held_bytes=found[node].held_bytes + size)
     for op, forward in _forward_seconds(work, in_memory, on):
         derived = _derivatives(op, forward, recorder, on) if op.has_gradient else (0.0, 0.0)
         again = forward if op.has_gradient and op.node.target is _CHECKPOINT else 0.0
@@ -444,6 +448,19 @@ def _light(work: Sequence[_Operator], given: set[int], saved: Set[int]) -> set[i
             if follows or place in saved:
                 at_hand.add(place)
     return found
+
+
+def _held(work: Sequence[_Operator], given: set[int], recorder: _Recorder) -> Iterator[tuple[fx.Node, int]]:
+    """What products with parameters need for the gradients of these: the other operand, once, and as much as comes in."""
+    known = set(given)
+    for op in work:
+        weights = [t for t in op.reads if id(t) in recorder.of_parameters and recorder.needs_gradient(t)]
+        if op.is_fused or not weights:
+            continue
+        operands = {_storage(t): t for t in op.reads if id(t) not in recorder.of_parameters}
+        new = [t for place, t in operands.items() if place not in known]
+        known |= operands.keys()
+        yield op.node, sum(map(_bytes, (*new, *op.writes[:1])))
 
 
 def _needed(op: _Operator, recorder: _Recorder) -> list[torch.Tensor]:

@@ -75,7 +75,8 @@ class Stage:
     """One stage. ``nodes`` are all that it runs, in the graph's order: its own, what it computes again, its parameters' markers
     and their placeholders. Seconds and saved bytes are a micro-batch's, ``parameter_bytes`` in the parameters' own
     precision. ``light_bytes`` of what is saved can be made again in ``light`` seconds without a product
-    (:class:`~dspass.passes.captured_cost.NodeCost`); ``most_light_bytes`` is a node's most."""
+    (:class:`~dspass.passes.captured_cost.NodeCost`); ``most_light_bytes`` is a node's most. ``held_bytes`` are what its weight
+    gradients are made of, where they come later."""
 
     index: int
     nodes: tuple[fx.Node, ...]
@@ -88,6 +89,7 @@ class Stage:
     light: float = 0.0
     light_bytes: int = 0
     most_light_bytes: int = 0
+    held_bytes: int = 0
 
     @property
     def seconds(self) -> float:
@@ -621,6 +623,7 @@ def _stage(parts: _Parts, stage_of: Mapping[fx.Node, int], s: int) -> Stage:
         light=sum(parts.costs[n].light for n in own),
         light_bytes=sum(parts.costs[n].light_bytes for n in own),
         most_light_bytes=max((parts.costs[n].light_bytes for n in own), default=0),
+        held_bytes=sum(parts.costs[n].held_bytes for n in own),
     )
 
 

@@ -334,6 +334,8 @@ def test_what_follows_without_a_product_is_light() -> None:
     costs = costs_of(gm, devices.CPU).values()
     assert sum(c.light_bytes for c in costs) == 2 * 4 * (8 + 32) * 4
     assert sum(c.saved_bytes - c.light_bytes for c in costs) == 4 * (32 + 32 + 8) * 4
+    operands, gradients = 2 * 4 * (8 + 32) * 4, 2 * 4 * (32 + 8) * 4
+    assert sum(c.held_bytes for c in costs) == operands + gradients
     light = sum(c.light for c in costs)
     assert 0 < light < sum(c.forward for c in costs) / 2
 
