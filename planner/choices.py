@@ -160,6 +160,8 @@ class Choices:
         shares = self._shares(plain) if any(self.ways) else [0.0]
         most = _CHOICES if len(shares) == 1 else _CHOICES // 2
         corners = [c for share in shares for c in hull(in_ways(plain, self.ways, share), most)]
+        if any(self.ways):  # what fits without them, fits
+            corners += hull(plain, most)
         found = [Choice.of(self.values, c.saved, c.recomputed, c.ways) for c in corners]
         return [choice for choice in found if self._fits_host(choice)]
 

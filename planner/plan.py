@@ -108,19 +108,27 @@ class Planner:
                 if setting.bucket_bytes == bucket_bytes and self._fits((choice, k), share):
                     return choice, k
         self._run(*self._least)
-        smallest = set(sorted(self._candidates, key=self._peak)[:_LAST_TRIES])
+        last = set(self._last)
         for candidate in self._candidates:
             # A setting that is not the first has others beside it: no need to try what will hardly fit.
             near = 1 + NEARLY if candidate[1] == 0 else 1
-            if (candidate in smallest or self._peak(candidate) <= self.budget * near) and self._fits(candidate, share):
+            if (candidate in last or self._peak(candidate) <= self.budget * near) and self._fits(candidate, share):
                 return candidate
         return None
+
+    @property
+    def _last(self) -> list[tuple[int, int]]:
+        """The candidates with the least corrected peaks: of all, and of those that hold nothing in ways of passes, of which the
+        models know more."""
+        order = sorted(self._candidates, key=self._peak)
+        plain = [c for c in order if not self.choices.held_bytes(c[0])]
+        return list(dict.fromkeys([*order[:_LAST_TRIES], *plain[:_LAST_TRIES]]))
 
     def _smallest(self) -> tuple[int, int] | None:
         """The one that takes least, as it runs."""
         self._run(0, self.settings[0].bucket_bytes)
         self._run(*self._least)
-        tried = sorted(self._candidates, key=self._peak)[:_LAST_TRIES]
+        tried = self._last
         for choice, k in tried:
             self._run(choice, self.settings[k].bucket_bytes)
         least = min(tried, key=self._peak)
