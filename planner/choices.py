@@ -10,7 +10,8 @@ Passes declare levers of their own (:meth:`dspass.passes.base.Pass.hold`): other
 host. Copies to and from the host cost nothing while compute hides them and their whole time beyond that, which is no sum over
 values. But it is convex in the time ``T`` of all copies, so its optimum is one where a second of them costs some share of a
 second: that of a hidden one, that of an exposed one, and one in between where ``T`` is just what compute hides, found by
-bisection. The solver is asked at these three (:meth:`Choices._shares`).
+bisection. The solver is asked at these three (:meth:`Choices._shares`), and once without such ways: what fits so must be found
+where they are there, too.
 
 Dropped: to order choices by the solver's own sums. For Llama-3-8B on H100s they put first a step that saves a third more than
 Inductor does and takes a twentieth longer.
@@ -160,7 +161,7 @@ class Choices:
         shares = self._shares(plain) if any(self.ways) else [0.0]
         most = _CHOICES if len(shares) == 1 else _CHOICES // 2
         corners = [c for share in shares for c in hull(in_ways(plain, self.ways, share), most)]
-        if any(self.ways):  # what fits without them, fits
+        if any(self.ways):
             corners += hull(plain, most)
         found = [Choice.of(self.values, c.saved, c.recomputed, c.ways) for c in corners]
         return [choice for choice in found if self._fits_host(choice)]
