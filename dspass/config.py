@@ -360,8 +360,8 @@ KEYS: tuple[Key, ...] = (
     _act("dspass.quantise.max_relative_error", "max_relative_error", "number", None, "share",
          "A bucket of which one parameter's rounding error, as a norm over that of the parameter and measured when it is "
          "sharded, is larger, is gathered whole. Gradients, activations, rows of experts and messages of stages are not known "
-         "when that is decided: it does not act on them. Of rows and messages the report says how far the first ones were off, "
-         "and which by more.",
+         "when that is decided: it does not act on them. Of gradients, rows and messages the report says how far the first "
+         "were off, and which by more.",
          low=0),
     _act("dspass.experts.capacity_factor", "capacity_factor", "number", None, "share",
          "Most rows that an expert takes of a rank's, in even shares: of `tokens * experts a token / experts` rows, rounded "

@@ -39,7 +39,7 @@ from dspass.passes import cost, devices
 from dspass.pipelined import Pipelined
 from dspass.planner.record import BudgetError, Plan, Tensors
 from dspass.planner.saved import PlanError
-from dspass.quantising import notes_of_rows, quantised_tensors
+from dspass.quantising import notes_of_errors, quantised_tensors
 from dspass.report import (
     Direction,
     ExpertLayer,
@@ -664,7 +664,7 @@ def _report(
         notes=[
             *dict.fromkeys(n for c in engine.compilations for p in c.passes for n in p.notes),
             *_routing_notes(kind, engine),
-            *notes_of_rows(quantised, limit),
+            *notes_of_errors(quantised, limit),
             *(notes_of_messages(pipeline, limit) if pipeline is not None else ()),
             *notes,
         ],

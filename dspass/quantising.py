@@ -3,8 +3,8 @@
 Errors are measured once, on the values that are there then, each rank its own shard, and added over ranks, so that all ranks
 know the same and quantise the same buckets. Dropped: to measure at each step, which would go over all parameters once more.
 
-Rows of experts are measured when the first of them are sent (:func:`dspass.runtime.quantise.rounding_squares`), each rank its
-own, from their codes and scales: what was rounded is in no memory then.
+Gradients and rows of experts are measured when the first of them are sent (:func:`dspass.runtime.quantise.rounding_squares`),
+each rank its own, from their codes and scales: what was rounded is in no memory then.
 
 Errors of saved activations are not measured: a value is whole no more when its codes are read, and to look at both in the
 forward would make code that is compiled answer more, and hold what is to be free.
@@ -36,6 +36,9 @@ from dspass.runtime.quantise import DTYPES, blocks_of, squares
 
 #: Values whose rounding is looked at together: what that takes is little beside a shard.
 _AT_A_TIME = 2**20
+
+#: So many tensors a sentence names.
+_NAMED = 4
 
 
 def measure_errors(engine: Engine, specs: Iterable[ParamSpec], config: Config) -> None:
@@ -102,16 +105,26 @@ def quantised_tensors(graphs: Iterable[tuple[Direction, fx.Graph]], engine: Engi
     ]
 
 
-def notes_of_rows(tensors: Sequence[QuantisedTensor], limit: float | None) -> list[str]:
-    """A sentence on rows of experts that are off by more than ``limit``, which is known only once they have been sent."""
-    errors = [(t.relative_error, t.name) for t in tensors if t.kind == "rows" and t.relative_error is not None]
-    wrong = [(error, name) for error, name in errors if limit is not None and error > limit]
-    if not wrong:
-        return []
-    return [
-        f"Rows of {', '.join(dict.fromkeys(name for _, name in wrong))} are off by up to {max(wrong)[0]:.2g} in few bits, "
-        f"beyond dspass.quantise.max_relative_error ({limit:g}): take a finer dspass.quantise.exchanges, or a smaller block."
-    ]
+#: What is rounded before anybody can know by how much: words for it, and the key that says to what.
+_KNOWN_LATER = {"reduction": ("Gradients of", "gradients"), "rows": ("Rows of", "exchanges")}
+
+
+def notes_of_errors(tensors: Sequence[QuantisedTensor], limit: float | None) -> list[str]:
+    """Sentences on gradients and rows of experts that are off by more than ``limit``, which is known once they have been
+    sent."""
+    said = []
+    for kind, (words, key) in _KNOWN_LATER.items():
+        errors = [(t.relative_error, t.name) for t in tensors if t.kind == kind and t.relative_error is not None]
+        wrong = sorted(((error, name) for error, name in errors if limit is not None and error > limit), reverse=True)
+        names = list(dict.fromkeys(name for _, name in wrong))
+        if not names:
+            continue
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        said.append(
+            f"{words} {', '.join(names[:_NAMED])}{more} are off by up to {wrong[0][0]:.2g} in few bits, beyond "
+            f"dspass.quantise.max_relative_error ({limit:g}): take a finer dspass.quantise.{key}, or a smaller block."
+        )
+    return said
 
 
 def _saved(forward: fx.Graph) -> Iterator[QuantisedTensor]:
@@ -156,8 +169,16 @@ def _of_graph(direction: Direction, graph: fx.Graph, engine: Engine) -> Iterator
                 format=format,
                 whole_bytes=whole,
                 sent_bytes=whole if format is None else chunks * _packed_bytes(start, size),
-                relative_error=engine.quantised_errors.get(spec.key) if gathers else None,
+                relative_error=_error_of(engine, spec, gathers, format),
             )
+
+
+def _error_of(engine: Engine, spec: ParamSpec, gathers: bool, format: str | None) -> float | None:
+    """Of a parameter, or of its gradient where that travels in few bits; None where it was not measured."""
+    if gathers:
+        return engine.quantised_errors.get(spec.key)
+    sums = engine.gradient_errors.get(spec.key) if format is not None else None
+    return None if sums is None else relative(sums)
 
 
 def _of_rows(direction: Direction, graph: fx.Graph, engine: Engine) -> Iterator[QuantisedTensor]:

@@ -155,7 +155,9 @@ def reduce_start(
     with a row for each rank ``over`` which they go, are exchanged, and the graph sums what arrives."""
     specs = [lookup(key) for key in keys]
     engine = specs[0].engine
-    return engine.start_reduce(specs, grads) if format is None else engine.start_packed_reduce(specs, grads, over)
+    return (
+        engine.start_reduce(specs, grads) if format is None else engine.start_packed_reduce(specs, grads, format, over)
+    )
 
 
 def reduce_wait(reduction: Reduction | Exchange) -> list[torch.Tensor]:

@@ -38,11 +38,12 @@ import torch
 
 from dspass.runtime import compat
 from dspass.runtime.axis import StageMesh
+from dspass.runtime.formats import format_of
 from dspass.runtime.host_states import HostStates
 from dspass.runtime.levels import Levels, Table, exchange_by_levels
 from dspass.runtime.params import Over, Packed, ParamSpec, register
 from dspass.runtime.program import Probe
-from dspass.runtime.quantise import rounding_squares
+from dspass.runtime.quantise import blocks_of, rounding_squares
 from dspass.runtime.routing import Routing
 from dspass.runtime.stepping import Optimizer
 from dspass.runtime.traffic import (
@@ -119,6 +120,9 @@ class Engine:
     batch_parts: int | None = None
     #: By parameter, what its rounding is off by where it is gathered in few bits; see :mod:`dspass.quantising`.
     quantised_errors: dict[str, float] = field(default_factory=dict)
+    #: What rounding is taken to change of gradients that are reduced in few bits, as added squares of that and of the
+    #: gradients, by parameter; of the first that were sent.
+    gradient_errors: dict[str, torch.Tensor] = field(default_factory=dict)
     #: What rounding is taken to change of rows that go to experts in few bits, as added squares of that and of the rows, by
     #: their weight, direction, kind and width; of the first that were sent.
     row_errors: dict[tuple[str, str, str, int], torch.Tensor] = field(default_factory=dict)
@@ -395,15 +399,34 @@ class Engine:
     # -- reductions ------------------------------------------------------------------------------------------------
 
     def start_packed_reduce(
-        self, specs: Sequence[ParamSpec], packed: Sequence[torch.Tensor], over: Over = None
+        self, specs: Sequence[ParamSpec], packed: Sequence[torch.Tensor], format: str, over: Over = None
     ) -> Exchange:
         """Begin the all-to-all of a bucket of gradients that the graph has quantised, and sums once it has arrived: row ``r``
         of each of ``packed`` is for rank ``r``. Only at stage 3, where no gradient of an earlier call waits to be added."""
         assert self.lifetimes == 3
         self._is_last_backward()
         axis = specs[0].axis(over)
+        if over != "across":  # what goes there has been rounded before
+            self._note_gradients(specs, packed, format)
         flight = transport_for(axis, self.dry).all_to_all(axis, packed)
         return Exchange(self, flight, self.traffic.add(packed_reduce_cost(specs, sum(p.nbytes for p in packed), over)))
+
+    def _note_gradients(self, specs: Sequence[ParamSpec], packed: Sequence[torch.Tensor], format: str) -> None:
+        """What rounding has changed of the first gradients that are finite, of each parameter of a bucket."""
+        if compat.is_fake(packed[0]) or all(spec.key in self.gradient_errors for spec in specs):
+            return
+        ranks, how = specs[0].axis(None).size, format_of(format)
+        codes, scales = (t.view(ranks, -1) for t in packed)
+        block = codes.shape[1] // scales.shape[1] * 8 // how.bits
+        at = 0
+        for spec in specs:
+            size = spec.padded_numel // ranks
+            its = slice(at, at + blocks_of(size, block))
+            bytes_of_it = slice(how.code_bytes(its.start * block), how.code_bytes(its.stop * block))
+            sums = rounding_squares(codes[:, bytes_of_it], scales[:, its], format, size)
+            if sums.isfinite().all():
+                self.gradient_errors.setdefault(spec.key, sums)
+            at = its.stop
 
     def rounding_errors(self, specs: Sequence[ParamSpec], reset: int | None) -> list[torch.Tensor]:
         """What rounding earlier gradients has lost on this rank, which the graph adds to the next ones and replaces in place:
@@ -593,7 +616,8 @@ class Engine:
 
     def forget(self) -> None:
         """Begin as an engine that has not run yet: no copies, no gradients, no counts, nobody who watches."""
-        self.traffic, self.routing, self.probe, self.row_errors = TrafficCounter(), Routing(), Probe(), {}
+        self.traffic, self.routing, self.probe = TrafficCounter(), Routing(), Probe()
+        self.gradient_errors, self.row_errors = {}, {}
         self._resident, self._in_node, self._waiting, self._errors = {}, {}, {}, {}
         self._local, self._averaged = set(), set()
         self._run, self._calls, self._within_no_sync, self._last = -1, 0, False, True
