@@ -46,16 +46,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 #: The files that take longest, the longest first.
 LONGEST = [
-    "test_planner",
-    "test_explain",
-    "test_quantised_training",
-    "test_benchmarks",
-    "test_architectures",
     "test_pipeline",
     "test_numbers",
+    "test_planner",
+    "test_host_states",
     "test_expert_parallel",
+    "test_quantised_training",
+    "test_benchmarks",
+    "test_batch_parts",
     "test_offload_saved",
-    "test_quantise",
+    "test_explain",
+    "test_pipeline_edges",
+    "test_expert_chunks",
 ]
 
 
