@@ -228,9 +228,8 @@ def stage_costs(cuts: Cuts, on: Device, rows: float, divided: int) -> tuple[list
             input=rows * s.input_gradient,
             weight=rows * s.weight_gradient,
             saved_bytes=int(rows * s.saved_bytes),
-            held_bytes=int(
-                rows * (s.held_bytes if s.index else s.saved_bytes)
-            ),  # the first makes no gradients of inputs
+            # The first makes no gradients of inputs: its weights' come of what was saved.
+            held_bytes=int(rows * (s.held_bytes if s.index else s.saved_bytes)),
             static_bytes=_STATES * s.parameter_bytes // divided,
         )
         for s in cuts.stages

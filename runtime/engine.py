@@ -417,7 +417,7 @@ class Engine:
             return
         ranks, how = specs[0].axis(None).size, format_of(format)
         codes, scales = (t.view(ranks, -1) for t in packed)
-        block = codes.shape[1] // scales.shape[1] * 8 // how.bits
+        block = codes.shape[1] // max(scales.shape[1], 1) * 8 // how.bits or 1  # of parameters without values
         at = 0
         for spec in specs:
             size = spec.padded_numel // ranks

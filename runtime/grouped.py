@@ -125,7 +125,7 @@ def _outer_by_expert(
     if not by_onednn and _are_exact(spans, widths) and compat.multiplies_grouped(x.t(), grad):
         return compat.grouped_product(x.t(), grad, ends)
     out = x.new_empty((ends.shape[0], x.shape[1], grad.shape[1]))
-    rooms = [part.new_empty((max(widths), part.shape[1])) for part in (x, grad)]
+    rooms = [part.new_empty((max(widths), part.shape[1])) for part in (x, grad)] if is_rounded else []
     for its, (begin, end), width in zip(out.unbind(), spans, widths, strict=True):
         if begin == end:
             its.zero_()

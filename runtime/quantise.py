@@ -263,10 +263,19 @@ def rounding_squares(codes: torch.Tensor, scales: torch.Tensor, format: str, wid
     """
     how, blocks = format_of(format), scales.shape[1]
     sums = torch.zeros(2, dtype=torch.float64, device=codes.device)
+    size = codes.shape[1] // max(blocks, 1)  # of a block's codes
+    block = size * 8 // how.bits
     for part, scale in zip(*(t.split(max(_AT_A_TIME // max(width, 1), 1)) for t in (codes, scales)), strict=True):
-        numbers = _unpacked(part.unflatten(1, (blocks, -1)), how)
-        for i, of_codes in enumerate((_steps(numbers, how), _values(numbers, how))):
-            sums[i] += (of_codes * scale[..., None]).flatten(1)[:, :width].double().square().sum()
+        at = 0
+        for some in (
+            scale.split(max(_AT_A_TIME // max(block, 1), 1), dim=1) if blocks else ()
+        ):  # a row may be a large shard
+            its = part[:, at * size : (at + some.shape[1]) * size]
+            numbers = _unpacked(its.unflatten(1, (some.shape[1], -1)), how)
+            for i, of_codes in enumerate((_steps(numbers, how), _values(numbers, how))):
+                found = (of_codes * some[..., None]).flatten(1)[:, : width - at * block]
+                sums[i] += found.double().square().sum()
+            at += some.shape[1]
     return sums / sums.new_tensor([12.0, 1.0])
 
 

@@ -25,7 +25,8 @@ from dspass.passes.quantise_exchanges import QuantiseExchanges
 from dspass.passes.text import print_graph
 from dspass.quantising import relative
 from dspass.report import Report
-from dspass.runtime.formats import FORMATS
+from dspass.runtime import quantise
+from dspass.runtime.formats import FORMATS, Format
 from dspass.runtime.quantise import rounding_squares, row_block, squares
 from tests.ranks import run
 from tests.test_expert_reports import Net, counts_bytes, sent_to_experts, tokens
@@ -226,6 +227,25 @@ def test_errors_are_near_what_rounding_does(format: str, rows: int, width: int, 
     (back,) = torch.ops.dspass.dequantise_bucket(codes, scales, [width], format, block, torch.float32)
     taken, true = relative(rounding_squares(codes, scales, format, width)), relative(squares(x, back))
     assert taken == pytest.approx(true, rel=0.15)
+
+
+def test_errors_of_a_large_row_are_taken_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a shard of a parameter: what is unpacked at a time is little."""
+    x = torch.randn(2, 1000, generator=torch.Generator().manual_seed(0))
+    codes, scales = torch.ops.dspass.quantise_bucket([x], [1000], 2, "int4", 64)
+    whole = rounding_squares(codes, scales, "int4", 1000)
+    unpacked, most = quantise._unpacked, []
+
+    def watched(codes: torch.Tensor, format: Format) -> torch.Tensor:
+        numbers = unpacked(codes, format)
+        most.append(numbers.numel())
+        return numbers
+
+    monkeypatch.setattr(quantise, "_unpacked", watched)
+    monkeypatch.setattr(quantise, "_AT_A_TIME", 200)
+    torch.testing.assert_close(rounding_squares(codes, scales, "int4", 1000), whole)
+    assert max(most) <= 200
+    assert not rounding_squares(codes[:, :0], scales[:, :0], "int4", 0).any()
 
 
 @settings(max_examples=60, deadline=None)
