@@ -47,8 +47,8 @@ log = logging.getLogger(__name__)
 
 Split = tuple[fx.GraphModule, fx.GraphModule]
 
-#: Share by which a corrected peak may exceed the budget and the choice is still run. Between the two that correct it, the model
-#: was off by less on GPT and Llama; more would only cost runs.
+#: Share by which a corrected peak may exceed the budget, at most, and the choice is still run. Between the two that correct it,
+#: the model was off by less on GPT and Llama; more would only cost runs, and so would more than it missed of these two.
 NEARLY = 0.05
 
 #: A point of the frontier has a peak that is smaller by this share than those before it.
@@ -108,11 +108,11 @@ class Planner:
                 if setting.bucket_bytes == bucket_bytes and self._fits((choice, k), share):
                     return choice, k
         self._run(*self._least)
-        last = set(self._last)
+        last, nearly = set(self._last), min(NEARLY * self.budget, self._most_missed)
         for candidate in self._candidates:
             # A setting that is not the first has others beside it: no need to try what will hardly fit.
-            near = 1 + NEARLY if candidate[1] == 0 else 1
-            if (candidate in last or self._peak(candidate) <= self.budget * near) and self._fits(candidate, share):
+            most = self.budget + (nearly if candidate[1] == 0 else 0)
+            if (candidate in last or self._peak(candidate) <= most) and self._fits(candidate, share):
                 return candidate
         return None
 
@@ -179,14 +179,28 @@ class Planner:
         choice, setting = candidate[0], self.settings[candidate[1]]
         if (choice, setting.bucket_bytes) in self._measured:
             return setting.bytes(self._measured[choice, setting.bucket_bytes])
-        first = (0, self.settings[0].bucket_bytes)
-        least = self._least if self._least in self._measured else first
-        missed = [self._measured[at].graph - self.choices.peak(*at) for at in (first, least)]
+        first, least = self._ends
+        missed = self._missed
         most, fewest = (self.choices.bytes(at[0]) for at in (first, least))
         share = min((most - self.choices.bytes(choice)) / max(most - fewest, 1), 1.0)
         modelled = self.choices.peak(choice, setting.bucket_bytes)
         graph = modelled + round(missed[0] + (missed[1] - missed[0]) * share)
         return setting.bytes(replace(self._measured[first], graph=graph))
+
+    @property
+    def _ends(self) -> tuple[tuple[int, int | None], tuple[int, int | None]]:
+        """The choices that correct the model, as they were run: the fastest, and the smallest where there was need."""
+        first = (0, self.settings[0].bucket_bytes)
+        return first, self._least if self._least in self._measured else first
+
+    @property
+    def _missed(self) -> list[int]:
+        """Bytes by which the model fell short of them."""
+        return [self._measured[at].graph - self.choices.peak(*at) for at in self._ends]
+
+    @property
+    def _most_missed(self) -> int:
+        return max(map(abs, self._missed))
 
     @functools.cached_property
     def _least(self) -> tuple[int, int | None]:

@@ -368,6 +368,8 @@ def generate_segment(
         return nothing
 
     settings = {**patches, "fx_graph_cache": False, "fx_graph_remote_cache": False, "cpp.enable_kernel_profile": False}
+    # Without vectors a kernel is generated once, not also for tiles and tails: what it allocates is decided by the first.
+    settings["cpp.simdlen"] = 1
     with mock.patch.object(AsyncCompile, "cpp_pybinding", no_kernel):
         compiled = compile_segment(gm, inputs, is_backward=is_backward, is_inference=is_inference, patches=settings)
     call = compiled.current_callable  # type: ignore[attr-defined]
