@@ -56,10 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="measure the device that is here, for the planner",
         description="Measure products, attention, generated kernels, links and copies on the device that is here, and store "
         "the figures where the planner and explain find them ($DSPASS_DEVICES, else dspass/devices in the user's cache). "
-        "On a CPU with as many threads as OMP_NUM_THREADS says; start it with torchrun to measure a group's links.",
+        "On a CPU with as many threads as OMP_NUM_THREADS says, of one rank and of several that share it, which takes two "
+        "minutes; start it with torchrun to measure a group's links.",
     )
     calibrate.add_argument(
-        "--ranks", type=int, help="processes for all-gathers on a CPU (default 2; 1 leaves them out)"
+        "--ranks",
+        type=int,
+        help="processes of this CPU that measure beside each other, and gathers between them (default: 1, and then 2)",
     )
     commands.add_parser(
         "kernels",

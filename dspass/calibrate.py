@@ -2,21 +2,28 @@
 
 Each figure is that of the code which a step runs: products as torch calls them, attention forward and backward, and generated
 kernels from Inductor, which write into memory that exists. Of several runs at several times the median counts. Under
-``torchrun`` all-gathers over the group are measured, too; alone, two processes of this machine are started for that on a CPU.
+``torchrun`` all-gathers over the group are measured, too.
 
-On a CPU everything is measured with as many threads as torch has now: set ``OMP_NUM_THREADS`` as the training will have it.
+On a CPU everything is measured with as many threads as torch has now: set ``OMP_NUM_THREADS`` as the training will have it. The
+ranks of a machine share its memory and caches, and so a core beside a busy one is slower than alone. So a calibration is of a
+number of ranks, which measure the same figure at the same time, as they run the same step; each figure is their mean. Dropped:
+one factor for a busy neighbour. Products slow down by little, kernels that wait for memory by up to two.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,11 +36,6 @@ from dspass.passes.calibration import Calibration, Curve, folder
 from dspass.runtime import linear
 from dspass.runtime.axis import Axis
 from dspass.runtime.transport import transport_for
-
-#: Sizes of square products, tokens of an attention, bytes that a generated kernel moves.
-_SQUARES = (32, 64, 128, 256, 384, 512, 768, 1024, 1536)
-_TOKENS = (32, 64, 128, 256, 512, 1024)
-_MOVED = tuple(3 * 4**i for i in range(6, 13))
 
 #: Dimension of an attention's head.
 _HEAD = 64
@@ -66,31 +68,62 @@ _REDUCTIONS: dict[str, Callable[[torch.Tensor, int], Any]] = {
     "var_mean": lambda x, dim: torch.var_mean(x, dim, correction=0)[0],
 }
 
-#: How often all figures are measured, seconds for which one is each time, and how many runs there are at least.
-_SWEEPS, _PATIENCE, _RUNS = 3, 0.05, 5
+#: Of a figure, each time that it is measured: seconds for which it runs, and how often it does at least.
+_PATIENCE, _RUNS = 0.05, 5
 
 #: Bytes of a rank's share of the all-gathers that are measured.
 _GATHERS = (1 << 10, 1 << 16, 1 << 20, 1 << 22, 1 << 24)
 
 
-def calibrate(ranks: int | None = None) -> Calibration:
+@dataclass(frozen=True)
+class Amounts:
+    """What is measured: sizes of square products, tokens of an attention, bytes that a generated kernel moves, and names of
+    functions and reductions; and how often all of that is."""
+
+    squares: tuple[int, ...] = (32, 64, 128, 256, 384, 512, 768, 1024, 1536)
+    tokens: tuple[int, ...] = (32, 64, 128, 256, 512, 1024)
+    moved: tuple[int, ...] = tuple(3 * 4**i for i in range(6, 13))
+    functions: tuple[str, ...] = tuple(_FUNCTIONS)
+    reductions: tuple[str, ...] = tuple(_REDUCTIONS)
+    sweeps: int = 3
+
+
+AMOUNTS = Amounts()
+
+
+def calibrate(ranks: int = 1, amounts: Amounts = AMOUNTS) -> Calibration:
     """Measure the device that is here. Takes about a minute, most of it to compile; shows a progress bar.
 
     Args:
-        ranks: processes between which all-gathers are measured, where none are started already; 1: not measured.
+        ranks: processes of this CPU that measure beside each other, and all-gathers between them; 1: this one alone. Where
+            ``torchrun`` has started this process, its ranks do, and this is not read.
 
     Raises:
-        RuntimeError: the processes for the all-gathers failed.
+        RuntimeError: the processes failed.
     """
+    if ranks > 1 and "RANK" not in os.environ and not torch.cuda.is_available():
+        return _by_processes(ranks, amounts)
     kind = "cuda" if torch.cuda.is_available() else "cpu"
-    figures = list(_figures(kind))
+    if "RANK" not in os.environ or dist.is_initialized():
+        return _measured(kind, amounts)
+    if kind == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    try:
+        return _measured(kind, amounts)
+    finally:
+        dist.destroy_process_group()
+
+
+def _measured(kind: str, amounts: Amounts) -> Calibration:
+    """By the ranks of the group, if there is one."""
+    figures = list(_figures(kind, amounts))
     found: dict[tuple[str, float], list[float]] = {}
-    with tqdm(total=_SWEEPS * len(figures), desc="calibrate", unit="figure", ncols=100, disable=_rank() > 0) as bar:
-        for _ in range(
-            _SWEEPS
-        ):  # a machine that others use is slow for a while, and each figure is measured at several times
+    title = f"calibrate, {dist.get_world_size()} ranks" if dist.is_initialized() else "calibrate"
+    with tqdm(total=amounts.sweeps * len(figures), desc=title, unit="figure", ncols=100, disable=_rank() > 0) as bar:
+        for _ in range(amounts.sweeps):  # a machine that others use is slow for a while: each figure at several times
             for name, amount, measured in figures:
-                found.setdefault((name, amount), []).append(measured())
+                found.setdefault((name, amount), []).append(_of_all(measured, kind))
                 bar.update()
     curves: dict[str, dict[float, float]] = {}
     functions: dict[str, float] = {}
@@ -99,7 +132,7 @@ def calibrate(ranks: int | None = None) -> Calibration:
             curves.setdefault(name, {})[amount] = statistics.median(seconds)
         else:
             functions[name] = statistics.median(seconds)
-    group, latency, link = _links(kind, 2 if ranks is None else ranks)
+    group, latency, link = _links(kind) if dist.is_initialized() else (0, 0.0, 0.0)
     return Calibration(
         kind=kind,
         product=devices.product_of(kind),
@@ -108,25 +141,57 @@ def calibrate(ranks: int | None = None) -> Calibration:
         made=time.strftime("%Y-%m-%d"),
         curves={name: Curve.through(points) for name, points in curves.items()},
         functions=functions,
-        host_link=_host_link(kind),
-        fresh=_fresh(kind),
+        host_link=_of_all(partial(_host_link, kind), kind),
+        fresh=_of_all(partial(_fresh, kind), kind),
         latency=latency,
         link=link,
         ranks=group,
     )
 
 
-def _figures(kind: str) -> Iterator[tuple[str, float, Callable[[], float]]]:
+def _of_all(measured: Callable[[], float], kind: str) -> float:
+    """The mean over the ranks, which measure at the same time."""
+    if not dist.is_initialized():
+        return measured()
+    dist.barrier()
+    mine = torch.tensor(measured(), dtype=torch.float64, device=kind)
+    dist.all_reduce(mine)
+    return float(mine) / dist.get_world_size()
+
+
+def _by_processes(ranks: int, amounts: Amounts) -> Calibration:
+    """What ``ranks`` new processes measure."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
+    with tempfile.TemporaryDirectory() as there:
+        try:
+            subprocess.run(
+                [*command, "dspass.calibrate", json.dumps(asdict(amounts)), there],
+                stderr=None if sys.stderr.isatty() else subprocess.PIPE,  # its progress bar
+                text=True,
+                timeout=600,
+                check=True,
+                env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+            )
+        except (subprocess.SubprocessError, OSError) as error:
+            told = getattr(error, "stderr", "") or ""
+            raise RuntimeError(
+                f"{ranks} processes could not measure this CPU: {error}. Measure one alone: --ranks 1. {told[-400:]}"
+            ) from error
+        (path,) = Path(there).iterdir()
+        return Calibration.load(path)
+
+
+def _figures(kind: str, amounts: Amounts) -> Iterator[tuple[str, float, Callable[[], float]]]:
     """What is measured: a curve's name and an amount of work, or a function's name and 0; and how."""
     dtypes = devices.DTYPES if kind == "cuda" else (torch.float32,)
     larger = 8 if kind == "cuda" else 1
     for dtype in dtypes:
-        for size in _SQUARES:
+        for size in amounts.squares:
             size *= larger
             yield f"product {devices.text_of(dtype)}", 2.0 * size**3, partial(_product, size, dtype, kind)
             if kind == "cpu" and linear.pays():
                 yield f"linear {devices.text_of(dtype)}", 2.0 * size**3, partial(_linear, size, dtype)
-        for tokens in _TOKENS:
+        for tokens in amounts.tokens:
             heads = max(4096 * larger // tokens, 4)
             for backward in (False, True):
                 name = "attention backward" if backward else "attention"
@@ -137,13 +202,13 @@ def _figures(kind: str) -> Iterator[tuple[str, float, Callable[[], float]]]:
                     operations,
                     partial(_attention, tokens, heads, dtype, kind, backward),
                 )
-    for count in _MOVED:
+    for count in amounts.moved:
         yield "generated", float(count * larger), partial(_moving, count * larger, kind)
-    for name, function in _FUNCTIONS.items():
-        yield name, 0.0, partial(_function, function, kind)
-    for name, reduction in _REDUCTIONS.items():
+    for name in amounts.functions:
+        yield name, 0.0, partial(_function, _FUNCTIONS[name], kind)
+    for name in amounts.reductions:
         for direction, dim in (("rows", 1), ("columns", 0)):
-            yield f"{name} {direction}", 0.0, partial(_reduction, reduction, dim, kind)
+            yield f"{name} {direction}", 0.0, partial(_reduction, _REDUCTIONS[name], dim, kind)
 
 
 def _seconds(work: Callable[[], object], kind: str) -> float:
@@ -286,39 +351,8 @@ def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
 
 
-def _links(kind: str, ranks: int) -> tuple[int, float, float]:
-    """Ranks of the group, seconds that an all-gather takes however small it is, and bytes a second that one rank receives.
-
-    Over the group that is here, or one of ``ranks`` new processes on a CPU; zeros without either.
-    """
-    if "RANK" in os.environ:
-        return _measured_links(kind)
-    if kind == "cuda" or ranks < 2:
-        return 0, 0.0, 0.0
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
-    try:
-        said = subprocess.run(
-            [*command, "dspass.calibrate"],
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=True,
-            env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
-        )
-    except (subprocess.SubprocessError, OSError) as error:
-        told = getattr(error, "stderr", "") or ""
-        raise RuntimeError(
-            f"all-gathers between {ranks} processes could not be measured: {error}. Leave them out: --ranks 1. {told[-400:]}"
-        ) from error
-    latency, link = map(float, said.stdout.split()[-2:])
-    return ranks, latency, link
-
-
-def _measured_links(kind: str) -> tuple[int, float, float]:
-    if not dist.is_initialized():
-        if kind == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+def _links(kind: str) -> tuple[int, float, float]:
+    """Ranks of the group, seconds that an all-gather takes however small it is, and bytes a second that one rank receives."""
     group = dist.group.WORLD
     assert group is not None
     axis = Axis.of("data", group)
@@ -348,37 +382,41 @@ def _line(points: dict[float, float]) -> tuple[float, float]:
 
 
 def main(ranks: int | None) -> None:
-    """The command: measure, store, and say what was found."""
-    began = time.perf_counter()
-    found = calibrate(ranks)
-    if _rank() > 0:
-        return
-    path = found.save(folder())
-    print(f"{found.product}, {found.threads} threads, torch {found.torch}")
+    """The command: measure, store, and say what was found; of a CPU, unless told otherwise, one rank and two."""
+    alone = "RANK" not in os.environ and not torch.cuda.is_available()
+    for count in (1, 2) if ranks is None and alone else (ranks or 1,):
+        began = time.perf_counter()
+        found = calibrate(count, AMOUNTS)
+        if _rank() == 0:
+            path = found.save(folder())
+            print(_text(found))
+            print(f"written in {time.perf_counter() - began:.0f} s: {path}")
+
+
+def _text(found: Calibration) -> str:
+    beside = f", {found.ranks} ranks" if found.ranks else ""
+    lines = [f"{found.product}, {found.threads} threads{beside}, torch {found.torch}"]
     for name, curve in found.curves.items():
         unit = "GB/s" if name == "generated" else "GFLOP/s"
         rates = [a / t / 1e9 for a, t in zip(curve.amounts, curve.times, strict=True)]
-        print(f"  {name:<28} {rates[-1]:9.1f} {unit} of the largest, {max(rates):.1f} at best")
+        lines.append(f"  {name:<28} {rates[-1]:9.1f} {unit} of the largest, {max(rates):.1f} at best")
     for name, seconds in found.functions.items():
-        print(f"  {name:<28} {seconds * 1e9:9.3f} ns an element more than moving it")
-    print(f"  {'host link':<28} {found.host_link / 1e9:9.1f} GB/s")
+        lines.append(f"  {name:<28} {seconds * 1e9:9.3f} ns an element more than moving it")
+    lines.append(f"  {'host link':<28} {found.host_link / 1e9:9.1f} GB/s")
     if found.fresh:
-        print(
-            f"  {'memory that is held':<28} {found.fresh * 1e9:9.3f} ns a byte: the allocator takes it anew in each step"
-        )
+        held = "memory that is held"
+        lines.append(f"  {held:<28} {found.fresh * 1e9:9.3f} ns a byte: the allocator takes it anew in each step")
     if found.ranks:
-        print(
-            f"  {f'all-gather, {found.ranks} ranks':<28} {found.link / 1e9:9.2f} GB/s, {found.latency * 1e6:.0f} us at least"
-        )
-    else:
-        print("  all-gathers were not measured: start it with torchrun for that; the table's figures stand")
-    print(f"written in {time.perf_counter() - began:.0f} s: {path}")
+        gather = f"all-gather, {found.ranks} ranks"
+        lines.append(f"  {gather:<28} {found.link / 1e9:9.2f} GB/s, {found.latency * 1e6:.0f} us at least")
+    elif found.kind != "cpu":
+        lines.append("  all-gathers were not measured: start it with torchrun for that; the table's figures stand")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
     if "RANK" not in os.environ:
         raise SystemExit("started by python -m dspass calibrate")
-    _, latency, link = _measured_links("cuda" if torch.cuda.is_available() else "cpu")
+    _made = calibrate(amounts=Amounts(**json.loads(sys.argv[1])))
     if _rank() == 0:
-        print(latency, link)
-    dist.destroy_process_group()
+        _made.save(Path(sys.argv[2]))

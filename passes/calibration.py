@@ -1,7 +1,8 @@
 """What ``python -m dspass calibrate`` measured of a device, in a file: read only where it was made for what is here.
 
 A file holds seconds, not peaks: a :class:`Curve` over operations or bytes, since small products and kernels do not reach the
-rates of large ones, and what fits into a cache moves faster than what does not. On a CPU it is of one number of threads.
+rates of large ones, and what fits into a cache moves faster than what does not. On a CPU it is of one number of threads, and
+of the ranks that share it: another number of ranks takes the nearest file of fewer.
 
 Dropped: a rate and its half-performance length (Hockney and Jesshope, 1981) in place of a curve. Two numbers describe a launch
 and a peak, but not the two or three levels of a CPU's caches.
@@ -19,8 +20,9 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+import torch.distributed as dist
 
-_VERSION = 1
+_VERSION = 2
 
 #: What a measured step may say of a prediction: beyond, something else than the device is at work, such as loading of data.
 RATIO = (0.5, 2.0)
@@ -77,8 +79,8 @@ class Calibration:
     """``curves`` by kind and precision (``"product float32"``) over operations, those of attentions over the operations of one
     head, and ``"generated"`` over bytes moved; ``functions``: seconds an element of a function or reduction beyond moving it;
     ``host_link``: bytes a second between a device and main memory; ``fresh``: seconds a byte to take memory from the operating
-    system that was given back to it; ``latency`` and ``link`` of collectives over ``ranks``
-    (0: not measured). ``steps``: measured over predicted time of a step, by model."""
+    system that was given back to it; ``latency`` and ``link`` of collectives over ``ranks``, which on a CPU measured all else
+    beside each other (0: there was one, and no collective). ``steps``: measured over predicted time of a step, by model."""
 
     kind: str
     product: str
@@ -105,7 +107,7 @@ class Calibration:
     def save(self, folder: Path) -> Path:
         """Write the file of this kind of device; it is replaced at once."""
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / _file(self.kind, self.product, self.threads)
+        path = folder / _file(self.kind, self.product, self.threads, self.ranks)
         half = path.with_suffix(f".{os.getpid()}")
         half.write_text(json.dumps({"version": _VERSION, **asdict(self)}, indent=1) + "\n")
         half.replace(path)
@@ -150,15 +152,28 @@ def folder() -> Path:
 
 def find(kind: str, product: str) -> tuple[Calibration | None, str]:
     """The stored calibration of the device that is here, and where it is from; otherwise why there is none."""
-    path = folder() / _file(kind, product, torch.get_num_threads())
-    try:
-        found = Calibration.load(path)
-    except FileNotFoundError:
+    ranks = _ranks_here() if kind == "cpu" else 1
+    names = dict.fromkeys(_file(kind, product, torch.get_num_threads(), count) for count in range(ranks, 0, -1))
+    path = next((path for name in names if (path := folder() / name).is_file()), None)
+    if path is None:
         return None, "not calibrated: python -m dspass calibrate"
+    found = Calibration.load(path)
     reason = found.why_not(product, torch.get_num_threads())
-    if reason is None:
-        return found, f"measured by python -m dspass calibrate on {found.made}, {path}"
-    return None, f"{path} is not used: {reason}; python -m dspass calibrate makes it anew"
+    if reason is not None:
+        return None, f"{path} is not used: {reason}; python -m dspass calibrate makes it anew"
+    told = f"measured by python -m dspass calibrate on {found.made}, {path}"
+    if kind == "cpu" and (measured := max(found.ranks, 1)) < ranks:
+        told += (
+            f", by {measured} of {ranks} ranks: python -m dspass calibrate --ranks {ranks} for all beside each other"
+        )
+    return found, told
+
+
+def _ranks_here() -> int:
+    """Ranks that share this machine: as a launcher says, otherwise all."""
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        return int(os.environ["LOCAL_WORLD_SIZE"])
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def note_step(kind: str, product: str, model: str, ratio: float) -> None:
@@ -169,6 +184,8 @@ def note_step(kind: str, product: str, model: str, ratio: float) -> None:
         replace(found, steps={**found.steps, model: min(max(ratio, low), high)}).save(folder())
 
 
-def _file(kind: str, product: str, threads: int) -> str:
-    """``cpu-1-threads.json``, or a GPU's name: machines may share a home."""
-    return f"cpu-{threads}-threads.json" if kind == "cpu" else f"{'-'.join(product.lower().split())}.json"
+def _file(kind: str, product: str, threads: int, ranks: int) -> str:
+    """``cpu-1-threads.json``, of several ranks ``cpu-1-threads-2-ranks.json``, or a GPU's name: machines may share a home."""
+    if kind != "cpu":
+        return f"{'-'.join(product.lower().split())}.json"
+    return f"cpu-{threads}-threads{f'-{ranks}-ranks' if ranks > 1 else ''}.json"

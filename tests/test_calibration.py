@@ -63,7 +63,8 @@ def _made(**other: Any) -> Calibration:
     )
 
 
-def test_a_file_is_read_where_it_was_made_for_what_is_here(folder: Path) -> None:
+def test_a_file_is_read_where_it_was_made_for_what_is_here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     made = _made(latency=1e-3, link=5e8, ranks=2)
     assert calibration.find("cpu", made.product)[0] is None
     path = made.save(folder)
@@ -72,6 +73,14 @@ def test_a_file_is_read_where_it_was_made_for_what_is_here(folder: Path) -> None
     assert here == devices.planned_for("cpu")
     assert (here.link_of(2), here.latency, here.moving(1e6)) == (5e8, 1e-3, 1e-3)
     assert devices.tabled("cpu") == devices.CPU
+
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    found, why = calibration.find("cpu", made.product)
+    assert found == made
+    assert "by 2 of 4 ranks: python -m dspass calibrate --ranks 4" in why
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    assert calibration.find("cpu", made.product) == (None, "not calibrated: python -m dspass calibrate")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
 
     dataclasses.replace(made, product="another").save(folder)
     found, why = calibration.find("cpu", made.product)
@@ -105,16 +114,25 @@ def test_calibrate_measures_and_stores(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """On a few small figures; between two processes, too."""
-    monkeypatch.setattr(calibrate, "_SQUARES", (32, 256))
-    monkeypatch.setattr(calibrate, "_TOKENS", (32, 128))
-    monkeypatch.setattr(calibrate, "_MOVED", (3 * 2**12, 3 * 2**22))
-    monkeypatch.setattr(calibrate, "_FUNCTIONS", {"exp": torch.exp})
-    monkeypatch.setattr(calibrate, "_REDUCTIONS", {"sum": calibrate._REDUCTIONS["sum"]})
-    monkeypatch.setattr(calibrate, "_PATIENCE", 0.0)
+    monkeypatch.setattr(
+        calibrate,
+        "AMOUNTS",
+        calibrate.Amounts(
+            squares=(32, 256),
+            tokens=(32, 128),
+            moved=(3 * 2**12, 3 * 2**22),
+            functions=("exp",),
+            reductions=("sum",),
+            sweeps=1,
+        ),
+    )
     assert main(["calibrate"]) == 0
     said = capsys.readouterr().out
-    (path,) = folder.iterdir()
-    assert f"written in {said.split('written in ')[1].split()[0]} s: {path}" in said
+    alone, beside = sorted(folder.iterdir())
+    for path in (alone, beside):
+        assert re.search(rf"written in \d+ s: {re.escape(str(path))}$", said, re.MULTILINE)
+    assert devices.device("cpu").latency == devices.CPU.latency, "one rank has no collectives"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     found = devices.device("cpu")
     assert "measured by python -m dspass calibrate" in found.source
     assert set(found.functions) == {*devices.CPU.functions, "exp", "sum rows", "sum columns"}
