@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "there; print where they are. Needs nvcc or hipcc, and g++. See docs/kernels.md.",
     )
     compile_kernels.add_argument(
-        "--cutlass", action="store_true", help="those of CUTLASS too: minutes, and 4 GB a unit, two at a time"
+        "--cutlass", action="store_true", help="those of CUTLASS too: minutes, and up to 5 GB a unit, two at a time"
     )
     options = parser.parse_args(argv)
     if options.command is None:

@@ -87,7 +87,7 @@ CUDA_ARCHITECTURES = {
 HIP_ARCHITECTURES = ("gfx90a", "gfx942")
 #: Of CUTLASS's units, by the end of their names. Devices that are neither compile their own from sm_80's PTX.
 UNIT_ARCHITECTURES = {"_sm80": "arch=compute_80,code=[sm_80,compute_80]", "_sm90": CUDA_ARCHITECTURES["sm_90a"]}
-#: Compiled at once: each takes up to 4 GB.
+#: Compiled at once: each takes up to 5 GB.
 UNITS_AT_ONCE = 2
 
 
@@ -224,7 +224,8 @@ def sources_of(target: Target) -> list[Path]:
         return sorted((source_folder() / "cutlass").glob("*.cu"))
     if target.name == "cutlass-emulator":
         units = source_folder() / "cutlass"
-        return [source_folder() / "common" / "emu.cpp", units / "grouped.cu", units / "units_emu.cpp"]
+        interfaces = [path for path in sorted(units.glob("*.cu")) if not path.stem.endswith(tuple(UNIT_ARCHITECTURES))]
+        return [source_folder() / "common" / "emu.cpp", *interfaces, units / "units_emu.cpp"]
     kernels = sorted((source_folder() / "portable").glob("*.cu"))
     return [source_folder() / "common" / "emu.cpp", *kernels] if target.name.startswith("emulator") else kernels
 
@@ -398,6 +399,11 @@ CUTLASS_SIGNATURES: dict[str, tuple[type, ...]] = {
     "dsp_grouped_outer": (
         *(_POINTER, _I64, _POINTER, _I64, _POINTER, _POINTER),
         *(_I64, _I64, _I64, _I64, _INT, _POINTER, _I64, _POINTER),
+    ),
+    "dsp_mixed_workspace": (_I64, _I64, _I64, _I64S),
+    "dsp_mixed_product": (
+        *(_POINTER, _I64, _POINTER, _I64, _POINTER, _POINTER),
+        *(_I64, _I64, _I64, _I64, _INT, _INT, _POINTER, _I64, _POINTER),
     ),
 }
 

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dspass.runtime import grouped, grouped_cutlass, kernels
+from dspass.runtime import few_bits, grouped, grouped_cutlass, kernels
 from dspass.runtime.kernels import DTYPE_CODES, KernelError
 from tests.emulated import garbage, same, setting
 from tests.test_grouped import check, ends_of, laid, looped, looped_outer, some
@@ -26,11 +27,16 @@ ROOT = Path(__file__).parent.parent
 UNITS = kernels.sources_of(kernels.target_of("cutlass"))
 HALVES = (torch.float16, torch.bfloat16)
 CAPABILITIES = (8, 9)
+#: Compiled each time: those that take half a minute at most, and of those with kernels of CUTLASS's one.
+QUICK = ("grouped.cu", "grouped_sm80.cu", "mixed.cu")
 #: A function that each unit has.
 ENTRIES = {
     "grouped.cu": "dsp_grouped_product",
     "grouped_sm80.cu": "dsp::grouped::run_sm80(",
     "grouped_sm90.cu": "dsp::grouped::run_sm90(",
+    "mixed.cu": "dsp_mixed_product",
+    "mixed_sm80.cu": "dsp::mixed::run_sm80(",
+    "mixed_sm90.cu": "dsp::mixed::run_sm90(",
 }
 
 
@@ -51,15 +57,15 @@ needs_cutlass = pytest.mark.skipif(LACK is not None, reason=LACK or "")
 
 
 def _is_quick(unit: Path) -> bool:
-    return not unit.stem.endswith("_sm90") or kernels.object_path("cutlass", unit, kernels.unit_flags(unit)).is_file()
+    return unit.name in QUICK or kernels.object_path("cutlass", unit, kernels.unit_flags(unit)).is_file()
 
 
 @needs_cutlass
 @pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
 def test_nvcc_compiles(unit: Path, request: pytest.FixtureRequest) -> None:
-    """Each time those for sm_80; those for sm_90a where ``make kernels`` has compiled them, or with ``--whole-matrix``."""
+    """Each time the quick ones; the others where ``make kernels`` has compiled them, or with ``--whole-matrix``."""
     if not _is_quick(unit) and not request.config.getoption("--whole-matrix"):
-        pytest.skip("takes a minute and 4 GB: --whole-matrix compiles it, and where make kernels has, this sees it")
+        pytest.skip("takes long, and up to 5 GB: --whole-matrix compiles it, and where make kernels has, this sees it")
     symbols = subprocess.run(["nm", "-C", kernels.unit_of(unit)], capture_output=True, text=True, check=True).stdout
     assert " T " + ENTRIES[unit.name] in symbols
 
@@ -357,7 +363,7 @@ def test_matrices_without_rows_are_filled_in_parts(library: ctypes.CDLL, emulate
     check(found, looped, x, weight, ends_of(many))
 
 
-_ODD = _X.data_ptr() + 2
+_ODD = 0x10002  # an address that is no multiple of 16, and that nothing reads
 REFUSED: list[dict[str, object]] = [
     *({"dtype": dtype} for dtype in (-1, DTYPE_CODES[torch.float32], 3)),
     *({"experts": experts} for experts in (-1, 0, 8193)),
@@ -413,6 +419,108 @@ def test_a_workspace_that_cannot_be_is_refused(library: ctypes.CDLL) -> None:
     assert sizes[0] < sizes[1]  # that of sm_90 wants some of its own
     with setting(DSP_EMU_CAPABILITY=9):
         assert _call(library, bytes=sizes[0])[0] == 1
+
+
+# -- products with few bits ----------------------------------------------------------------------------------------------
+
+
+def _mixed(
+    library: ctypes.CDLL,
+    x: torch.Tensor,
+    format: str,
+    group: int | None,
+    columns: int,
+    changed: Mapping[str, object] | None = None,
+) -> tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The answer, the product over garbage, what it should be in fp64, and how large its terms are."""
+    generator = torch.Generator().manual_seed(columns)
+    codes, scales = few_bits.quantise_rows(torch.randn((columns, x.shape[1]), generator=generator), format, group)
+    whole = few_bits.group_of(x.shape[1], group)
+    out, found = garbage(x.shape[0], columns, dtype=x.dtype), ctypes.c_int64()
+    assert library.dsp_mixed_workspace(x.shape[1], columns, whole, ctypes.byref(found)) == 0
+    assert found.value == (0 if scales.shape[1] == 1 else scales.numel() * 4)
+    guarded = garbage(found.value + 128, dtype=torch.uint8)
+    begin = -guarded.data_ptr() % 64
+    own: dict[str, object] = {"x": x.data_ptr(), "x_stride": x.stride(0), "codes": codes.data_ptr()}
+    own |= {"code_stride": codes.stride(0), "scales": scales.data_ptr(), "out": out.data_ptr(), "rows": x.shape[0]}
+    own |= {"inner": x.shape[1], "columns": columns, "group": whole, "format": kernels.FORMAT_CODES[format]}
+    own |= {
+        "dtype": DTYPE_CODES[x.dtype],
+        "workspace": guarded.data_ptr() + begin,
+        "bytes": found.value,
+        "stream": None,
+    }
+    own |= changed or {}
+    error = library.dsp_mixed_product(*own.values())
+    assert (guarded[:begin] == 0xA5).all()
+    assert (guarded[begin + found.value :] == 0xA5).all()
+    weight = few_bits.dequantise_rows(codes, scales, x.shape[1], format, torch.float32).double()
+    return error, out, x.double() @ weight.t(), x.double().abs() @ weight.t().abs()
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize(
+    ("capability", "format", "group"),
+    [(8, "int8", None), (9, "int8", None), (9, "int4", None), (9, "int8", 64), (9, "int4", 128)],
+)
+@pytest.mark.parametrize(("rows", "inner", "columns"), [(1, 64, 8), (5, 320, 64), (33, 96, 16)])
+def test_products_with_few_bits_are_those_of_the_weight(
+    library: ctypes.CDLL,
+    capability: int,
+    format: str,
+    group: int | None,
+    dtype: torch.dtype,
+    rows: int,
+    inner: int,
+    columns: int,
+) -> None:
+    """Codes as a checkpoint has them. A weight is rounded to the dtype where it is scaled before it is multiplied."""
+    x = torch.randn((rows, inner + 8), generator=torch.Generator().manual_seed(rows)).to(dtype)[:, :inner]
+    with setting(DSP_EMU_CAPABILITY=capability, DSP_EMU_GRID=1):
+        error, out, exact, size = _mixed(library, x, format, group, columns)
+    assert error == 0
+    assert ((out.double() - exact).abs() <= 1.01 * torch.finfo(dtype).eps / 2 * (size + exact.abs()) + 1e-6).all()
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        *({name: value} for name in ("x", "codes", "scales", "out") for value in (None, _ODD)),
+        *({"x_stride": stride} for stride in (0, 120, 132)),
+        *({"code_stride": stride} for stride in (0, 112, 136)),
+        *({"rows": rows} for rows in (-1, 0, 2**31)),
+        *({"inner": inner} for inner in (-16, 0, 120, 2**31)),
+        *({"columns": columns} for columns in (-8, 0, 12, 2**31)),
+        *({"group": group} for group in (-64, 0, 32, 96)),
+        *({"format": format} for format in (-1, 2)),
+        *({"dtype": dtype} for dtype in (-1, 0, 3)),
+        {"workspace": None},
+        {"workspace": _ODD},
+        {"bytes": 63},
+    ],
+    ids=str,
+)
+def test_products_with_few_bits_that_cannot_be_are_refused(library: ctypes.CDLL, changed: dict[str, object]) -> None:
+    x = torch.ones(3, 128, dtype=torch.bfloat16)
+    with setting(DSP_EMU_CAPABILITY=9):
+        assert _mixed(library, x, "int8", 64, 16)[0] == 0
+        error, out, *_ = _mixed(library, x, "int8", 64, 16, changed)
+    assert error == 1
+    assert same(out, garbage(3, 16, dtype=torch.bfloat16))
+
+
+def test_what_other_devices_do_not_multiply_is_refused(library: ctypes.CDLL) -> None:
+    x = torch.ones(3, 128, dtype=torch.bfloat16)
+    for capability, format, group, wanted in (
+        *((8, "int8", None, 0), (8, "int4", None, 1), (8, "int8", 64, 1), (12, "int8", None, 0)),
+        *((7, "int8", None, 1), (9, "int4", 64, 0)),
+    ):
+        with setting(DSP_EMU_CAPABILITY=capability):
+            assert _mixed(library, x, format, group, 16)[0] == wanted, (capability, format, group)
+    found = ctypes.c_int64()
+    for inner, columns, group in ((0, 8, 64), (128, 12, 64), (128, 8, 32), (128, 8, 0), (2**31, 8, 64)):
+        assert library.dsp_mixed_workspace(inner, columns, group, ctypes.byref(found)) == 1
+    assert library.dsp_mixed_workspace(128, 8, 64, None) == 1
 
 
 @pytest.fixture(scope="module")

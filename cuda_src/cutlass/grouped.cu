@@ -12,10 +12,9 @@
 //
 // Dropped: fp32, which tensor cores would round to tf32. Dropped: narrower accesses for rows that are not aligned, each
 // of which is one more kernel to compile for shapes that models do not have.
-#include <stdlib.h>
-
 #include <type_traits>
 
+#include "device.h"
 #include "groups.cuh"
 
 namespace dsp {
@@ -24,20 +23,6 @@ namespace {
 
 constexpr int64_t kMostRows = 0x7fffffff;
 constexpr int64_t kMostExperts = 8192;  // runtime/experts.py
-constexpr int64_t kWorkspaceAlignment = 64;  // of TMA descriptors
-
-// Compute capability of the current device, without the minor part.
-int capability(int* major) {
-#if DSP_EMU
-  const char* const wanted = getenv("DSP_EMU_CAPABILITY");
-  *major = wanted ? atoi(wanted) : 8;
-  return 0;
-#else
-  int device = 0;
-  if (const cudaError_t error = cudaGetDevice(&device)) return error;
-  return cudaDeviceGetAttribute(major, cudaDevAttrComputeCapabilityMajor, device);
-#endif
-}
 
 int64_t aligned(int64_t bytes) { return (bytes + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment; }
 
@@ -64,23 +49,20 @@ Groups groups_in(void* memory, int64_t count) {
   return groups;
 }
 
-bool is_aligned(const void* pointer, int64_t to) { return reinterpret_cast<uintptr_t>(pointer) % to == 0; }
-
 bool is_size(int64_t size) { return size > 0 && size % kAlignment == 0 && size <= kMostRows; }
 
 bool is_stride(int64_t stride, int64_t width) { return stride >= width && stride % kAlignment == 0; }
 
 bool are_operands(const Operands& operands, int64_t experts, int dtype) {
-  const auto begins_well = [](const void* pointer) { return pointer != nullptr && is_aligned(pointer, 16); };
   return (dtype == 1 || dtype == 2) && experts >= 1 && experts <= kMostExperts && operands.ends != nullptr &&
          operands.rows >= 1 && operands.rows <= kMostRows && is_size(operands.inner) && is_size(operands.columns) &&
-         begins_well(operands.left) && begins_well(operands.right) && begins_well(operands.out);
+         is_aligned(operands.left, 16) && is_aligned(operands.right, 16) && is_aligned(operands.out, 16);
 }
 
 int run(Form form, const Operands& operands, int64_t experts, int dtype, void* workspace, int64_t bytes,
         void* stream) {
   const int64_t arrays = bytes_of_arrays(experts);
-  if (workspace == nullptr || !is_aligned(workspace, kWorkspaceAlignment) || bytes < arrays) return kInvalidValue;
+  if (!is_aligned(workspace, kWorkspaceAlignment) || bytes < arrays) return kInvalidValue;
   int major = 0;
   if (const int error = capability(&major)) return error;
   if (major < 8) return kInvalidValue;
@@ -104,7 +86,7 @@ DSP_EXPORT int dsp_grouped_workspace(int64_t experts, int64_t* bytes) {
   using namespace dsp::grouped;
   if (experts < 1 || experts > kMostExperts || bytes == nullptr) return dsp::kInvalidValue;
   int major = 0;
-  if (const int error = capability(&major)) return error;
+  if (const int error = dsp::capability(&major)) return error;
   if (major < 8) return dsp::kInvalidValue;
   int64_t own = 0;
   if (const int error = major == 9 ? run_sm90_workspace(&own) : run_sm80_workspace(&own)) return error;

@@ -5,15 +5,20 @@
 
 #include "../portable/formats.cuh"
 #include "grouped.h"
+#include "mixed.h"
 
 namespace dsp {
-namespace grouped {
 namespace {
 
 constexpr int kMisaligned = 716;  // the driver's cudaErrorMisalignedAddress
 constexpr int kAssert = 710;      // and its cudaErrorAssert
 
 bool is_at_16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+}  // namespace
+
+namespace grouped {
+namespace {
 
 template <class T>
 int multiply(Form form, const Groups& groups) {
@@ -74,4 +79,59 @@ int run_sm90_workspace(int64_t* bytes) {
 }
 
 }  // namespace grouped
+
+namespace mixed {
+namespace {
+
+// As CUTLASS numbers values of 4 bits: the first of a byte in its low half, signed.
+float code_at(const void* row, int format, int64_t i) {
+  const auto* const bytes = static_cast<const int8_t*>(row);
+  if (format == 0) return bytes[i];
+  return static_cast<int8_t>(bytes[i / 2] << (i % 2 == 0 ? 4 : 0)) >> 4;
+}
+
+// Scales are of the sum, or of each value, which is rounded to T then.
+template <class T, bool kIsOfSum>
+int multiply(int format, const Operands& operands) {
+  const int64_t aligned = format == 0 ? 16 : 32;
+  if (operands.inner % aligned || operands.columns % kAlignment || operands.x_stride % kAlignment ||
+      operands.code_stride % 16)
+    return kMisaligned;
+  if (!is_at_16(operands.x) || !is_at_16(operands.codes) || !is_at_16(operands.scales) || !is_at_16(operands.out))
+    return kMisaligned;
+  if (operands.group < operands.inner && (kIsOfSum || operands.group % kGroup)) return kAssert;
+  for (int64_t i = 0; i < operands.rows; ++i) {
+    const T* const row = static_cast<const T*>(operands.x) + i * operands.x_stride;
+    for (int64_t j = 0; j < operands.columns; ++j) {
+      const auto* const codes = static_cast<const char*>(operands.codes) + j * operands.code_stride;
+      float sum = 0.f;
+      for (int64_t l = 0; l < operands.inner; ++l) {
+        float weight = code_at(codes, format, l);
+        const float scale = operands.scales[l / operands.group * operands.columns + j];
+        if (!kIsOfSum) weight = to_float(from_float<T>(weight * scale));
+        sum += to_float(row[l]) * weight;
+      }
+      if (kIsOfSum) sum *= operands.scales[j];
+      static_cast<T*>(operands.out)[i * operands.columns + j] = from_float<T>(sum);
+    }
+  }
+  return 0;
+}
+
+template <bool kIsOfSum>
+int multiply(int format, int dtype, const Operands& operands) {
+  if (dtype == 1) return multiply<f16, kIsOfSum>(format, operands);
+  if (dtype == 2) return multiply<bf16, kIsOfSum>(format, operands);
+  return kInvalidValue;
+}
+
+}  // namespace
+
+int run_sm80(int format, int dtype, const Operands& operands, void*) {
+  return format == 0 ? multiply<true>(format, dtype, operands) : kInvalidValue;
+}
+
+int run_sm90(int format, int dtype, const Operands& operands, void*) { return multiply<false>(format, dtype, operands); }
+
+}  // namespace mixed
 }  // namespace dsp
