@@ -1,6 +1,6 @@
-// Grouped products on memory that ends where it may be touched last, under the address sanitizer.
+// CUTLASS's C interfaces on memory that ends where it may be touched last, under the address sanitizer.
 //
-// With an argument the workspace ends that many bytes before the arrays that are made in it, which has to be reported.
+// With an argument workspaces end that many bytes before what is made in them, which has to be reported.
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -13,6 +13,9 @@ int dsp_grouped_product(const void*, int64_t, const void*, int64_t, int64_t, int
                         int64_t, int64_t, int64_t, int, void*, int64_t, void*);
 int dsp_grouped_outer(const void*, int64_t, const void*, int64_t, const void*, void*, int64_t, int64_t, int64_t, int64_t,
                       int, void*, int64_t, void*);
+int dsp_mixed_workspace(int64_t, int64_t, int64_t, int64_t*);
+int dsp_mixed_product(const void*, int64_t, const void*, int64_t, const void*, void*, int64_t, int64_t, int64_t, int64_t,
+                      int, int, void*, int64_t, void*);
 }
 
 namespace {
@@ -24,10 +27,8 @@ void* room(int64_t values) {  // of 16 bits, and aligned: it ends where the last
   return found;
 }
 
-}  // namespace
-
-int main(int count, char** arguments) {
-  const int64_t missing = count > 1 ? atoll(arguments[1]) : 0;
+// How many products by experts there were; below 0 where one was refused.
+int grouped(int64_t missing) {
   const int64_t rows = 21, experts = 5, sizes[][2] = {{8, 8}, {24, 16}, {16, 40}};
   // As they should be, and as they should not: they decrease, exceed the rows, or are below 0.
   const int32_t all_ends[][5] = {{3, 3, 10, 20, 21}, {0, 0, 0, 0, 0},     {21, 21, 21, 21, 21},
@@ -39,7 +40,7 @@ int main(int count, char** arguments) {
       const int64_t inner = size[0], columns = size[1];
       for (const auto& own : all_ends) {
         int64_t bytes = 0;
-        if (dsp_grouped_workspace(experts, &bytes)) return 1;
+        if (dsp_grouped_workspace(experts, &bytes)) return -1;
         void* const workspace = room((bytes - missing) / 2);
         void* const ends = malloc(sizeof own);
         memcpy(ends, own, sizeof own);
@@ -53,12 +54,44 @@ int main(int count, char** arguments) {
                                 workspace, bytes, nullptr) ||
             dsp_grouped_outer(x, inner, grad, columns, ends, matrices, rows, inner, columns, experts, 2, workspace, bytes,
                               nullptr);
-        if (failed) return 1;
+        if (failed) return -1;
         calls += 3;
         for (void* const one : {workspace, ends, x, grad, weight, matrices}) free(one);
       }
     }
   }
-  printf("%d calls within bounds\n", calls);
+  return calls;
+}
+
+// The same of products with codes of 8 and 4 bits.
+int mixed(int64_t missing) {
+  const int64_t rows = 3, columns = 72, inner = 160;
+  int calls = 0;
+  setenv("DSP_EMU_CAPABILITY", "9", 1);
+  for (const int64_t group : {64, 128, 160}) {
+    for (const int format : {0, 1}) {
+      const int64_t groups = (inner + group - 1) / group, code_bytes = inner * (format == 0 ? 8 : 4) / 8;
+      int64_t bytes = 0;
+      if (dsp_mixed_workspace(inner, columns, group, &bytes)) return -1;
+      void* const workspace = bytes ? room((bytes - missing) / 2) : nullptr;
+      void *const x = room(rows * inner), *const out = room(rows * columns);
+      void *const codes = room(columns * code_bytes / 2), *const scales = room(columns * groups * 2);
+      const int failed = dsp_mixed_product(x, inner, codes, code_bytes, scales, out, rows, inner, columns, group, format,
+                                           2, workspace, bytes, nullptr);
+      if (failed) return -1;
+      ++calls;
+      for (void* const one : {workspace, x, out, codes, scales}) free(one);
+    }
+  }
+  return calls;
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  const int64_t missing = count > 1 ? atoll(arguments[1]) : 0;
+  const int by_experts = grouped(missing), with_few_bits = mixed(missing);
+  if (by_experts < 0 || with_few_bits < 0) return 1;
+  printf("%d calls within bounds\n", by_experts + with_few_bits);
   return 0;
 }
