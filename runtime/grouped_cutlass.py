@@ -20,7 +20,7 @@ import torch
 from dspass.runtime import kernels
 from dspass.runtime.quantise import DTYPES
 
-#: Of the library: what it does not take.
+#: Of the library: what it does not take. The driver has the same for a launch that cannot be, which another path serves too.
 _REFUSED = 1
 
 
