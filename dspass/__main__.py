@@ -64,11 +64,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         type=int,
         help="processes of this CPU that measure beside each other, and gathers between them (default: 1, and then 2)",
     )
-    commands.add_parser(
+    compile_kernels = commands.add_parser(
         "kernels",
         help="compile the kernels for a GPU",
         description="Compile the CUDA kernels, or with ROCm's torch the HIP ones, and their binding to torch, unless they are "
         "there; print where they are. Needs nvcc or hipcc, and g++. See docs/kernels.md.",
+    )
+    compile_kernels.add_argument(
+        "--cutlass", action="store_true", help="those of CUTLASS too: minutes, and up to 5 GB a unit, two at a time"
     )
     options = parser.parse_args(argv)
     if options.command is None:
@@ -91,8 +94,11 @@ def _calibrate(options: argparse.Namespace) -> int:
 def _kernels(options: argparse.Namespace) -> int:
     from dspass.runtime import kernels
 
-    for target in ("hip" if torch.version.hip else "cuda", "binding"):
-        print(f"{target}: {kernels.build(target)}")
+    if options.cutlass and torch.version.hip:
+        raise ValueError("CUTLASS's kernels are for NVIDIA's GPUs, and this torch is ROCm's: leave --cutlass out.")
+    targets = ["hip" if torch.version.hip else "cuda", "binding", *(["cutlass"] if options.cutlass else [])]
+    for target in targets:
+        print(f"{target}: {kernels.build(target, lambda line: print(f'  {line}', flush=True))}", flush=True)
     return 0
 
 

@@ -2,21 +2,26 @@
 
 A kernel library has a C interface and knows nothing of torch; one binding puts those of a GPU behind the operators of
 :mod:`dspass.runtime.operators`. Nothing is compiled unless :func:`build` is called (``make kernels``), and nothing is looked
-for unless :func:`serve` is: where no library is, the torch reference serves.
+for unless :func:`serve` is, and :func:`cutlass` at the first grouped product on a GPU: where no library is, torch serves.
 
 ========================= ========== ===================================================================
 target                    compiler   runs on
 ========================= ========== ===================================================================
 ``cuda``                  nvcc       NVIDIA GPUs: sm_80, sm_90a, sm_100 and later ones
 ``hip``                   hipcc      AMD GPUs: gfx90a, gfx942
+``cutlass``               nvcc       NVIDIA GPUs: matrix products, each unit for one architecture (``cuda_src/cutlass``)
 ``binding``               g++        torch: the operators' CUDA and ROCm implementations
 ``emulator-32``, ``-64``  g++        the CPU, for tests: warps of so many threads
 ``…-sanitized``           g++        the same under the address sanitizer
 ``binding-emulator``      g++        torch on the CPU, for tests: the operators answered by an emulator
+``cutlass-emulator``      g++        the CPU, for tests: all of ``cutlass`` but the products, which are plain loops
 ========================= ========== ===================================================================
 
 ``DSPASS_KERNEL_DIR`` names a folder with libraries that were built elsewhere, ``dspass-<target>.so`` each. Without it they are
 in the user's cache, under a name that changes with the sources, the flags and the compiler, so that none is ever out of date.
+
+CUTLASS is headers: those of ``CUTLASS_PATH``, a checkout of it, or else of the installed package ``nvidia-cutlass``. Its units
+take a minute and gigabytes each; they are compiled two at a time, and kept as objects, so that a change compiles one anew.
 
 Dropped: ``torch.utils.cpp_extension``, which builds against one version of torch and takes minutes. Dropped: building when an
 operator is first called: a training job would compile on every rank.
@@ -26,11 +31,14 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -57,6 +65,8 @@ _HOST = (
 )
 _SANITIZED = ("-O1", "-fsanitize=address", "-fno-omit-frame-pointer")
 _CUDA = ("-std=c++17", "-O3", "-fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden")
+#: Without assertions, whose calls would have ptxas wait for each product of a warp group (sm_90a).
+_CUTLASS = ("-std=c++17", "-O3", "--expt-relaxed-constexpr", "-DNDEBUG", "-Xcompiler", "-fPIC,-fvisibility=hidden")
 _HIP = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden")
 #: The oldest torch whose stable ABI the binding needs: 2.11.
 _BINDING = (
@@ -75,6 +85,10 @@ CUDA_ARCHITECTURES = {
     "sm_100": "arch=compute_100,code=[sm_100,compute_100]",
 }
 HIP_ARCHITECTURES = ("gfx90a", "gfx942")
+#: Of CUTLASS's units, by the end of their names. Devices that are neither compile their own from sm_80's PTX.
+UNIT_ARCHITECTURES = {"_sm80": "arch=compute_80,code=[sm_80,compute_80]", "_sm90": CUDA_ARCHITECTURES["sm_90a"]}
+#: Compiled at once: each takes up to 5 GB.
+UNITS_AT_ONCE = 2
 
 
 class KernelError(ValueError):
@@ -123,6 +137,8 @@ TARGETS: dict[str, Target] = {
             link=("-ltorch_cpu", "-ldl"),
             way_out=_GXX,
         ),
+        Target(name="cutlass", compiler="nvcc", flags=(*_CUTLASS, "--compress-mode=size"), way_out=_NVCC),
+        Target(name="cutlass-emulator", compiler="g++", flags=(*_HOST, "-DDSP_EMU_WARP=32", "-O2"), way_out=_GXX),
         *(
             Target(
                 name=f"emulator-{warp}{'-sanitized' if sanitized else ''}",
@@ -159,12 +175,15 @@ def library_folder() -> Path:
 def library_path(target: str) -> Path:
     """Of the library for ``target``, built or not.
 
-    Raises :class:`KernelError` where there is no such target, or no compiler whose version could be part of the name.
+    Raises :class:`KernelError` where there is no such target, or no compiler or headers whose versions are part of the name.
     """
     found = target_of(target)
     if os.environ.get("DSPASS_KERNEL_DIR"):
         return library_folder() / f"dspass-{target}.so"
-    return library_folder() / f"dspass-{target}-{_key(_command(found, found.link))}.so"
+    command = _command(found, found.link)
+    if target == "cutlass":
+        command += tuple(flag for source in sources_of(found) for flag in unit_flags(source))
+    return library_folder() / f"dspass-{target}-{_key(found, command)}.so"
 
 
 def is_built(target: str) -> bool:
@@ -201,29 +220,88 @@ def sources_of(target: Target) -> list[Path]:
         return [source_folder() / "torch" / "bind.cpp"]
     if target.name == "hip":
         return sorted(source_folder("hip_src").glob("*.hip"))
+    if target.name == "cutlass":
+        return sorted((source_folder() / "cutlass").glob("*.cu"))
+    if target.name == "cutlass-emulator":
+        units = source_folder() / "cutlass"
+        interfaces = [path for path in sorted(units.glob("*.cu")) if not path.stem.endswith(tuple(UNIT_ARCHITECTURES))]
+        return [source_folder() / "common" / "emu.cpp", *interfaces, units / "units_emu.cpp"]
     kernels = sorted((source_folder() / "portable").glob("*.cu"))
     return [source_folder() / "common" / "emu.cpp", *kernels] if target.name.startswith("emulator") else kernels
 
 
-def build(target: str) -> Path:
-    """Compile the library for ``target`` unless it is there; its path.
+def build(target: str, tell: Callable[[str], None] = lambda line: None) -> Path:
+    """Compile the library for ``target`` unless it is there; its path. ``tell`` is called for each of CUTLASS's units.
 
-    Raises :class:`KernelError` where the compiler is missing, or fails.
+    Raises :class:`KernelError` where the compiler is missing, or fails, and where CUTLASS's headers are.
     """
     found = target_of(target)
     path = library_path(target)
-    if not path.is_file() or os.environ.get("DSPASS_KERNEL_DIR"):
+    if path.is_file() and not os.environ.get("DSPASS_KERNEL_DIR"):
+        return path
+    if target == "cutlass":
+        compile_to(path, (compiler_of(found), "-shared"), _units(sources_of(found), tell), found.link)
+    else:
         compile_to(path, (*_command(found), "-shared"), sources_of(found), found.link)
     return path
 
 
+def _units(sources: Sequence[Path], tell: Callable[[str], None]) -> list[Path]:
+    """Their objects, :data:`UNITS_AT_ONCE` compiled at a time."""
+    done: list[Path] = []
+
+    def compiled(source: Path) -> Path:
+        begin = time.monotonic()
+        made = unit_of(source)
+        done.append(source)
+        tell(f"{source.name}: {time.monotonic() - begin:.0f} s, {len(done)} of {len(sources)} units")
+        return made
+
+    with ThreadPoolExecutor(UNITS_AT_ONCE) as pool:
+        return list(pool.map(compiled, sources))
+
+
+def unit_of(source: Path) -> Path:
+    """The object of one of CUTLASS's units, compiled for its architecture unless it is in the cache.
+
+    Raises :class:`KernelError` as :func:`build` does.
+    """
+    return object_of("cutlass", source, unit_flags(source))
+
+
+def unit_flags(source: Path) -> tuple[str, ...]:
+    """Of one of CUTLASS's units, whose name says which architecture it is for; that of the C interface is for all."""
+    own = [("-gencode", code) for end, code in UNIT_ARCHITECTURES.items() if source.stem.endswith(end)]
+    return (*_command(target_of("cutlass"))[1:], "-c", *(own[0] if own else _gencode))
+
+
+def cutlass_headers() -> tuple[Path, ...]:
+    """Folders of CUTLASS's headers. Raises :class:`KernelError`, with both ways out, where there are none."""
+    named = os.environ.get("CUTLASS_PATH")
+    package = None if named else importlib.util.find_spec("cutlass_library")
+    root = Path(named) if named else Path(package.origin or "").parent / "source" if package else None
+    if root is None or not (root / "include" / "cutlass" / "version.h").is_file():
+        looked = "" if root is None else f" They are not in {root}."
+        raise KernelError(
+            f"CUTLASS's headers are missing, which the kernel library 'cutlass' is built from: pip install "
+            f"nvidia-cutlass==4.2.0.0 --no-deps, or name a checkout of CUTLASS in CUTLASS_PATH.{looked}"
+        )
+    return root / "include", root / "tools" / "util" / "include"
+
+
 def object_of(target: str, source: Path, flags: Sequence[str]) -> Path:
     """Of one source of ``target``, compiled with these flags instead of the target's own, from the cache if it is there."""
-    command = (compiler_of(target_of(target)), *flags)
-    path = library_folder() / "objects" / f"{source.stem}-{_key((*command, source.name))}.o"
+    path = object_path(target, source, flags)
     if not path.is_file():
-        compile_to(path, command, [source])
+        compile_to(path, (compiler_of(target_of(target)), *flags), [source])
     return path
+
+
+def object_path(target: str, source: Path, flags: Sequence[str]) -> Path:
+    """Where :func:`object_of` has it, compiled or not."""
+    found = target_of(target)
+    key = _key(found, (compiler_of(found), *flags, source.name), [source])
+    return library_folder() / "objects" / f"{source.stem}-{key}.o"
 
 
 def compile_to(path: Path, command: Sequence[str], sources: Iterable[Path], link: Sequence[str] = ()) -> None:
@@ -249,17 +327,31 @@ def _command(target: Target, link: tuple[str, ...] = ()) -> tuple[str, ...]:
     if target.name.startswith("binding"):
         home = Path(torch.__file__).parent
         command = (*command, f"-isystem{home / 'include'}", f"-L{home / 'lib'}")
+    if target.name == "cutlass":
+        command = (*command, *(f"-I{folder}" for folder in cutlass_headers()))
     return command + link
 
 
-def _key(command: Sequence[str]) -> str:
-    """Changes with all sources, the command and the compiler's version."""
+def _key(target: Target, command: Sequence[str], sources: Sequence[Path] | None = None) -> str:
+    """Changes with what the sources, or all of the target's, may read, the command and the compiler's version."""
     digest = hashlib.sha256("\0".join((*command, _version(command[0]))).encode())
-    for folder in (source_folder(), source_folder("hip_src")):
-        for path in sorted(folder.rglob("*")):
-            if path.suffix in (".cu", ".cuh", ".cpp", ".h", ".hip"):
-                digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes())
+    for path in _read_by(target, sources):
+        digest.update(str(path.relative_to(path.parent.parent)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def _read_by(target: Target, sources: Sequence[Path] | None) -> list[Path]:
+    """Files that change what is compiled: of a unit of CUTLASS's, which takes a minute, no other unit and no other kernels,
+    whose objects in turn CUTLASS does not change."""
+    folder = source_folder()
+    if target.name == "cutlass":
+        headers = [path for path in (folder / "cutlass").iterdir() if path.suffix in (".h", ".cuh")]
+        own = sources_of(target) if sources is None else sources
+        version = cutlass_headers()[0] / "cutlass" / "version.h"
+        return [*sorted(headers), folder / "common" / "gpu.h", *own, version]
+    files = [path for one in (folder, source_folder("hip_src")) for path in sorted(one.rglob("*"))]
+    kept = [path for path in files if path.suffix in (".cu", ".cuh", ".cpp", ".h", ".hip")]
+    return [path for path in kept if path.parent.name != "cutlass" or target.name == "cutlass-emulator"]
 
 
 @lru_cache
@@ -272,7 +364,7 @@ def _version(compiler: str) -> str:
 _I64, _INT, _FLOAT, _DOUBLE, _POINTER = ctypes.c_int64, ctypes.c_int, ctypes.c_float, ctypes.c_double, ctypes.c_void_p
 _I64S, _INTS, _POINTERS = ctypes.POINTER(_I64), ctypes.POINTER(_INT), ctypes.POINTER(_POINTER)
 
-#: Arguments of each function of a kernel library; all answer the driver's error code.
+#: Arguments of each function of a kernel library; all answer the driver's error code. Those of CUTLASS's are apart.
 SIGNATURES: dict[str, tuple[type, ...]] = {
     "dsp_quantise": (_POINTER, _I64, _INT, _POINTER, _POINTER, _I64, _INT, _POINTER),
     "dsp_dequantise": (_POINTER, _POINTER, _POINTER, _I64, _INT, _I64, _INT, _POINTER),
@@ -298,13 +390,42 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
     "dsp_unpermute_experts": (_POINTER, _POINTER, _POINTER, _INT, _POINTER, _I64, _I64, _I64, _INT, _POINTER),
 }
 
+CUTLASS_SIGNATURES: dict[str, tuple[type, ...]] = {
+    "dsp_grouped_workspace": (_I64, _I64S),
+    "dsp_grouped_product": (
+        *(_POINTER, _I64, _POINTER, _I64, _I64, _I64, _POINTER, _POINTER),
+        *(_I64, _I64, _I64, _I64, _INT, _POINTER, _I64, _POINTER),
+    ),
+    "dsp_grouped_outer": (
+        *(_POINTER, _I64, _POINTER, _I64, _POINTER, _POINTER),
+        *(_I64, _I64, _I64, _I64, _INT, _POINTER, _I64, _POINTER),
+    ),
+    "dsp_mixed_workspace": (_I64, _I64, _I64, _I64S),
+    "dsp_mixed_product": (
+        *(_POINTER, _I64, _POINTER, _I64, _POINTER, _POINTER),
+        *(_I64, _I64, _I64, _I64, _INT, _INT, _POINTER, _I64, _POINTER),
+    ),
+}
+
 
 def load(target: str) -> ctypes.CDLL:
     """The library for ``target``, its functions declared.
 
     Raises :class:`KernelError` where it is not built, or is of other sources than these.
     """
-    return _declared(_existing(target))
+    is_cutlass = target.startswith("cutlass")
+    return _declared(_existing(target), is_cutlass)
+
+
+@lru_cache
+def cutlass() -> ctypes.CDLL | None:
+    """CUTLASS's library, looked for at the first call in this process; None where it is not built, or kernels are left out.
+
+    Raises :class:`KernelError` where it is there and will not load.
+    """
+    if os.environ.get("DSPASS_KERNELS") == "reference" or torch.version.hip or not is_built("cutlass"):
+        return None
+    return load("cutlass")
 
 
 @lru_cache
@@ -349,10 +470,10 @@ def _existing(target: str) -> Path:
 
 
 @lru_cache
-def _declared(path: Path) -> ctypes.CDLL:
+def _declared(path: Path, is_cutlass: bool) -> ctypes.CDLL:
     try:
         library = ctypes.CDLL(str(path))
-        for name, arguments in SIGNATURES.items():
+        for name, arguments in (CUTLASS_SIGNATURES if is_cutlass else SIGNATURES).items():
             function = getattr(library, name)
             function.restype, function.argtypes = ctypes.c_int, arguments
     except (OSError, AttributeError) as error:
