@@ -58,7 +58,7 @@ from dspass.report import (
     format_bytes,
     format_seconds,
 )
-from dspass.report_pipeline import notes_of_messages, record_of
+from dspass.report.pipeline import notes_of_messages, record_of
 from dspass.runtime import compat
 from dspass.runtime.axis import MODELLED
 from dspass.runtime.engine import Engine

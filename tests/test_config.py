@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import inspect
 import json
 import subprocess
 import sys
@@ -14,10 +13,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dspass import config as module
-from dspass.config import KEYS, Config, ConfigError, Ignored, Key, PassEntry, ZeroConfig
+from dspass import config as package
+from dspass.config import KEYS, Config, ConfigError, DspassConfig, Ignored, Key, PassEntry, ZeroConfig
+from dspass.config.keys import BY_PATH, BY_SPELLING
+from dspass.config.page import page
 
 PAGE = Path(__file__).parents[1] / "docs" / "config.md"
+FILES = sorted(Path(package.__file__).parent.glob("*.py"))
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +54,7 @@ def merge(into: dict, other: dict) -> dict:
 
 
 def test_the_page_is_the_table() -> None:
-    assert PAGE.read_text() == module.page(), "run: python -P dspass/config.py > docs/config.md"
+    assert PAGE.read_text() == page(), "run: python -m dspass.config > docs/config.md"
 
 
 def test_every_key_has_one_row() -> None:
@@ -77,21 +79,22 @@ def test_the_table_is_sound() -> None:
 
 
 def test_every_field_has_a_key_and_a_docstring() -> None:
-    tree = ast.parse(inspect.getsource(module))
-    for node in (node for node in tree.body if isinstance(node, ast.ClassDef)):
+    classes = [node for file in FILES for node in ast.parse(file.read_text()).body if isinstance(node, ast.ClassDef)]
+    assert {"Config", "Key", "ZeroConfig"} <= {node.name for node in classes}
+    for node in classes:
         for here, after in zip(node.body, [*node.body[1:], None], strict=True):
             if isinstance(here, ast.AnnAssign):
                 assert isinstance(after, ast.Expr), f"{node.name}.{ast.unparse(here.target)} has no docstring"
     acting = {(key.section.partition(".")[0], key.field) for key in KEYS if key.field}
     for item in dataclasses.fields(ZeroConfig):
         assert ("zero_optimization", item.name) in acting
-    for item in dataclasses.fields(module.DspassConfig):
+    for item in dataclasses.fields(DspassConfig):
         assert ("dspass", item.name) in acting
 
 
 def test_the_page_is_what_the_command_prints() -> None:
     done = subprocess.run(
-        [sys.executable, "-P", "dspass/config.py"],
+        [sys.executable, "-m", "dspass.config"],
         cwd=PAGE.parents[1],
         capture_output=True,
         text=True,
@@ -562,13 +565,13 @@ def test_any_known_keys_load_and_round_trip(drawn: tuple[dict, list[Key]]) -> No
 
 
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.sampled_from([key for key in LEAVES if not module._BY_PATH.get(key.section, key).open]), st.data())
+@given(st.sampled_from([key for key in LEAVES if not BY_PATH.get(key.section, key).open]), st.data())
 def test_any_misspelt_key_is_refused_by_name(key: Key, data: st.DataObject) -> None:
     at = data.draw(st.integers(0, len(key.name) - 1))
     letter = data.draw(st.sampled_from("abcdefghijklmnopqrstuvwxyz_1"))
     name = key.name[:at] + letter + key.name[at + data.draw(st.integers(0, 1)) :]
     path = f"{key.section}.{name}" if key.section else name
-    if path in module._BY_SPELLING:
+    if path in BY_SPELLING:
         return
     error = refused(nest(path, None))
     assert error.key == path
@@ -587,11 +590,13 @@ def test_auto_is_refused_by_name(key: Key) -> None:
     assert '"auto"' in str(error)
 
 
-def test_only_the_standard_library_is_imported() -> None:
-    tree = ast.parse(inspect.getsource(module))
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_only_the_standard_library_is_imported(file: Path) -> None:
+    tree = ast.parse(file.read_text())
     names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     names |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert {name.partition(".")[0] for name in names} <= set(sys.stdlib_module_names)
+    others = {name for name in names if not name.startswith("dspass.config.")}
+    assert {name.partition(".")[0] for name in others} <= set(sys.stdlib_module_names)
 
 
 def test_a_block_that_kernels_cannot_read_is_refused_with_the_nearest() -> None:

@@ -27,7 +27,7 @@ from dspass.report import (
     Report,
     Traffic,
 )
-from dspass.report_html import MAX_POINTS, downsample, embed_json, paired
+from dspass.report.html import MAX_POINTS, downsample, embed_json, paired
 
 HOSTILE = "</script><script>document.documentElement.dataset.hacked='yes'</script><!--<img src=x onerror=alert(1)>&\"'"
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

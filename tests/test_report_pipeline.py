@@ -18,7 +18,7 @@ from dspass.pipeline_times import is_due
 from dspass.planner.schedule_times import Link, StageCost, simulate
 from dspass.planner.schedules import make
 from dspass.report import PipelineRecord, PipelineTimeline, Report
-from dspass.report_pipeline import _times, timelines_of
+from dspass.report.pipeline import _times, timelines_of
 from dspass.runtime import clock
 from dspass.runtime.schedule import Kind
 from tests.models import Block

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from dspass.report import ExpertLayer
+from dspass.report.records import ExpertLayer
 
 #: Layers that are drawn, those whose ranks are least even first; the table has all.
 _DRAWN = 8

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from dspass.report import PlanRecord, format_bytes, format_seconds
+from dspass.report.records import PlanRecord
+from dspass.report.words import format_bytes, format_seconds
 
 
 def plan_html(plan: PlanRecord) -> str:

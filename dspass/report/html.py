@@ -13,22 +13,15 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from dspass.report import (
-    CATEGORIES,
-    MemoryPoint,
-    PassRecord,
-    Report,
-    bits_text,
-    exposed_text,
-    flat_config,
-    format_bytes,
-    format_seconds,
-    opcodes,
-    split_lines,
-)
-from dspass.report_experts_html import experts_html
-from dspass.report_pipeline_html import pipeline_html
-from dspass.report_plan_html import plan_html
+from dspass.report.changes import flat_config
+from dspass.report.diff import opcodes, split_lines
+from dspass.report.experts_html import experts_html
+from dspass.report.pipeline_html import pipeline_html
+from dspass.report.plan_html import plan_html
+from dspass.report.records import CATEGORIES, MemoryPoint, PassRecord
+from dspass.report.report import Report
+from dspass.report.text import bits_text, exposed_text
+from dspass.report.words import format_bytes, format_seconds
 
 MAX_POINTS = 2000
 """Points of the timeline that the page holds: more than a screen has columns."""

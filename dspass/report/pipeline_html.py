@@ -9,8 +9,9 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
-from dspass.report import PipelineMessage, PipelineRecord, PipelineTimeline, format_bytes, format_seconds
-from dspass.report_pipeline import heading, timelines_of
+from dspass.report.pipeline import heading, timelines_of
+from dspass.report.records import PipelineMessage, PipelineRecord, PipelineTimeline
+from dspass.report.words import format_bytes, format_seconds
 from dspass.timeline import timeline_svg
 
 #: Actions that a picture holds: a browser draws so many at once. With more, some of the ranks are shown.

@@ -1,7 +1,7 @@
 """A pipeline in the report: from what the planner and the ranks know to a record, and from a record to text.
 
-The record is plain data, which :mod:`dspass.report` needs no torch for; here it becomes a picture of what each rank does when
-(:mod:`dspass.timeline`).
+The record is plain data, which :mod:`dspass.report.records` needs no torch for; here it becomes a picture of what each rank
+does when (:mod:`dspass.timeline`).
 
 Dropped: a record of the picture's lines. What is saved would be as wide as one terminal was, and nothing could be compared.
 """
@@ -12,15 +12,14 @@ from collections.abc import Iterator, Sequence
 from textwrap import wrap
 
 from dspass.pipeline_times import Measured
-from dspass.report import (
+from dspass.report.records import (
     PipelineKind,
     PipelineMessage,
     PipelineRecord,
     PipelineSpan,
     PipelineTimeline,
-    format_bytes,
-    format_seconds,
 )
+from dspass.report.words import format_bytes, format_seconds
 from dspass.runtime.schedule import Action, Direction, Kind, Schedule, Send, Span, Timeline
 from dspass.staging import Staging
 from dspass.timeline import timeline_text
