@@ -1,6 +1,6 @@
 """``python -m benchmarks zero``, ``memory``, ``offload``, ``quantise``, ``experts``, ``pipeline`` and ``weights``: figures
 measured in turns in one call, beside those of peers where there are any; ``prefetch``: what is predicted for a device;
-``solver`` and ``grouped``: how long the planner's solver and products of experts take."""
+``kernels``: operator by operator; ``solver`` and ``grouped``: how long the planner's solver and products of experts take."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from benchmarks import (
     experts,
     grouped,
+    kernels,
     memory,
     memory_points,
     offload,
@@ -89,7 +90,7 @@ def main() -> int:
     )
     two.add_argument("--out", default="benchmarks/results", help="where tables, figures and plots are written")
     two.set_defaults(run=memory.run)
-    for module in (experts, grouped, offload, pipeline, prefetch, quantise, solver, weights):
+    for module in (experts, grouped, kernels, offload, pipeline, prefetch, quantise, solver, weights):
         name = module.__name__.rpartition(".")[2]
         summary = (module.__doc__ or "").splitlines()[0]
         more = commands.add_parser(

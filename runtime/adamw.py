@@ -31,6 +31,11 @@ kernels (``cuda_src/portable/adamw.cuh``) and these references agree to the last
 roundings: it divides by the root of the second bias correction, where here its inverse is a factor. ``lr`` is a tensor on the
 host: a schedule compiles nothing anew.
 
+**On a CPU** whole blocks of 256 values are stepped by what Inductor makes of the reference for any number of them, in one pass
+over memory; it is compiled at the first step, for each pair of dtypes. Nothing else would: an operator that writes to its
+arguments is called where it stands, and by torch's operators the reference passes over memory some thirty times. The values
+behind the last whole block are left to it.
+
 Dropped: a step as a tensor on the device, whose powers of beta a kernel would round otherwise than the host: so a step that is
 captured in a CUDA graph repeats its number and its ``lr``. Dropped: Philox, some ten times the arithmetic for bits that only
 have to be unbiased. Dropped: parameters that are not contiguous: values are numbered as they lie in memory. Dropped for 8 bits:
@@ -41,15 +46,17 @@ where gradients of one block range over three powers of ten.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 
+from dspass.runtime import compat
 from dspass.runtime.formats import Format, format_of
-from dspass.runtime.operators import operator
+from dspass.runtime.operators import implement, operator
 from dspass.runtime.quantise import blocks_of, decode, encode
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -107,14 +114,11 @@ def adamw_(
     bits, rounds bf16 parameters stochastically; without it they are rounded to nearest. To be called under ``torch.no_grad()``.
     Raises ``ValueError`` for lists, shapes, dtypes and numbers that cannot be.
     """
-    numbers = (step, lr, beta1, beta2, eps, weight_decay)
     lists = (params, grads, exp_avgs, exp_avg_sqs)
     _fake(*lists, step, lr, beta1, beta2, eps, weight_decay)
-    for number, (param, grad, exp_avg, exp_avg_sq) in enumerate(zip(*lists, strict=True)):
-        whole, first, second = _stepped(param, grad, exp_avg, exp_avg_sq, numbers)
-        exp_avg.copy_(first)
-        exp_avg_sq.copy_(second)
-        param.copy_(whole if seed is None else _as_param(whole, param, _random(param, seed, step, number)))
+    factors = _factors(step, lr, beta1, beta2, eps, weight_decay)
+    for number, tensors in enumerate(zip(*lists, strict=True)):
+        _step(*tensors, factors, None if seed is None else _key(seed, step, number))
 
 
 # -- states of 8 bits ----------------------------------------------------------------------------------------------------
@@ -178,22 +182,18 @@ def adamw_8bit_(
     stochastically without a ``seed`` too, as if it were 0; parameters in bf16 are with one alone.
     Raises ``ValueError`` for lists, shapes, dtypes and numbers that cannot be.
     """
-    numbers = (step, lr, beta1, beta2, eps, weight_decay)
     lists = (params, grads, exp_avgs, exp_avg_scales, exp_avg_sqs, exp_avg_sq_scales)
     _8bit_fake(*lists, step, lr, beta1, beta2, eps, weight_decay)
+    factors = _factors(step, lr, beta1, beta2, eps, weight_decay)
     for number, (param, grad, codes1, scales1, codes2, scales2) in enumerate(zip(*lists, strict=True)):
-        if not param.numel():
-            continue
-        first, second = _loaded(codes1, scales1, FIRST, param), _loaded(codes2, scales2, SECOND, param)
-        whole, first, second = _stepped(param, grad, first, second, numbers)
-        random = _random(param, seed or 0, step, number)
-        for state, made in zip((codes1, scales1, codes2, scales2), stored(first, second, random), strict=True):
-            state.copy_(made)
-        param.copy_(whole if seed is None else _as_param(whole, param, random))
+        if param.numel():
+            key, is_stochastic = _key(seed or 0, step, number), seed is not None
+            _step_8bit(param, grad, codes1, scales1, codes2, scales2, factors, key, is_stochastic=is_stochastic)
 
 
 def _loaded(codes: torch.Tensor, scales: torch.Tensor, format: Format, param: torch.Tensor) -> torch.Tensor:
-    return (decode(codes, format) * scales[:, None]).view(-1)[: param.numel()].view(param.shape)
+    values = decode(codes, format) * scales[:, None]
+    return values if _is_in_blocks(param) else values.view(-1)[: param.numel()].view(param.shape)
 
 
 def stored(
@@ -207,35 +207,186 @@ def stored(
     return *encode(_blocks(first), FIRST, _blocks(noise)), torch.where(is_lost, 1, codes), scales
 
 
+def _is_in_blocks(values: torch.Tensor) -> bool:
+    """Whether nothing is missing to its last block, whatever the number of rows is."""
+    return values.dim() == 2 and values.shape[1] == BLOCK
+
+
 def _blocks(values: torch.Tensor) -> torch.Tensor:
+    if _is_in_blocks(values):
+        return values
     flat = values.reshape(-1)
     return F.pad(flat, (0, -flat.shape[0] % BLOCK)).view(-1, BLOCK)
 
 
 # -- one step of one tensor ----------------------------------------------------------------------------------------------
 
-#: ``step``, ``lr``, ``beta1``, ``beta2``, ``eps`` and ``weight_decay``.
-_Numbers = tuple[int, torch.Tensor, float, float, float, float]
+
+class _Factors(NamedTuple):
+    """What a step multiplies by, each computed in fp64 and rounded once: ``float32[]`` on the CPU."""
+
+    decay: torch.Tensor
+    size: torch.Tensor
+    over: torch.Tensor
+    eps: torch.Tensor
+    first: torch.Tensor
+    second: torch.Tensor
+    rest: torch.Tensor
+
+
+def _factors(step: int, lr: torch.Tensor, beta1: float, beta2: float, eps: float, weight_decay: float) -> _Factors:
+    rate = lr.double()
+    more = [1 / math.sqrt(1 - beta2**step), eps, 1 - beta1, beta2, 1 - beta2]
+    both = [1 - rate * weight_decay, rate / (1 - beta1**step)]
+    return _Factors(*(t.float() for t in both), *torch.tensor(more, dtype=torch.float64).float().unbind())
+
+
+def _root(squares: torch.Tensor) -> torch.Tensor:
+    """A square root that is rounded once. On a CPU torch's, of fp32, is MKL's, which is not; in fp64 none is near a tie."""
+    return squares.double().sqrt().float()
 
 
 def _stepped(
-    param: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor, numbers: _Numbers
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    by: _Factors,
+    root: Callable[[torch.Tensor], torch.Tensor] = _root,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The parameter and its two states behind a step, in fp32."""
-    step, lr, beta1, beta2, eps, weight_decay = numbers
-    rate = lr.double()
-    decay, size = (1 - rate * weight_decay).float(), (rate / (1 - beta1**step)).float()
-    over = 1 / math.sqrt(1 - beta2**step)
     grad = grad.float()
-    exp_avg = exp_avg + (grad - exp_avg) * (1 - beta1)
-    exp_avg_sq = exp_avg_sq * beta2 + grad * grad * (1 - beta2)
-    # A square root that is rounded once. On a CPU torch's, of fp32, is MKL's, which is not; in fp64 none is near a tie.
-    root = exp_avg_sq.double().sqrt().float()
-    return param.float() * decay - exp_avg * size / (root * over + eps), exp_avg, exp_avg_sq
+    exp_avg = exp_avg + (grad - exp_avg) * by.first
+    exp_avg_sq = exp_avg_sq * by.second + grad * grad * by.rest
+    step = exp_avg * by.size / (root(exp_avg_sq) * by.over + by.eps)
+    return param.float() * by.decay - step, exp_avg, exp_avg_sq
+
+
+def _step(
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    factors: _Factors,
+    key: torch.Tensor | None,
+    begin: int = 0,
+    root: Callable[[torch.Tensor], torch.Tensor] = _root,
+) -> None:
+    """In place; with a ``key``, ``int64[]``, parameters in bf16 are rounded stochastically. Values are a tensor's from number
+    ``begin`` on."""
+    whole, first, second = _stepped(param, grad, exp_avg, exp_avg_sq, factors, root)
+    exp_avg.copy_(first)
+    exp_avg_sq.copy_(second)
+    param.copy_(whole if key is None else _as_param(whole, param, _random(param, key, begin)))
+
+
+def _step_8bit(
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    codes1: torch.Tensor,
+    scales1: torch.Tensor,
+    codes2: torch.Tensor,
+    scales2: torch.Tensor,
+    factors: _Factors,
+    key: torch.Tensor,
+    begin: int = 0,
+    root: Callable[[torch.Tensor], torch.Tensor] = _root,
+    *,
+    is_stochastic: bool = False,
+) -> None:
+    first, second = _loaded(codes1, scales1, FIRST, param), _loaded(codes2, scales2, SECOND, param)
+    whole, first, second = _stepped(param, grad, first, second, factors, root)
+    random = _random(param, key, begin)
+    for state, made in zip((codes1, scales1, codes2, scales2), stored(first, second, random), strict=True):
+        state.copy_(made)
+    param.copy_(_as_param(whole, param, random) if is_stochastic else whole)
+
+
+_step_8bit_stochastic = functools.partial(_step_8bit, is_stochastic=True)
 
 
 def _as_param(whole: torch.Tensor, param: torch.Tensor, random: torch.Tensor) -> torch.Tensor:
     return rounded(whole, random) if param.dtype is torch.bfloat16 else whole
+
+
+# -- on a CPU ------------------------------------------------------------------------------------------------------------
+
+_compiled: dict[Any, Callable[..., None]] = {}
+
+
+def _by_blocks(
+    step: Callable[..., None], tensors: Sequence[torch.Tensor], factors: _Factors, key: torch.Tensor | None
+) -> None:
+    """``step`` of flat ``tensors``, or states of 8 bits: whole blocks by compiled code, which knows no other values, and the
+    rest by the reference."""
+    count = tensors[0].numel()
+    blocks, given = count // BLOCK, [*factors, *([] if key is None else [key])]
+
+    def with_lists(*args: torch.Tensor, begin: int = 0, root: Callable[[torch.Tensor], torch.Tensor] = _root) -> None:
+        some, more = args[: len(tensors)], args[len(tensors) :]
+        keys = more[len(factors) :]
+        step(*some, _Factors(*more[: len(factors)]), keys[0] if keys else None, begin, root)
+
+    # One block alone is not worth a call of compiled code.
+    whole = blocks * BLOCK if blocks > 1 else 0
+    if whole:
+        parts = [t[:blocks] if t.shape[0] != count else t[:whole].view(blocks, BLOCK) for t in tensors]
+        name = (step, *(t.dtype for t in tensors), key is not None)
+        if name not in _compiled:
+            # In compiled code a square root of fp32 is the processor's own, which is rounded once.
+            rooted = functools.partial(with_lists, root=torch.sqrt)
+            _compiled[name] = compat.compile_for_rows(rooted, [*parts, *given])
+        _compiled[name](*parts, *given)
+    if whole < count:
+        rest = [t[whole // BLOCK :] if t.shape[0] != count else t[whole:] for t in tensors]
+        with_lists(*rest, *given, begin=whole)
+
+
+@implement("adamw_", "CPU")
+def _adamw_on_cpu(
+    params: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor],
+    exp_avgs: Sequence[torch.Tensor],
+    exp_avg_sqs: Sequence[torch.Tensor],
+    step: int,
+    lr: torch.Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    seed: int | None = None,
+) -> None:
+    lists = (params, grads, exp_avgs, exp_avg_sqs)
+    _fake(*lists, step, lr, beta1, beta2, eps, weight_decay)
+    factors = _factors(step, lr, beta1, beta2, eps, weight_decay)
+    for number, tensors in enumerate(zip(*lists, strict=True)):
+        key = None if seed is None or tensors[0].dtype is not torch.bfloat16 else _key(seed, step, number)
+        _by_blocks(_step, [t.detach().reshape(-1) for t in tensors], factors, key)
+
+
+@implement("adamw_8bit_", "CPU")
+def _adamw_8bit_on_cpu(
+    params: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor],
+    exp_avgs: Sequence[torch.Tensor],
+    exp_avg_scales: Sequence[torch.Tensor],
+    exp_avg_sqs: Sequence[torch.Tensor],
+    exp_avg_sq_scales: Sequence[torch.Tensor],
+    step: int,
+    lr: torch.Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    seed: int | None = None,
+) -> None:
+    lists = (params, grads, exp_avgs, exp_avg_scales, exp_avg_sqs, exp_avg_sq_scales)
+    _8bit_fake(*lists, step, lr, beta1, beta2, eps, weight_decay)
+    factors = _factors(step, lr, beta1, beta2, eps, weight_decay)
+    for number, (param, grad, *states) in enumerate(zip(*lists, strict=True)):
+        is_stochastic = seed is not None and param.dtype is torch.bfloat16
+        flat = [param.detach().reshape(-1), grad.detach().reshape(-1), *states]
+        _by_blocks(_step_8bit_stochastic if is_stochastic else _step_8bit, flat, factors, _key(seed or 0, step, number))
 
 
 # -- random bits ---------------------------------------------------------------------------------------------------------
@@ -256,13 +407,18 @@ def key_of(seed: int, step: int, number: int) -> int:
     return key
 
 
-def random_of(key: int, index: torch.Tensor) -> torch.Tensor:
+def random_of(key: int | torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """32 bits, in ``int64``, for each value that ``index``, ``int64``, says the number of in its tensor."""
     return _mix(index & _LOW ^ _mix(index >> 32 ^ key))
 
 
-def _random(param: torch.Tensor, seed: int, step: int, number: int) -> torch.Tensor:
-    return random_of(key_of(seed, step, number), torch.arange(param.numel(), device=param.device).view(param.shape))
+def _key(seed: int, step: int, number: int) -> torch.Tensor:
+    """:func:`key_of`, as a tensor: another one compiles nothing anew."""
+    return torch.tensor(key_of(seed, step, number))
+
+
+def _random(param: torch.Tensor, key: torch.Tensor, begin: int) -> torch.Tensor:
+    return random_of(key, torch.arange(begin, begin + param.numel(), device=param.device).view(param.shape))
 
 
 def rounded(values: torch.Tensor, random: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ import logging
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import CellType, CodeType, FrameType, FunctionType
 from typing import Any
@@ -328,6 +329,35 @@ def compile_segment(
         mode = detect_fake_mode(list(inputs))
         stack.enter_context(torch._guards.tracing(torch._guards.TracingContext(mode)))
         return compile_fx_inner(gm, list(inputs), is_backward=is_backward, is_inference=is_inference)
+
+
+def compile_for_rows(function: Callable[..., None], examples: Sequence[torch.Tensor]) -> Callable[..., None]:
+    """``function``, which writes to its arguments, compiled by Inductor for tensors like ``examples`` whose first dimension is
+    any number, one for all of them; those without dimensions are as they are.
+
+    Unlike what ``torch.compile`` makes it has no guards, and so nothing to be compiled again for: neither another kind of view,
+    nor grad mode, nor a size that was 1. Calls have to be alike; nothing checks that."""
+
+    def without_results(*tensors: torch.Tensor) -> tuple[()]:
+        function(*tensors)
+        return ()
+
+    def compiled_here() -> Callable[[list[Any]], Sequence[Any]]:
+        with fake_mode() as mode, mode.shape_env.ignore_fresh_unbacked_symbols():  # it is an input's
+            rows = unknown_size(mode.from_tensor(examples[0]), 4096)
+            shapes = [(rows, *t.shape[1:]) if t.dim() else () for t in examples]
+            fakes = [torch.empty(s, dtype=t.dtype, device=t.device) for s, t in zip(shapes, examples, strict=True)]
+        gm = traced(without_results, fakes, inductor_decompositions({}))
+        return compile_segment(gm, fakes, is_backward=False, is_inference=True, patches={})
+
+    # A thread of its own has none of the caller's modes and dispatch keys: who calls an operator may be inside of some.
+    with ThreadPoolExecutor(1) as thread:
+        compiled = thread.submit(compiled_here).result()
+
+    def call(*tensors: torch.Tensor) -> None:
+        compiled(list(tensors))
+
+    return call
 
 
 def _even_loop_splits() -> contextlib.AbstractContextManager[Any]:
@@ -918,7 +948,9 @@ def storage_of(tensor: torch.Tensor) -> int | None:
         return None
 
 
-def traced(function: Callable[..., Any], values: Sequence[Any]) -> fx.GraphModule:
+def traced(
+    function: Callable[..., Any], values: Sequence[Any], decompositions: Mapping[Any, Any] | None = None
+) -> fx.GraphModule:
     """``function`` in ATen operators that write nothing in place, for fake ``values`` of another trace than the one at hand; no
     guard comes of it."""
     from torch.fx.experimental.proxy_tensor import make_fx
@@ -933,7 +965,7 @@ def traced(function: Callable[..., Any], values: Sequence[Any]) -> fx.GraphModul
             if mode.shape_env is not None:
                 stack.enter_context(mode.shape_env.suppress_guards())
         bare = [v.detach() if isinstance(v, torch.Tensor) else v for v in values]
-        return make_fx(torch.func.functionalize(function))(*bare)
+        return make_fx(torch.func.functionalize(function), decomposition_table=decompositions)(*bare)
 
 
 def as_fake(values: Sequence[Any]) -> tuple[Any, list[Any]]:

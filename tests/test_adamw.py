@@ -194,3 +194,21 @@ def test_a_gradient_that_needs_what_was_there_before_is_refused() -> None:
                 out.backward()
     finally:
         library._destroy()
+
+
+@pytest.mark.parametrize("seed", [None, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_cpu_compiled_blocks_and_the_rest_are_the_reference_to_the_last_bit(
+    dtype: torch.dtype, seed: int | None
+) -> None:
+    """Of any number of whole blocks, and with or without values behind them; nothing is compiled for another number."""
+    compiled_for: list[int] = []
+    for count in (2 * reference.BLOCK, 5 * reference.BLOCK + 7, 255, reference.BLOCK, 1, 0):
+        param, grad = (torch.randn(count, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(2))
+        ours, others = ([[t.clone()] for t in (param, grad, *[torch.zeros(count)] * 2)] for _ in range(2))
+        for step in (1, 2):
+            op(*ours, step, **NUMBERS, seed=seed)
+            reference.adamw_(*others, step, **NUMBERS, seed=seed)
+        assert all(same(one, other) for (one,), (other,) in zip(ours, others, strict=True))
+        compiled_for.append(len(reference._compiled))
+    assert len(set(compiled_for)) == 1

@@ -16,6 +16,7 @@ import torch
 from benchmarks import (
     experts,
     grouped,
+    kernels,
     offload,
     pipeline,
     pipeline_models,
@@ -513,6 +514,40 @@ def test_the_grouped_product_is_held_against_its_peers(monkeypatch: pytest.Monke
     assert "- met: at most the time of the fallback: at most 0.625 of it" in text
     row.both["loop"] = [1.0, 1.0]
     assert "- missed: at most the time of the loop: at most 3.000 of it" in grouped.table([row])
+
+
+def test_an_operator_is_compared_and_timed_and_a_wrong_one_is_named() -> None:
+    cases = {case.name: case for case in kernels.cases("cpu", "tiny")}
+    one = kernels.measure(cases["dequantise int8"], "cpu", rounds=2)
+    assert (one.agrees, one.wrong, one.server) == ("equal", "", "torch reference")
+    assert {name: len(seconds) for name, seconds in one.seconds.items()} == {"dspass": 2, "Inductor": 2, "copy": 2}
+    product = cases["grouped_product, 16 experts"]
+    assert product.goal == ("torch._grouped_mm", 1 / 0.9)
+    right = kernels.as_served(product, "cpu")
+    assert not kernels.agreement(product, right)[1]
+    assert "it differs from its reference by" in kernels.agreement(product, lambda *args: right(*args) * 1.1)[1]
+    assert "other shapes" in kernels.agreement(product, lambda *args: right(*args)[1:])[1]
+    written = cases["adamw_ fp32"]
+    assert "it differs" in kernels.agreement(written, lambda *args: None)[1], "what it should have written counts"
+
+
+def test_the_table_of_operators_has_goals_of_its_device() -> None:
+    def row(name: str, ours: float, **more: Any) -> kernels.Row:
+        case = kernels.Case(name=name, operator="quantise", make=tuple, moved=10**9, **more)
+        return kernels.Row(
+            case, "kernel", "equal", seconds={"dspass": [ours], "Inductor": [1.0], "copy": [0.9], "x": [1.0]}
+        )
+
+    rows = [row("near", 1.0), row("product", 1.2, operations=1.0, peers={"x": print}, goal=("x", 1.25))]
+    on_gpu = kernels.table(rows, "cuda")
+    assert "| near | kernel | equal | 1000000 us | 1.0 | 0.90 | 1.000 |  |" in on_gpu
+    assert "- met: what is bound by memory reaches 0.85 of a copy: 1 of 1, at least 0.90 (near)" in on_gpu
+    assert "- met: product: at most 1.25 of x: 1.200" in on_gpu
+    assert "- missed: as fast as Inductor makes the reference: at most 1.200 of it (product)" in kernels.table(
+        rows, "cpu"
+    )
+    rows[0].wrong = "it differs"
+    assert "- missed: every operator answers as its reference: near" in kernels.table(rows, "cuda")
 
 
 def _rows_of_experts() -> list[experts.Row]:

@@ -468,7 +468,7 @@ def test_adamw_of_8_bits_beyond_32_bits() -> None:
     count, end = 2**32 + 2053, 2048 + 5
     param, grad = (numbers(end, torch.bfloat16, seed=i) for i in range(2))
     states = adamw.states_of_8_bits(param)
-    whole, *moments = adamw._stepped(param, grad, *two_zeros(param), (3, LR, 0.9, 0.99, 1e-8, 0.1))
+    whole, *moments = adamw._stepped(param, grad, *two_zeros(param), adamw._factors(3, LR, 0.9, 0.99, 1e-8, 0.1))
     random = adamw.random_of(adamw.key_of(5, 3, 0), torch.arange(count - end, count))
     expected = [adamw.rounded(whole, random), *adamw.stored(*moments, random)]
     tensors = (param, grad, *states)
