@@ -13,9 +13,9 @@ dropped or written over by that expert, and an octave of rows is 64 shapes. A gr
 summed over, has zeros there instead. Where no expert wants any of this, ``torch._grouped_mm`` is the loop: it is C++, and calls
 from Python are 3 to 4 % of products of 32 rows. ``benchmarks/results/grouped-cpu.md`` has the figures.
 
-**On a GPU** bf16 and fp16 go to CUTLASS where its library is built and takes them (:mod:`dspass.runtime.grouped_cutlass`), and
-bf16 to ``torch._grouped_mm`` where matrices lie as it wants them, neither of which waits for the device; the rest is the loop
-over experts, which reads ``ends`` first. No GPU has run this yet.
+**On a GPU** bf16 goes to ``torch._grouped_mm`` where matrices lie as it wants them, and it and fp16 else to CUTLASS where its
+library is built and takes them (:mod:`dspass.runtime.grouped_cutlass`); neither waits for the device. The rest is the loop over
+experts, which reads ``ends`` first. No GPU has run this yet; should CUTLASS's be the faster one there, it goes first.
 
 Dropped: ``torch._grouped_mm`` for all of a CPU: it takes MKL for fp32 and does not round. Dropped: a library for each expert by
 its own rows: a skewed routing's one large expert gained less than the loop in Python cost. Dropped: oneDNN's product turned
@@ -214,22 +214,20 @@ def _outer_on_cpu(x: torch.Tensor, grad: torch.Tensor, ends: torch.Tensor) -> to
 @implement("grouped_product", "CUDA")
 def _product_on_cuda(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     _check_product(x, weight, ends)
-    if (found := grouped_cutlass.product(x, weight, ends)) is not None:
-        return found
-    if not x.numel() or not weight.numel() or not compat.multiplies_grouped(x, weight):
-        return _product_by_expert(x, weight, ends, **_PLAIN)
-    behind = torch.arange(x.shape[0], device=x.device)[:, None] >= ends[-1]
-    return compat.grouped_product(x, weight, ends).masked_fill_(behind, 0)
+    if x.numel() and weight.numel() and compat.multiplies_grouped(x, weight):
+        behind = torch.arange(x.shape[0], device=x.device)[:, None] >= ends[-1]
+        return compat.grouped_product(x, weight, ends).masked_fill_(behind, 0)
+    found = grouped_cutlass.product(x, weight, ends)
+    return _product_by_expert(x, weight, ends, **_PLAIN) if found is None else found
 
 
 @implement("grouped_outer", "CUDA")
 def _outer_on_cuda(x: torch.Tensor, grad: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     _check_outer(x, grad, ends)
-    if (found := grouped_cutlass.outer(x, grad, ends)) is not None:
-        return found
-    if not x.numel() or not grad.numel() or not compat.multiplies_grouped(x.t(), grad):
-        return _outer_by_expert(x, grad, ends, **_PLAIN)
-    return compat.grouped_product(x.t(), grad, ends)
+    if x.numel() and grad.numel() and compat.multiplies_grouped(x.t(), grad):
+        return compat.grouped_product(x.t(), grad, ends)
+    found = grouped_cutlass.outer(x, grad, ends)
+    return _outer_by_expert(x, grad, ends, **_PLAIN) if found is None else found
 
 
 # -- gradients, and what they cost ---------------------------------------------------------------------------------------

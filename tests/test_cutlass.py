@@ -17,7 +17,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dspass.runtime import few_bits, grouped, grouped_cutlass, kernels
+from dspass.runtime import compat, few_bits, grouped, grouped_cutlass, kernels
 from dspass.runtime.kernels import DTYPE_CODES, KernelError
 from tests.emulated import garbage, same, setting
 from tests.test_grouped import check, ends_of, laid, looped, looped_outer, some
@@ -95,6 +95,7 @@ def library() -> ctypes.CDLL:
 @pytest.fixture
 def emulated(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grouped_cutlass, "library_for", lambda device: library)
+    monkeypatch.setattr(compat, "multiplies_grouped", lambda *_: False)  # torch's own, which goes first
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -258,12 +259,13 @@ def test_what_the_driver_refuses_is_an_error(monkeypatch: pytest.MonkeyPatch) ->
 DISPATCHER = """
 import os
 import torch
-from dspass.runtime import grouped, grouped_cutlass, kernels
+from dspass.runtime import compat, grouped, grouped_cutlass, kernels
 from tests.test_grouped import check, ends_of, looped, looped_outer, some
 
 kernels.build("cutlass-emulator")
 library = kernels.load("cutlass-emulator")
 grouped_cutlass.library_for = lambda device: library
+compat.multiplies_grouped = lambda *_: False
 calls = []
 for name in ("product", "outer"):
     def counted(*args, plain=getattr(grouped_cutlass, name), name=name):
