@@ -11,7 +11,8 @@
 // order of the sums alone: columns * 2**-23 * sum |x * w| at most, before the sum is rounded to x's dtype.
 //
 // By arithmetic alone (nothing here has run on a GPU) it is bound by memory for one row or two. Instructions a weight
-// in the inner loop, as nvcc 13.0 compiles it for sm_90a and bf16:
+// in the inner loop, as nvcc 13.0 compiles it for sm_90a and bf16, where a row's last piece is whole and the pieces of a
+// block are a power of two:
 //
 //   rows of x   1     2     4     8     16    an H100 has, while it reads a weight
 //   int8        6.6   8.6   12    19    32    10
