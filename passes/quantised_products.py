@@ -28,10 +28,10 @@ class QuantisedProducts(Pass):
     weight would take what they save. It stands before the partition, so that a product which is computed again is the same
     one; gradients, ``dy @ w``, are computed with weights that are written out.
 
-    A product is taken where somebody computes it from codes: a kernel that is registered for the device, on CPUs torch's
-    own for a few rows of 16 bits with int8 weights, and ``dynamic`` ones, whose left side is rounded to int8 as well, where
-    torch multiplies integers of these sizes. Elsewhere the weight is written out and multiplied, and the graph shows what
-    memory that takes.
+    A product is taken where somebody computes it from codes: up to 16 rows by a kernel that is registered for the device, on
+    CPUs torch's own for a few rows of 16 bits with int8 weights, and ``dynamic`` ones, whose left side is rounded to int8 as
+    well, where torch multiplies integers of these sizes. Elsewhere the weight is written out and multiplied, and the graph
+    shows what memory that takes.
 
     Dropped: to take every product and let its lowering write out the weight. What is not in the graph no plan counts.
     """

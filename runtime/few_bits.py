@@ -17,11 +17,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils.flop_counter import register_flop_formula
 
 from dspass.runtime import compat, quantise
 from dspass.runtime.formats import GRAIN, format_of
 from dspass.runtime.operators import OPERATORS, operator
+
+#: Rows of the other operand that a kernel of ``cuda_src/portable/linear.cuh`` takes at most.
+MOST_ROWS = 16
 
 #: Rows of the other operand up to which torch's int8 product was faster than one with the weight written out, on an AMD EPYC.
 FEW_ROWS = 4
@@ -64,6 +68,42 @@ def dequantise_rows(
     return values.flatten(-2)[..., :columns].to(dtype).contiguous()
 
 
+def _few_rows_linear_fake(
+    x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, format: str
+) -> torch.Tensor:
+    _check_rows(x)
+    return x.new_empty((x.shape[0], codes.shape[0]))
+
+
+@operator(
+    "few_rows_linear(Tensor x, Tensor codes, Tensor scales, Tensor? bias, str format) -> Tensor",
+    fake=_few_rows_linear_fake,
+)
+def few_rows_linear(
+    x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, format: str
+) -> torch.Tensor:
+    """``x`` (m, columns), fp32, fp16 or bf16, of :data:`MOST_ROWS` rows at most, times the weight (n, columns) of ``codes`` and
+    ``scales``, transposed, plus ``bias`` (n): (m, n). The weight is rounded to ``x``'s dtype and multiplied as any other.
+
+    It is what a kernel computes from codes. Its weights are the same to the last bit, sums are fp32 and in another order than
+    here: they differ by ``columns * 2**-23`` times the sum of magnitudes of the products at most.
+
+    Raises ``ValueError`` for more rows.
+
+    Dropped: a kernel for :func:`quantised_linear` itself, which would have to write the weight out and multiply where there
+    are more rows: what is not in the graph no plan counts, and the stable ABI has no product with a bias.
+    """
+    _check_rows(x)
+    return _with_weight_written_out(x, codes, scales, bias, x.shape[1], format)
+
+
+def _check_rows(x: torch.Tensor) -> None:
+    if statically_known_true(x.shape[0] > MOST_ROWS):
+        raise ValueError(
+            f"x of {x.shape[0]} rows is not for few_rows_linear, which takes {MOST_ROWS}: call quantised_linear."
+        )
+
+
 def _quantised_linear_fake(
     x: torch.Tensor,
     codes: torch.Tensor,
@@ -93,8 +133,9 @@ def quantised_linear(
 ) -> torch.Tensor:
     """``x`` (m, columns) times the weight (n, columns) of ``codes`` and ``scales``, transposed, plus ``bias`` (n): (m, n).
 
-    The weight is rounded to ``x``'s dtype and multiplied as any other. But up to :data:`FEW_ROWS` rows of bf16 or fp16 on a CPU
-    are multiplied with int8 codes as they are, and the sums scaled by the row's scale in ``x``'s dtype.
+    The weight is rounded to ``x``'s dtype and multiplied as any other, up to :data:`MOST_ROWS` rows by a kernel where one is
+    registered for :func:`few_rows_linear`. But up to :data:`FEW_ROWS` rows of bf16 or fp16 on a CPU are multiplied with int8
+    codes as they are, and the sums scaled by the row's scale in ``x``'s dtype.
 
     ``dynamic``: the rows of ``x`` are rounded to int8 too, each by its largest magnitude, multiplied as integers, summed
     exactly, and scaled in fp32. A row of ``x`` with a NaN or an infinity becomes NaNs.
@@ -105,10 +146,22 @@ def quantised_linear(
     _check(x, scales, columns, format, dynamic)
     if dynamic:
         return _integer_product(x, codes, scales, bias)
+    if _has_kernel(x, x.device.type):
+        found: torch.Tensor = torch.ops.dspass.few_rows_linear(x, codes, scales, bias, format)
+        return found
     if reads_codes(x, scales, x.device.type, format):
         found = torch.ops.dspass.int8_product(_widened(x, codes.shape[1]), codes, scales[:, 0].to(x.dtype))
         return found if bias is None else found + bias
-    weight = dequantise_rows(codes, scales, columns, format, x.dtype).t()
+    return _with_weight_written_out(x, codes, scales, bias, columns, format)
+
+
+def _with_weight_written_out(
+    x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, columns: int, format: str
+) -> torch.Tensor:
+    # A kernel is called; where there is none the reference is traced, and Inductor's to fuse.
+    by_kernel = OPERATORS["dequantise_rows"].server(x.device.type) == "kernel"
+    write_out = torch.ops.dspass.dequantise_rows if by_kernel else dequantise_rows
+    weight = write_out(codes, scales, columns, format, x.dtype).t()
     return x @ weight if bias is None else torch.addmm(bias, x, weight)
 
 
@@ -145,11 +198,17 @@ def rounds_both(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, devi
 
 
 def reads_codes(x: torch.Tensor, scales: torch.Tensor, device: str, format: str) -> bool:
-    """Whether a product of ``x`` with a weight on ``device`` writes no weight out."""
-    if OPERATORS["quantised_linear"].server(device) == "kernel":
+    """Whether a product of ``x`` with a weight on ``device`` writes no weight out. Of a number of rows that is not known when a
+    graph is compiled it says so only where its bounds do: to ask for more would add a guard."""
+    if _has_kernel(x, device):
         return True
-    few = isinstance(x.shape[0], int) and x.shape[0] <= FEW_ROWS  # to compare an unknown number would add a guard
-    return device == "cpu" and _is_int8_by_row(scales, format) and few and compat.has_int8_product(x.dtype)
+    by_row = device == "cpu" and _is_int8_by_row(scales, format) and compat.has_int8_product(x.dtype)
+    return by_row and statically_known_true(x.shape[0] <= FEW_ROWS)
+
+
+def _has_kernel(x: torch.Tensor, device: str) -> bool:
+    few = statically_known_true(x.shape[0] <= MOST_ROWS)
+    return few and x.dtype in quantise.DTYPES and OPERATORS["few_rows_linear"].server(device) == "kernel"
 
 
 def _is_int8_by_row(scales: torch.Tensor, format: str) -> bool:
@@ -176,11 +235,9 @@ def _groups(codes: torch.Tensor, scales: torch.Tensor, format: str) -> torch.Ten
     return quantise.decode(codes.unflatten(-1, (groups, codes.shape[-1] // groups)), format_of(format))
 
 
-@register_flop_formula(torch.ops.dspass.quantised_linear)
-def _operations(
-    x: Sequence[int], codes: Sequence[int], scales: Any, bias: Any, columns: int, *_: Any, **__: Any
-) -> int:
-    return int(2 * x[0] * columns * codes[0])
+@register_flop_formula([torch.ops.dspass.quantised_linear, torch.ops.dspass.few_rows_linear])
+def _operations(x: Sequence[int], codes: Sequence[int], *_: Any, **__: Any) -> int:
+    return int(2 * x[0] * x[1] * codes[0])
 
 
 DEQUANTISE_ROWS = torch.ops.dspass.dequantise_rows.default

@@ -63,7 +63,8 @@ _HOST = (
     "-fPIC",
     "-fvisibility=hidden",
 )
-_SANITIZED = ("-O1", "-fsanitize=address", "-fno-omit-frame-pointer")
+#: Alignment too: a device refuses a load of 16 bytes at an address that they do not divide, and a CPU does not.
+_SANITIZED = ("-O1", "-fsanitize=address,alignment", "-fno-sanitize-recover=alignment", "-fno-omit-frame-pointer")
 _CUDA = ("-std=c++17", "-O3", "-fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden")
 #: Without assertions, whose calls would have ptxas wait for each product of a warp group (sm_90a).
 _CUTLASS = ("-std=c++17", "-O3", "--expt-relaxed-constexpr", "-DNDEBUG", "-Xcompiler", "-fPIC,-fvisibility=hidden")
@@ -373,6 +374,10 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
         *(_POINTER, _POINTER, _I64, _INT, _POINTER),
     ),
     "dsp_dequantise_bucket": (_POINTER, _POINTER, _POINTERS, _I64S, _I64, _I64, _INT, _I64, _INT, _POINTER),
+    "dsp_quantised_linear": (
+        *(_POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _I64, _I64, _I64, _I64),
+        *(_INT, _INT, _POINTER),
+    ),
     "dsp_copy_in": (_POINTERS, _I64S, _I64S, _I64, _I64, _POINTER, _POINTER),
     "dsp_copy_out": (_POINTER, _POINTERS, _I64S, _I64S, _I64, _I64, _POINTER),
     "dsp_dequantise_sum": (_POINTER, _POINTER, _POINTERS, _I64S, _I64, _I64, _FLOAT, _INT, _I64, _INT, _POINTER),

@@ -129,6 +129,33 @@ class Emulator:
         )
         return values
 
+    def dequantise_rows(
+        self, codes: torch.Tensor, scales: torch.Tensor, columns: int, format: str, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """As the binding calls it: each row is a chunk of one tensor."""
+        block = codes.shape[1] * 8 // format_of(format).bits // scales.shape[1]
+        return self.dequantise_bucket(codes, scales, [columns], format, block, dtype)[0]
+
+    def few_rows_linear(
+        self,
+        x: torch.Tensor,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        bias: torch.Tensor | None,
+        format: str,
+    ) -> torch.Tensor:
+        """``x`` filled up with zeros, as the binding does."""
+        (rows, columns), outputs = x.shape, codes.shape[0]
+        block = codes.shape[1] * 8 // format_of(format).bits // scales.shape[1]
+        filled = torch.nn.functional.pad(x, (0, -columns % 16)).contiguous()
+        out = garbage(rows, outputs, dtype=x.dtype)
+        self.call(
+            "dsp_quantised_linear",
+            *(filled.data_ptr(), codes.data_ptr(), scales.data_ptr(), None if bias is None else bias.data_ptr()),
+            *(out.data_ptr(), rows, outputs, columns, block, DTYPE_CODES[x.dtype], FORMAT_CODES[format]),
+        )
+        return out
+
     def sort_experts(self, experts: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Positions and ends."""
         space = ctypes.c_int64()

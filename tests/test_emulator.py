@@ -98,7 +98,7 @@ def test_no_kernel_leaves_its_memory(bounds: Path) -> None:
     for seed in ("", "5"):
         done = subprocess.run([bounds], capture_output=True, text=True, env={"DSP_EMU_SHUFFLE": seed})
         assert done.returncode == 0, done.stderr
-        assert done.stdout == "323 calls within bounds\n"
+        assert done.stdout == "623 calls within bounds\n"
 
 
 def test_a_buffer_that_is_short_is_reported_at_the_kernels_line(bounds: Path) -> None:
@@ -107,3 +107,10 @@ def test_a_buffer_that_is_short_is_reported_at_the_kernels_line(bounds: Path) ->
     assert "heap-buffer-overflow" in done.stderr
     assert "quantise_kernel" in done.stderr
     assert "quantise.cuh:" in done.stderr
+
+
+def test_an_address_that_is_not_aligned_is_reported_at_the_kernels_line(bounds: Path) -> None:
+    done = subprocess.run([bounds, "0", "2"], capture_output=True, text=True, env={})
+    assert done.returncode != 0
+    assert "misaligned address" in done.stderr
+    assert "linear.cuh:" in done.stderr

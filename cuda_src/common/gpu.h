@@ -105,6 +105,13 @@ __device__ __forceinline__ float square_root(float a) { return __fsqrt_rn(a); }
 __device__ __forceinline__ int nearest(float a) { return __float2int_rn(a); }  // ties to even
 #endif
 
+// a * b + c, rounded once: for sums whose order, and so whose rounding, no reference fixes.
+#if DSP_EMU
+inline float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
+#else
+__device__ __forceinline__ float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+#endif
+
 #if DSP_EMU
 inline uint32_t bits_of(float a) {
   uint32_t bits;
@@ -120,6 +127,16 @@ inline float float_of(uint32_t bits) {
 __device__ __forceinline__ uint32_t bits_of(float a) { return __float_as_uint(a); }
 __device__ __forceinline__ float float_of(uint32_t bits) { return __uint_as_float(bits); }
 #endif
+
+// Byte kByte of a word, and above it the upper three of `above`, whose lowest is 0.
+template <int kByte>
+__device__ __forceinline__ uint32_t byte_below(uint32_t word, uint32_t above) {
+#if DSP_CUDA
+  return __byte_perm(word, above, 0x7650 | kByte);  // one operation, which the compiler does not find
+#else
+  return (word >> 8 * kByte & 0xff) | above;
+#endif
+}
 
 constexpr uint32_t kMagnitude = 0x7fffffff;  // all but the sign
 constexpr uint32_t kInfinity = 0x7f800000;   // magnitudes above it are NaNs
@@ -175,6 +192,28 @@ __device__ __forceinline__ f16 from_float<f16>(float a) {
   return f16{raw.x};
 #endif
 }
+
+// Rounded to T, as fp32. A NaN stays one, whichever.
+template <class T>
+__device__ __forceinline__ float rounded_to(float a) {
+  return to_float(from_float<T>(a));
+}
+template <>
+__device__ __forceinline__ float rounded_to<float>(float a) {
+  return a;
+}
+#if DSP_CUDA
+template <>
+__device__ __forceinline__ float rounded_to<bf16>(float a) {
+  uint32_t bits;  // a bf16 with zeros behind it is its fp32: one operation, where from_float takes six
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(a), "f"(0.f));
+  return float_of(bits);
+}
+template <>
+__device__ __forceinline__ float rounded_to<f16>(float a) {
+  return __half2float(__float2half_rn(a));
+}
+#endif
 
 // -- warps ----------------------------------------------------------------------------------------------------------
 //

@@ -176,6 +176,114 @@ __device__ __forceinline__ void load_codes(const uint8_t* codes, int block, int 
   }
 }
 
+// -- pieces of codes ------------------------------------------------------------------------------------------------
+//
+// Sixteen codes, which every block is a multiple of, in whole words: for kernels that would be bound by decode's dozen
+// operations a value, not by memory. The values are decode's, to the last bit, in three to six operations.
+
+constexpr int kPiece = 16;
+
+template <class Format>
+struct Piece {
+  uint32_t words[Format::kBits / 2];
+};
+
+// Where a piece lies, in bytes from the first block's first code; of six bits the low ones lie apart.
+struct PiecePlace {
+  int64_t first;
+  int to_low;
+  bool is_even;  // a multiple of 8
+};
+
+// Of piece number `piece` of blocks of `block` values each that follow each other; it is in block number `index`.
+template <class Format>
+__device__ __forceinline__ PiecePlace place_of_piece(int block, int index, int piece) {
+  if constexpr (Format::kBits == 6) {
+    const int own = piece - index * (block / kPiece);
+    return {index * bytes_of_block<Format>(block) + 8 * own, block / 2 - 4 * own, block % (2 * kPiece) == 0};
+  } else {
+    return {static_cast<int64_t>(piece) * (2 * Format::kBits), 0, true};
+  }
+}
+
+// The first block is at an address that the bytes of a piece divide, of six bits 8.
+template <class Format>
+__device__ __forceinline__ Piece<Format> load_piece(const uint8_t* __restrict__ codes, const PiecePlace& place) {
+  Piece<Format> found;
+  codes += place.first;
+  if constexpr (Format::kBits == 8) {
+    const uint4 words = *reinterpret_cast<const uint4*>(codes);
+    found.words[0] = words.x, found.words[1] = words.y, found.words[2] = words.z, found.words[3] = words.w;
+  } else if (Format::kBits == 4 || place.is_even) {
+    const uint2 words = *reinterpret_cast<const uint2*>(codes);
+    found.words[0] = words.x, found.words[1] = words.y;
+  } else {  // blocks of an odd number of pieces begin at multiples of 4
+    found.words[0] = reinterpret_cast<const uint32_t*>(codes)[0];
+    found.words[1] = reinterpret_cast<const uint32_t*>(codes)[1];
+  }
+  if constexpr (Format::kBits == 6) found.words[2] = *reinterpret_cast<const uint32_t*>(codes + place.to_low);
+  return found;
+}
+
+// The number in byte kByte of a word, a signed one of kBits bits whose sign bit has been changed. As the mantissa of
+// 2**23, whose lowest bit is worth 1, it takes a subtraction instead of a conversion, which is slow.
+template <int kBits, int kByte>
+__device__ __forceinline__ float integer_at(uint32_t word) {
+  constexpr float zero = static_cast<float>((1 << 23) + (1 << (kBits - 1)));
+  return add(float_of(byte_below<kByte>(word, 0x4b000000u)), -zero);
+}
+
+// Of a format of floating point: sign and exponent at the top of `word`, behind them other bits; `low` are those of the
+// mantissa which do not follow, in their place. With fp32's bias the value is too small by a power of two.
+template <class Format>
+__device__ __forceinline__ float float_at_top(uint32_t word, uint32_t low) {
+  constexpr int bias = (1 << (Format::kExponent - 1)) - 1, shift = 8 - Format::kExponent;
+  constexpr int follow = Format::kBits == 6 ? 0 : Format::kMantissa;
+  constexpr uint32_t magnitude = ((1u << (Format::kExponent + follow)) - 1) << (23 - follow);
+  const uint32_t placed = static_cast<uint32_t>(static_cast<int32_t>(word) >> shift) & (0x80000000u | magnitude);
+  return multiply(float_of(placed | low), power_of_two(127 - bias));
+}
+
+// The first (half 0) or the last (half 1) eight of a piece, before they are scaled.
+template <class Format>
+__device__ __forceinline__ void decode_half(const Piece<Format>& piece, int half, float (&values)[kUnit]) {
+  constexpr int kWords = Format::kBits == 8 ? 2 : 1;  // of a half, without low bits that lie apart
+  uint32_t words[kWords];  // chosen, not indexed: what is indexed at run time is no register
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) words[i] = half == 0 ? piece.words[i] : piece.words[kWords + i];
+  if constexpr (Format::kExponent == 0 && Format::kBits == 8) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t word = words[i] ^ 0x80808080u;
+      values[4 * i] = integer_at<8, 0>(word);
+      values[4 * i + 1] = integer_at<8, 1>(word);
+      values[4 * i + 2] = integer_at<8, 2>(word);
+      values[4 * i + 3] = integer_at<8, 3>(word);
+    }
+  } else if constexpr (Format::kExponent == 0) {
+    const uint32_t changed = words[0] ^ 0x88888888u;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {  // every second one
+      const uint32_t word = changed >> 4 * i & 0x0f0f0f0fu;
+      values[i] = integer_at<4, 0>(word);
+      values[i + 2] = integer_at<4, 1>(word);
+      values[i + 4] = integer_at<4, 2>(word);
+      values[i + 6] = integer_at<4, 3>(word);
+    }
+  } else if constexpr (Format::kBits == 8) {
+#pragma unroll
+    for (int i = 0; i < kUnit; ++i)
+      values[i] = float_at_top<Format>(words[i / 4] << (24 - 8 * (i % 4)), 0);
+  } else {
+    const uint32_t lows = piece.words[2] >> 16 * half;
+#pragma unroll
+    for (int i = 0; i < kUnit; ++i) {
+      const uint32_t low = lows << (21 - 2 * i) & 3u << 21;
+      values[i] = float_at_top<Format>(words[0] << (28 - 4 * i), low);
+    }
+  }
+}
+
 // -- units of values ------------------------------------------------------------------------------------------------
 
 template <class T>

@@ -1,4 +1,5 @@
-// The operators of runtime/quantise.py, experts.py and adamw.py answered by a kernel library, through torch's stable ABI.
+// The operators of runtime/quantise.py, few_bits.py, experts.py and adamw.py answered by a kernel library, through torch's
+// stable ABI.
 //
 // One binding serves every torch from TORCH_TARGET_VERSION on. Schemas are Python's (runtime/operators.py); this file
 // says only who answers for CUDA, which ROCm's builds of torch call by the same name. The kernel library is found at
@@ -31,6 +32,8 @@ struct Kernels {
                            void*);
   int (*dequantise_sum)(const void*, const void*, void* const*, const int64_t*, int64_t, int64_t, float, int, int64_t,
                         int, void*);
+  int (*quantised_linear)(const void*, const void*, const void*, const void*, void*, int64_t, int64_t, int64_t, int64_t,
+                          int, int, void*);
   int (*sort_experts_space)(int64_t, int64_t, int64_t*);
   int (*sort_experts)(const void*, int, int64_t, int64_t, void*, void*, void*, void*);
   int (*spread_experts)(const void*, const void*, const void*, int, void*, int64_t, int64_t, int64_t, int, void*);
@@ -240,6 +243,86 @@ std::vector<Tensor> dequantise_sum(const Tensor& codes, const Tensor& scales, co
                                       static_cast<int64_t>(sizes.size()), chunks, static_cast<float>(factor),
                                       dtype_code(dtype), block, code, device.stream()));
   return values;
+}
+
+// -- weights in few bits ---------------------------------------------------------------------------------------------
+
+constexpr int64_t kMostRows = 16;  // runtime/few_bits.py
+
+int product_dtype_code(ScalarType dtype) {
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
+                  "x of another dtype cannot be multiplied: fp32, fp16 and bf16 can.");
+  return dtype_code(dtype);
+}
+
+// Columns that share a scale, of rows of codes and scales, which are the last dimension of either.
+int64_t check_rows(const Tensor& codes, const Tensor& scales, int64_t columns, int format) {
+  const int64_t dims = codes.dim();
+  STD_TORCH_CHECK(dims >= 1 && scales.dim() == dims, "rows of codes and of scales go together, and these have ", dims,
+                  " and ", scales.dim(), " dimensions.");
+  for (int64_t i = 0; i + 1 < dims; ++i)
+    STD_TORCH_CHECK(codes.size(i) == scales.size(i), "rows of codes and of scales go together, and these are ",
+                    codes.size(i), " and ", scales.size(i), ".");
+  const int64_t groups = scales.size(dims - 1);
+  STD_TORCH_CHECK(groups >= 1, "a row of codes has a scale at least, and these have none.");
+  const int64_t group = codes.size(dims - 1) * 8 / kFormats[format].bits / groups;
+  check_codes(codes, scales, scales.numel(), format, group);
+  STD_TORCH_CHECK(blocks_of(columns, group) == groups, "a row of ", columns, " columns has not ", groups, " groups of ",
+                  group, ".");
+  return group;
+}
+
+Tensor dequantise_rows(const Tensor& codes, const Tensor& scales, int64_t columns, const std::string& format,
+                       ScalarType dtype) {
+  const int code = format_code(format);
+  const int64_t group = check_rows(codes, scales, columns, code);
+  std::vector<int64_t> shape;
+  for (int64_t i = 0; i + 1 < codes.dim(); ++i) shape.push_back(codes.size(i));
+  shape.push_back(columns);
+  const Device device(codes);
+  Tensor values = torch::stable::new_empty(codes, shape, dtype);
+  const Tensor from = torch::stable::contiguous(codes), by = torch::stable::contiguous(scales);
+  void* const data = values.data_ptr();
+  // A row is a chunk of a bucket of one tensor: what fills up its last group is left out.
+  check_launch(kernels.dequantise_bucket(from.data_ptr(), by.data_ptr(), &data, &columns, 1, values.numel() / columns,
+                                         dtype_code(dtype), group, code, device.stream()));
+  return values;
+}
+
+// Contiguous, and where 16 bytes can be read at a time.
+Tensor aligned(const Tensor& tensor) {
+  const Tensor found = torch::stable::contiguous(tensor);
+  return reinterpret_cast<uintptr_t>(found.data_ptr()) % 16 == 0 ? found : torch::stable::clone(found);
+}
+
+Tensor few_rows_linear(const Tensor& x, const Tensor& codes, const Tensor& scales, const std::optional<Tensor>& bias,
+                       const std::string& format) {
+  const int code = format_code(format);
+  STD_TORCH_CHECK(x.dim() == 2 && codes.dim() == 2, "a product is of two matrices, and these have ", x.dim(), " and ",
+                  codes.dim(), " dimensions.");
+  const int64_t rows = x.size(0), columns = x.size(1), outputs = codes.size(0);
+  STD_TORCH_CHECK(rows <= kMostRows, "x of ", rows, " rows is not for few_rows_linear, which takes ", kMostRows,
+                  ": call quantised_linear.");
+  STD_TORCH_CHECK(codes.device() == x.device(), "x and the weight are on one device, and these are not.");
+  const int dtype = product_dtype_code(x.scalar_type());
+  const int64_t group = check_rows(codes, scales, columns, code);
+  std::optional<Tensor> plus;
+  if (bias) {
+    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == outputs && bias->scalar_type() == x.scalar_type() &&
+                        bias->device() == x.device(),
+                    "a bias is of x's dtype and device, a value for each of ", outputs, " rows of the weight.");
+    plus = torch::stable::contiguous(*bias);
+  }
+  const Device device(x);
+  Tensor out = torch::stable::new_empty(x, {rows, outputs});
+  if (rows == 0 || outputs == 0) return out;
+  const int64_t missing = blocks_of(columns, 16) * 16 - columns;
+  const Tensor left = aligned(missing == 0 ? x : torch::stable::pad(x, {0, missing}));
+  const Tensor from = aligned(codes), by = torch::stable::contiguous(scales);
+  check_launch(kernels.quantised_linear(left.data_ptr(), from.data_ptr(), by.data_ptr(),
+                                        plus ? plus->data_ptr() : nullptr, out.data_ptr(), rows, outputs, columns, group,
+                                        dtype, code, device.stream()));
+  return out;
 }
 
 // -- experts --------------------------------------------------------------------------------------------------------
@@ -458,6 +541,7 @@ extern "C" __attribute__((visibility("default"))) const char* dsp_bind(const cha
   const bool is_whole = take(library, "dsp_quantise_bucket", kernels.quantise_bucket) &&
                         take(library, "dsp_dequantise_bucket", kernels.dequantise_bucket) &&
                         take(library, "dsp_dequantise_sum", kernels.dequantise_sum) &&
+                        take(library, "dsp_quantised_linear", kernels.quantised_linear) &&
                         take(library, "dsp_sort_experts_space", kernels.sort_experts_space) &&
                         take(library, "dsp_sort_experts", kernels.sort_experts) &&
                         take(library, "dsp_spread_experts", kernels.spread_experts) &&
@@ -477,6 +561,8 @@ STABLE_TORCH_LIBRARY_IMPL(dspass, CUDA, m) {
   m.impl("quantise_bucket", TORCH_BOX(&quantise_bucket));
   m.impl("dequantise_bucket", TORCH_BOX(&dequantise_bucket));
   m.impl("dequantise_sum", TORCH_BOX(&dequantise_sum));
+  m.impl("dequantise_rows", TORCH_BOX(&dequantise_rows));
+  m.impl("few_rows_linear", TORCH_BOX(&few_rows_linear));
   m.impl("permute_experts", TORCH_BOX(&permute_experts));
   m.impl("spread_experts", TORCH_BOX(&spread_experts));
   m.impl("unpermute_experts", TORCH_BOX(&unpermute_experts));

@@ -1,6 +1,7 @@
 // Every kernel on memory that ends where it may be touched last, under the address sanitizer.
 //
-// With an argument one of the buffers is that many bytes short, which has to be reported.
+// With an argument one of the buffers is that many bytes short, and with a second one another begins that many bytes later,
+// at an address that its values cannot be read from. Either has to be reported.
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -14,6 +15,8 @@ int dsp_dequantise_bucket(const void*, const void*, void* const*, const int64_t*
                           void*);
 int dsp_dequantise_sum(const void*, const void*, void* const*, const int64_t*, int64_t, int64_t, float, int, int64_t,
                        int, void*);
+int dsp_quantised_linear(const void*, const void*, const void*, const void*, void*, int64_t, int64_t, int64_t, int64_t,
+                         int, int, void*);
 int dsp_copy_in(const void* const*, const int64_t*, const int64_t*, int64_t, int64_t, void*, void*);
 int dsp_copy_out(const void*, void* const*, const int64_t*, const int64_t*, int64_t, int64_t, void*);
 int dsp_adamw(void* const*, const void* const*, void* const*, void* const*, const int64_t*, const int*, const int*,
@@ -28,7 +31,7 @@ int dsp_unpermute_experts(const void*, const void*, const void*, int, void*, int
 }
 
 int main(int count, char** arguments) {
-  const size_t missing = count > 1 ? atoi(arguments[1]) : 0;
+  const size_t missing = count > 1 ? atoi(arguments[1]) : 0, late = count > 2 ? atoi(arguments[2]) : 0;
   const int bits[] = {8, 4, 8, 8, 6};
   const int64_t chunks = 3, blocks[] = {16, 48, 256, 1024, 2048, 4096};
   int calls = 0;
@@ -60,6 +63,24 @@ int main(int count, char** arguments) {
         }
         free(codes);
         free(scales);
+      }
+    }
+  }
+  const int64_t weights[][3] = {{1, 1, 16}, {5, 40, 16}, {6, 100, 48}, {2, 2100, 2112}};  // outputs, columns, group
+  for (const auto& [outputs, columns, group] : weights) {
+    const int64_t groups = (columns + group - 1) / group, filled = (columns + 15) / 16 * 16;
+    for (int format = 0; format < 5; ++format) {
+      for (int dtype = 0; dtype < 3; ++dtype) {
+        for (int64_t rows : {1, 2, 3, 5, 16}) {
+          const size_t bytes = dtype == 0 ? 4 : 2;
+          void *x = calloc(rows * filled, bytes), *codes = calloc(outputs * groups, group * bits[format] / 8);
+          void *scales = calloc(outputs * groups * 4 + late, 1), *bias = calloc(outputs, bytes);
+          void *out = malloc(rows * outputs * bytes), *by = static_cast<char*>(scales) + late;
+          if (dsp_quantised_linear(x, codes, by, bias, out, rows, outputs, columns, group, dtype, format, nullptr))
+            return 1;
+          ++calls;
+          for (void* buffer : {x, codes, scales, bias, out}) free(buffer);
+        }
       }
     }
   }
