@@ -34,7 +34,7 @@ from tqdm import tqdm
 from benchmarks import page
 from benchmarks.table import cpu
 from dspass.lowering.segments import SegmentCompiler
-from dspass.runtime import adamw, compat, experts, fake_quantise, few_bits, grouped, kernels, quantise  # noqa: F401
+from dspass.runtime import adamw, compat, cutlass, experts, fake_quantise, few_bits, grouped, kernels, quantise  # noqa: F401
 from dspass.runtime.operators import OPERATORS
 
 _OURS, _INDUCTOR, _COPY = "dspass", "Inductor", "copy"
@@ -58,7 +58,8 @@ Call = Callable[..., Any]
 @dataclass(kw_only=True)
 class Case:
     """One operator at one setting. ``make`` answers fresh arguments; what the call writes to is among them, so each contender
-    has its own. ``goal`` is a peer and the most of its seconds that ours may take on a GPU."""
+    has its own. ``goal`` is a peer and the most of its seconds that ours may take on a GPU. ``call`` is measured in place of
+    the operator: a way to serve it that is not the first choice."""
 
     name: str
     operator: str
@@ -68,6 +69,7 @@ class Case:
     is_exact: bool = True
     peers: dict[str, Call] = field(default_factory=dict)
     goal: tuple[str, float] | None = None
+    call: Call | None = None
 
 
 @dataclass
@@ -271,6 +273,19 @@ def _products(device: str, tokens: int, columns: int, count: int = 16) -> Iterat
                 peers={"torch.mm in bf16": mm},
                 goal=("torch.mm in bf16", most),
             )
+        for rows in (16, 512):
+            yield Case(
+                name=f"mixed_product {format}, {rows} rows",
+                operator="mixed_product",
+                make=lambda rows=rows, codes=codes, scales=scales, format=format: (
+                    *(rows_of(rows, columns), codes.clone(), scales.clone(), format),
+                ),
+                moved=codes.nbytes + scales.nbytes + 4 * rows * columns,
+                operations=2.0 * rows * columns * columns,
+                is_exact=False,
+                peers={"torch.mm in bf16": mm},
+                goal=("torch.mm in bf16", most) if rows == 16 else None,
+            )
     inner = max(columns // 4, 16)
 
     def grouped_arguments() -> tuple[Any, ...]:
@@ -280,16 +295,18 @@ def _products(device: str, tokens: int, columns: int, count: int = 16) -> Iterat
     def theirs(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
         return torch._grouped_mm(x, weight, offs=ends)
 
-    yield Case(
-        name=f"grouped_product, {count} experts",
-        operator="grouped_product",
-        make=grouped_arguments,
-        moved=2 * (2 * tokens * inner + count * inner * inner),
-        operations=2.0 * tokens * inner * inner,
-        is_exact=False,
-        peers={"torch._grouped_mm": theirs},
-        goal=("torch._grouped_mm", 1 / 0.9),
-    )
+    for call in (None, *([cutlass.product] if kernels.cutlass() is not None and device == "cuda" else [])):
+        yield Case(
+            name=f"grouped_product, {count} experts{'' if call is None else ', by CUTLASS'}",
+            operator="grouped_product",
+            make=grouped_arguments,
+            moved=2 * (2 * tokens * inner + count * inner * inner),
+            operations=2.0 * tokens * inner * inner,
+            is_exact=False,
+            peers={"torch._grouped_mm": theirs},
+            goal=("torch._grouped_mm", 1 / 0.9),
+            call=call,
+        )
 
 
 # -- how -----------------------------------------------------------------------------------------------------------------
@@ -297,6 +314,8 @@ def _products(device: str, tokens: int, columns: int, count: int = 16) -> Iterat
 
 def as_served(case: Case, device: str) -> Call:
     """The operator as a graph of ours calls it: a kernel, or its reference as Inductor compiles it for a segment."""
+    if case.call is not None:
+        return case.call
     found = OPERATORS[case.operator]
     if found.server(device) == "kernel" or "!" in found.schema:
         return found.overload

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils.flop_counter import register_flop_formula
 
-from dspass.runtime import compat, quantise
+from dspass.runtime import compat, cutlass, quantise
 from dspass.runtime.formats import GRAIN, format_of
-from dspass.runtime.operators import OPERATORS, operator
+from dspass.runtime.operators import OPERATORS, implement, operator
 
 #: Rows of the other operand that a kernel of ``cuda_src/portable/linear.cuh`` takes at most.
 MOST_ROWS = 16
@@ -95,6 +95,28 @@ def few_rows_linear(
     """
     _check_rows(x)
     return _with_weight_written_out(x, codes, scales, bias, x.shape[1], format)
+
+
+def _mixed_product_fake(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, format: str) -> torch.Tensor:
+    return x.new_empty((x.shape[0], codes.shape[0]))
+
+
+@operator("mixed_product(Tensor x, Tensor codes, Tensor scales, str format) -> Tensor", fake=_mixed_product_fake)
+def mixed_product(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, format: str) -> torch.Tensor:
+    """``x`` (m, columns), fp32, fp16 or bf16, times the weight (n, columns) of ``codes`` and ``scales``, transposed: (m, n).
+    The weight is rounded to ``x``'s dtype and multiplied as any other.
+
+    On an NVIDIA GPU whose library of CUTLASS's products is built tensor cores read the codes, of int8 and int4, where it takes
+    them (``cuda_src/cutlass/mixed.cu``); for sm_80 they scale the sums instead of the weight. :func:`quantised_linear` does not
+    go here: a product that has never run must not be what a person gets unasked. ``python -m benchmarks kernels`` does.
+    """
+    return _with_weight_written_out(x, codes, scales, None, x.shape[1], format)
+
+
+@implement("mixed_product", "CUDA")
+def _mixed_product_on_cuda(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, format: str) -> torch.Tensor:
+    found = cutlass.mixed(x, codes, scales, format)
+    return mixed_product(x, codes, scales, format) if found is None else found
 
 
 def _check_rows(x: torch.Tensor) -> None:

@@ -14,7 +14,7 @@ summed over, has zeros there instead. Where no expert wants any of this, ``torch
 from Python are 3 to 4 % of products of 32 rows. ``benchmarks/results/grouped-cpu.md`` has the figures.
 
 **On a GPU** bf16 goes to ``torch._grouped_mm`` where matrices lie as it wants them, and it and fp16 else to CUTLASS where its
-library is built and takes them (:mod:`dspass.runtime.grouped_cutlass`); neither waits for the device. The rest is the loop over
+library is built and takes them (:mod:`dspass.runtime.cutlass`); neither waits for the device. The rest is the loop over
 experts, which reads ``ends`` first. No GPU has run this yet; should CUTLASS's be the faster one there, it goes first.
 
 Dropped: ``torch._grouped_mm`` for all of a CPU: it takes MKL for fp32 and does not round. Dropped: a library for each expert by
@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from dspass.runtime import compat, grouped_cutlass, linear
+from dspass.runtime import compat, cutlass, linear
 from dspass.runtime.operators import differentiable, implement, operator
 from dspass.runtime.quantise import DTYPES
 
@@ -217,7 +217,7 @@ def _product_on_cuda(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) 
     if x.numel() and weight.numel() and compat.multiplies_grouped(x, weight):
         behind = torch.arange(x.shape[0], device=x.device)[:, None] >= ends[-1]
         return compat.grouped_product(x, weight, ends).masked_fill_(behind, 0)
-    found = grouped_cutlass.product(x, weight, ends)
+    found = cutlass.product(x, weight, ends)
     return _product_by_expert(x, weight, ends, **_PLAIN) if found is None else found
 
 
@@ -226,7 +226,7 @@ def _outer_on_cuda(x: torch.Tensor, grad: torch.Tensor, ends: torch.Tensor) -> t
     _check_outer(x, grad, ends)
     if x.numel() and grad.numel() and compat.multiplies_grouped(x.t(), grad):
         return compat.grouped_product(x.t(), grad, ends)
-    found = grouped_cutlass.outer(x, grad, ends)
+    found = cutlass.outer(x, grad, ends)
     return _outer_by_expert(x, grad, ends, **_PLAIN) if found is None else found
 
 

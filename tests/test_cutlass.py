@@ -17,7 +17,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dspass.runtime import compat, few_bits, grouped, grouped_cutlass, kernels
+from dspass.runtime import compat, cutlass, few_bits, grouped, kernels
 from dspass.runtime.kernels import DTYPE_CODES, KernelError
 from tests.emulated import garbage, same, setting
 from tests.test_grouped import check, ends_of, laid, looped, looped_outer, some
@@ -94,7 +94,7 @@ def library() -> ctypes.CDLL:
 
 @pytest.fixture
 def emulated(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grouped_cutlass, "library_for", lambda device: library)
+    monkeypatch.setattr(cutlass, "library_for", lambda device: library)
     monkeypatch.setattr(compat, "multiplies_grouped", lambda *_: False)  # torch's own, which goes first
 
 
@@ -125,7 +125,7 @@ def test_products_are_those_of_a_loop(
     x, weight, grad = some(rows, inner, columns, len(counts), dtype)
     weight, ends = laid(weight, layout), ends_of(counts)
     with setting(DSP_EMU_CAPABILITY=capability, DSP_EMU_SHUFFLE=order):
-        product, outer = grouped_cutlass.product(x, weight, ends), grouped_cutlass.outer(x, grad, ends)
+        product, outer = cutlass.product(x, weight, ends), cutlass.outer(x, grad, ends)
     if rows == 0:
         assert product is outer is None
         return
@@ -141,8 +141,8 @@ def test_parts_of_larger_tensors_are_read_where_they_lie(emulated: None) -> None
     ends = ends_of((7, 0, 20))
     some_x, some_weight, some_grad = x[:, 8:32], weight[::2, 8:32, 16:], grad[:, 16:]
     product, outer = (
-        grouped_cutlass.product(some_x, some_weight, ends),
-        grouped_cutlass.outer(some_x, some_grad, ends),
+        cutlass.product(some_x, some_weight, ends),
+        cutlass.outer(some_x, some_grad, ends),
     )
     assert product is not None
     assert outer is not None
@@ -187,7 +187,7 @@ _WIDE = torch.ones(5, 24, dtype=torch.bfloat16)
 def test_what_does_not_fit_takes_another_path(emulated: None, x: torch.Tensor, weight: torch.Tensor) -> None:
     """And has its result there."""
     ends = _ENDS.clamp(max=x.shape[0])
-    assert grouped_cutlass.product(x, weight, ends) is None
+    assert cutlass.product(x, weight, ends) is None
     check(grouped._product_on_cuda(x, weight, ends), looped, x, weight, ends)
 
 
@@ -222,57 +222,57 @@ def test_what_does_not_fit_takes_another_path(emulated: None, x: torch.Tensor, w
 )
 def test_outer_products_that_do_not_fit_take_another_path(emulated: None, x: torch.Tensor, grad: torch.Tensor) -> None:
     ends = _ENDS.clamp(max=x.shape[0])
-    assert grouped_cutlass.outer(x, grad, ends) is None
+    assert cutlass.outer(x, grad, ends) is None
     check(grouped._outer_on_cuda(x, grad, ends), looped_outer, x, grad, ends)
 
 
 def test_ends_with_gaps_and_devices_that_differ_take_another_path(emulated: None) -> None:
     gaps = torch.tensor([2, 9, 4, 9], dtype=torch.int32)[::2]
-    assert grouped_cutlass.product(_X, _WEIGHT, gaps) is None
-    assert grouped_cutlass.product(_X, _WEIGHT, _ENDS) is not None
-    assert grouped_cutlass.product(_X, _WEIGHT.to("meta"), _ENDS) is None
+    assert cutlass.product(_X, _WEIGHT, gaps) is None
+    assert cutlass.product(_X, _WEIGHT, _ENDS) is not None
+    assert cutlass.product(_X, _WEIGHT.to("meta"), _ENDS) is None
 
 
 @pytest.mark.parametrize("is_built", [False, True])
 def test_tensors_on_a_cpu_are_not_given_to_a_gpus_library(is_built: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     made = ctypes.CDLL(None) if is_built else None
     monkeypatch.setattr(kernels, "cutlass", lambda: made)
-    assert grouped_cutlass.library_for(torch.device("cuda")) is made
-    assert grouped_cutlass.product(_X, _WEIGHT, _ENDS) is None
-    assert grouped_cutlass.outer(_X, _X, _ENDS) is None
+    assert cutlass.library_for(torch.device("cuda")) is made
+    assert cutlass.product(_X, _WEIGHT, _ENDS) is None
+    assert cutlass.outer(_X, _X, _ENDS) is None
 
 
 def test_an_older_gpu_takes_another_path(emulated: None) -> None:
     with setting(DSP_EMU_CAPABILITY=7):
-        assert grouped_cutlass.product(_X, _WEIGHT, _ENDS) is None
+        assert cutlass.product(_X, _WEIGHT, _ENDS) is None
     with setting(DSP_EMU_CAPABILITY=12):
-        assert grouped_cutlass.product(_X, _WEIGHT, _ENDS) is not None
+        assert cutlass.product(_X, _WEIGHT, _ENDS) is not None
 
 
 def test_what_the_driver_refuses_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     refusing = SimpleNamespace(dsp_grouped_workspace=lambda *_: 35)
-    monkeypatch.setattr(grouped_cutlass, "library_for", lambda device: refusing)
+    monkeypatch.setattr(cutlass, "library_for", lambda device: refusing)
     with pytest.raises(RuntimeError, match="could not be launched: the driver answered 35"):
-        grouped_cutlass.product(_X, _WEIGHT, _ENDS)
+        cutlass.product(_X, _WEIGHT, _ENDS)
 
 
 DISPATCHER = """
 import os
 import torch
-from dspass.runtime import compat, grouped, grouped_cutlass, kernels
+from dspass.runtime import compat, grouped, cutlass, kernels
 from tests.test_grouped import check, ends_of, looped, looped_outer, some
 
 kernels.build("cutlass-emulator")
 library = kernels.load("cutlass-emulator")
-grouped_cutlass.library_for = lambda device: library
+cutlass.library_for = lambda device: library
 compat.multiplies_grouped = lambda *_: False
 calls = []
 for name in ("product", "outer"):
-    def counted(*args, plain=getattr(grouped_cutlass, name), name=name):
+    def counted(*args, plain=getattr(cutlass, name), name=name):
         found = plain(*args)
         calls.append((name, found is not None))
         return found
-    setattr(grouped_cutlass, name, counted)
+    setattr(cutlass, name, counted)
 over = torch.library.Library("dspass", "IMPL")
 over.impl("grouped_product", grouped._product_on_cuda, "CPU", allow_override=True)
 over.impl("grouped_outer", grouped._outer_on_cuda, "CPU", allow_override=True)
@@ -354,13 +354,13 @@ def test_matrices_without_rows_are_filled_in_parts(library: ctypes.CDLL, emulate
     x, _, grad = some(3, 72, 80, 4, torch.float16)
     counts = [0, 2, 0, 1]
     with setting(DSP_EMU_GRID=2):
-        found = grouped_cutlass.outer(x, grad, ends_of(counts))
+        found = cutlass.outer(x, grad, ends_of(counts))
     assert found is not None
     check(found, looped_outer, x, grad, ends_of(counts))
     many = [e % 7 == 0 for e in range(300)]
     x, weight, _ = some(sum(many), 8, 8, 300, torch.float16)
     with setting(DSP_EMU_GRID=1):
-        found = grouped_cutlass.product(x, weight, ends_of(many))
+        found = cutlass.product(x, weight, ends_of(many))
     assert found is not None
     check(found, looped, x, weight, ends_of(many))
 
@@ -482,6 +482,23 @@ def test_products_with_few_bits_are_those_of_the_weight(
         error, out, exact, size = _mixed(library, x, format, group, columns)
     assert error == 0
     assert ((out.double() - exact).abs() <= 1.01 * torch.finfo(dtype).eps / 2 * (size + exact.abs()) + 1e-6).all()
+
+
+@pytest.mark.parametrize(("format", "group"), [("int8", None), ("int4", 64), ("fp8_e4m3", None)])
+def test_the_operator_of_few_bits_reaches_the_library_or_its_reference(
+    emulated: None, format: str, group: int | None
+) -> None:
+    """Rows that are cut out of wider ones, and a weight whose last group is filled up."""
+    x = torch.randn((5, 104), generator=torch.Generator().manual_seed(0)).bfloat16()[:, :96]
+    codes, scales = few_bits.quantise_rows(torch.randn(16, 96), format, group)
+    with setting(DSP_EMU_CAPABILITY=9):
+        by_library = cutlass.mixed(x, codes, scales, format)
+        found = few_bits._mixed_product_on_cuda(x, codes, scales, format)
+    assert (by_library is None) == (format == "fp8_e4m3")
+    assert torch.equal(found, few_bits.mixed_product(x, codes, scales, format) if by_library is None else by_library)
+    wanted = x.double() @ few_bits.dequantise_rows(codes, scales, 96, format, x.dtype).double().t()
+    assert torch.allclose(found.double(), wanted, rtol=2**-8, atol=1e-3)
+    torch.library.opcheck(torch.ops.dspass.mixed_product.default, (x, codes, scales, format))
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,7 @@ kernels.build("emulator-32"), kernels.build("binding-emulator")
 assert OPERATORS["quantise"].server("cpu") == "torch reference"
 kernels.bind("binding-emulator", "emulator-32")
 without = {o.name for o in OPERATORS.values() if o.server("cpu") != "kernel"}
-by_inductor = {"compensated_bucket", "quantised_linear", "fake_quantise"}
+by_inductor = {"compensated_bucket", "quantised_linear", "fake_quantise", "mixed_product"}
 by_inductor |= {"arrival_positions", "experts_of_rows", "pad_experts", "unpad_experts"}
 by_transport = {"exchange_counts", "dispatch_rows", "combine_rows", "exchange_even", "mean_over_ranks"}
 by_transport |= {"split_chunks", "join_chunks"}  # a rank's sizes are its own

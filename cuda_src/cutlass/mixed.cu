@@ -1,5 +1,4 @@
 // Products with a weight in few bits (runtime/few_bits.py) by CUTLASS: the C interface, which chooses a unit by the device.
-// No operator calls it yet.
 //
 // Which products there are: of fp16 or bf16 with int8 or int4, summed up in fp32, where
 //   - x and codes lie by rows, the former's a multiple of 8 values apart, the latter's of 16 bytes,

@@ -1,13 +1,13 @@
-"""Grouped products by CUTLASS, on a GPU whose library of them is built (``cuda_src/cutlass``, ``make kernels``).
+"""Products by CUTLASS, on a GPU whose library of them is built (``cuda_src/cutlass``, ``make kernels``).
 
 The library takes bf16 and fp16 where rows begin at multiples of 16 bytes, and refuses everything else, so that what it takes is
-written down once, there; :mod:`dspass.runtime.grouped` then goes on to what serves without it. ``ends`` stay on the device:
-sizes, pointers and strides of all products are made there, and a call can be captured in a CUDA graph. Nothing of this has run
-on a GPU; the library is tested with plain loops on the CPU in CUTLASS's place.
+written down once, there; :mod:`dspass.runtime.grouped` and :mod:`dspass.runtime.few_bits` then go on to what serves without it.
+``ends`` stay on the device: sizes, pointers and strides of all products are made there, and a call can be captured in a CUDA
+graph. Nothing of this has run on a GPU; the library is tested with plain loops on the CPU in CUTLASS's place.
 
-Dropped: the two operators in the stable-ABI binding, as those of the other kernels: what follows a refusal is Python, and C++
-would have to call back into it; to be called by ctypes costs some 3 µs more. Dropped: an operator of
-its own below, for the same: it would have to answer that it refused.
+Dropped: operators in the stable-ABI binding, as those of the other kernels: what follows a refusal is Python, and C++ would
+have to call back into it; to be called by ctypes costs some 3 µs more. Dropped: operators of their own below, for the same:
+they would have to answer that they refused.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from dspass.runtime import kernels
+from dspass.runtime.formats import format_of
 from dspass.runtime.quantise import DTYPES
 
 #: Of the library: what it does not take. The driver has the same for a launch that cannot be, which another path serves too.
@@ -42,6 +43,26 @@ def outer(x: torch.Tensor, grad: torch.Tensor, ends: torch.Tensor) -> torch.Tens
     given = (x.data_ptr(), x.stride(0), grad.data_ptr(), grad.stride(0))
     shape = (ends.shape[0], inner, columns)
     return _answered("dsp_grouped_outer", x, grad, given, ends, shape, (rows, inner, columns))
+
+
+def mixed(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, format: str) -> torch.Tensor | None:
+    """As :func:`dspass.runtime.few_bits.mixed_product`; otherwise as :func:`product`."""
+    library = library_for(x.device)
+    lies_well = x.stride(1) == 1 and codes.stride(1) == 1 and scales.is_contiguous()
+    if library is None or not lies_well or not x.device == codes.device == scales.device:
+        return None
+    (rows, inner), columns = x.shape, codes.shape[0]
+    group = codes.shape[1] * 8 // format_of(format).bits // max(scales.shape[1], 1)
+    workspace_bytes = ctypes.c_int64()
+    with _on(x.device):
+        if _refuses(library.dsp_mixed_workspace(inner, columns, group, ctypes.byref(workspace_bytes))):
+            return None
+        out = x.new_empty((rows, columns))
+        workspace = x.new_empty(workspace_bytes.value, dtype=torch.uint8)
+        given = (x.data_ptr(), x.stride(0), codes.data_ptr(), codes.stride(0), scales.data_ptr(), out.data_ptr())
+        sizes = (rows, inner, columns, group, kernels.FORMAT_CODES[format], DTYPES.index(x.dtype))
+        rest = (workspace.data_ptr(), workspace_bytes.value, _stream(x.device))
+        return None if _refuses(library.dsp_mixed_product(*given, *sizes, *rest)) else out
 
 
 def library_for(device: torch.device) -> ctypes.CDLL | None:
@@ -74,7 +95,7 @@ def _answered(
 
 def _refuses(error: int) -> bool:
     if error not in (0, _REFUSED):
-        raise RuntimeError(f"a grouped product of CUTLASS could not be launched: the driver answered {error}.")
+        raise RuntimeError(f"a product of CUTLASS could not be launched: the driver answered {error}.")
     return error == _REFUSED
 
 
