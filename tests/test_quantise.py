@@ -269,12 +269,13 @@ def cases(format: str) -> dict[str, tuple[Any, ...]]:
         "dequantise_rows": (*rows, 40, format, torch.bfloat16),
         "few_rows_linear": (x, *rows, bias, format),
         "quantised_linear": (x, *rows, bias, 40, format),
+        "mixed_product": (x, *rows, format),
     }
 
 
 @pytest.mark.parametrize("name", ["quantise", "dequantise", "quantise_bucket", "compensated_bucket",
                                   "dequantise_bucket", "dequantise_sum", "dequantise_rows", "few_rows_linear",
-                                  "quantised_linear"])  # fmt: skip
+                                  "quantised_linear", "mixed_product"])  # fmt: skip
 @pytest.mark.parametrize("format", ["int4", "fp6_e3m2"])
 def test_opcheck(name: str, format: str) -> None:
     torch.library.opcheck(OPERATORS[name].overload, cases(format)[name])
@@ -298,7 +299,7 @@ def test_inductor_s_code_is_the_reference_to_the_last_bit(format: Format) -> Non
         found, wanted = ([v for v in values if isinstance(v, torch.Tensor)] for values in (found, wanted))
         assert len(found) == len(wanted)
         for one, other in zip(found, wanted, strict=True):
-            if name in ("few_rows_linear", "quantised_linear"):
+            if name in ("few_rows_linear", "quantised_linear", "mixed_product"):
                 torch.testing.assert_close(one, other)  # a product's sums are in no promised order
             else:
                 assert torch.equal(one, other), name
