@@ -330,8 +330,9 @@ def _by_blocks(
     # One block alone is not worth a call of compiled code.
     whole = blocks * BLOCK if blocks > 1 else 0
     if whole:
-        parts = [t[:blocks] if t.shape[0] != count else t[:whole].view(blocks, BLOCK) for t in tensors]
-        name = (step, *(t.dtype for t in tensors), key is not None)
+        values = tensors if whole == count else [t[:whole] if t.shape[0] == count else t[:blocks] for t in tensors]
+        parts = [t.view(blocks, BLOCK) if t.shape[0] == whole else t for t in values]
+        name = (step, tensors[0].dtype, tensors[1].dtype, key is not None)
         if name not in _compiled:
             # In compiled code a square root of fp32 is the processor's own, which is rounded once.
             rooted = functools.partial(with_lists, root=torch.sqrt)

@@ -354,8 +354,10 @@ def compile_for_rows(function: Callable[..., None], examples: Sequence[torch.Ten
     with ThreadPoolExecutor(1) as thread:
         compiled = thread.submit(compiled_here).result()
 
+    run: Callable[..., Any] = compiled.current_callable  # type: ignore[attr-defined]  # what is around it is for graphs of a model
+
     def call(*tensors: torch.Tensor) -> None:
-        compiled(list(tensors))
+        run(list(tensors))
 
     return call
 
