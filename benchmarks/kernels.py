@@ -9,9 +9,8 @@ An operator is compared with its reference first, on the very arguments that are
 order, and else by the largest difference beside the largest value, which a product may round differently by an ulp of fp32 sums
 and of its result. One that is wrong is named and the command fails.
 
-The limit of what moves memory is a copy, which reads and writes as many bytes, measured in the same turns; of a product, the
-larger of that and the operations at the rate of a dense product. Bytes are those that an operator cannot do without: every
-argument read once, every result written once.
+The limit of what moves memory is a copy, which reads and writes as many bytes, measured in the same turns. Bytes are those that
+an operator cannot do without: every argument read once, every result written once. A product is held against torch's own.
 
 Dropped: Triton's ``do_bench``, which flushes one cache and runs one contender after another: clocks drift in between.
 """
@@ -387,27 +386,21 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     )
 
 
-class _Timer:
-    """Seconds of one call, on a GPU of several that keep it busy."""
-
-    def __init__(self, device: str) -> None:
-        self.device = device
-
-    def __call__(self, call: Call, sets: Iterator[tuple[Any, ...]], calls: int) -> float:
-        some = [next(sets) for _ in range(calls)]
-        if self.device == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            for args in some:
-                call(*args)
-            end.record()
-            end.synchronize()
-            return start.elapsed_time(end) / 1e3 / calls
-        began = time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+def _seconds(call: Call, some: Sequence[tuple[Any, ...]], device: str) -> float:
+    """Of one call, on the average of those with ``some`` arguments; on a GPU several keep it busy."""
+    if device == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
         for args in some:
             call(*args)
-        ended = time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
-        return (ended - began) / calls
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / len(some)
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    began = clock()
+    for args in some:
+        call(*args)
+    return (clock() - began) / len(some)
 
 
 def _turning(make: Callable[[], tuple[Any, ...]], device: str) -> tuple[Iterator[tuple[Any, ...]], int]:
@@ -438,14 +431,14 @@ def measure(case: Case, device: str, rounds: int, tick: Callable[[], object] = l
     sets[_COPY] = _turning(
         lambda: tuple(torch.empty(half, dtype=torch.uint8, device=device).fill_(i) for i in range(2)), device
     )
-    timer = _Timer(device)
     with torch.no_grad():
         for number in range(-3, rounds):
             order = list(contenders)
             random.Random(number).shuffle(order)
             for name in order:
                 turns, count = sets[name]
-                took = timer(contenders[name], turns, min(count, 16) if device == "cuda" else 1)
+                some = [next(turns) for _ in range(min(count, 16) if device == "cuda" else 1)]
+                took = _seconds(contenders[name], some, device)
                 if number >= 0:
                     row.seconds.setdefault(name, []).append(took)
             tick()

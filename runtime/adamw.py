@@ -69,6 +69,13 @@ SECOND = Format(name="unsigned_e5m3", bits=8, largest=122880, exponent=5, mantis
 _Bits = TypeVar("_Bits", int, torch.Tensor)
 _LOW = 0xFFFFFFFF
 
+#: Has one tensor stepped: by a step, the tensors it takes, factors, and a key of random bits where it takes one.
+_Run = Callable[..., None]
+
+
+def _as_it_is(step: Callable[..., None], tensors: Sequence[torch.Tensor], *more: Any) -> None:
+    step(*tensors, *more)
+
 
 # -- states of fp32 ------------------------------------------------------------------------------------------------------
 
@@ -107,6 +114,8 @@ def adamw_(
     eps: float,
     weight_decay: float,
     seed: int | None = None,
+    *,
+    run: _Run = _as_it_is,
 ) -> None:
     """Step number ``step``, from 1, of all ``params``, in place; ``exp_avgs`` and ``exp_avg_sqs`` begin as zeros.
 
@@ -118,7 +127,8 @@ def adamw_(
     _fake(*lists, step, lr, beta1, beta2, eps, weight_decay)
     factors = _factors(step, lr, beta1, beta2, eps, weight_decay)
     for number, tensors in enumerate(zip(*lists, strict=True)):
-        _step(*tensors, factors, None if seed is None else _key(seed, step, number))
+        is_stochastic = seed is not None and tensors[0].dtype is torch.bfloat16
+        run(_step, tensors, factors, _key(seed or 0, step, number) if is_stochastic else None)
 
 
 # -- states of 8 bits ----------------------------------------------------------------------------------------------------
@@ -175,6 +185,8 @@ def adamw_8bit_(
     eps: float,
     weight_decay: float,
     seed: int | None = None,
+    *,
+    run: _Run = _as_it_is,
 ) -> None:
     """As :func:`adamw_`, with states that :func:`states_of_8_bits` makes.
 
@@ -185,10 +197,11 @@ def adamw_8bit_(
     lists = (params, grads, exp_avgs, exp_avg_scales, exp_avg_sqs, exp_avg_sq_scales)
     _8bit_fake(*lists, step, lr, beta1, beta2, eps, weight_decay)
     factors = _factors(step, lr, beta1, beta2, eps, weight_decay)
-    for number, (param, grad, codes1, scales1, codes2, scales2) in enumerate(zip(*lists, strict=True)):
-        if param.numel():
-            key, is_stochastic = _key(seed or 0, step, number), seed is not None
-            _step_8bit(param, grad, codes1, scales1, codes2, scales2, factors, key, is_stochastic=is_stochastic)
+    for number, tensors in enumerate(zip(*lists, strict=True)):
+        is_stochastic = seed is not None and tensors[0].dtype is torch.bfloat16
+        if tensors[0].numel():
+            step_one = _step_8bit_stochastic if is_stochastic else _step_8bit
+            run(step_one, tensors, factors, _key(seed or 0, step, number))
 
 
 def _loaded(codes: torch.Tensor, scales: torch.Tensor, format: Format, param: torch.Tensor) -> torch.Tensor:
@@ -277,7 +290,7 @@ def _step(
     whole, first, second = _stepped(param, grad, exp_avg, exp_avg_sq, factors, root)
     exp_avg.copy_(first)
     exp_avg_sq.copy_(second)
-    param.copy_(whole if key is None else _as_param(whole, param, _random(param, key, begin)))
+    param.copy_(whole if key is None else rounded(whole, _random(param, key, begin)))
 
 
 def _step_8bit(
@@ -299,14 +312,10 @@ def _step_8bit(
     random = _random(param, key, begin)
     for state, made in zip((codes1, scales1, codes2, scales2), stored(first, second, random), strict=True):
         state.copy_(made)
-    param.copy_(_as_param(whole, param, random) if is_stochastic else whole)
+    param.copy_(rounded(whole, random) if is_stochastic else whole)
 
 
 _step_8bit_stochastic = functools.partial(_step_8bit, is_stochastic=True)
-
-
-def _as_param(whole: torch.Tensor, param: torch.Tensor, random: torch.Tensor) -> torch.Tensor:
-    return rounded(whole, random) if param.dtype is torch.bfloat16 else whole
 
 
 # -- on a CPU ------------------------------------------------------------------------------------------------------------
@@ -317,9 +326,14 @@ _compiled: dict[Any, Callable[..., None]] = {}
 def _by_blocks(
     step: Callable[..., None], tensors: Sequence[torch.Tensor], factors: _Factors, key: torch.Tensor | None
 ) -> None:
-    """``step`` of flat ``tensors``, or states of 8 bits: whole blocks by compiled code, which knows no other values, and the
+    """``step`` of a parameter, its gradient and states: whole blocks by compiled code, which knows no other values, and the
     rest by the reference."""
-    count = tensors[0].numel()
+    param, grad, *states = (t.detach() for t in tensors)
+    own = [
+        s.view(-1) if s.is_floating_point() and s.shape == param.shape else s for s in states
+    ]  # those of 8 bits are flat
+    tensors = [param.view(-1), grad.reshape(-1), *own]
+    count = param.numel()
     blocks, given = count // BLOCK, [*factors, *([] if key is None else [key])]
 
     def with_lists(*args: torch.Tensor, begin: int = 0, root: Callable[[torch.Tensor], torch.Tensor] = _root) -> None:
@@ -344,50 +358,13 @@ def _by_blocks(
 
 
 @implement("adamw_", "CPU")
-def _adamw_on_cpu(
-    params: Sequence[torch.Tensor],
-    grads: Sequence[torch.Tensor],
-    exp_avgs: Sequence[torch.Tensor],
-    exp_avg_sqs: Sequence[torch.Tensor],
-    step: int,
-    lr: torch.Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    seed: int | None = None,
-) -> None:
-    lists = (params, grads, exp_avgs, exp_avg_sqs)
-    _fake(*lists, step, lr, beta1, beta2, eps, weight_decay)
-    factors = _factors(step, lr, beta1, beta2, eps, weight_decay)
-    for number, tensors in enumerate(zip(*lists, strict=True)):
-        key = None if seed is None or tensors[0].dtype is not torch.bfloat16 else _key(seed, step, number)
-        _by_blocks(_step, [t.detach().reshape(-1) for t in tensors], factors, key)
+def _adamw_on_cpu(*args: Any, **more: Any) -> None:
+    adamw_(*args, **more, run=_by_blocks)
 
 
 @implement("adamw_8bit_", "CPU")
-def _adamw_8bit_on_cpu(
-    params: Sequence[torch.Tensor],
-    grads: Sequence[torch.Tensor],
-    exp_avgs: Sequence[torch.Tensor],
-    exp_avg_scales: Sequence[torch.Tensor],
-    exp_avg_sqs: Sequence[torch.Tensor],
-    exp_avg_sq_scales: Sequence[torch.Tensor],
-    step: int,
-    lr: torch.Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    seed: int | None = None,
-) -> None:
-    lists = (params, grads, exp_avgs, exp_avg_scales, exp_avg_sqs, exp_avg_sq_scales)
-    _8bit_fake(*lists, step, lr, beta1, beta2, eps, weight_decay)
-    factors = _factors(step, lr, beta1, beta2, eps, weight_decay)
-    for number, (param, grad, *states) in enumerate(zip(*lists, strict=True)):
-        is_stochastic = seed is not None and param.dtype is torch.bfloat16
-        flat = [param.detach().reshape(-1), grad.detach().reshape(-1), *states]
-        _by_blocks(_step_8bit_stochastic if is_stochastic else _step_8bit, flat, factors, _key(seed or 0, step, number))
+def _adamw_8bit_on_cpu(*args: Any, **more: Any) -> None:
+    adamw_8bit_(*args, **more, run=_by_blocks)
 
 
 # -- random bits ---------------------------------------------------------------------------------------------------------
