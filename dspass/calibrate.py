@@ -7,7 +7,7 @@ kernels from Inductor, which write into memory that exists. Of several runs at s
 On a CPU everything is measured with as many threads as torch has now: set ``OMP_NUM_THREADS`` as the training will have it. The
 ranks of a machine share its memory and caches, and so a core beside a busy one is slower than alone. So a calibration is of a
 number of ranks, which measure the same figure at the same time, as they run the same step; each figure is their mean. Dropped:
-one factor for a busy neighbour. Products slow down by little, kernels that wait for memory by up to two.
+one factor for a busy neighbour: what is bound by memory shares it, and what is bound by a core's arithmetic does not.
 """
 
 from __future__ import annotations
