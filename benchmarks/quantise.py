@@ -3,7 +3,8 @@
 Every row is a group of processes of its own that trains one GPT from the same weights on the same batches; rows take turns,
 some steps at a time. Bytes are those that one rank sends in a step, as counted; their bound is what the plain row sends, with
 each value as many bits as its format has and a share of one fp32 scale: what fills no whole block makes the difference. A loss
-is the mean over ranks and over the last tenth of the steps.
+is the mean over ranks and over the last tenth of the steps, beside the plain row's over the same ones. Losses do not depend on
+who takes turns: where all rows would take too long, ``--long`` ones go on alone to ``--long-steps`` when all were timed.
 
 On more than two ranks nodes of two are supposed. What crosses nodes is counted for one node: of a collective over all ranks the
 share of its bytes that other nodes hold, of one across nodes what all ranks of a node send, of one inside of a node nothing. It
@@ -53,9 +54,9 @@ class Row:
     def bytes(self) -> int:
         return sum(self.sent.values())
 
-    @property
-    def loss(self) -> float:
-        return statistics.fmean(self.losses[-max(len(self.losses) // 10, 1) :])
+    def loss(self, steps: int) -> float:
+        """After so many steps."""
+        return statistics.fmean(self.losses[steps - max(steps // 10, 1) : steps])
 
     def bound(self, plain: Mapping[tuple[str, str], int]) -> float | None:
         """Bytes of a step, from those of the row that sends all whole, in fp32; None where nodes send otherwise."""
@@ -97,7 +98,15 @@ def measure(options: argparse.Namespace) -> tuple[list[Row], int]:
         for row, group in zip(rows, groups, strict=True):
             row.peak = max(w["peak"] for w in group.ask("watch", 1, timeout=_STEP))
             row.sent = group.ask("traffic", timeout=_STEP)[0]
-        return rows, groups[0].ask("count", timeout=_STEP)[0]
+        count = groups[0].ask("count", timeout=_STEP)[0]
+        for row, group in zip(rows, groups, strict=True):
+            if (row is rows[0] and options.long) or row.name in options.long:
+                left = range(len(row.losses), options.long_steps, options.steps)
+                for _ in tqdm(left, desc=f"{row.name} alone", unit="round", ncols=90):
+                    _note(row, group, options.steps, _STEP)
+                    row.seconds.pop()  # not in turns
+            group.close()
+        return rows, count
 
 
 def _note(row: Row, group: Group, steps: int, timeout: float) -> None:
@@ -111,12 +120,12 @@ def table(rows: Sequence[Row], ranks: int, parameters: int) -> str:
     plain = rows[0]
     lines = [
         "| | gathers | reductions | sent a step | of plain | of bound | step, median | of plain, paired | peak "
-        "| loss at the end | of plain |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| steps | loss | of plain |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         ratios = [a / b for a, b in zip(row.seconds, plain.seconds, strict=True)]
-        bound = row.bound(plain.sent)
+        bound, steps = row.bound(plain.sent), len(row.losses)
         cells = [
             row.name,
             row.gathers or "whole",
@@ -127,17 +136,17 @@ def table(rows: Sequence[Row], ranks: int, parameters: int) -> str:
             f"{statistics.median(row.seconds) * 1e3:.0f} ms",
             f"{statistics.median(ratios):.3f}",
             f"{row.peak / 1e6:.1f} MB",
-            f"{row.loss:.4f}",
-            f"{row.loss / plain.loss - 1:+.2%}",
+            str(steps),
+            f"{row.loss(steps):.4f}",
+            f"{row.loss(steps) / plain.loss(steps) - 1:+.2%}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    steps = len(plain.losses)
-    within = [row for row in rows[1:] if row.loss <= plain.loss * 1.005]
-    lines += [
-        "",
-        f"- {'met' if len(within) == len(rows) - 1 else 'missed'}: the loss after {steps} steps is within 0.5 % of the plain "
-        f"row's: {len(within)} of {len(rows) - 1}",
-    ]
+    lines.append("")
+    for steps in sorted({len(row.losses) for row in rows[1:]}, reverse=True):
+        trained = [row for row in rows[1:] if len(row.losses) == steps]
+        within = [row for row in trained if row.loss(steps) <= plain.loss(steps) * 1.005]
+        goal = f"the loss after {steps} steps is within 0.5 % of the plain row's"
+        lines.append(f"- {'met' if len(within) == len(trained) else 'missed'}: {goal}: {len(within)} of {len(trained)}")
     if (node := max(row.node for row in rows)) > 1:
         lines += _across(rows, ranks, node, parameters)
     return "\n".join(lines)
@@ -165,6 +174,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", type=int, default=128, help="bytes of a sample")
     parser.add_argument("--rounds", type=int, default=50, help="interleaved rounds")
     parser.add_argument("--steps", type=int, default=10, help="steps of a row in one round")
+    parser.add_argument(
+        "--long", nargs="*", choices=QUANTISED, default=[], help="rows that go on alone behind the rounds"
+    )
+    parser.add_argument("--long-steps", type=int, default=500, help="steps of each of these in all (default 500)")
     parser.add_argument("--out", default="benchmarks/results", help="where the table is written")
 
 
@@ -182,7 +195,15 @@ def run(options: argparse.Namespace) -> int:
         f"quantise-{options.preset}-{options.ranks}r-cpu.md",
         title="Collectives in few bits",
         benchmark="quantise",
-        keys=("preset", "ranks", "batch", "context", "rounds", "steps"),
+        keys=(
+            "preset",
+            "ranks",
+            "batch",
+            "context",
+            "rounds",
+            "steps",
+            *(("long", "long_steps") if options.long else ()),
+        ),
         facts=f"{options.ranks} gloo ranks of one thread on {device('cpu')}, torch {torch.__version__}, Python "
         f"{platform.python_version()}; GPT {options.preset}, fp32, AdamW(fused=True), Python sources as text; "
         f"{(time.time() - begin) / 60:.1f} minutes.",

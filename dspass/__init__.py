@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch._dynamo
 
+from dspass.adamw import AdamW
 from dspass.backend import deepspeed
 from dspass.clipping import clip_grad_norm_
 from dspass.config import Config, ConfigError
@@ -31,6 +32,7 @@ if "deepspeed" not in torch._dynamo.list_backends(exclude_tags=()):
 compat.register_log("dspass", "dspass")  # TORCH_LOGS="+dspass", torch._logging.set_logs(modules={"dspass": level})
 
 __all__ = [
+    "AdamW",
     "BudgetError",
     "Config",
     "ConfigError",

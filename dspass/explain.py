@@ -63,9 +63,9 @@ from dspass.runtime import compat
 from dspass.runtime.axis import MODELLED
 from dspass.runtime.engine import Engine
 from dspass.runtime.host import offload_start, reload_start
-from dspass.runtime.host_states import local_bytes, local_of
+from dspass.runtime.host_states import local_bytes
 from dspass.runtime.ledger import CATEGORIES, HOST, Ledger, Point
-from dspass.runtime.stepping import OPTIMIZERS
+from dspass.runtime.stepping import OPTIMIZERS, Optimizer
 from dspass.settings import kind_of, step_moments
 from dspass.weights import stored_tensors
 
@@ -242,7 +242,7 @@ def _predicted(
             )
         compiled = cast(Any, torch.compile)(fake, backend="deepspeed", options=config)  # typed for Inductor's
         ledger = Ledger(watches=True)
-        steps = _Steps(compiled, fake, engine, batch, named, supposed.states, train, ledger)
+        steps = _Steps(compiled, fake, engine, batch, named, supposed, train, ledger)
         engine.probe.ledger = ledger
         with _unwrapped():
             steps.run()  # the one-line way holds the whole model once; makes the optimiser's states
@@ -349,9 +349,9 @@ def _seconds(
         for (kind, group), seconds in one.exposed.items():
             exposed[kind, where, group] = exposed.get((kind, where, group), 0.0) + seconds * engine.accumulation_steps
     if train:
-        states = OPTIMIZERS[optimizer].states
         trained = [p for p in model.parameters() if p.requires_grad]
-        total += cost.optimizer_seconds(sum(local_bytes(p) for p in trained), states, on)
+        states = sum(map(OPTIMIZERS[optimizer].state_bytes, trained))
+        total += cost.optimizer_seconds(sum(map(local_bytes, trained)), states, on)
         exposed["optimizer states", "step", ""] = cost.states_seconds(_states_away(engine, model), on)
         total += exposed["optimizer states", "step", ""]
     return exposed, total
@@ -402,8 +402,10 @@ def _graphs(engine: Engine) -> Iterator[tuple[Direction, fx.Graph]]:
 
 def _states_away(engine: Engine, model: nn.Module) -> int:
     """Bytes of a supposed optimiser's states that wait on the host."""
-    states = engine.supposed_optimizer.states if engine.supposed_optimizer is not None else 0
-    return states * sum(local_bytes(p) for p in model.parameters() if p.requires_grad and p in engine.host_states)
+    if engine.supposed_optimizer is None:
+        return 0
+    away = [p for p in model.parameters() if p.requires_grad and p in engine.host_states]
+    return sum(map(engine.supposed_optimizer.state_bytes, away))
 
 
 def _host_copies(
@@ -444,13 +446,13 @@ class _Steps:
         engine: Engine,
         batch: Sequence[Any],
         named: dict[str, Any],
-        states: int,
+        optimizer: Optimizer,
         train: bool,
         ledger: Ledger,
     ) -> None:
         self.compiled, self.model, self.engine = compiled, model, engine
-        self.batch, self.named, self.states, self.train, self.ledger = batch, named, states, train, ledger
-        self.kept: dict[int, list[torch.Tensor]] = {}
+        self.batch, self.named, self.optimizer, self.train, self.ledger = batch, named, optimizer, train, ledger
+        self.kept: dict[int, torch.Tensor] = {}
         """The optimiser's states, by the parameter that they are of."""
 
     def run(self) -> None:
@@ -484,7 +486,7 @@ class _Steps:
         for param in trained:
             self.ledger.note(param.grad, HOST if id(param) in hosted else "gradients")
             if id(param) not in self.kept:
-                self.kept[id(param)] = [torch.zeros_like(local_of(param)) for _ in range(self.states)]
+                self.kept[id(param)] = torch.empty(self.optimizer.state_bytes(param), dtype=torch.uint8)
             # Where they wait was decided behind the step that made them, if a plan did.
             waits = param in away or id(param) in hosted
             self.ledger.note(self.kept[id(param)], HOST if waits else "optimizer")

@@ -65,11 +65,11 @@ def fit(
     whole = Config.load(config or {})
     loaded = Config.load({"dspass": {"memory_budget": budget}}).dspass.memory_budget
     limit = loaded if isinstance(loaded, int) else devices.share_of(str(loaded), devices.capacity(device))
-    states = OPTIMIZERS[optimizer].states
-    if whole.offload_optimizer == "cpu" or (whole.offload_optimizer is None and device != "cpu"):
-        states = 0  # they may wait on the host, which is the planner's to weigh
-    plain = unwrap(model)
-    always = sum(p.numel() * p.element_size() * (2 + states if p.requires_grad else 1) for p in plain.parameters())
+    params = list(unwrap(model).parameters())
+    trained = [p for p in params if p.requires_grad]
+    always = sum(p.nbytes for p in params) + sum(p.nbytes for p in trained)
+    if whole.offload_optimizer != "cpu" and (whole.offload_optimizer is not None or device == "cpu"):
+        always += sum(map(OPTIMIZERS[optimizer].state_bytes, trained))  # elsewhere they may wait on the host
     refused: dict[int, int] = {}
     ranks = 1
     with tqdm(desc="ranks tried", unit="try", disable=None) as progress:

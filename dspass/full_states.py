@@ -71,7 +71,7 @@ def _complete(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[s
     params = [param for group in optimizer.param_groups for param in group["params"]]
     for number, param in enumerate(params):
         spec = specs.get(id(param))
-        if spec is not None and spec.trains and (whole := _whole(optimizer.state.get(param, {}), spec)):
+        if spec is not None and spec.trains and (whole := _whole(states.get(number, {}), spec)):
             states[number] = whole
     return {**state, "state": states}
 

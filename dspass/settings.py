@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 import torch.fx as fx
 
+from dspass import adamw
 from dspass.config import Config
 from dspass.hosting import shares
 from dspass.passes import cost, devices
@@ -22,7 +23,7 @@ from dspass.planner.record import Setting
 from dspass.runtime.engine import Engine
 from dspass.runtime.host_states import HostStates, local_bytes
 from dspass.runtime.params import ParamSpec, lookup
-from dspass.runtime.stepping import ADAMW, Moment, moments
+from dspass.runtime.stepping import ADAMW, Moment, Optimizer, moments, own_adamw
 
 #: How often in a step each parameter's bucket travels, by stage.
 _TRIPS = {0: 1, 1: 2, 2: 2, 3: 3}
@@ -107,7 +108,7 @@ def step_moments(engine: Engine, trained: Sequence[torch.Tensor], away: Sequence
     return moments(
         trained,
         waiting,
-        engine.supposed_optimizer or ADAMW,
+        _optimizer_of(engine),
         together=on.has_own_memory,
         overlaps=on.overlaps,
         hosted=frozenset(id(spec.param()) for spec in engine.specs.values() if spec.on_host),
@@ -161,5 +162,12 @@ def states_bytes(engine: Engine) -> dict[str, int]:
             }
             if any(made.values()):
                 return made
-    states = (engine.supposed_optimizer or ADAMW).states
-    return {name: states * local_bytes(p) for name, p in trained.items()}
+    return {name: _optimizer_of(engine).state_bytes(p) for name, p in trained.items()}
+
+
+def _optimizer_of(engine: Engine) -> Optimizer:
+    """A prediction's, or our own that is there, or else torch's AdamW with its defaults."""
+    if engine.supposed_optimizer is not None:
+        return engine.supposed_optimizer
+    own = adamw.stepping(engine.params().values())
+    return own_adamw(own.least_bits, own.state_bytes) if own is not None else ADAMW

@@ -202,8 +202,8 @@ def holding_seconds(forward: fx.Graph, on: Device) -> float:
 
 
 def optimizer_seconds(count: int, states: int, on: Device) -> float:
-    """Of stepping parameters of so many bytes: they, their gradients and as many states are read, all but gradients written."""
-    return count * (3 + 2 * states) / on.memory
+    """Of stepping parameters and ``states`` of so many bytes: they and gradients are read, all but gradients written."""
+    return (3 * count + 2 * states) / on.memory
 
 
 def states_seconds(count: int, on: Device) -> float:

@@ -220,6 +220,17 @@ def stored(
     return *encode(_blocks(first), FIRST, _blocks(noise)), torch.where(is_lost, 1, codes), scales
 
 
+def packed(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """States in fp32, of one parameter, as those of 8 bits, to nearest: as :func:`states_of_8_bits` has them."""
+    return stored(first, second, torch.full_like(first, 1 << 31, dtype=torch.int64))
+
+
+def unpacked(states: Sequence[torch.Tensor], param: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """States of 8 bits in fp32, of the shape of ``param``."""
+    codes1, scales1, codes2, scales2 = states
+    return _loaded(codes1, scales1, FIRST, param), _loaded(codes2, scales2, SECOND, param)
+
+
 def _is_in_blocks(values: torch.Tensor) -> bool:
     """Whether nothing is missing to its last block, whatever the number of rows is."""
     return values.dim() == 2 and values.shape[1] == BLOCK

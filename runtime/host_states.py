@@ -168,7 +168,7 @@ class HostStates:
                 continue
             theirs = self._homes.setdefault(param, {})
             for key, value in optimizer.state.get(param, {}).items():
-                if not isinstance(value, torch.Tensor) or value.shape != param.shape or not value.dim():
+                if not isinstance(value, torch.Tensor) or not value.dim():
                     continue
                 local = local_of(value)
                 home = theirs.get(key)

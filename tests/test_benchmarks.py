@@ -450,11 +450,17 @@ def test_the_table_of_few_bits_holds_rows_against_the_plain_one() -> None:
     assert both.bound(plain.sent) == pytest.approx(2e6 * (8 + 32 / 256) / 32 + 1e6 * (4 + 32 / 256) / 32)
     text = quantise.table([plain, both], 2, 10**6)
     assert "| both | int8 | int4 | 0.75 MB | 0.250 |" in text
-    assert "| 200 ms | 1.000 | 5.0 MB | 2.0000 | +0.00% |" in text
+    assert "| 200 ms | 1.000 | 5.0 MB | 2 | 2.0000 | +0.00% |" in text
     assert "- met: the loss after 2 steps is within 0.5 % of the plain row's: 1 of 1" in text
     assert "crosses" not in text
     both.losses[-1] = 2.02
     assert "- missed: the loss after 2 steps" in quantise.table([plain, both], 2, 10**6)
+    # The plain one goes on with those that go on, and is held against each after as many steps as that one took.
+    plain.losses.append(1.0)
+    text = quantise.table([plain, both, quantise.Row("on", "int8", None, 1, [0.1], [3.0, 2.0, 1.001], few)], 2, 10**6)
+    assert "| 2 | 2.0200 | +1.00% |" in text
+    assert "- met: the loss after 3 steps is within 0.5 % of the plain row's: 1 of 1" in text
+    assert "- missed: the loss after 2 steps is within 0.5 % of the plain row's: 0 of 1" in text
 
 
 def test_what_crosses_nodes_is_counted_for_a_node() -> None:

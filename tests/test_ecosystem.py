@@ -62,6 +62,7 @@ OPTIMIZERS: Optimizers = {
     "adamw for-loop": lambda p: torch.optim.AdamW(p, lr=0.01, foreach=False),
     "adamw foreach": lambda p: torch.optim.AdamW(p, lr=0.01, foreach=True),
     "adamw fused": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
+    "dspass": lambda p: dspass.AdamW(p, lr=0.01),
     "adamw, lr a tensor": lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.01)),
     "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.01),
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.001, momentum=0.5, centered=True),

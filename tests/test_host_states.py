@@ -86,6 +86,8 @@ def _train(
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adamw": adamw,
     "fused": lambda params: torch.optim.AdamW(params, lr=1e-3, fused=True),
+    "dspass": lambda params: dspass.AdamW(params, lr=1e-3),
+    "dspass, 8 bits": lambda params: dspass.AdamW(params, lr=1e-3, state_bits=8),
     "foreach": lambda params: torch.optim.Adam(params, lr=1e-3, foreach=True, amsgrad=True),
     "momentum": lambda params: torch.optim.SGD(params, lr=1e-2, momentum=0.9),
     "sgd": lambda params: torch.optim.SGD(params, lr=1e-2),
