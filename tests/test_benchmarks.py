@@ -457,7 +457,9 @@ def test_the_table_of_few_bits_holds_rows_against_the_plain_one() -> None:
     assert "- missed: the loss after 2 steps" in quantise.table([plain, both], 2, 10**6)
     # The plain one goes on with those that go on, and is held against each after as many steps as that one took.
     plain.losses.append(1.0)
-    text = quantise.table([plain, both, quantise.Row("on", "int8", None, 1, [0.1] * 3, [3.0, 2.0, 1.001], few)], 2, 10**6)
+    text = quantise.table(
+        [plain, both, quantise.Row("on", "int8", None, 1, [0.1] * 3, [3.0, 2.0, 1.001], few)], 2, 10**6
+    )
     assert "| 2 | 2.0200 | +1.00% |" in text
     assert "- met: the loss after 3 steps is within 0.5 % of the plain row's: 1 of 1" in text
     assert "- missed: the loss after 2 steps is within 0.5 % of the plain row's: 0 of 1" in text

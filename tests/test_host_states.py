@@ -119,6 +119,17 @@ def test_sharded_states_wait_on_the_host(stage: int) -> None:
         assert stage != 3 or found["peak"] < wanted["peak"] - 0.5 * wanted["states"]
 
 
+def test_a_budget_counts_states_of_8_bits_as_they_are() -> None:
+    few = OPTIMIZERS["dspass, 8 bits"]
+    budget = round(1.02 * _train({}, optimizer=few, inductor=True)["peak"])
+    found = _train({}, budget, optimizer=few, inductor=True)
+    assert found["peak"] <= budget
+    assert found["planned"][0] == pytest.approx(found["peak"], rel=0.01)
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed) as refused:
+        _train({}, budget, optimizer=OPTIMIZERS["dspass"], inductor=True)
+    assert isinstance(refused.value.inner_exception, BudgetError)
+
+
 def test_a_share_of_the_states() -> None:
     found = _train({"offload_optimizer": {"device": "cpu", "ratio": 0.5}})
     assert 0.4 < found["away"] / found["states"] <= 0.5

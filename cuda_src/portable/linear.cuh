@@ -140,8 +140,10 @@ __device__ __forceinline__ int sum_over_warp(float (&sums)[kCount], int lane) {
     const bool is_upper = (lane & kMask) != 0;
 #pragma unroll
     for (int i = 0; i < kHalf; ++i) {
-      const float given = is_upper ? sums[i] : sums[i + kHalf];
-      const float kept = is_upper ? sums[i + kHalf] : sums[i];
+      // Values, not places to choose between: a place that is computed puts the whole array into memory.
+      const float low = sums[i], high = sums[i + kHalf];
+      const float given = is_upper ? low : high;
+      const float kept = is_upper ? high : low;
       sums[i] = add(kept, shuffle_xor(given, kMask));
     }
     return (is_upper ? kHalf : 0) + sum_over_warp<kHalf / 2>(sums, lane);
