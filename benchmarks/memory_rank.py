@@ -148,7 +148,7 @@ class Trainer:
             losses,
             peak=max(p.peak for p in plans),
             seconds=sum(p.seconds / p.scale for p in plans),
-            optimizer_seconds=cost.optimizer_seconds(shards, 2, on) + sum(p.states_seconds for p in plans),
+            optimizer_seconds=cost.optimizer_seconds(shards, 2 * shards, on) + sum(p.states_seconds for p in plans),
             scale=statistics.median(p.scale for p in plans),
             is_calibrated=bool(on.curves),
             decision=hashlib.sha256(repr([p.decision for p in plans]).encode()).hexdigest()[:12],

@@ -14,7 +14,7 @@ def write(
 ) -> None:
     """Write ``name`` into the folder ``options.out``: the command has the ``keys`` of ``options``, and ``facts`` follow the
     date."""
-    words = " ".join(f"--{key.replace('_', '-')} {_word(getattr(options, key))}" for key in keys)
+    words = " ".join(f"--{key.replace('_', '-')} {_word(getattr(options, key))}".rstrip() for key in keys)
     path = Path(options.out) / name
     path.parent.mkdir(parents=True, exist_ok=True)
     command = f"`python -m benchmarks {benchmark} {words}`"
@@ -23,4 +23,4 @@ def write(
 
 
 def _word(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return " ".join(map(str, value)) if isinstance(value, list) else "" if value is True else str(value)

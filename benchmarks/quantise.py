@@ -4,7 +4,9 @@ Every row is a group of processes of its own that trains one GPT from the same w
 some steps at a time. Bytes are those that one rank sends in a step, as counted; their bound is what the plain row sends, with
 each value as many bits as its format has and a share of one fp32 scale: what fills no whole block makes the difference. A loss
 is the mean over ranks and over the last tenth of the steps, beside the plain row's over the same ones. Losses do not depend on
-who takes turns: where all rows would take too long, ``--long`` ones go on alone to ``--long-steps`` when all were timed.
+who takes turns: where all rows would take too long, ``--long`` ones go on alone to ``--long-steps`` when all were timed. Runs
+that differ in their last bits part, and how far apart they are at the end is chance: ``--control`` is one plain row more, from
+weights that are each off by a thousandth at random.
 
 On more than two ranks nodes of two are supposed. What crosses nodes is counted for one node: of a collective over all ranks the
 share of its bytes that other nodes hold, of one across nodes what all ranks of a node send, of one inside of a node nothing. It
@@ -34,12 +36,13 @@ from dspass.runtime.formats import FORMATS
 from examples.gpt import PRESETS
 
 _STARTING, _STEP = 1800.0, 600.0
+CONTROL = "dspass-3, first weights off by 0.1 %"
 
 
 @dataclass
 class Row:
-    """``gathers`` and ``reductions`` are formats, None where they travel whole; ``node`` ranks hold a second shard; ``sent``
-    are bytes of a step by kind of collective and group."""
+    """``gathers`` and ``reductions`` are formats, None where they travel whole; ``node`` ranks hold a second shard; the first
+    weights are ``shaken`` by a share of each; ``sent`` are bytes of a step by kind of collective and group."""
 
     name: str
     gathers: str | None = None
@@ -49,6 +52,11 @@ class Row:
     losses: list[float] = field(default_factory=list)
     sent: dict[tuple[str, str], int] = field(default_factory=dict)
     peak: float = 0.0
+    shaken: float = 0.0
+
+    @property
+    def subject(self) -> str:
+        return self.name.partition(",")[0]
 
     @property
     def bytes(self) -> int:
@@ -81,11 +89,16 @@ def measure(options: argparse.Namespace) -> tuple[list[Row], int]:
         Row("dspass-3"),
         *(Row(name, *how) for name, how in QUANTISED.items() if how[2] == 1 or options.ranks > how[2]),
     ]
+    if options.control:
+        rows.insert(1, Row(CONTROL, shaken=1e-3))
     settings = {"preset": options.preset, "batch": options.batch, "context": options.context, "device": "cpu"}
+    settings |= {"lr": options.lr}
+    if options.schedule == "cosine":
+        settings |= {"cosine_steps": options.long_steps if options.long else options.rounds * options.steps}
     with contextlib.ExitStack() as stack:
         groups = []
         for row in tqdm(rows, desc="start and compile", unit="row", ncols=90):
-            group = Group(row.name, options.ranks, settings)
+            group = Group(row.subject, options.ranks, settings | {"shaken": row.shaken})
             stack.callback(group.close)
             groups.append(group)
             _note(row, group, options.steps, _STARTING)
@@ -100,7 +113,7 @@ def measure(options: argparse.Namespace) -> tuple[list[Row], int]:
             row.sent = group.ask("traffic", timeout=_STEP)[0]
         count = groups[0].ask("count", timeout=_STEP)[0]
         for row, group in zip(rows, groups, strict=True):
-            if (row is rows[0] and options.long) or row.name in options.long:
+            if (row.subject == rows[0].name and options.long) or row.name in options.long:
                 left = range(len(row.losses), options.long_steps, options.steps)
                 for _ in tqdm(left, desc=f"{row.name} alone", unit="round", ncols=90):
                     _note(row, group, options.steps, _STEP)
@@ -142,8 +155,9 @@ def table(rows: Sequence[Row], ranks: int, parameters: int) -> str:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     lines.append("")
-    for steps in sorted({len(row.losses) for row in rows[1:]}, reverse=True):
-        trained = [row for row in rows[1:] if len(row.losses) == steps]
+    few = [row for row in rows[1:] if not row.shaken]
+    for steps in sorted({len(row.losses) for row in few}, reverse=True):
+        trained = [row for row in few if len(row.losses) == steps]
         within = [row for row in trained if row.loss(steps) <= plain.loss(steps) * 1.005]
         goal = f"the loss after {steps} steps is within 0.5 % of the plain row's"
         lines.append(f"- {'met' if len(within) == len(trained) else 'missed'}: {goal}: {len(within)} of {len(trained)}")
@@ -175,6 +189,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=50, help="interleaved rounds")
     parser.add_argument("--steps", type=int, default=10, help="steps of a row in one round")
     parser.add_argument(
+        "--control", action="store_true", help="a plain row from weights that are off by a thousandth: what chance does"
+    )
+    parser.add_argument("--lr", type=float, default=3e-4, help="the largest learning rate (default 3e-4)")
+    parser.add_argument(
+        "--schedule",
+        choices=("constant", "cosine"),
+        default="constant",
+        help="cosine: up for a tenth, then down to nothing",
+    )
+    parser.add_argument(
         "--long", nargs="*", choices=QUANTISED, default=[], help="rows that go on alone behind the rounds"
     )
     parser.add_argument("--long-steps", type=int, default=500, help="steps of each of these in all (default 500)")
@@ -187,7 +211,7 @@ def run(options: argparse.Namespace) -> int:
     text = (
         table(rows, options.ranks, parameters)
         + "\n\n"
-        + "\n".join(f"- {row.name}: {SUBJECTS[row.name].how}" for row in rows)
+        + "\n".join(f"- {row.name}: {SUBJECTS[row.subject].how}" for row in rows)
     )
     print("\n" + text + "\n")
     page.write(
@@ -196,13 +220,9 @@ def run(options: argparse.Namespace) -> int:
         title="Collectives in few bits",
         benchmark="quantise",
         keys=(
-            "preset",
-            "ranks",
-            "batch",
-            "context",
-            "rounds",
-            "steps",
+            *("preset", "ranks", "batch", "context", "rounds", "steps", "lr", "schedule"),
             *(("long", "long_steps") if options.long else ()),
+            *(("control",) if options.control else ()),
         ),
         facts=f"{options.ranks} gloo ranks of one thread on {device('cpu')}, torch {torch.__version__}, Python "
         f"{platform.python_version()}; GPT {options.preset}, fp32, AdamW(fused=True), Python sources as text; "

@@ -5,12 +5,19 @@ Started by :mod:`benchmarks.workers` as ``python -m benchmarks.rank FD``, perhap
 
 from __future__ import annotations
 
+import functools
+import math
 import sys
 import time
 from datetime import timedelta
 from typing import Any
 
 from benchmarks.workers import serve
+
+
+def _share_of_lr(step: int, steps: int) -> float:
+    """Of a rise over the first tenth of ``steps``, and a half cosine down to nothing at their end."""
+    return min((step + 1) / (steps / 10), 0.5 * (1 + math.cos(math.pi * min(step / steps, 1.0))))
 
 
 class Rank:
@@ -41,9 +48,20 @@ class Rank:
         self.batches = batches(self.corpus, setting["batch"], setting["context"], seed=0, rank=rank)
         torch.manual_seed(0)
         model = self._build(setting["preset"]).to(self.device)
+        if setting.get("shaken"):
+            draw = torch.Generator().manual_seed(1)
+            with torch.no_grad():
+                for param in model.parameters():
+                    param *= 1 + setting["shaken"] * torch.randn(param.shape, generator=draw)
         self.parameters = list(model.parameters())
         self.model = model
         self.training = SUBJECTS[self.name].wrap(model, self.device)
+        for group in self.training.optimizer.param_groups:
+            group["lr"] = setting.get("lr", group["lr"])
+        self.schedule = None
+        if "cosine_steps" in setting:
+            share = functools.partial(_share_of_lr, steps=setting["cosine_steps"])
+            self.schedule = torch.optim.lr_scheduler.LambdaLR(self.training.optimizer, share)
 
     def _build(self, preset: str) -> Any:
         """The model, its blocks in ``blocks``, where :mod:`benchmarks.subjects` looks for them."""
@@ -71,6 +89,8 @@ class Rank:
             loss = self._loss(x.to(self.device), y.to(self.device))
             self.training.backward(loss)
             self.training.step()
+            if self.schedule is not None:
+                self.schedule.step()
             losses.append(loss.detach())
         values = [loss.item() for loss in losses]  # waits for a GPU as well
         return (time.perf_counter() - begin) / count, values
