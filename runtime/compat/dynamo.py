@@ -1,0 +1,102 @@
+"""Dynamo: what it is capturing, where a graph's inputs come from, and when it compiles again."""
+
+from __future__ import annotations
+
+import contextlib
+from types import CodeType
+from typing import Any
+
+import torch.fx as fx
+
+
+def captured_code() -> CodeType:
+    """Of the function that Dynamo is capturing, which :func:`call_at` finds when it runs."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    return InstructionTranslator.current_tx().output.root_tx.f_code
+
+
+def compiled_frame() -> int:
+    """The number of the frame that Dynamo is compiling: the same for recompilations of one, another behind a graph break."""
+    from torch._guards import CompileContext
+
+    compile_id = CompileContext.current_compile_id()
+    return -1 if compile_id is None or compile_id.frame_id is None else compile_id.frame_id
+
+
+def in_resumed_frame() -> bool:
+    """Whether Dynamo is at a piece behind a graph break, whose inputs are the model's intermediate values."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        current = InstructionTranslator.current_tx()
+    except AttributeError:  # not inside of a trace
+        return False
+    return current.f_code.co_name.startswith("torch_dynamo_resume_in_")
+
+
+def broken_graph() -> str | None:
+    """Why Dynamo hands over the graph at hand before the function has ended; None where it has all of it."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        reason = InstructionTranslator.current_tx().output.compile_subgraph_reason
+    except AttributeError:  # not inside of a trace
+        return None
+    if reason is None or not reason.graph_break:
+        return None
+    frame = reason.user_stack[-1] if reason.user_stack else None
+    where = f"{frame.filename}:{frame.lineno}: {frame.line}: " if frame is not None else ""
+    return f"{where}{reason.reason.splitlines()[0]}."
+
+
+def capture_error() -> type[Exception]:
+    """What Dynamo raises where it cannot capture a function."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    return TorchDynamoException
+
+
+def placeholder_source(node: fx.Node) -> str | None:
+    """Where Dynamo got a graph input from, such as ``L['self']._modules['0']._parameters['weight']``."""
+    argument = node.meta.get("grapharg")
+    if argument is None:
+        return None
+    name = argument.source.name
+    return name if isinstance(name, str) else name()  # a method until torch 2.11
+
+
+def guard_identity(node: fx.Node) -> None:
+    """Have Dynamo use the graph being compiled only for the very object that graph input ``node`` stands for.
+
+    Dynamo's guards on modules and parameters ask for types and shapes, so a second model of one class would be given the
+    graph, and with it the engine, of the first.
+    """
+    from torch._dynamo.guards import GuardBuilder, install_guard
+
+    argument = node.meta.get("grapharg")
+    if argument is not None:
+        install_guard(argument.source.make_guard(GuardBuilder.ID_MATCH))
+
+
+def allow_compilations(more: int) -> None:
+    """Let Dynamo compile one function so many times more: it counts those of all models of a class together, and runs what
+    exceeds its limit uncompiled, which here would be unsharded."""
+    from torch._dynamo import config
+
+    config.recompile_limit += more
+    config.accumulated_recompile_limit += more
+
+
+def keep_shapes_static() -> None:
+    """Have Dynamo compile for each shape by itself: by default it makes a size symbolic that was another one before."""
+    from torch._dynamo import config
+
+    config.automatic_dynamic_shapes = False
+
+
+def restored_limits() -> contextlib.AbstractContextManager[Any]:
+    """What :func:`allow_compilations` does inside ends with it; no prediction is refused for those before it."""
+    from torch._dynamo import config
+
+    return config.patch(recompile_limit=10_000, accumulated_recompile_limit=10_000)
