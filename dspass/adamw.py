@@ -121,11 +121,12 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for param in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            _check(param)  # before any is stepped
         for group in self.param_groups:
             calls: dict[tuple[int, int, torch.device], list[torch.Tensor]] = {}
             for param in group["params"]:
                 if param.grad is not None:
-                    _check(param)
                     state = self._state_of(param, group)
                     state["step"] += 1
                     calls.setdefault((int(state["step"]), _shard_of(param), local_of(param).device), []).append(param)
@@ -137,7 +138,6 @@ class AdamW(torch.optim.Optimizer):
         """Random bits go by the place in a list, so each parameter stands at its number, among others that are empty."""
         is_8_bits = group["state_bits"] == 8
         keys = _8_BITS if is_8_bits else _FP32
-        # The operator rounds the first moment stochastically whenever it is of 8 bits: as if the seed were 0.
         count = 1 + max(self._numbers[param] for param in params)
         device = local_of(params[0]).device
         nothing = torch.empty(0, device=device)
@@ -145,6 +145,7 @@ class AdamW(torch.optim.Optimizer):
         rows: list[tuple[torch.Tensor, ...]] = [none] * count
         copies = []
         for param in params:
+            assert param.grad is not None
             mine, grad = local_of(param), local_of(param.grad)
             held = mine.detach().contiguous()
             if held.data_ptr() != mine.data_ptr():
