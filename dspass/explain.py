@@ -57,17 +57,16 @@ def explain(
         return _measured(model)
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer={optimizer!r} is not known; use one of {sorted(OPTIMIZERS)}.")
-    settings = Config.load(config)
     return predicted_report(
         unwrap(model),
         args,
         dict(kwargs or {}),
-        settings,
-        world_size or settings_world(),
-        device or "cpu",
-        memory_budget,
-        optimizer,
-        train,
+        config=Config.load(config),
+        world=world_size or settings_world(),
+        device=device or "cpu",
+        budget=memory_budget,
+        optimizer=optimizer,
+        train=train,
     )
 
 
@@ -122,18 +121,18 @@ def _measured(model: nn.Module) -> Report:
                 "30th, the 100th and so on."
             )
     return report_of(
-        "measured",
         engine,
         unwrap(model),
-        memory,
-        traffic,
-        copies,
-        engine.step_seconds,
-        world,
-        kind_of(engine),
-        notes,
-        engine.config,
-        record,
+        kind="measured",
+        memory=memory,
+        traffic=traffic,
+        host_copies=copies,
+        seconds=engine.step_seconds,
+        world=world,
+        device=kind_of(engine),
+        notes=notes,
+        config=engine.config,
+        pipeline=record,
     )
 
 

@@ -42,8 +42,9 @@ def fake_group(world: int, backend: str, always: bool) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def faked(model: nn.Module, mode: Any) -> nn.Module:
-    """A copy of ``model`` with fake parameters and buffers; meta ones become fake ones on the CPU. Ties are kept."""
+def faked(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` with fake parameters and buffers; meta ones become fake ones on the CPU. Ties are kept.
+    Called under a fake mode, as :func:`fake_inputs` is."""
     memo: dict[int, Any] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
         if id(tensor) in memo:
@@ -55,7 +56,7 @@ def faked(model: nn.Module, mode: Any) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def fake_inputs(values: Any, mode: Any) -> Any:
+def fake_inputs(values: Any) -> Any:
     return torch.utils._pytree.tree_map_only(
         torch.Tensor, lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype), values
     )

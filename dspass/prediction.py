@@ -56,6 +56,7 @@ def predicted_report(
     model: nn.Module,
     args: Sequence[Any],
     kwargs: dict[str, Any],
+    *,
     config: Config,
     world: int,
     device: str,
@@ -78,15 +79,15 @@ def predicted_report(
         _rare_collections(),
         compat.restored_limits(),
         fake_group(world, "gloo" if on_cpu else "modelled nccl", config.pipeline.enabled),
-        compat.fake_mode() as mode,
+        compat.fake_mode(),
     ):
         # All ranks of a pipeline see the same batch. Ranks that are no multiple of its stages are refused below.
         config = config.resolve_stage(dist.is_initialized()).resolve_batch(
             max(world // (config.pipeline.stages or 1), 1)
         )
-        fake = faked(model, mode)
+        fake = faked(model)
         fake.train(train)
-        batch, named = fake_inputs(args, mode), fake_inputs(kwargs, mode)
+        batch, named = fake_inputs(args), fake_inputs(kwargs)
         engine = new_engine(fake, config)
         engine.target = device
         engine.supposed_optimizer = supposed = OPTIMIZERS[optimizer if train else "none"]
@@ -136,7 +137,18 @@ def predicted_report(
             record = _predicted_pipeline(pipeline, memory.peak_bytes, train)
             notes.append(_OF_ONE_RANK)
         return report_of(
-            "predicted", engine, fake, memory, traffic, copies, seconds, world, device, notes, config, record
+            engine,
+            fake,
+            kind="predicted",
+            memory=memory,
+            traffic=traffic,
+            host_copies=copies,
+            seconds=seconds,
+            world=world,
+            device=device,
+            notes=notes,
+            config=config,
+            pipeline=record,
         )
 
 

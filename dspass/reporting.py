@@ -28,6 +28,7 @@ from dspass.report import (
     GraphRecord,
     HostCopy,
     HostCopyKind,
+    Kind,
     Memory,
     MemoryPoint,
     PassRecord,
@@ -49,9 +50,10 @@ from dspass.weights import stored_tensors
 
 
 def report_of(
-    kind: Any,
     engine: Engine,
     model: nn.Module,
+    *,
+    kind: Kind,
     memory: Memory,
     traffic: list[Traffic],
     host_copies: list[HostCopy],
@@ -183,7 +185,7 @@ def pipeline_record(pipeline: Pipelined, predicted: Timeline, measured: Measured
     return record_of(pipeline.staging, pipeline.pipe.rank, predicted, measured, sends, pipeline.said)
 
 
-def _routing_notes(kind: str, engine: Engine) -> list[str]:
+def _routing_notes(kind: Kind, engine: Engine) -> list[str]:
     """What figures suppose of routers, which nobody knows before the step."""
     is_planned = any(c.plan is not None for c in engine.compilations)
     if not any(spec.expert_axis is not None for spec in engine.specs.values()) or (
