@@ -1,6 +1,6 @@
 """What was done to a model, what memory and traffic it costs, how long a step takes: data, and what is made of it.
 
-A :class:`Report` is filled by ``dspass.explain``, saved, loaded elsewhere and compared. What is where:
+A :class:`Report` is filled by :mod:`dspass.reporting`, saved, loaded elsewhere and compared. What is where:
 
 ==================== ============================================================================================
 ``records.py``       the data: a dataclass for each kind of thing that was done, measured or predicted
