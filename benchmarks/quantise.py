@@ -87,7 +87,11 @@ def measure(options: argparse.Namespace) -> tuple[list[Row], int]:
     """The rows, and how many parameters the model has."""
     rows = [
         Row("dspass-3"),
-        *(Row(name, *how) for name, how in QUANTISED.items() if how[2] == 1 or options.ranks > how[2]),
+        *(
+            Row(name, *how)
+            for name, how in QUANTISED.items()
+            if (how[2] == 1 or options.ranks > how[2]) and (not options.only or name in options.only)
+        ),
     ]
     if options.control:
         rows.insert(1, Row(CONTROL, shaken=1e-3))
@@ -189,6 +193,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=50, help="interleaved rounds")
     parser.add_argument("--steps", type=int, default=10, help="steps of a row in one round")
     parser.add_argument(
+        "--only", nargs="*", choices=QUANTISED, default=[], help="rows beside the plain one (default all)"
+    )
+    parser.add_argument(
         "--control", action="store_true", help="a plain row from weights that are off by a thousandth: what chance does"
     )
     parser.add_argument("--lr", type=float, default=3e-4, help="the largest learning rate (default 3e-4)")
@@ -222,7 +229,7 @@ def run(options: argparse.Namespace) -> int:
         keys=(
             *("preset", "ranks", "batch", "context", "rounds", "steps", "lr", "schedule"),
             *(("long", "long_steps") if options.long else ()),
-            *(("control",) if options.control else ()),
+            *(name for name in ("only", "control") if getattr(options, name)),
         ),
         facts=f"{options.ranks} gloo ranks of one thread on {device('cpu')}, torch {torch.__version__}, Python "
         f"{platform.python_version()}; GPT {options.preset}, fp32, AdamW(fused=True), Python sources as text; "
