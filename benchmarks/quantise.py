@@ -66,10 +66,24 @@ class Row:
         """After so many steps."""
         return statistics.fmean(self.losses[steps - max(steps // 10, 1) : steps])
 
-    def bound(self, plain: Mapping[tuple[str, str], int]) -> float | None:
-        """Bytes of a step, from those of the row that sends all whole, in fp32; None where nodes send otherwise."""
-        shares = {"all-gather": _share(self.gathers), "reduce-scatter": _share(self.reductions)}
-        return None if self.node > 1 else sum(count * shares.get(kind, 1.0) for (kind, _), count in plain.items())
+    def bound(self, plain: Mapping[tuple[str, str], int], ranks: int) -> float:
+        """Bytes of a step, from those of the row that sends all whole, in fp32.
+
+        With nodes the backward gathers whole values inside of them; gradients in few bits are reduced there first, and each
+        rank's part of them across.
+        """
+        gathers, reductions = _share(self.gathers), _share(self.reductions)
+        inside, across = (self.node - 1) / self.node, (ranks / self.node - 1) / ranks
+        total = 0.0
+        for (kind, _), count in plain.items():
+            whole = count * ranks / (ranks - 1)  # of all ranks' parts; a rank sends all but its own
+            if kind == "all-gather" and self.node > 1:
+                total += count / 2 * gathers + whole / 2 * inside
+            elif kind == "reduce-scatter" and self.node > 1 and self.reductions is not None:
+                total += whole * (inside + across) * reductions
+            else:
+                total += count * {"all-gather": gathers, "reduce-scatter": reductions}.get(kind, 1.0)
+        return total
 
     def across(self, ranks: int, node: int) -> float:
         """Bytes of a step that leave one node of ``node`` ranks."""
@@ -142,14 +156,14 @@ def table(rows: Sequence[Row], ranks: int, parameters: int) -> str:
     ]
     for row in rows:
         ratios = [a / b for a, b in zip(row.seconds, plain.seconds, strict=True)]
-        bound, steps = row.bound(plain.sent), len(row.losses)
+        steps = len(row.losses)
         cells = [
             row.name,
             row.gathers or "whole",
             row.reductions or "whole",
             f"{row.bytes / 1e6:.2f} MB",
             f"{row.bytes / plain.bytes:.3f}",
-            "" if bound is None else f"{row.bytes / bound:.3f}",
+            f"{row.bytes / row.bound(plain.sent, ranks):.3f}",
             f"{statistics.median(row.seconds) * 1e3:.0f} ms",
             f"{statistics.median(ratios):.3f}",
             f"{row.peak / 1e6:.1f} MB",

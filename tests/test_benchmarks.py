@@ -447,7 +447,7 @@ def test_the_table_of_few_bits_holds_rows_against_the_plain_one() -> None:
     plain = quantise.Row("plain", seconds=[0.1, 0.2, 0.3], losses=[3.0, 2.0], sent=whole)
     few = {("all-gather", "data"): 600_000, ("all-to-all", "data"): 150_000}
     both = quantise.Row("both", "int8", "int4", 1, [0.2, 0.2, 0.2], [3.0, 2.0], few, 5e6)
-    assert both.bound(plain.sent) == pytest.approx(2e6 * (8 + 32 / 256) / 32 + 1e6 * (4 + 32 / 256) / 32)
+    assert both.bound(plain.sent, 2) == pytest.approx(2e6 * (8 + 32 / 256) / 32 + 1e6 * (4 + 32 / 256) / 32)
     text = quantise.table([plain, both], 2, 10**6)
     assert "| both | int8 | int4 | 0.75 MB | 0.250 |" in text
     assert "| 200 ms | 1.000 | 5.0 MB | 2 | 2.0000 | +0.00% |" in text
@@ -472,6 +472,12 @@ def test_what_crosses_nodes_is_counted_for_a_node() -> None:
     sent = {("all-gather", "data"): 750_000, ("all-gather", "node"): 2_000_000, ("all-to-all", "across"): 125_000}
     last = quantise.Row("last", "int8", "int4", 2, [0.1], [2.0], sent)
     assert last.across(4, 2) == 500_000 + 250_000
+    whole = {("all-gather", "data"): 6_000_000, ("reduce-scatter", "data"): 3_000_000}  # of 4 MB in three ways
+    forward, backward, inside, across = 3e6 * 8.125 / 32, 2e6, 2e6 * 4.125 / 32, 1e6 * 4.125 / 32
+    assert last.bound(whole, 4) == pytest.approx(forward + backward + inside + across)
+    last.gathers = last.reductions = None
+    assert last.bound(whole, 4) == 3e6 + 2e6 + 3e6
+    last.gathers, last.reductions = "int8", "int4"
     text = quantise.table([plain, last], 4, 10**6)
     assert (
         "- met: last sends at most 0.26 of three times the parameters in bf16 from a node of 2 to the others: 0.250"
