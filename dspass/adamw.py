@@ -29,7 +29,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from dspass.runtime.adamw import DTYPES, packed, states_of_8_bits, unpacked
 from dspass.runtime.host_states import local_of
-from dspass.runtime.stepping import bytes_of_adamw
+from dspass.runtime.stepping import Optimizer, bytes_of_adamw, own_adamw
 
 _FP32 = ("exp_avg", "exp_avg_sq")
 _8_BITS = ("exp_avg_codes", "exp_avg_scales", "exp_avg_sq_codes", "exp_avg_sq_scales")
@@ -189,15 +189,10 @@ class AdamW(torch.optim.Optimizer):
             state.update(zip(_8_BITS, states_of_8_bits(mine), strict=True))
         return state
 
-    @property
-    def least_bits(self) -> int:
-        """Of the states of any parameter."""
-        return min(group["state_bits"] for group in self.param_groups)
-
-    def state_bytes(self, param: torch.Tensor) -> int:
-        """Of the states that this rank has, or will have, of a ``param``."""
-        bits = next((g["state_bits"] for g in self.param_groups if any(p is param for p in g["params"])), 32)
-        return bytes_of_adamw(param, bits)
+    def as_planned(self) -> Optimizer:
+        """What a plan counts of it, now that it is there."""
+        bits = {id(param): group["state_bits"] for group in self.param_groups for param in group["params"]}
+        return own_adamw(min(bits.values()), lambda param: bytes_of_adamw(param, bits.get(id(param), 32)))
 
 
 def stepping(params: Iterable[torch.Tensor]) -> AdamW | None:

@@ -21,8 +21,8 @@ from dspass.engines import engine_of
 from dspass.owners import unwrap
 from dspass.passes import devices
 from dspass.prediction import predicted_report
-from dspass.report import Memory, Report, Traffic
-from dspass.reporting import host_copies_of, memory_timeline, pipeline_of, pipeline_record, report_of
+from dspass.report import Memory, Report
+from dspass.reporting import host_copies_of, memory_timeline, pipeline_of, pipeline_record, report_of, traffic_of
 from dspass.runtime.stepping import OPTIMIZERS
 from dspass.settings import kind_of
 
@@ -105,10 +105,6 @@ def _measured(model: nn.Module) -> Report:
     else:
         timeline = memory_timeline(measurement.points)
         memory = Memory(timeline=timeline, time_unit="seconds", first_call_peak_bytes=first_call)
-    traffic = [
-        Traffic(kind=kind, direction=direction, group=group, group_size=size, calls=n, bytes=b, exposed_seconds=exposed)
-        for (kind, direction, group, size), (n, b, exposed) in engine.traffic.last.items()
-    ]
     copies = host_copies_of(engine, 2 * engine.host_states.bytes)
     world = dist.get_world_size() if dist.is_initialized() else 1
     pipeline = pipeline_of(unwrap(model))
@@ -125,7 +121,7 @@ def _measured(model: nn.Module) -> Report:
         unwrap(model),
         kind="measured",
         memory=memory,
-        traffic=traffic,
+        traffic=traffic_of(engine),
         host_copies=copies,
         seconds=engine.step_seconds,
         world=world,

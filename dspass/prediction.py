@@ -32,7 +32,7 @@ from dspass.passes import cost, devices
 from dspass.pipelined import Pipelined
 from dspass.planner.record import BudgetError
 from dspass.planner.saved import PlanError
-from dspass.report import Memory, PipelineRecord, Report, Traffic, format_bytes
+from dspass.report import Memory, PipelineRecord, Report, format_bytes
 from dspass.reporting import (
     graphs_of,
     host_copies_of,
@@ -41,6 +41,7 @@ from dspass.reporting import (
     pipeline_of,
     pipeline_record,
     report_of,
+    traffic_of,
 )
 from dspass.runtime import compat
 from dspass.runtime.engine import Engine
@@ -112,18 +113,6 @@ def predicted_report(
         steps.run()
         pipeline = pipeline_of(fake)
         exposed, seconds = _seconds(engine, fake, device, optimizer, train, pipeline)
-        traffic = [
-            Traffic(
-                kind=kind,
-                direction=direction,
-                group=group,
-                group_size=size,
-                calls=n,
-                bytes=b,
-                exposed_seconds=exposed.get((kind, direction, group), 0.0),
-            )
-            for (kind, direction, group, size), (n, b, _) in engine.traffic.last.items()
-        ]
         timeline = memory_timeline(_ordered(ledger.points))
         memory = Memory(timeline=timeline, time_unit="events", first_call_peak_bytes=first_call)
         notes[:0] = _first_call_notes(first_call, devices.tabled(device), engine.stage)
@@ -141,7 +130,7 @@ def predicted_report(
             fake,
             kind="predicted",
             memory=memory,
-            traffic=traffic,
+            traffic=traffic_of(engine, exposed),
             host_copies=copies,
             seconds=seconds,
             world=world,

@@ -131,6 +131,22 @@ def memory_timeline(points: Sequence[Point]) -> list[MemoryPoint]:
     ]
 
 
+def traffic_of(engine: Engine, exposed: Mapping[tuple[str, str, str], float] | None = None) -> list[Traffic]:
+    """What collectives sent in the last step; ``exposed`` seconds are by kind, direction and group, or else as measured."""
+    return [
+        Traffic(
+            kind=kind,
+            direction=direction,
+            group=group,
+            group_size=size,
+            calls=calls,
+            bytes=sent,
+            exposed_seconds=waited if exposed is None else exposed.get((kind, direction, group), 0.0),
+        )
+        for (kind, direction, group, size), (calls, sent, waited) in engine.traffic.last.items()
+    ]
+
+
 def host_copies_of(
     engine: Engine, states_bytes: int, exposed: Mapping[tuple[str, str, str], float] | None = None
 ) -> list[HostCopy]:

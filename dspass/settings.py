@@ -23,7 +23,7 @@ from dspass.planner.record import Setting
 from dspass.runtime.engine import Engine
 from dspass.runtime.host_states import HostStates, local_bytes
 from dspass.runtime.params import ParamSpec, lookup
-from dspass.runtime.stepping import ADAMW, Moment, Optimizer, moments, own_adamw
+from dspass.runtime.stepping import ADAMW, Moment, Optimizer, moments
 
 #: How often in a step each parameter's bucket travels, by stage.
 _TRIPS = {0: 1, 1: 2, 2: 2, 3: 3}
@@ -162,7 +162,8 @@ def states_bytes(engine: Engine) -> dict[str, int]:
             }
             if any(made.values()):
                 return made
-    return {name: _optimizer_of(engine).state_bytes(p) for name, p in trained.items()}
+    optimizer = _optimizer_of(engine)
+    return {name: optimizer.state_bytes(p) for name, p in trained.items()}
 
 
 def _optimizer_of(engine: Engine) -> Optimizer:
@@ -170,4 +171,4 @@ def _optimizer_of(engine: Engine) -> Optimizer:
     if engine.supposed_optimizer is not None:
         return engine.supposed_optimizer
     own = adamw.stepping(engine.params().values())
-    return own_adamw(own.least_bits, own.state_bytes) if own is not None else ADAMW
+    return own.as_planned() if own is not None else ADAMW

@@ -280,11 +280,15 @@ def rounding_squares(codes: torch.Tensor, scales: torch.Tensor, format: str, wid
 
 
 def _steps(codes: torch.Tensor, format: Format) -> torch.Tensor:
-    """The distance between neighbours at each of ``int32`` codes, before values are scaled."""
+    """The distance between neighbours at each of ``int32`` codes, before values are scaled. Below a power of two it is half as
+    long: there, that of even steps with the same mean square."""
     if format.is_integer:
         return torch.ones_like(codes, dtype=torch.float32)
     exponent = (codes & (1 << format.exponent + format.mantissa) - 1) >> format.mantissa
-    return _power_of_two(exponent.clamp_min(1) - format.bias - format.mantissa)
+    steps = _power_of_two(exponent.clamp_min(1) - format.bias - format.mantissa)
+    is_power_of_two = ((codes & (1 << format.mantissa) - 1) == 0) & (exponent > 1)
+    # Over [-1/4, 1/2] of a step squares have a mean of 1/16, and over [-1/2, 1/2] one of 1/12.
+    return torch.where(is_power_of_two, steps * 0.75**0.5, steps)
 
 
 # -- codes ---------------------------------------------------------------------------------------------------------------

@@ -116,7 +116,7 @@ def test_states_of_8_bits_are_a_quarter_and_train_as_well() -> None:
             loss.backward()
             optimizer.step()
         kept = sum(v.nbytes for s in optimizer.state.values() for v in s.values() if v.dim())
-        assert kept == sum(optimizer.state_bytes(p) for p in model.parameters())
+        assert kept == sum(map(optimizer.as_planned().state_bytes, model.parameters()))
         return loss.item(), kept
 
     (wanted, whole), (found, few) = loss_of(32), loss_of(8)
