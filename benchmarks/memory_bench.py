@@ -24,6 +24,10 @@ from benchmarks.workers import Group, SubjectFailed
 #: Seconds for the first steps of a point, which compile and plan, for one step, and for a step that is watched.
 _STARTING, _STEP, _WATCHED = PATIENCE / 2, 600.0, 1200.0
 
+#: Of the memory that is free, which points may take: the rest is for the profiler's events of a watched step, and for programs'
+#: own pages, without which a machine that has no swap reads them from the disk again and again and all but stands still.
+_SHARE = 0.75
+
 #: Steps before the rounds: the first shards, the second compiles what is sharded.
 _WARM_UP = 3
 
@@ -33,7 +37,7 @@ class Bench:
 
     def __init__(self, model: str, options: argparse.Namespace, make: Callable[[Point], Group]) -> None:
         self.model, self.options, self.make = model, options, make
-        self.limit = min(options.memory_gib * zero.GIB, int(zero._available() * 0.9))
+        self.limit = min(options.memory_gib * zero.GIB, int(zero._available() * _SHARE))
         self.points: list[Point] = []
         self.groups: dict[str, Group] = {}  # of points that are alive, by name
         self.waves = 0

@@ -189,8 +189,16 @@ def segment_compiler(config: Config) -> SegmentCompiler:
 
 
 def inductor_settings(config: Config) -> dict[str, Any]:
-    """Inductor's own settings that ``config`` asks for, for its decompositions, its joint passes and its code alike."""
-    return {"fallback_random": True} if config.dspass.fallback_random else {}
+    """Inductor's own settings that ``config`` asks for, for its decompositions, its joint passes and its code alike.
+
+    Under a budget no buffer outlives its last use: by default Inductor keeps one until a later buffer of its size takes it, as
+    long as that does not raise the peak that it estimates, which counts an output beside the input that it overwrites. The
+    allocator hands freed memory on as fast.
+    """
+    settings = {"fallback_random": True} if config.dspass.fallback_random else {}
+    if config.dspass.memory_budget is not None or config.dspass.plan is not None:
+        settings["allow_buffer_reuse"] = False
+    return settings
 
 
 __all__ = ["Compilation", "compile_graph", "segment_compiler", "torch"]

@@ -358,6 +358,23 @@ def test_what_the_models_say_of_a_choice_is_what_its_graphs_take(monkeypatch: py
         assert copies or modelled + missed == pytest.approx(peak, rel=0.2)
 
 
+def test_no_buffer_waits_for_a_later_one_of_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor would keep some of a layer's for the next layer's, beyond what it expects the peak to be."""
+    with torch.device("meta"):
+        model = GPT(GPTConfig(context=64, layers=4, heads=4, width=128))
+    tokens = torch.zeros(16, 64, dtype=torch.long)
+
+    def smallest() -> int:
+        with pytest.raises(BudgetError) as refused:
+            dspass.explain(model, tokens, tokens, device="cpu", memory_budget=1000)
+        return refused.value.smallest
+
+    freed = smallest()
+    for module in ("compilation", "prediction"):
+        monkeypatch.setattr(f"dspass.{module}.inductor_settings", lambda config: {})
+    assert freed < 0.98 * smallest()
+
+
 def test_smaller_buckets_fit_where_larger_do_not() -> None:
     """The size of buckets is decided with everything else, but for one that a person wrote."""
     with torch.device("meta"):
