@@ -20,8 +20,10 @@ target                    compiler   runs on
 ``DSPASS_KERNEL_DIR`` names a folder with libraries that were built elsewhere, ``dspass-<target>.so`` each. Without it they are
 in the user's cache, under a name that changes with the sources, the flags and the compiler, so that none is ever out of date.
 
+Each source is a unit: units are compiled two at a time, kept as objects beside what the compiler said of them, and linked.
+
 CUTLASS is headers: those of ``CUTLASS_PATH``, a checkout of it, or else of the installed package ``nvidia-cutlass``. Its units
-take a minute and gigabytes each; they are compiled two at a time, and kept as objects, so that a change compiles one anew.
+take a minute and gigabytes each; a change of one compiles no other anew.
 
 Dropped: ``torch.utils.cpp_extension``, which builds against one version of torch and takes minutes. Dropped: building when an
 operator is first called: a training job would compile on every rank.
@@ -65,7 +67,7 @@ _HOST = (
 )
 #: Alignment too: a device refuses a load of 16 bytes at an address that they do not divide, and a CPU does not.
 _SANITIZED = ("-O1", "-fsanitize=address,alignment", "-fno-sanitize-recover=alignment", "-fno-omit-frame-pointer")
-_CUDA = ("-std=c++17", "-O3", "-fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden")
+_CUDA = ("-std=c++17", "-O3", "-fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "--warn-on-spills")
 #: Without assertions, whose calls would have ptxas wait for each product of a warp group (sm_90a).
 _CUTLASS = ("-std=c++17", "-O3", "--expt-relaxed-constexpr", "-DNDEBUG", "-Xcompiler", "-fPIC,-fvisibility=hidden")
 _HIP = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden")
@@ -181,9 +183,8 @@ def library_path(target: str) -> Path:
     found = target_of(target)
     if os.environ.get("DSPASS_KERNEL_DIR"):
         return library_folder() / f"dspass-{target}.so"
-    command = _command(found, found.link)
-    if target == "cutlass":
-        command += tuple(flag for source in sources_of(found) for flag in unit_flags(source))
+    units = (flag for source in sources_of(found) for flag in unit_flags(target, source))
+    command = (*_command(found), *units, *found.link)
     return library_folder() / f"dspass-{target}-{_key(found, command)}.so"
 
 
@@ -232,7 +233,7 @@ def sources_of(target: Target) -> list[Path]:
 
 
 def build(target: str, tell: Callable[[str], None] = lambda line: None) -> Path:
-    """Compile the library for ``target`` unless it is there; its path. ``tell`` is called for each of CUTLASS's units.
+    """Compile the library for ``target`` unless it is there; its path. ``tell`` is called for each unit.
 
     Raises :class:`KernelError` where the compiler is missing, or fails, and where CUTLASS's headers are.
     """
@@ -240,20 +241,18 @@ def build(target: str, tell: Callable[[str], None] = lambda line: None) -> Path:
     path = library_path(target)
     if path.is_file() and not os.environ.get("DSPASS_KERNEL_DIR"):
         return path
-    if target == "cutlass":
-        compile_to(path, (compiler_of(found), "-shared"), _units(sources_of(found), tell), found.link)
-    else:
-        compile_to(path, (*_command(found), "-shared"), sources_of(found), found.link)
+    compile_to(path, (*_command(found), "-shared"), _units(found, tell), found.link)
     return path
 
 
-def _units(sources: Sequence[Path], tell: Callable[[str], None]) -> list[Path]:
+def _units(target: Target, tell: Callable[[str], None]) -> list[Path]:
     """Their objects, :data:`UNITS_AT_ONCE` compiled at a time."""
+    sources = sources_of(target)
     done: list[Path] = []
 
     def compiled(source: Path) -> Path:
         begin = time.monotonic()
-        made = unit_of(source)
+        made = unit_of(target.name, source)
         done.append(source)
         tell(f"{source.name}: {time.monotonic() - begin:.0f} s, {len(done)} of {len(sources)} units")
         return made
@@ -262,18 +261,21 @@ def _units(sources: Sequence[Path], tell: Callable[[str], None]) -> list[Path]:
         return list(pool.map(compiled, sources))
 
 
-def unit_of(source: Path) -> Path:
-    """The object of one of CUTLASS's units, compiled for its architecture unless it is in the cache.
+def unit_of(target: str, source: Path) -> Path:
+    """The object of one of ``target``'s sources, compiled unless it is in the cache.
 
     Raises :class:`KernelError` as :func:`build` does.
     """
-    return object_of("cutlass", source, unit_flags(source))
+    return object_of(target, source, unit_flags(target, source))
 
 
-def unit_flags(source: Path) -> tuple[str, ...]:
-    """Of one of CUTLASS's units, whose name says which architecture it is for; that of the C interface is for all."""
+def unit_flags(target: str, source: Path) -> tuple[str, ...]:
+    """Of one unit. The names of CUTLASS's say which architecture each is for; that of the C interface is for all."""
+    flags = (*_command(target_of(target))[1:], "-c")
+    if target != "cutlass":
+        return flags
     own = [("-gencode", code) for end, code in UNIT_ARCHITECTURES.items() if source.stem.endswith(end)]
-    return (*_command(target_of("cutlass"))[1:], "-c", *(own[0] if own else _gencode))
+    return (*flags, *(own[0] if own else _gencode))
 
 
 def cutlass_headers() -> tuple[Path, ...]:
@@ -306,31 +308,35 @@ def object_path(target: str, source: Path, flags: Sequence[str]) -> Path:
 
 
 def compile_to(path: Path, command: Sequence[str], sources: Iterable[Path], link: Sequence[str] = ()) -> None:
-    """Run the compiler; ``path`` is there whole or not at all, whoever else builds the same."""
+    """Run the compiler; ``path`` is there whole or not at all, whoever else builds the same, with what was said in a ``.log``
+    beside it. ``sources`` may be objects."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
     os.close(handle)
-    language = () if Path(command[0]).name != "g++" else ("-x", "c++")
+    files = [str(source) for source in sources]
+    is_linked = all(file.endswith(".o") for file in files)
+    language = ("-x", "c++") if Path(command[0]).name == "g++" and not is_linked else ()
     try:
-        whole = [*command, "-o", scratch, *language, *map(str, sources), *link]
+        whole = [*command, "-o", scratch, *language, *files, *link]
         done = subprocess.run(whole, capture_output=True, text=True)
         if done.returncode:
             said = (done.stderr or done.stdout).strip()
             raise KernelError(f"{path.name} could not be built. {' '.join(whole)} answered {done.returncode}:\n{said}")
+        path.with_suffix(".log").write_text(done.stderr)
         os.chmod(scratch, 0o755)
         os.replace(scratch, path)
     finally:
         Path(scratch).unlink(missing_ok=True)
 
 
-def _command(target: Target, link: tuple[str, ...] = ()) -> tuple[str, ...]:
+def _command(target: Target) -> tuple[str, ...]:
     command = (compiler_of(target), *target.flags)
     if target.name.startswith("binding"):
         home = Path(torch.__file__).parent
         command = (*command, f"-isystem{home / 'include'}", f"-L{home / 'lib'}")
     if target.name == "cutlass":
         command = (*command, *(f"-I{folder}" for folder in cutlass_headers()))
-    return command + link
+    return command
 
 
 def _key(target: Target, command: Sequence[str], sources: Sequence[Path] | None = None) -> str:

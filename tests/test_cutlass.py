@@ -57,7 +57,7 @@ needs_cutlass = pytest.mark.skipif(LACK is not None, reason=LACK or "")
 
 
 def _is_quick(unit: Path) -> bool:
-    return unit.name in QUICK or kernels.object_path("cutlass", unit, kernels.unit_flags(unit)).is_file()
+    return unit.name in QUICK or kernels.object_path("cutlass", unit, kernels.unit_flags("cutlass", unit)).is_file()
 
 
 @needs_cutlass
@@ -66,7 +66,9 @@ def test_nvcc_compiles(unit: Path, request: pytest.FixtureRequest) -> None:
     """Each time the quick ones; the others where ``make kernels`` has compiled them, or with ``--whole-matrix``."""
     if not _is_quick(unit) and not request.config.getoption("--whole-matrix"):
         pytest.skip("takes long, and up to 5 GB: --whole-matrix compiles it, and where make kernels has, this sees it")
-    symbols = subprocess.run(["nm", "-C", kernels.unit_of(unit)], capture_output=True, text=True, check=True).stdout
+    symbols = subprocess.run(
+        ["nm", "-C", kernels.unit_of("cutlass", unit)], capture_output=True, text=True, check=True
+    ).stdout
     assert " T " + ENTRIES[unit.name] in symbols
 
 
