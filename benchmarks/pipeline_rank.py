@@ -193,9 +193,7 @@ def _ours(how: str, automatic: bool = False) -> Way:
 
 
 def _budgeted(below: str) -> Way:
-    way = _ours(
-        f'as dspass, with "dspass": {{"memory_budget": {SHARE:.4f} of the peak of the {below} peer}}'
-    )
+    way = _ours(f'as dspass, with "dspass": {{"memory_budget": {SHARE:.4f} of the peak of the {below} peer}}')
     return replace(way, below=below)
 
 
