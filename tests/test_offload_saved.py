@@ -70,7 +70,7 @@ def _below_the_smallest(name: str, stage: int) -> tuple[int, int, list[float], l
 
 
 def test_a_budget_below_what_the_device_alone_can_holds_with_the_host() -> None:
-    budget, peak, losses, wanted, said = _below_the_smallest("gpt", 0)
+    budget, peak, losses, wanted, said = _below_the_smallest("llama", 0)
     assert peak <= budget * 1.01
     assert losses == wanted
     assert set(said[:-1]) == {"offload_saved"}
