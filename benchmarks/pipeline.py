@@ -35,7 +35,7 @@ from tqdm import tqdm
 from benchmarks import page, pipeline_predicted
 from benchmarks.peers import deepspeed_python
 from benchmarks.pipeline_models import MODELS, SHAPES, Shape, resized
-from benchmarks.pipeline_rank import GRACE, PEAK_GOAL, SHARE, STEP_GOAL, WAYS
+from benchmarks.pipeline_rank import BUDGET_OF_PEER, GRACE, PEAK_GOAL, STEP_GOAL, WAYS
 from benchmarks.table import cpu
 from benchmarks.workers import Group, SubjectFailed
 from dspass.planner.schedule_times import StageCost, simulate
@@ -121,7 +121,7 @@ def measure(names: Sequence[str], model: str, options: argparse.Namespace, pytho
                 if not peers:
                     raise SubjectFailed(f"{row.name}: no peer has run whose peak its budget could be below")
                 one = min(peers, key=lambda peer: peer.step if below == "fastest" else max(peer.peaks))
-                row.budget = int(SHARE * max(one.peaks))
+                row.budget = int(BUDGET_OF_PEER * max(one.peaks))
             given = {**settings, "memory_budget": row.budget}
             group = groups[row.name] = Group(row.name, options.ranks, given, here, module=RANK)
             stack.callback(group.close)

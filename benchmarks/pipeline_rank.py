@@ -28,7 +28,7 @@ STEP_GOAL, PEAK_GOAL = 0.85, 0.9
 
 #: By as much may a measured peak be over its budget, and half of it is left for that below a peer's peak.
 GRACE = 1.01
-SHARE = PEAK_GOAL * (1 - (GRACE - 1) / 2)
+BUDGET_OF_PEER = PEAK_GOAL * (1 - (GRACE - 1) / 2)
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ def _ours(how: str, automatic: bool = False) -> Way:
 
 
 def _budgeted(below: str) -> Way:
-    way = _ours(f'as dspass, with "dspass": {{"memory_budget": {SHARE:.4f} of the peak of the {below} peer}}')
+    way = _ours(f'as dspass, with "dspass": {{"memory_budget": {BUDGET_OF_PEER:.4f} of the peak of the {below} peer}}')
     return replace(way, below=below)
 
 

@@ -41,10 +41,12 @@ CONTROL = "dspass-3, first weights off by 0.1 %"
 
 @dataclass
 class Row:
-    """``gathers`` and ``reductions`` are formats, None where they travel whole; ``node`` ranks hold a second shard; the first
-    weights are ``shaken`` by a share of each; ``sent`` are bytes of a step by kind of collective and group."""
+    """One of :data:`benchmarks.subjects.SUBJECTS`, the ``subject``. ``gathers`` and ``reductions`` are formats, None where they
+    travel whole; ``node`` ranks hold a second shard; the first weights are ``shaken`` by a share of each; ``sent`` are bytes of
+    a step by kind of collective and group."""
 
     name: str
+    subject: str
     gathers: str | None = None
     reductions: str | None = None
     node: int = 1
@@ -53,10 +55,6 @@ class Row:
     sent: dict[tuple[str, str], int] = field(default_factory=dict)
     peak: float = 0.0
     shaken: float = 0.0
-
-    @property
-    def subject(self) -> str:
-        return self.name.partition(",")[0]
 
     @property
     def bytes(self) -> int:
@@ -100,15 +98,15 @@ def _share(format: str | None) -> float:
 def measure(options: argparse.Namespace) -> tuple[list[Row], int]:
     """The rows, and how many parameters the model has."""
     rows = [
-        Row("dspass-3"),
+        Row("dspass-3", "dspass-3"),
         *(
-            Row(name, *how)
+            Row(name, name, *how)
             for name, how in QUANTISED.items()
             if (how[2] == 1 or options.ranks > how[2]) and (not options.only or name in options.only)
         ),
     ]
     if options.control:
-        rows.insert(1, Row(CONTROL, shaken=1e-3))
+        rows.insert(1, Row(CONTROL, "dspass-3", shaken=1e-3))
     settings = {"preset": options.preset, "batch": options.batch, "context": options.context, "device": "cpu"}
     settings |= {"lr": options.lr}
     if options.schedule == "cosine":

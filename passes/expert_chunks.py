@@ -34,7 +34,7 @@ from dspass.passes.base import PassContext
 from dspass.passes.cost import rows_seconds
 from dspass.passes.devices import Device
 from dspass.passes.experts import Layer, name_of, value_of
-from dspass.runtime import compat
+from dspass.runtime import compat, expert_rows
 from dspass.runtime.params import ParamSpec
 
 #: More than these hide no more that is worth as many more exchanges.
@@ -118,7 +118,7 @@ def _clock(
 
 def times_of(graph: fx.Graph, layer: Layer, spec: ParamSpec, rows: int, on: Device) -> Times:
     """What :func:`layer_seconds` is made of, for ``rows`` on this rank."""
-    arrivals = spec.engine.expected_arrivals(spec, rows)
+    arrivals = expert_rows.expected_arrivals(spec, rows)
     entering = [n for n in layer.entering() if not layer.names_expert(n)]
 
     def sends(nodes: Sequence[fx.Node]) -> Callable[[float], float]:

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
-from dspass.runtime.engine import Exchange, Gather, Reduction
+from dspass.runtime import expert_rows
 from dspass.runtime.exchange import CHUNKS
 from dspass.runtime.host import offload_start, offload_wait, reload_start, reload_wait
 from dspass.runtime.params import Over, Packed, lookup
+from dspass.runtime.pending import Pending
 
 
 @torch.library.custom_op("dspass::unshard", mutates_args=())
@@ -26,7 +27,7 @@ def unshard(local: torch.Tensor, key: str) -> torch.Tensor:
     spec = lookup(key)
     (full,) = spec.engine.start_gather([spec], [local]).wait()
     if spec.expert_axis is not None:
-        return spec.engine.gather_experts(spec, full)
+        return expert_rows.gather_experts(spec, full)
     return _apart(full, local)
 
 
@@ -97,7 +98,7 @@ torch.library.register_autograd("dspass::unshard_experts", _unshard_experts_back
 def gather_experts(here: torch.Tensor, key: str) -> torch.Tensor:
     """All experts' weights, of which ``here`` are those of this rank's place: where they are read, and not by products."""
     spec = lookup(key)
-    return spec.engine.gather_experts(spec, here)
+    return expert_rows.gather_experts(spec, here)
 
 
 @gather_experts.register_fake
@@ -109,7 +110,7 @@ def _(here: torch.Tensor, key: str) -> torch.Tensor:
 def reduce_experts(grad: torch.Tensor, key: str) -> torch.Tensor:
     """The sum over ranks of gradients of all experts' weights, those of this rank's place."""
     spec = lookup(key)
-    return spec.engine.reduce_experts(spec, grad)
+    return expert_rows.reduce_experts(spec, grad)
 
 
 @reduce_experts.register_fake
@@ -124,9 +125,7 @@ def _gather_experts_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor
 torch.library.register_autograd("dspass::gather_experts", _gather_experts_backward, setup_context=_save)
 
 
-def gather_start(
-    shards: list[torch.Tensor], keys: list[str], format: str | None = None, over: Over = None
-) -> Gather | Exchange:
+def gather_start(shards: list[torch.Tensor], keys: list[str], format: str | None = None, over: Over = None) -> Pending:
     """Begin the all-gather of a bucket. Nothing may read the result before :func:`gather_wait`. With ``format`` the bucket
     has been quantised: instead of shards there are its codes and its scales. ``over`` "node" it is made of what the ranks of
     this node kept (:func:`keep_in_node`)."""
@@ -135,7 +134,7 @@ def gather_start(
     return engine.start_gather(specs, shards, over) if format is None else engine.start_packed_gather(specs, shards)
 
 
-def gather_wait(gather: Gather | Exchange) -> list[torch.Tensor]:
+def gather_wait(gather: Pending) -> list[torch.Tensor]:
     """The whole parameters of a bucket; each is freed after its last use in the graph. Of a quantised one the codes and the
     scales, a row of each rank."""
     return gather.wait()
@@ -148,9 +147,7 @@ def keep_in_node(tensors: list[torch.Tensor], keys: list[str]) -> list[torch.Ten
     return specs[0].engine.keep_in_node(specs, tensors[: len(keys)], tensors[len(keys) :])
 
 
-def reduce_start(
-    grads: list[torch.Tensor], keys: list[str], format: str | None = None, over: Over = None
-) -> Reduction | Exchange:
+def reduce_start(grads: list[torch.Tensor], keys: list[str], format: str | None = None, over: Over = None) -> Pending:
     """Begin the reduction of a bucket of gradients. With ``format`` the bucket has been quantised: its codes and its scales,
     with a row for each rank ``over`` which they go, are exchanged, and the graph sums what arrives."""
     specs = [lookup(key) for key in keys]
@@ -160,7 +157,7 @@ def reduce_start(
     )
 
 
-def reduce_wait(reduction: Reduction | Exchange) -> list[torch.Tensor]:
+def reduce_wait(reduction: Pending) -> list[torch.Tensor]:
     """The averaged gradients of a bucket, each of its parameter's local shape. Of a quantised one the codes and the scales, a
     row from each rank."""
     return reduction.wait()
@@ -172,31 +169,31 @@ def rounding_errors(tensors: list[torch.Tensor], keys: list[str], reset: int | N
     return specs[0].engine.rounding_errors(specs, reset)
 
 
-def counts_start(ends: torch.Tensor, scores: torch.Tensor | None, chunks: int, parts: int, key: str) -> Exchange:
+def counts_start(ends: torch.Tensor, scores: torch.Tensor | None, chunks: int, parts: int, key: str) -> Pending:
     """Begin :func:`dspass.runtime.exchange.exchange_counts`."""
     spec = lookup(key)
-    return spec.engine.start_counts(spec, ends, scores, chunks, parts)
+    return expert_rows.start_counts(spec, ends, scores, chunks, parts)
 
 
-def dispatch_start(rows: list[torch.Tensor], splits: torch.Tensor, key: str, packed: Packed = None) -> Exchange:
+def dispatch_start(rows: list[torch.Tensor], splits: torch.Tensor, key: str, packed: Packed = None) -> Pending:
     """Begin :func:`dspass.runtime.exchange.dispatch_rows`. ``rows`` is one tensor; where it is ``packed``, the graph has
     quantised each of its rows by itself, and here are its codes and its scales."""
     spec = lookup(key)
-    return spec.engine.start_dispatch(spec, rows, splits, packed)
+    return expert_rows.start_dispatch(spec, rows, splits, packed)
 
 
 def combine_start(
     rows: list[torch.Tensor], splits: torch.Tensor, size: int, key: str, packed: Packed = None
-) -> Exchange:
+) -> Pending:
     """Begin :func:`dspass.runtime.exchange.combine_rows`, of rows as :func:`dispatch_start` takes them."""
     spec = lookup(key)
-    return spec.engine.start_combine(spec, rows, splits, size, packed)
+    return expert_rows.start_combine(spec, rows, splits, size, packed)
 
 
-def mean_start(values: torch.Tensor, key: str) -> Exchange:
+def mean_start(values: torch.Tensor, key: str) -> Pending:
     """Begin :func:`dspass.runtime.exchange.mean_over_ranks`."""
     spec = lookup(key)
-    return spec.engine.start_mean(spec, values)
+    return expert_rows.start_mean(spec, values)
 
 
 def even_start(
@@ -206,14 +203,14 @@ def even_start(
     opens: bool,
     key: str,
     packed: Packed = None,
-) -> Exchange:
+) -> Pending:
     """Begin :func:`dspass.runtime.exchange.exchange_even` of one tensor, or where it is ``packed`` of its codes and its scales,
     which have its first three dimensions."""
     spec = lookup(key)
-    return spec.engine.start_even(spec, rows, ends, scores, opens, packed)
+    return expert_rows.start_even(spec, rows, ends, scores, opens, packed)
 
 
-def exchange_wait(exchange: Exchange) -> list[torch.Tensor]:
+def exchange_wait(exchange: Pending) -> list[torch.Tensor]:
     """What the start of an exchange of counts, rows or shares asked for: one tensor, or codes and scales;
     of counts also what the host has of them."""
     return exchange.wait()

@@ -29,7 +29,7 @@ import contextlib
 import itertools
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal
@@ -40,30 +40,21 @@ from dspass.runtime import compat
 from dspass.runtime.axis import StageMesh
 from dspass.runtime.formats import format_of
 from dspass.runtime.host_states import HostStates
-from dspass.runtime.levels import Levels, Table, exchange_by_levels
-from dspass.runtime.params import Over, Packed, ParamSpec, register
+from dspass.runtime.params import Over, ParamSpec, register
+from dspass.runtime.pending import Arrived, Pending
 from dspass.runtime.program import Probe
 from dspass.runtime.quantise import blocks_of, rounding_squares
 from dspass.runtime.routing import Routing
 from dspass.runtime.stepping import Optimizer
 from dspass.runtime.traffic import (
-    Collective,
     CollectiveKey,
-    Direction,
     TrafficCounter,
-    counts_cost,
-    even_cost,
-    even_parts,
-    expected_table,
+    direction_now,
     gather_cost,
-    level_costs,
-    mean_cost,
     packed_gather_cost,
     packed_reduce_cost,
     reduce_cost,
     reduction_steps,
-    rows_cost,
-    turned,
 )
 from dspass.runtime.transport import InFlight, transport_for
 
@@ -71,9 +62,6 @@ if TYPE_CHECKING:
     from dspass.runtime.fake_quantise import Schedule
 
 _numbers = itertools.count()
-
-#: What rows are sent for: to their experts, back from them, or one of the two in fixed sizes.
-RowsKind = Literal["dispatch", "combine", "even"]
 
 #: Gradients averaged at the end of a backward travel in buffers of this size.
 _LEFT_OVER_BYTES = 25 * 2**20
@@ -162,9 +150,7 @@ class Engine:
 
     # -- gathers ---------------------------------------------------------------------------------------------------
 
-    def start_gather(
-        self, specs: Sequence[ParamSpec], shards: Sequence[torch.Tensor], over: Over = None
-    ) -> Gather | Exchange:
+    def start_gather(self, specs: Sequence[ParamSpec], shards: Sequence[torch.Tensor], over: Over = None) -> Pending:
         """Begin to make whole copies, in compute precision, of parameters that share an axis; ``over`` "node" of what the
         ranks of this node kept, where each of ``specs`` was, and since the optimiser last stepped."""
         if over is not None:
@@ -182,8 +168,7 @@ class Engine:
                 ready[spec.key] = held[1]
             else:
                 missing.append((spec, shard))
-        flight = None
-        counted = None
+        flight, counted = InFlight([], []), None
         if missing:
             axis = missing[0][0].shard_axis
             assert axis is not None
@@ -193,15 +178,23 @@ class Engine:
                 missing = []
             else:
                 flight = transport_for(axis, self.dry).all_gather(axis, sent, [spec.shape[0] for spec, _ in missing])
-                cost = gather_cost([spec for spec, _ in missing], _direction())
+                cost = gather_cost([spec for spec, _ in missing], direction_now())
                 counted = self.traffic.add(cost) if cost is not None else None
-        return Gather(self, [s.key for s in specs], ready, missing, flight, counted)
 
-    def _gather_kept(self, specs: Sequence[ParamSpec], kept: Sequence[torch.Tensor], over: Over) -> Exchange:
-        axis, cost = specs[0].axis(over), gather_cost(specs, _direction(), over)
+        def arrived(wholes: list[torch.Tensor]) -> list[torch.Tensor]:
+            for (spec, shard), whole in zip(missing, wholes, strict=True):
+                ready[spec.key] = whole
+                if self.lifetimes in (1, 2):
+                    self._resident[spec.key] = (_state(shard), whole)
+            return [ready[spec.key] for spec in specs]
+
+        return Pending(self.traffic, flight, counted, arrived)
+
+    def _gather_kept(self, specs: Sequence[ParamSpec], kept: Sequence[torch.Tensor], over: Over) -> Pending:
+        axis, cost = specs[0].axis(over), gather_cost(specs, direction_now(), over)
         assert cost is not None
         flight = transport_for(axis, self.dry).all_gather(axis, kept, [spec.shape[0] for spec in specs])
-        return Exchange(self, flight, self.traffic.add(cost))
+        return Pending(self.traffic, flight, self.traffic.add(cost))
 
     def keep_in_node(
         self, specs: Sequence[ParamSpec], whole: Sequence[torch.Tensor], shards: Sequence[torch.Tensor]
@@ -213,194 +206,18 @@ class Engine:
                 self._in_node[spec.key] = _state(shard), full.narrow(0, *spec.axis("node").rows(spec.shape[0])).clone()
         return [self._in_node[spec.key][1] for spec in specs]
 
-    def start_packed_gather(self, specs: Sequence[ParamSpec], packed: Sequence[torch.Tensor]) -> Exchange:
+    def start_packed_gather(self, specs: Sequence[ParamSpec], packed: Sequence[torch.Tensor]) -> Pending:
         """Begin the all-gather of a bucket that the graph has quantised: each of ``packed`` is this rank's row."""
         axis = specs[0].axis(None)
         flight = transport_for(axis, self.dry).all_gather(axis, packed, [axis.size] * len(packed))
-        cost = packed_gather_cost(specs, sum(p.nbytes for p in packed), _direction())
-        return Exchange(self, flight, self.traffic.add(cost))
-
-    # -- experts ---------------------------------------------------------------------------------------------------
-
-    def start_counts(
-        self, spec: ParamSpec, ends: torch.Tensor, scores: torch.Tensor | None, chunks: int, parts: int
-    ) -> Exchange:
-        """Begin to tell each rank how many rows come for each of its experts, which are computed in so many ``chunks``, for
-        one of so many ``parts`` of the batch.
-
-        It is told of all experts, a few hundred numbers, for the report. Megatron-LM's dispatcher gathers as much. The host
-        reads them, once for all that is sent by them: on a GPU each time would wait for all that it has begun.
-        """
-        axis = spec.divided_over
-        counts = ends.diff(prepend=ends.new_zeros(1)).to(torch.int32)
-        bad = counts.new_zeros(1) if scores is None else scores.isnan().any().to(torch.int32)[None]
-        way = chunks + _MOST_CHUNKS * parts
-        told = torch.cat([counts, bad + 2 * way]).expand(axis.size, -1)
-        flight = transport_for(axis, self.dry).all_to_all(axis, [told])
-        counted = self.traffic.add(counts_cost(axis, ends.shape[0], _direction()))
-
-        def arrived(results: list[torch.Tensor]) -> list[torch.Tensor]:
-            (all_told,) = results
-            on_host = all_told.cpu()
-            if not compat.is_fake(all_told):
-                _refuse_nan(spec, on_host[:, -1] % 2)
-                _refuse_other_ways(spec, (on_host[:, -1] // 2).tolist())
-                self.routing.counted(spec, all_told[:, :-1])
-            here = ends.shape[0] // axis.size
-            by_rank = on_host[:, :-1].reshape(axis.size, axis.size, here)
-            splits = [part.sum(2, dtype=torch.int32) for part in by_rank.split(even_parts(here, chunks), dim=2)]
-            return [all_told[:, axis.rank * here : (axis.rank + 1) * here].contiguous(), *splits]
-
-        return Exchange(self, flight, counted, arrived)
-
-    def start_mean(self, spec: ParamSpec, values: torch.Tensor) -> Exchange:
-        """Begin to average small values over the data axis."""
-        axis = spec.shard_axis
-        assert axis is not None, f"{spec.name} is not on the data axis"
-        flight = transport_for(axis, self.dry).all_reduce(axis, [values])
-        counted = self.traffic.add(mean_cost(axis, values.nbytes, _direction()))
-        return Exchange(self, flight, counted, lambda sums: [sums[0] / axis.size])
-
-    def start_even(
-        self,
-        spec: ParamSpec,
-        rows: Sequence[torch.Tensor],
-        ends: torch.Tensor | None,
-        scores: torch.Tensor | None,
-        opens: bool,
-        packed: Packed = None,
-    ) -> Exchange:
-        """Begin to send row ``r`` of each of ``rows[ranks, experts here, capacity, ...]`` to rank ``r``."""
-        axis = spec.divided_over
-        if opens:
-            self._compare_capacities(spec, rows[0], ends, scores)
-        self._note_rounding(spec, "even", rows, packed)
-        size, table = sum(t.nbytes for t in rows), [[1] * axis.size] * axis.size
-        if spec.expert_levels is not None and spec.expert_levels.pay(table, size // axis.size):
-            return self._start_by_levels(spec, spec.expert_levels, rows, table)
-        flight = transport_for(axis, self.dry).all_to_all(axis, rows)
-        return Exchange(self, flight, self.traffic.add(even_cost(axis, size, _direction())))
-
-    def _compare_capacities(
-        self, spec: ParamSpec, x: torch.Tensor, ends: torch.Tensor | None, scores: torch.Tensor | None
-    ) -> None:
-        """Wait until each rank has told what it is about to send: how many rows it has for each expert, where it drops some,
-        its capacity, and whether its router answers NaN."""
-        axis, capacity = spec.divided_over, x.shape[2]
-        experts = spec.full_shape[0]
-        told = torch.zeros(experts + 2, dtype=torch.int32, device=x.device)
-        told[-2] = capacity
-        if scores is not None:
-            told[-1] = scores.isnan().any()
-        if ends is not None:
-            told[:-2] = ends.diff(prepend=ends.new_zeros(1))
-        flight = transport_for(axis, self.dry).all_to_all(axis, [told.expand(axis.size, -1)])
-        counted = self.traffic.add(counts_cost(axis, experts + 1, _direction()))
-        (all_told,) = flight.wait()
-        self.traffic.exposed[counted] += flight.exposed_seconds
-        if compat.is_fake(all_told):
-            return
-        _refuse_nan(spec, all_told[:, -1])
-        capacities = all_told[:, -2].tolist()
-        if any(c != capacity for c in capacities):
-            raise RuntimeError(
-                f"the experts of {spec.name} take {capacities} rows each from ranks {list(axis.ranks)}: fixed sizes want the "
-                "same number everywhere. Give every rank as many tokens (pad the batch), or do without a capacity: drop "
-                "dspass.experts.capacity_factor or, where the model has its own, write its experts with dspass.experts(...)."
-            )
-        if ends is not None:
-            self.routing.counted(spec, all_told[:, :-2], capacity)
-
-    def gather_experts(self, spec: ParamSpec, here: torch.Tensor) -> torch.Tensor:
-        """All experts' weights, of those of this rank's place."""
-        axis = spec.divided_over
-        (full,) = transport_for(axis, self.dry).all_gather(axis, [here], [spec.full_shape[0]]).wait()
-        self.traffic.add(Collective.on(axis, "all-gather", _direction(), here.nbytes * (axis.size - 1)))
-        return full
-
-    def reduce_experts(self, spec: ParamSpec, grad: torch.Tensor) -> torch.Tensor:
-        """The sum over ranks of gradients of all experts' weights, those of this rank's place."""
-        axis = spec.divided_over
-        (here,) = transport_for(axis, self.dry).reduce_scatter(axis, [grad.to(spec.reduce_dtype)]).wait()
-        self.traffic.add(Collective.on(axis, "reduce-scatter", "backward", here.nbytes * (axis.size - 1)))
-        return here.to(grad.dtype)
-
-    def start_dispatch(
-        self,
-        spec: ParamSpec,
-        rows: Sequence[torch.Tensor],
-        splits: torch.Tensor,
-        packed: Packed = None,
-    ) -> Exchange:
-        """Begin to send rows, in the order of experts, to the ranks that hold them; tensors of one call have as many."""
-        size = rows[0].shape[0]
-        arrivals = self.expected_arrivals(spec, size) if compat.is_fake(rows[0]) else None
-        table = self._table(spec, size, splits, arrivals)
-        self.routing.dispatched(spec, size - sum(table[spec.divided_over.rank]))
-        self._note_rounding(spec, "dispatch", rows, packed)
-        return self._start_rows(spec, rows, table)
-
-    def start_combine(
-        self,
-        spec: ParamSpec,
-        rows: Sequence[torch.Tensor],
-        splits: torch.Tensor,
-        size: int,
-        packed: Packed = None,
-    ) -> Exchange:
-        """Begin to send rows back; ``size`` is how many there were."""
-        table = self._table(spec, size, splits, rows[0].shape[0])
-        lost = size - sum(table[spec.divided_over.rank])
-        self._note_rounding(spec, "combine", rows, packed)
-        exchange = self._start_rows(spec, rows, turned(table))
-        if lost:
-            exchange.then = lambda results: [torch.cat([t, t.new_zeros((lost, *t.shape[1:]))]) for t in results]
-        return exchange
-
-    def _start_rows(self, spec: ParamSpec, rows: Sequence[torch.Tensor], table: Table) -> Exchange:
-        axis, row_bytes = spec.divided_over, sum(prod(t.shape[1:]) * t.dtype.itemsize for t in rows)
-        if spec.expert_levels is not None and spec.expert_levels.pay(table, row_bytes):
-            return self._start_by_levels(spec, spec.expert_levels, rows, table)
-        sent, received = table[axis.rank], [row[axis.rank] for row in table]
-        flight = transport_for(axis, self.dry).exchange(axis, rows, sent, received)
-        cost = rows_cost(axis, (sum(sent) - sent[axis.rank]) * row_bytes, _direction())
-        return Exchange(self, flight, self.traffic.add(cost))
-
-    def _start_by_levels(self, spec: ParamSpec, levels: Levels, rows: Sequence[torch.Tensor], table: Table) -> Exchange:
-        rank, row_bytes = spec.divided_over.rank, sum(prod(t.shape[1:]) * t.dtype.itemsize for t in rows)
-        inside, across = map(self.traffic.add, level_costs(levels, rank, table, row_bytes, _direction()))
-        waited, flight = exchange_by_levels(levels, rank, rows, table, self.dry)
-        self.traffic.exposed[inside] += waited
-        return Exchange(self, flight, across)
-
-    def _note_rounding(self, spec: ParamSpec, kind: RowsKind, rows: Sequence[torch.Tensor], packed: Packed) -> None:
-        """What rounding has changed of the first rows of their kind that this rank sends in few bits."""
-        if packed is None or compat.is_fake(rows[0]) or not rows[0].numel():
-            return
-        key = (spec.key, _direction(), kind, packed[1])
-        if key not in self.row_errors:
-            codes, scales = (t.flatten(0, -2) for t in rows)
-            self.row_errors[key] = rounding_squares(codes, scales, *packed)
-
-    def expected_arrivals(self, spec: ParamSpec, size: Any) -> Any:
-        """How many rows come to the busiest rank where each sends ``size``, which may be a symbol."""
-        axis = spec.divided_over
-        thousandths = round(1000 * min(self.expected_imbalance, axis.size))
-        return -(-size * thousandths // 1000)
-
-    def _table(self, spec: ParamSpec, size: int, splits: torch.Tensor, arrivals: int | None) -> Table:
-        """How many rows each rank has for each other one; of fake tensors so that there are ``arrivals``."""
-        if compat.is_fake(splits):
-            assert arrivals is not None
-            return expected_table(spec.divided_over, size, arrivals)
-        table: Table = splits.tolist()
-        return table
+        cost = packed_gather_cost(specs, sum(p.nbytes for p in packed), direction_now())
+        return Pending(self.traffic, flight, self.traffic.add(cost))
 
     # -- reductions ------------------------------------------------------------------------------------------------
 
     def start_packed_reduce(
         self, specs: Sequence[ParamSpec], packed: Sequence[torch.Tensor], format: str, over: Over = None
-    ) -> Exchange:
+    ) -> Pending:
         """Begin the all-to-all of a bucket of gradients that the graph has quantised, and sums once it has arrived: row ``r``
         of each of ``packed`` is for rank ``r``. Only at stage 3, where no gradient of an earlier call waits to be added."""
         assert self.lifetimes == 3
@@ -409,7 +226,9 @@ class Engine:
         if over != "across":  # what goes there has been rounded before
             self._note_gradients(specs, packed, format)
         flight = transport_for(axis, self.dry).all_to_all(axis, packed)
-        return Exchange(self, flight, self.traffic.add(packed_reduce_cost(specs, sum(p.nbytes for p in packed), over)))
+        return Pending(
+            self.traffic, flight, self.traffic.add(packed_reduce_cost(specs, sum(p.nbytes for p in packed), over))
+        )
 
     def _note_gradients(self, specs: Sequence[ParamSpec], packed: Sequence[torch.Tensor], format: str) -> None:
         """What rounding has changed of the first gradients that are finite, of each parameter of a bucket."""
@@ -449,7 +268,7 @@ class Engine:
                 self._errors[spec.key] = self.steps, known[1].zero_()
         return [self._errors[spec.key][1] for spec in specs]
 
-    def start_reduce(self, specs: Sequence[ParamSpec], grads: Sequence[torch.Tensor]) -> Reduction:
+    def start_reduce(self, specs: Sequence[ParamSpec], grads: Sequence[torch.Tensor]) -> Pending:
         """Begin to average gradients over ranks. Yields, for each, a gradient of the parameter's own local shape."""
         last = self._is_last_backward()
         nothing_to_send = self._last_of_call is not None and not reduction_steps(specs)
@@ -458,26 +277,43 @@ class Engine:
             return self._reduce_now(specs, grads)
         if self.stage == 0:  # plain parameters gather their own sum in .grad, as under DDP's no_sync
             self._local.update(s.key for s in specs)
-            return Reduction(self, specs, [g.to(s.dtype) for s, g in zip(specs, grads, strict=True)], None, [], 1)
+            own = [grad.to(spec.dtype) for grad, spec in zip(grads, specs, strict=True)]
+            return Pending(self.traffic, InFlight([], own), None)
         zeros = []
         for spec, grad in zip(specs, grads, strict=True):
             self._accumulate(spec, grad)
             zeros.append(grad.new_zeros(spec.local_shape, dtype=spec.dtype))
-        return Reduction(self, specs, zeros, None, [], 1)
+        return Pending(self.traffic, InFlight([], zeros), None)
 
-    def _reduce_now(self, specs: Sequence[ParamSpec], grads: Sequence[torch.Tensor]) -> Reduction:
+    def _reduce_now(self, specs: Sequence[ParamSpec], grads: Sequence[torch.Tensor]) -> Pending:
         totals = [self._total(spec, grad).to(spec.reduce_dtype) for spec, grad in zip(specs, grads, strict=True)]
         steps = reduction_steps(specs)
-        world = 1
-        for axis, _, _ in steps:
-            world *= axis.size
         if not steps:
-            return Reduction(self, specs, totals, None, [], 1)
+            return self._in_own_precision(specs, InFlight([], totals))
         counted = [self.traffic.add(cost) for cost in reduce_cost(specs)]
         axis, kind, _ = steps[0]
         transport = transport_for(axis, self.dry)
         operation = transport.reduce_scatter if kind == "reduce-scatter" else transport.all_reduce
-        return Reduction(self, specs, None, operation(axis, totals), counted, world, [a for a, _, _ in steps[1:]])
+
+        def arrived(sums: list[torch.Tensor]) -> list[torch.Tensor]:
+            for (other, _, _), its in zip(steps[1:], counted[1:], strict=True):
+                flight = transport_for(other, self.dry).all_reduce(other, sums)
+                sums = flight.wait()
+                self.traffic.exposed[its] += flight.exposed_seconds
+            torch._foreach_div_(sums, prod(axis.size for axis, _, _ in steps))
+            return sums
+
+        return self._in_own_precision(specs, operation(axis, totals), counted[0], arrived)
+
+    def _in_own_precision(
+        self,
+        specs: Sequence[ParamSpec],
+        flight: InFlight,
+        counted: CollectiveKey | None = None,
+        then: Arrived | None = None,
+    ) -> Pending:
+        pending = Pending(self.traffic, flight, counted, then)
+        return pending.then(lambda grads: [grad.to(spec.dtype) for grad, spec in zip(grads, specs, strict=True)])
 
     def _total(self, spec: ParamSpec, grad: torch.Tensor) -> torch.Tensor:
         """``grad`` and whatever of earlier calls of this step waits to be reduced with it."""
@@ -644,34 +480,6 @@ class Engine:
         return [error for _, error in self._errors.values()]
 
 
-#: More chunks than this no rank can tell the others of.
-_MOST_CHUNKS = 2**14
-
-
-def _refuse_other_ways(spec: ParamSpec, ways: Sequence[int]) -> None:
-    """Raise where ranks exchange a layer's rows in other numbers of chunks or of parts of the batch."""
-    for place, way in enumerate(ways):
-        if way != ways[0]:
-            (one, first), (other, its) = (divmod(w, _MOST_CHUNKS) for w in (ways[0], way))
-            ranks = spec.divided_over.ranks
-            raise RuntimeError(
-                f"rank {ranks[0]} sends rows to the experts of {spec.layer} for {one} parts of the batch in {first} chunks, "
-                f"rank {ranks[place]} for {other} in {its}. Give every rank a batch of the same first dimension "
-                "(drop_last=True), or write dspass.experts.batch_parts: 1 and a number for dspass.experts.chunks."
-            )
-
-
-def _refuse_nan(spec: ParamSpec, bad: torch.Tensor) -> None:
-    """Raise where a rank has told that its router answers NaN: ``bad[ranks]`` is not 0."""
-    lost = bad.nonzero().flatten().tolist()
-    if lost:
-        raise RuntimeError(
-            f"the router of {spec.name} answers NaN on rank {spec.divided_over.ranks[lost[0]]}: its tokens have no experts. "
-            "Look for a loss or a gradient that was not finite in the step before (a lower learning rate, gradient_clipping, "
-            "bf16 in place of fp16)."
-        )
-
-
 def _alike(found: Sequence[tuple[ParamSpec, torch.Tensor]]) -> list[list[tuple[ParamSpec, torch.Tensor]]]:
     """In lists that one reduction can take: same layout and precision, not too large."""
     buckets: dict[Any, list[list[tuple[ParamSpec, torch.Tensor]]]] = {}
@@ -683,104 +491,6 @@ def _alike(found: Sequence[tuple[ParamSpec, torch.Tensor]]) -> list[list[tuple[P
     return [bucket for filled in buckets.values() for bucket in filled]
 
 
-class Gather:
-    """A gather under way."""
-
-    def __init__(
-        self,
-        engine: Engine,
-        keys: list[str],
-        ready: dict[str, torch.Tensor],
-        missing: list[tuple[ParamSpec, torch.Tensor]],
-        flight: InFlight | None,
-        counted: CollectiveKey | None,
-    ) -> None:
-        self._engine, self._keys, self._ready = engine, keys, ready
-        self._missing, self._flight, self._counted = missing, flight, counted
-
-    def tensors(self) -> list[torch.Tensor]:
-        """What is being filled."""
-        return self._flight.results if self._flight is not None else []
-
-    def wait(self) -> list[torch.Tensor]:
-        """The whole parameters, in the order that was asked for."""
-        if self._flight is not None:
-            arrived = self._flight.wait()
-            if self._counted is not None:
-                self._engine.traffic.exposed[self._counted] += self._flight.exposed_seconds
-            for (spec, shard), full in zip(self._missing, arrived, strict=True):
-                self._ready[spec.key] = full
-                if self._engine.lifetimes in (1, 2):
-                    self._engine._resident[spec.key] = (_state(shard), full)
-        ready, self._ready, self._missing, self._flight = self._ready, {}, [], None
-        return [ready[key] for key in self._keys]
-
-
-class Exchange:
-    """What is under way and arrives as the graph wants it: a quantised bucket in either direction, one from this node, or rows
-    for experts."""
-
-    def __init__(
-        self,
-        engine: Engine,
-        flight: InFlight,
-        counted: CollectiveKey,
-        then: Callable[[list[torch.Tensor]], list[torch.Tensor]] | None = None,
-    ) -> None:
-        self._engine, self._flight, self._counted, self.then = engine, flight, counted, then
-
-    def tensors(self) -> list[torch.Tensor]:
-        """What is being filled."""
-        return self._flight.results
-
-    def wait(self) -> list[torch.Tensor]:
-        """Codes and scales, a row of each rank; or whole parameters; or rows of experts."""
-        arrived = self._flight.wait()
-        self._engine.traffic.exposed[self._counted] += self._flight.exposed_seconds
-        return arrived if self.then is None else self.then(arrived)
-
-
-class Reduction:
-    """A reduction under way."""
-
-    def __init__(
-        self,
-        engine: Engine,
-        specs: Sequence[ParamSpec],
-        results: list[torch.Tensor] | None,
-        flight: InFlight | None,
-        counted: list[CollectiveKey],
-        world: int,
-        then: Sequence = (),
-    ) -> None:
-        self._engine, self._specs, self._results = engine, specs, results
-        self._flight, self._counted, self._world, self._then = flight, counted, world, then
-
-    def tensors(self) -> list[torch.Tensor]:
-        """What is being filled."""
-        return self._flight.results if self._flight is not None else []
-
-    def wait(self) -> list[torch.Tensor]:
-        """The averaged gradients in the parameters' own precision and local shapes."""
-        if self._flight is None:
-            assert self._results is not None
-            results, self._results = self._results, None
-            return [r.to(s.dtype) for r, s in zip(results, self._specs, strict=True)]
-        flight, self._flight = self._flight, None
-        summed = flight.wait()
-        self._engine.traffic.exposed[self._counted[0]] += flight.exposed_seconds
-        for axis, counted in zip(self._then, self._counted[1:], strict=True):
-            second = transport_for(axis, self._engine.dry).all_reduce(axis, summed)
-            summed = second.wait()
-            self._engine.traffic.exposed[counted] += second.exposed_seconds
-        torch._foreach_div_(summed, self._world)
-        return [s.to(spec.dtype) for s, spec in zip(summed, self._specs, strict=True)]
-
-
 def _state(shard: torch.Tensor) -> tuple[int, int]:
     """Changes whenever the shard's values may have: every in-place operation raises the version."""
     return shard.untyped_storage()._cdata, shard._version
-
-
-def _direction() -> Direction:
-    return "forward" if compat.backward_run() == -1 else "backward"

@@ -38,7 +38,7 @@ from typing import Any
 
 import torch
 
-from dspass.runtime import compat
+from dspass.runtime import compat, expert_rows
 from dspass.runtime.operators import differentiable, operator
 from dspass.runtime.params import lookup
 
@@ -67,7 +67,7 @@ def exchange_counts(
     Raises ``RuntimeError`` on all ranks where one has NaN among its scores, or other numbers of chunks or parts.
     """
     spec = lookup(key)
-    return spec.engine.start_counts(spec, ends, scores, chunks, parts).wait()
+    return expert_rows.start_counts(spec, ends, scores, chunks, parts).wait()
 
 
 # -- rows ----------------------------------------------------------------------------------------------------------------
@@ -82,7 +82,7 @@ def _dispatch_fake(rows: torch.Tensor, splits: torch.Tensor, received: Any, key:
 def expected_rows(rows: torch.Tensor, key: str) -> Any:
     """How many rows arrive where ``rows`` are sent: a symbol, or in a prediction as many as are expected."""
     spec = lookup(key)
-    expected = spec.engine.expected_arrivals(spec, rows.shape[0])
+    expected = expert_rows.expected_arrivals(spec, rows.shape[0])
     return expected if spec.engine.target is not None else compat.unknown_size(rows, expected)
 
 
@@ -92,7 +92,7 @@ def dispatch_rows(rows: torch.Tensor, splits: torch.Tensor, received: int | None
     ``[received, ...]``, where that is known. ``splits[ranks, ranks]``, on the host, are the rows that each rank has for each
     other one; rows behind those go nowhere."""
     spec = lookup(key)
-    (arrived,) = spec.engine.start_dispatch(spec, [rows], splits).wait()
+    (arrived,) = expert_rows.start_dispatch(spec, [rows], splits).wait()
     return arrived
 
 
@@ -104,7 +104,7 @@ def _combine_fake(rows: torch.Tensor, splits: torch.Tensor, size: Any, key: str)
 def combine_rows(rows: torch.Tensor, splits: torch.Tensor, size: int, key: str) -> torch.Tensor:
     """The way back: ``[size, ...]``, rows where :func:`dispatch_rows` took them, and zeros behind those."""
     spec = lookup(key)
-    (arrived,) = spec.engine.start_combine(spec, [rows], splits, size).wait()
+    (arrived,) = expert_rows.start_combine(spec, [rows], splits, size).wait()
     return arrived
 
 
@@ -227,7 +227,7 @@ def exchange_even(
     Raises ``RuntimeError`` on all ranks where capacities differ, or one has NaN among its scores.
     """
     spec = lookup(key)
-    (arrived,) = spec.engine.start_even(spec, [x], ends, scores, opens).wait()
+    (arrived,) = expert_rows.start_even(spec, [x], ends, scores, opens).wait()
     return arrived
 
 
@@ -280,7 +280,7 @@ def experts_of_rows(ends: torch.Tensor, rows: int, first: int) -> torch.Tensor:
 def mean_over_ranks(values: torch.Tensor, key: str) -> torch.Tensor:
     """The mean of ``values`` over the ranks of parameter ``key``'s data axis; it has no gradient."""
     spec = lookup(key)
-    (mean,) = spec.engine.start_mean(spec, values).wait()
+    (mean,) = expert_rows.start_mean(spec, values).wait()
     return mean
 
 

@@ -1,6 +1,6 @@
 """What routers do, counted where experts are divided over ranks: rows for each expert, of all ranks that share a layer.
 
-The counts that are exchanged before rows are (:meth:`dspass.runtime.engine.Engine.start_counts`) say it, so that it costs no
+The counts that are exchanged before rows are (:meth:`dspass.runtime.expert_rows.start_counts`) say it, so that it costs no
 collective of its own, and a report can be made on one rank alone. They stay where they are until somebody asks: on a GPU to
 read them would wait for it.
 """

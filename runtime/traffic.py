@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Literal
 
+from dspass.runtime import compat
 from dspass.runtime.axis import Axis
 from dspass.runtime.levels import Levels, Table, hops
 from dspass.runtime.params import Over, ParamSpec
@@ -24,6 +25,11 @@ Direction = Literal["forward", "backward"]
 
 CollectiveKey = tuple[Kind, Direction, str, int]
 """Kind, direction, group and its size."""
+
+
+def direction_now() -> Direction:
+    """That of the graph which runs."""
+    return "forward" if compat.backward_run() == -1 else "backward"
 
 
 @dataclass(frozen=True)

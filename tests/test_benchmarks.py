@@ -444,9 +444,9 @@ def test_the_solver_table_says_whether_the_largest_graphs_are_in_time() -> None:
 
 def test_the_table_of_few_bits_holds_rows_against_the_plain_one() -> None:
     whole = {("all-gather", "data"): 2_000_000, ("reduce-scatter", "data"): 1_000_000}
-    plain = quantise.Row("plain", seconds=[0.1, 0.2, 0.3], losses=[3.0, 2.0], sent=whole)
+    plain = quantise.Row("plain", "dspass-3", seconds=[0.1, 0.2, 0.3], losses=[3.0, 2.0], sent=whole)
     few = {("all-gather", "data"): 600_000, ("all-to-all", "data"): 150_000}
-    both = quantise.Row("both", "int8", "int4", 1, [0.2, 0.2, 0.2], [3.0, 2.0], few, 5e6)
+    both = quantise.Row("both", "dspass-3", "int8", "int4", 1, [0.2, 0.2, 0.2], [3.0, 2.0], few, 5e6)
     assert both.bound(plain.sent, 2) == pytest.approx(2e6 * (8 + 32 / 256) / 32 + 1e6 * (4 + 32 / 256) / 32)
     text = quantise.table([plain, both], 2, 10**6)
     assert "| both | int8 | int4 | 0.75 MB | 0.250 |" in text
@@ -458,7 +458,7 @@ def test_the_table_of_few_bits_holds_rows_against_the_plain_one() -> None:
     # The plain one goes on with those that go on, and is held against each after as many steps as that one took.
     plain.losses.append(1.0)
     text = quantise.table(
-        [plain, both, quantise.Row("on", "int8", None, 1, [0.1] * 3, [3.0, 2.0, 1.001], few)], 2, 10**6
+        [plain, both, quantise.Row("on", "dspass-3", "int8", None, 1, [0.1] * 3, [3.0, 2.0, 1.001], few)], 2, 10**6
     )
     assert "| 2 | 2.0200 | +1.00% |" in text
     assert "- met: the loss after 3 steps is within 0.5 % of the plain row's: 1 of 1" in text
@@ -467,10 +467,10 @@ def test_the_table_of_few_bits_holds_rows_against_the_plain_one() -> None:
 
 def test_what_crosses_nodes_is_counted_for_a_node() -> None:
     """On four ranks of two nodes, of a model of a million parameters in fp32."""
-    plain = quantise.Row("plain", seconds=[0.1], losses=[2.0], sent={("all-gather", "data"): 6_000_000})
+    plain = quantise.Row("plain", "dspass-3", seconds=[0.1], losses=[2.0], sent={("all-gather", "data"): 6_000_000})
     assert plain.across(4, 2) == 4_000_000  # two copies, half of each from the other node
     sent = {("all-gather", "data"): 750_000, ("all-gather", "node"): 2_000_000, ("all-to-all", "across"): 125_000}
-    last = quantise.Row("last", "int8", "int4", 2, [0.1], [2.0], sent)
+    last = quantise.Row("last", "dspass-3", "int8", "int4", 2, [0.1], [2.0], sent)
     assert last.across(4, 2) == 500_000 + 250_000
     whole = {("all-gather", "data"): 6_000_000, ("reduce-scatter", "data"): 3_000_000}  # of 4 MB in three ways
     forward, backward, inside, across = 3e6 * 8.125 / 32, 2e6, 2e6 * 4.125 / 32, 1e6 * 4.125 / 32
