@@ -50,12 +50,14 @@ _ELSEWHERE = 'only the last stage answers outputs, as pipeline.outputs says; wri
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """One output of the captured graph: of ``shape`` and ``dtype`` for a micro-batch, made on ``stage``, or equal to an
-    ``input`` of the graph by position, or a ``literal``. ``parts``: each micro-batch has its own rows."""
+    """One output of the captured graph: of ``shape`` and ``dtype`` for a micro-batch, and made by the graph (``is_made``), on
+    ``stage`` if any keeps it; or equal to an ``input`` by position, or a ``literal``. ``parts``: each micro-batch has its own
+    rows."""
 
     stage: int | None = None
     input: int | None = None
     literal: Any = None
+    is_made: bool = False
     shape: tuple[int, ...] = ()
     dtype: torch.dtype = torch.float32
     parts: bool = False
@@ -102,6 +104,7 @@ def outputs_of(graph: fx.Graph, loss: fx.Node | None, of_batch: set[fx.Node]) ->
         found.append(
             Output(
                 input=places.get(answer),
+                is_made=answer not in places,
                 shape=tuple(int(s) for s in value.shape),
                 dtype=value.dtype,
                 parts=answer in split and value.dim() > 0 and value.shape[0] in rows,
@@ -115,6 +118,27 @@ def on_stages(outputs: Sequence[Output], graphs: Sequence[StageGraph]) -> list[O
     """``outputs`` with the stages that make them."""
     stage_of = {position: graph.index for graph in graphs for position in graph.results}
     return [replace(output, stage=stage_of.get(position)) for position, output in enumerate(outputs)]
+
+
+class _Evaluated(torch.autograd.Function):
+    """Answers a loss that has no gradients, and says so where they are asked for."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
+        raise PipelineUseError(
+            "backward() of a loss that was computed in evaluation: after eval() a pipeline runs forward only. Call train() "
+            "before the model; to train without dropout, set its p to 0 or call eval() on the dropout modules alone."
+        )
+
+
+def evaluated(loss: torch.Tensor) -> torch.Tensor:
+    """A ``loss`` of a model that is in evaluation, though gradients are enabled."""
+    with torch.enable_grad():
+        return _Evaluated.apply(loss, torch.zeros((), requires_grad=True))
 
 
 class LossScale:
@@ -190,4 +214,13 @@ def delivered(
     return _Deliver.apply(loss, [*(gradients[key] for key in keys), None], scale, told, *shards, anchor)
 
 
-__all__ = ["LossScale", "NotComputed", "Output", "PipelineUseError", "delivered", "on_stages", "outputs_of"]
+__all__ = [
+    "LossScale",
+    "NotComputed",
+    "Output",
+    "PipelineUseError",
+    "delivered",
+    "evaluated",
+    "on_stages",
+    "outputs_of",
+]

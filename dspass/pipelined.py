@@ -25,10 +25,10 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 import torch.fx as fx
-import torch.nn.functional as F
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from dspass import pipeline_checks as checks
 from dspass import pipeline_times as times
 from dspass import stage_plans as plans
 from dspass import steps
@@ -45,8 +45,9 @@ from dspass.passes.captured_cost import costs_of
 from dspass.passes.combine_losses import Combination, combine_losses, loss_of
 from dspass.passes.regions import read_in_front
 from dspass.passes.split_stages import StageGraph, keep_outputs, read_parameters, split_stages
+from dspass.passes.whole_batch import broadcast_alike
 from dspass.pipeline import build
-from dspass.pipeline_outputs import LossScale, Output, PipelineUseError, delivered, on_stages, outputs_of
+from dspass.pipeline_outputs import LossScale, Output, PipelineUseError, delivered, evaluated, on_stages, outputs_of
 from dspass.pipeline_times import Measured
 from dspass.planner.calls import Place
 from dspass.planner.stages import follow
@@ -162,36 +163,39 @@ class Pipelined:
     @torch._dynamo.disable(reason="runs a pipeline's schedule")
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # Without gradients is enough: what is made in inference mode has no versions, and could not be captured or trained.
-        trains = torch.is_grad_enabled()
-        with torch.inference_mode(False), torch.set_grad_enabled(trains):
-            return self._call(args, kwargs)
+        wanted = torch.is_grad_enabled()
+        with torch.inference_mode(False), torch.set_grad_enabled(wanted and self.root.training):
+            return self._call(args, kwargs, wanted)
 
-    def _call(self, args: Any, kwargs: Any) -> Any:
+    def _call(self, args: Any, kwargs: Any, wants_gradients: bool) -> Any:
+        leaves, structure = tree_flatten((args, kwargs))
         if self.engine is None:
             self._begin(args, kwargs)
-        leaves, structure = tree_flatten((args, kwargs))
+            if not is_in_prediction():
+                checks.same_batch(self.pipe, leaves)
         size, trains = batch_size(leaves), torch.is_grad_enabled()
         if size is None:
             raise PipelineUseError(
                 "a call without tensors that have a dimension has no batch to split into micro-batches: pass the batch as "
                 "tensors."
             )
-        _refuse_gradients(leaves, trains)
+        if trains:
+            checks.refuse_gradients(leaves)
         if self.staging is None:
             guess = self._micro_batches(size, trains)
             self._stage(self._collect(leaves, structure, size, guess).capture.gm, size, guess, trains)
         count = self._micro_batches(size, trains)
         batches = self._collect(leaves, structure, size, count)
         built = batches.capture.built.get(count)
-        if count > 1 and (built.needs_batch if built else self.config.pipeline.loss_reduction is None):
+        if count > 1 and (built is None or built.needs_batch):
             whole = self._collect(leaves, structure, size, 1)
             batches.whole, batches.whole_graph = whole.inputs[0], whole.capture.gm.graph
         if built is None:
-            built = batches.capture.built[count] = self._build(batches, count, trains)
+            built = batches.capture.built[count] = self._build(batches, size, count, trains)
         self.last = built
         if built.trains:
             self.last_trained = built
-        return self._run(built, batches)
+        return self._run(built, batches, wants_gradients and not trains)
 
     def first_call(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], outputs: int, broken: str | None
@@ -354,7 +358,7 @@ class Pipelined:
 
     # -- stages ----------------------------------------------------------------------------------------------------
 
-    def _build(self, batches: _Batches, count: int, trains: bool) -> Built:
+    def _build(self, batches: _Batches, size: int, count: int, trains: bool) -> Built:
         """Cut a captured graph as the parameters lie, and compile this rank's stages."""
         assert self.engine is not None
         assert self.staging is not None
@@ -364,20 +368,29 @@ class Pipelined:
             graph = gm.graph
             placeholders = graph.find_nodes(op="placeholder")
             split = {placeholders[i] for i in batches.split}
-            _refuse_state(graph, placeholders, trains)
+            checks.refuse_state(graph, split, count, trains)
+            if batches.whole_graph is not None:
+                broadcast_alike(graph, batches.whole_graph, count)
+                checks.refuse_mixed_rows(graph, batches.whole_graph, count, self.root, batches.calls[0], size // count)
             loss, combination = self._combined(graph, batches.whole_graph, count, trains)
             (output,) = graph.find_nodes(op="output")
             answers: Sequence[Any] = output.args[0]
             position = next((i for i, answer in enumerate(answers) if answer is loss), None)
-            trains = trains and position is not None  # an evaluation that forgot no_grad() has no loss
             described = outputs_of(graph, loss, split)
-            if trains and position is not None:
+            if trains:
+                assert position is not None
                 keep_outputs(gm, [position])
             costs = costs_of(gm, devices.tabled(kind_of(self.engine)), trains)
             cuts = follow(gm, staging.schedule.stages, costs, staging.stages_of, staging.known)
             crossing = [c.values for c in cuts.cuts]
             graphs = split_stages(gm, [s.nodes for s in cuts.stages], crossing, cuts.stage_of, packing_of(self.config))
-        schedule = staging.schedule_of(count) if trains else forward_only(staging.schedule, count)
+        try:
+            schedule = staging.schedule_of(count) if trains else forward_only(staging.schedule, count)
+        except ScheduleError as error:
+            raise PipelineUseError(
+                f"this call's batch of {size} is split into {count} micro-batches, where {staging.micro_batches} were planned: "
+                f"{error.cause.removesuffix('.')}. Drop or pad a last, smaller batch (DataLoader(drop_last=True))."
+            ) from error
         inputs = [*batches.inputs[0], *_totals(combination, batches)]
         parts = {action.stage for row in schedule.actions for action in row if action.kind is Kind.INPUT}
         adds = schedule.micro_batches > 1
@@ -429,7 +442,7 @@ class Pipelined:
         try:
             combination = combine_losses(graph, loss_of(graph), whole, count, reduction)
         except ValueError as error:
-            if trains and self.root.training:
+            if trains:
                 raise PipelineUseError(str(error)) from error
             return None, None
         return combination.loss, combination
@@ -464,7 +477,8 @@ class Pipelined:
 
     # -- run -------------------------------------------------------------------------------------------------------
 
-    def _run(self, built: Built, batches: _Batches) -> Any:
+    def _run(self, built: Built, batches: _Batches, evaluates: bool) -> Any:
+        """``evaluates``: gradients are not asked for since the model is in evaluation, and may be missed."""
         assert self.engine is not None
         engine, inputs, trains = self.engine, batches.inputs, built.trains
         totals = _totals(built.combination, batches)
@@ -489,11 +503,13 @@ class Pipelined:
             with waiting_for(self.pipe, "sum gradients of tied weights"):
                 sum_tied(engine, gradients)
             answers[built.loss] = delivered(engine, answers[built.loss], gradients, scale, self.loss_scale)
+        elif evaluates and built.loss is not None:
+            answers[built.loss] = evaluated(answers[built.loss])
         self._answer = answers
         self._answers_kept = answers if self._keeps_answers else None
         try:
             args, kwargs = batches.calls[0]
-            with compat.ignoring_logs():
+            with compat.ignoring_logs(), checks.keeping_buffers(self.root):
                 return self._captured(self.root, *args, **kwargs)
         finally:
             self._answer = None
@@ -516,12 +532,10 @@ class Pipelined:
         for position, output in enumerate(built.outputs):
             if output.input is not None:
                 answers.append(output.whole([batch[output.input] for batch in inputs]))
-            elif trains and position != built.loss:
-                answers.append(
-                    output.literal if output.stage is None and not output.shape else output.stand_in(count, trains)
-                )
-            elif output.stage is None:
+            elif not output.is_made:
                 answers.append(output.literal)
+            elif output.stage is None:  # nobody keeps it
+                answers.append(output.stand_in(count, trains))
             else:
                 owner = rank_of[output.stage]
                 mine = output.whole(results[position]) if owner == self.pipe.rank else None
@@ -565,37 +579,6 @@ def _copied(gm: fx.GraphModule) -> fx.GraphModule:
     (old,), (new,) = gm.graph.find_nodes(op="output"), graph.find_nodes(op="output")
     new.meta = dict(old.meta)
     return made
-
-
-def _refuse_gradients(leaves: Sequence[Any], trains: bool) -> None:
-    if trains and any(isinstance(t, torch.Tensor) and t.requires_grad for t in leaves):
-        raise PipelineUseError(
-            "an argument of the model wants a gradient: a pipeline delivers those of its parameters alone. Move what makes the "
-            "argument into the model, or detach it."
-        )
-
-
-def _refuse_state(graph: fx.Graph, placeholders: Sequence[fx.Node], trains: bool) -> None:
-    """Refuse what a micro-batch would change for the next: buffers that the forward writes, as batch norm does."""
-    if not trains:
-        return
-    for node in graph.find_nodes(op="call_function", target=F.batch_norm):
-        if _argument(node, 5, "training"):
-            raise PipelineUseError(
-                f"{node.name} normalises over a batch and keeps its statistics: split into micro-batches it would compute "
-                "something else. Call eval() on the batch norms, use group or layer norm, or do without a pipeline."
-            )
-    for node in graph.nodes:
-        name = str(node.target)
-        if node.op == "call_method" and name.endswith("_") and not name.endswith("__") and node.args[0] in placeholders:
-            raise PipelineUseError(
-                f"{node.name} writes into {compat.placeholder_source(node.args[0]) or node.args[0]}, which each micro-batch "
-                "would do again. Take it out of the forward."
-            )
-
-
-def _argument(node: fx.Node, place: int, name: str) -> Any:
-    return node.args[place] if len(node.args) > place else node.kwargs.get(name, False)
 
 
 def _device_of(root: nn.Module, args: Any, kwargs: Any) -> str:

@@ -171,13 +171,17 @@ def loss_of(graph: fx.Graph) -> fx.Node:
     scalars = [node for node in dict.fromkeys(outputs) if _is_scalar(value_of(node))]
     of = {node: needed(graph, [node]) for node in scalars}
     losses = [node for node in scalars if any(is_parameter(part) for part in of[node])]
+    losses = [
+        node for node in losses if value_of(node).requires_grad
+    ] or losses  # others are looked at, not trained with
     last = [node for node in losses if all(other in of[node] for other in losses)]
     if len(last) == 1:
         return last[0]
     named = ", ".join(f"%{node.name} {_described(value_of(node))}" for node in outputs) or "nothing"
     raise CombinationError(
         f"A pipeline's model answers one loss, a 0-dim floating tensor that depends on its parameters, and this one has "
-        f"{len(losses) or 'none'}: it answers {named}. Call it with its labels, or compute the loss in its forward."
+        f"{len(losses) or 'none'}: it answers {named}. Call it with its labels, or compute the loss in its forward; where "
+        "it answers several, have it answer their sum, and detach() those that are only looked at."
     )
 
 

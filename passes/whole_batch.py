@@ -48,6 +48,9 @@ _ALONG = {
     "sort": (1, -1), "argsort": (1, -1), "normalize": (2, 1),
 }  # fmt: skip
 
+#: Attention, and the dimension along which its first three arguments meet.
+_ATTENTION = {"scaled_dot_product_attention": -2, "multi_head_attention_forward": 0}
+
 #: Of one argument these read the shape, the dtype and the device, and no values: the first, or the second.
 _LIKE = {f"{kind}_like" for kind in ("zeros", "ones", "empty", "full", "rand", "randn", "randint")} | {
     f"new_{kind}" for kind in ("zeros", "ones", "empty", "full", "tensor")
@@ -189,6 +192,39 @@ def _spread(write: fx.Node, nodes: list[fx.Node], found: Compared) -> None:
             facts.update(nodes)
     if write in found.blends or write in found.inherits:
         found.blends.update(nodes)
+
+
+def mixes_rows(graph: fx.Graph, whole: fx.Graph, micro_batches: int) -> fx.Node | None:
+    """The first node that computes with pairs of rows of the batch, of which a micro-batch has only those of its own rows.
+
+    Its result has two dimensions that grow with the batch, and none of the several values that it reads has: a product of rows
+    with rows, or attention among them. Also a table, looked up by indices, that has as many rows as the batch. None where there
+    is none, or where the two captures are not made of the same nodes. A one-hot place among a capacity's is made of one value,
+    and is none of these.
+    """
+    dims: dict[fx.Node, tuple[int, ...]] = {}
+    for node, other in zip(graph.nodes, whole.nodes, strict=False):
+        if not _is_called_alike(node, other):
+            return None
+        value, of_whole = value_of(node), value_of(other)
+        are_tensors = isinstance(value, torch.Tensor) and isinstance(of_whole, torch.Tensor)
+        dims[node] = (grown(value, of_whole, micro_batches) or ()) if are_tensors else ()
+        arguments = _arguments(node)
+        if name_of(node) in _ATTENTION:
+            is_mixed = any(range(value_of(n).dim())[_ATTENTION[name_of(node)]] in dims[n] for n in arguments[:3])
+        elif name_of(node) == "embedding":
+            is_mixed = bool(dims[arguments[1]])
+        else:
+            is_mixed = len(dims[node]) > 1 and _is_float(node) and all(len(dims[n]) < 2 for n in arguments)
+            is_mixed = is_mixed and sum(bool(dims[n]) for n in arguments) > 1
+        if is_mixed:
+            return node
+    return None
+
+
+def share_memory(a: Any, b: Any) -> bool:
+    """Whether two nodes have values that do."""
+    return bool(set(_storages(a)) & set(_storages(b)))
 
 
 def is_parameter(node: fx.Node) -> bool:

@@ -249,7 +249,12 @@ def _dropout() -> None:
         model.eval()
     with torch.no_grad():
         near(loss_of(pair.compiled(*tokens(1))), loss_of(pair.reference(*tokens(1))))
-    pair.backward(lambda model: loss_of(model(*tokens(2))))
+    loss, logits = pair.compiled(*tokens(2))  # gradients are enabled, and not computed
+    expected = pair.reference(*tokens(2))
+    near(loss, expected[0])
+    near(logits, expected[1])
+    with pytest.raises(PipelineUseError, match=r"Call train\(\)"):
+        loss.backward()
     pair.model.train()
     torch.manual_seed(2)
     assert loss_of(pair.compiled(*tokens(0))).item() == ran[2][0]
