@@ -11,7 +11,10 @@ import torch
 import torch.distributed as dist
 import torch.fx as fx
 
+from dspass.passes.combine_losses import Combination
+from dspass.passes.experts import value_of
 from dspass.passes.split_stages import StageGraph
+from dspass.passes.whole_batch import grown
 from dspass.runtime.axis import Axis
 from dspass.runtime.engine import Engine
 
@@ -41,18 +44,28 @@ class NotComputed(torch.Tensor):
 
 
 _DROPPED = (
-    "a pipeline that trains answers the loss alone, and each micro-batch's other outputs are gone when its backward has run. "
+    "a pipeline that trains answers the loss, and scalars that add up over micro-batches; other outputs of these are gone when "
+    "their backwards have run. "
     "Compute what you need of them inside of the model's forward, as a part of the loss, or call the model under "
     "torch.no_grad()."
 )
 _ELSEWHERE = 'only the last stage answers outputs, as pipeline.outputs says; write "all" for every rank to have them.'
 
 
+_APART = (
+    "it is of the whole batch, and what micro-batches have of it does not add up to that. Compute it from outputs that have a "
+    "row a sample, or set pipeline.micro_batches to 1."
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Output:
     """One output of the captured graph: of ``shape`` and ``dtype`` for a micro-batch, and made by the graph (``is_made``), on
-    ``stage`` if any keeps it; or equal to an ``input`` by position, or a ``literal``. ``parts``: each micro-batch has its own
-    rows."""
+    ``stage`` if any keeps it; or equal to an ``input`` by position, or a ``literal``.
+
+    Each micro-batch has its own ``rows``, along this dimension, or a value that ``adds`` up to the batch's, or one that is
+    ``apart`` and cannot be put together; else all have the same.
+    """
 
     stage: int | None = None
     input: int | None = None
@@ -60,55 +73,64 @@ class Output:
     is_made: bool = False
     shape: tuple[int, ...] = ()
     dtype: torch.dtype = torch.float32
-    parts: bool = False
+    rows: int | None = None
+    adds: bool = False
+    apart: bool = False
     is_loss: bool = False
 
     def whole(self, values: Sequence[Any]) -> Any:
-        """Of all micro-batches' ``values`` the batch's. A loss has been weighted: its parts add up."""
-        if not isinstance(values[0], torch.Tensor):
-            return values[0]
-        if self.is_loss:
-            return torch.stack(list(values)).double().sum(0).to(values[0].dtype)
-        if self.parts:
-            return torch.cat(list(values))
-        if values[0].dim() == 0 and values[0].dtype.is_floating_point:
-            return torch.stack(list(values)).mean()
-        return values[0]
+        """Of all micro-batches' ``values`` the batch's."""
+        first = values[0]
+        if not isinstance(first, torch.Tensor):
+            return first
+        if self.adds:
+            values = [value.double() if value.is_floating_point() else value for value in values]
+            return torch.stack(values).sum(0).to(first.dtype)
+        return first if self.rows is None else torch.cat(list(values), self.rows)
 
     def whole_shape(self, count: int) -> tuple[int, ...]:
-        return (self.shape[0] * count, *self.shape[1:]) if self.parts else self.shape
+        return tuple(size * count if dim == self.rows else size for dim, size in enumerate(self.shape))
 
     def stand_in(self, count: int, trains: bool) -> NotComputed:
-        return NotComputed(self.whole_shape(count), self.dtype, _DROPPED if trains else _ELSEWHERE)
+        why = _DROPPED if trains and not self.adds else _APART if self.apart else _ELSEWHERE
+        return NotComputed(self.whole_shape(count), self.dtype, why)
 
 
-def outputs_of(graph: fx.Graph, loss: fx.Node | None, of_batch: set[fx.Node]) -> list[Output]:
-    """Each output of a captured graph; ``of_batch`` are its inputs that were split into micro-batches."""
-    (output,) = graph.find_nodes(op="output")
-    answers: Sequence[Any] = output.args[0]
+def outputs_of(
+    graph: fx.Graph,
+    whole: fx.Graph | None,
+    micro_batches: int,
+    of_batch: set[fx.Node],
+    combination: Combination | None,
+) -> list[Output]:
+    """Each output of a captured graph and of the ``whole`` batch's, where there are several micro-batches; ``of_batch`` are its
+    inputs that were split into them."""
+    loss, adds = (combination.loss, combination.adds) if combination is not None else (None, frozenset[fx.Node]())
+    answers: Sequence[Any] = graph.output_node().args[0]
+    of_whole: Sequence[Any] = answers if whole is None else whole.output_node().args[0]
     places = {node: i for i, node in enumerate(graph.find_nodes(op="placeholder"))}
     split = set(of_batch)
-    rows = {node.meta["example_value"].shape[0] for node in of_batch}
     for node in graph.nodes:
         if any(source in split for source in node.all_input_nodes):
             split.add(node)
     found = []
-    for answer in answers:
-        if not isinstance(answer, fx.Node):
-            found.append(Output(literal=answer))
-            continue
-        value = answer.meta.get("example_value")
+    for answer, twin in zip(answers, of_whole, strict=True):
+        value = value_of(answer) if isinstance(answer, fx.Node) else answer
         if not isinstance(value, torch.Tensor):
-            found.append(Output(input=places.get(answer), literal=value))
+            found.append(Output(input=places.get(answer) if isinstance(answer, fx.Node) else None, literal=value))
             continue
+        dims = () if whole is None or answer not in split else grown(value, value_of(twin), micro_batches)
+        rows = dims[0] if dims is not None and len(dims) == 1 else None
         found.append(
             Output(
                 input=places.get(answer),
                 is_made=answer not in places,
                 shape=tuple(int(s) for s in value.shape),
                 dtype=value.dtype,
-                parts=answer in split and value.dim() > 0 and value.shape[0] in rows,
-                is_loss=answer is loss,
+                rows=rows,
+                adds=answer in adds,
+                apart=whole is not None and answer in split and rows is None and answer not in adds,
+                is_loss=loss is not None and answer is loss,
             )
         )
     return found

@@ -42,7 +42,7 @@ from dspass.lowering.stage_backward import StageBackward
 from dspass.owners import unwrap
 from dspass.passes import devices
 from dspass.passes.captured_cost import costs_of
-from dspass.passes.combine_losses import Combination, combine_losses, loss_of
+from dspass.passes.combine_losses import Combination, combine_losses, find_loss, loss_of
 from dspass.passes.regions import read_in_front
 from dspass.passes.split_stages import StageGraph, keep_outputs, read_parameters, split_stages
 from dspass.passes.whole_batch import broadcast_alike
@@ -372,14 +372,11 @@ class Pipelined:
             if batches.whole_graph is not None:
                 broadcast_alike(graph, batches.whole_graph, count)
                 checks.refuse_mixed_rows(graph, batches.whole_graph, count, self.root, batches.calls[0], size // count)
-            loss, combination = self._combined(graph, batches.whole_graph, count, trains)
-            (output,) = graph.find_nodes(op="output")
-            answers: Sequence[Any] = output.args[0]
-            position = next((i for i, answer in enumerate(answers) if answer is loss), None)
-            described = outputs_of(graph, loss, split)
+            combination = self._combined(graph, batches.whole_graph, count, trains)
+            described = outputs_of(graph, batches.whole_graph, count, split, combination)
+            position = next((i for i, output in enumerate(described) if output.is_loss), None)
             if trains:
-                assert position is not None
-                keep_outputs(gm, [position])
+                keep_outputs(gm, [i for i, output in enumerate(described) if output.adds])
             costs = costs_of(gm, devices.tabled(kind_of(self.engine)), trains)
             cuts = follow(gm, staging.schedule.stages, costs, staging.stages_of, staging.known)
             crossing = [c.values for c in cuts.cuts]
@@ -434,18 +431,16 @@ class Pipelined:
             keeps_for_call=self.engine.keeps_for_call,
         )
 
-    def _combined(
-        self, graph: fx.Graph, whole: fx.Graph | None, count: int, trains: bool
-    ) -> tuple[fx.Node | None, Combination | None]:
-        """The loss, rewritten so that micro-batches' add up to the batch's. Without gradients there may be none."""
+    def _combined(self, graph: fx.Graph, whole: fx.Graph | None, count: int, trains: bool) -> Combination | None:
+        """The loss and other scalars, rewritten so that micro-batches' add up to the batch's. Without gradients there may be no
+        loss, or one that does not."""
         reduction: Literal["mean"] | None = "mean" if self.config.pipeline.loss_reduction == "mean" else None
         try:
-            combination = combine_losses(graph, loss_of(graph), whole, count, reduction)
+            return combine_losses(graph, loss_of(graph) if trains else find_loss(graph), whole, count, reduction)
         except ValueError as error:
             if trains:
                 raise PipelineUseError(str(error)) from error
-            return None, None
-        return combination.loss, combination
+            return None
 
     def _compile(
         self, graph: StageGraph, inputs: Sequence[Any], trains: bool, in_parts: bool, adds: bool, place: Place | None
@@ -534,7 +529,7 @@ class Pipelined:
                 answers.append(output.whole([batch[output.input] for batch in inputs]))
             elif not output.is_made:
                 answers.append(output.literal)
-            elif output.stage is None:  # nobody keeps it
+            elif output.stage is None or output.apart:
                 answers.append(output.stand_in(count, trains))
             else:
                 owner = rank_of[output.stage]

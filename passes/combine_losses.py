@@ -89,10 +89,12 @@ class Combination:
 
     ``loss``: the node whose values sum to the whole batch's loss. ``totals``: new placeholders, behind the others, for values
     that each micro-batch is given alike. ``of_batch`` computes them from the inputs of the whole batch's graph; None where
-    there are none. ``said``: for the report, what was done with each part of the loss.
+    there are none. ``said``: for the report, what was done with each part of the loss. ``adds``: the outputs whose values sum
+    to the whole batch's, the loss and what is answered beside it.
     """
 
-    loss: fx.Node
+    loss: fx.Node | None
+    adds: frozenset[fx.Node] = frozenset()
     totals: tuple[fx.Node, ...] = ()
     of_batch: fx.GraphModule | None = None
     said: tuple[str, ...] = ()
@@ -114,75 +116,134 @@ class Combination:
 
 def combine_losses(
     graph: fx.Graph,
-    loss: fx.Node,
+    loss: fx.Node | None,
     whole: fx.Graph | None,
     micro_batches: int,
     reduction: Literal["mean"] | None = None,
 ) -> Combination:
-    """Rewrite ``graph`` so that the values of ``loss`` of all micro-batches sum to that of the whole batch.
+    """Rewrite ``graph`` so that the values of ``loss`` of all micro-batches sum to that of the whole batch, and those of other
+    0-dim outputs too where they can: parts of the loss and figures that are looked at, which have no gradient any more.
 
     ``graph`` is the model as Dynamo captured it with one micro-batch, ``whole`` with the whole batch (not changed, and needed
     unless ``reduction`` is given or there is one micro-batch), both in static shapes; all micro-batches have as many rows.
-    ``loss`` is a 0-dim floating value among the outputs; its shape and dtype stay. With ``reduction`` "mean" the loss is the
-    mean of the micro-batches' losses, whatever they are.
+    ``loss`` is a 0-dim floating value among the outputs; shapes and dtypes stay. With ``reduction`` "mean" each is the mean of
+    the micro-batches' values, whatever it is.
 
     Raises :class:`CombinationError` where the loss is not made of sums and means over rows.
     """
+    others = [node for node in scalars_of(graph) if node is not loss]
     if micro_batches == 1:
-        return Combination(loss=loss, said=("one micro-batch has the whole batch's loss",))
+        adds = [_looked_at(graph, node, node) for node in others] + ([loss] if loss is not None else [])
+        return Combination(loss=loss, adds=frozenset(adds), said=("one micro-batch has the whole batch's loss",))
+    rewriter: _Rewriter | _Averager
     if reduction == "mean":
-        combined = _emit(graph, loss, loss, operator.truediv, (loss, micro_batches), {})
+        rewriter = _Averager(graph, micro_batches)
+    else:
+        assert whole is not None, "losses are compared with the whole batch's graph"
+        rewriter = _Rewriter(graph, _compared(graph, whole, micro_batches), micro_batches)
+    combined = None
+    if loss is not None:
+        try:
+            combined = rewriter.additive(loss)
+        except _NotLinear as refusal:
+            rewriter.undo()
+            raise CombinationError(
+                f"The losses of {micro_batches} micro-batches do not add up to the batch's loss %{loss.name}: "
+                f"%{refusal.node.name} = {name_of(refusal.node)}(...){_line_of(refusal.node)} {refusal.why}. Make the loss of "
+                f"sums and means over rows, or average the micro-batches' losses, which is another loss, with {_AVERAGE}."
+            ) from None
+    said = tuple(rewriter.said)
+    sums = {node: rewriter.attempt(node) for node in others}
+    if loss is not None and combined is not None:
         _put(graph, loss, combined)
-        return Combination(loss=combined, said=(f"%{loss.name}: the mean of {micro_batches} micro-batches' values",))
-    assert whole is not None, "losses are compared with the whole batch's graph"
+    adds = [] if combined is None else [combined]
+    adds += [_looked_at(graph, node, found) for node, found in sums.items() if found is not None]
+    return Combination(
+        loss=combined,
+        adds=frozenset(adds),
+        totals=tuple(rewriter.totals.values()),
+        of_batch=_of_batch(whole, rewriter.recipes) if rewriter.totals and whole is not None else None,
+        said=said,
+    )
+
+
+def _compared(graph: fx.Graph, whole: fx.Graph, micro_batches: int) -> Compared:
     broadcast_alike(graph, whole, micro_batches)
     try:
-        found = compare(graph, whole, micro_batches)
+        return compare(graph, whole, micro_batches)
     except ValueError as error:
         raise CombinationError(
             f"The losses of {micro_batches} micro-batches cannot be added up: the model computes otherwise with the whole "
             f"batch, where {error}. Write it so that no branch depends on the batch's size, or average the micro-batches' "
             f"losses with {_AVERAGE}."
         ) from error
-    rewriter = _Rewriter(graph, found, micro_batches)
-    try:
-        combined = rewriter.additive(loss)
-    except _NotLinear as refusal:
-        rewriter.undo()
-        raise CombinationError(
-            f"The losses of {micro_batches} micro-batches do not add up to the batch's loss %{loss.name}: "
-            f"%{refusal.node.name} = {name_of(refusal.node)}(...){_line_of(refusal.node)} {refusal.why}. Make the loss of "
-            f"sums and means over rows, or average the micro-batches' losses, which is another loss, with {_AVERAGE}."
-        ) from None
-    _put(graph, loss, combined)
-    return Combination(
-        loss=combined,
-        totals=tuple(rewriter.totals.values()),
-        of_batch=_of_batch(whole, rewriter.recipes) if rewriter.totals else None,
-        said=tuple(rewriter.said),
-    )
+
+
+def _looked_at(graph: fx.Graph, node: fx.Node, combined: fx.Node) -> fx.Node:
+    """Answer ``combined`` in place of ``node``, without a gradient."""
+    detached = _emit(graph, combined, combined, "detach", (combined,), {})
+    _put(graph, node, detached)
+    return detached
+
+
+def scalars_of(graph: fx.Graph) -> list[fx.Node]:
+    """The 0-dim tensors that a graph makes among its outputs."""
+    outputs = [leaf for leaf in tree_leaves(graph.output_node().args) if isinstance(leaf, fx.Node)]
+    return [node for node in dict.fromkeys(outputs) if node.op != "placeholder" and _is_scalar(value_of(node))]
 
 
 def loss_of(graph: fx.Graph) -> fx.Node:
-    """The loss: the one 0-dim floating output that depends on a parameter, or the one that the others are parts of.
+    """The loss: the one 0-dim floating output that depends on a parameter and has a gradient, or the one that the others are
+    parts of.
 
     Raises :class:`CombinationError` where there is none, or several."""
-    outputs = [leaf for leaf in tree_leaves(graph.output_node().args) if isinstance(leaf, fx.Node)]
-    scalars = [node for node in dict.fromkeys(outputs) if _is_scalar(value_of(node))]
-    of = {node: needed(graph, [node]) for node in scalars}
-    losses = [node for node in scalars if any(is_parameter(part) for part in of[node])]
-    losses = [
-        node for node in losses if value_of(node).requires_grad
-    ] or losses  # others are looked at, not trained with
-    last = [node for node in losses if all(other in of[node] for other in losses)]
+    losses, last = _losses(graph)
     if len(last) == 1:
         return last[0]
+    outputs = [leaf for leaf in tree_leaves(graph.output_node().args) if isinstance(leaf, fx.Node)]
     named = ", ".join(f"%{node.name} {_described(value_of(node))}" for node in outputs) or "nothing"
     raise CombinationError(
         f"A pipeline's model answers one loss, a 0-dim floating tensor that depends on its parameters, and this one has "
         f"{len(losses) or 'none'}: it answers {named}. Call it with its labels, or compute the loss in its forward; where "
         "it answers several, have it answer their sum, and detach() those that are only looked at."
     )
+
+
+def find_loss(graph: fx.Graph) -> fx.Node | None:
+    """:func:`loss_of`, or None."""
+    _, last = _losses(graph)
+    return last[0] if len(last) == 1 else None
+
+
+def _losses(graph: fx.Graph) -> tuple[list[fx.Node], list[fx.Node]]:
+    """What may be the loss, and those of them that all others are parts of."""
+    scalars = [node for node in scalars_of(graph) if value_of(node).is_floating_point()]
+    of = {node: needed(graph, [node]) for node in scalars}
+    losses = [node for node in scalars if any(is_parameter(part) for part in of[node])]
+    losses = [
+        node for node in losses if value_of(node).requires_grad
+    ] or losses  # others are looked at, not trained with
+    return losses, [node for node in losses if all(other in of[node] for other in losses)]
+
+
+class _Averager:
+    """Makes the mean of micro-batches' values of each."""
+
+    def __init__(self, graph: fx.Graph, micro_batches: int) -> None:
+        self.graph, self.micro_batches = graph, micro_batches
+        self.totals: dict[Any, fx.Node] = {}
+        self.recipes: list[Any] = []
+        self.said: list[str] = []
+
+    def additive(self, node: fx.Node) -> fx.Node:
+        self.said.append(f"%{node.name}: the mean of {self.micro_batches} micro-batches' values")
+        return _emit(self.graph, node, node, operator.truediv, (node, self.micro_batches), {})
+
+    def attempt(self, node: fx.Node) -> fx.Node | None:
+        return self.additive(node) if value_of(node).is_floating_point() else None
+
+    def undo(self) -> None:
+        pass
 
 
 class _Rewriter:
@@ -198,9 +259,27 @@ class _Rewriter:
         self.said: list[str] = []
 
     def undo(self) -> None:
+        self._keep(self.before)
+
+    def _keep(self, nodes: set[fx.Node]) -> None:
         for node in reversed(self.graph.nodes):
-            if node not in self.before:
+            if node not in nodes:
                 self.graph.erase_node(node)
+
+    def attempt(self, node: fx.Node) -> fx.Node | None:
+        """:meth:`additive`, or None and no trace of it where there is none of the same type."""
+        nodes, known = set(self.graph.nodes), (self.last, self.done, self.totals, self.recipes, self.said)
+        self.last, self.done, self.totals = dict(self.last), dict(self.done), dict(self.totals)
+        self.recipes, self.said = list(self.recipes), list(self.said)
+        try:
+            made = self.additive(node)
+        except _NotLinear:
+            made = None
+        if made is None or value_of(made).dtype != value_of(node).dtype:
+            self._keep(nodes)
+            self.last, self.done, self.totals, self.recipes, self.said = known
+            return None
+        return made
 
     def additive(self, node: fx.Node) -> fx.Node:
         """A node whose values sum to the value of ``node`` with the whole batch."""
@@ -469,7 +548,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_scalar(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.dim() == 0 and value.is_floating_point()
+    return isinstance(value, torch.Tensor) and value.dim() == 0
 
 
 def _described(value: Any) -> str:

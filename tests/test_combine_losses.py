@@ -375,18 +375,24 @@ def test_a_model_that_broadcasts_to_its_batch_unless_that_is_one_row() -> None:
     assert_equal(model, None, made, batch_of(1, 4, 0.5))
 
 
-def test_parts_that_are_answered_too_stay_what_they_are() -> None:
+def test_parts_that_are_answered_too_add_up_where_they_can() -> None:
     def form(m: Small, h: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, items: torch.Tensor) -> Any:
         first, second = counted(m, h, labels, mask, items), h.square().mean()
-        return first + second, first, second
+        return first + second, first, second, (h > 0).sum(), h.detach().square().mean().log(), m.classes.sum()
 
     torch.manual_seed(0)
-    model, batch = Small(form), batch_of(1, 4, 1.0)
+    model, batch = Small(form), batch_of(1, 4, 0.5)
     made = split(model, None, batch, 2)
     assert_equal(model, None, made, batch)
-    part = [v[:2] if v.dim() else v for v in batch]
-    found = made.gm(*made._inputs(part), *made.totals(batch))
-    torch.testing.assert_close(found[1:], model(*part)[1:])
+    totals = made.totals(batch)
+    parts = [[v[i : i + 2] if v.dim() else v for v in batch] for i in (0, 2)]
+    found = [made.gm(*made._inputs(part), *totals) for part in parts]
+    answers = model(*batch)
+    adds = [node in made.combination.adds for node in made.gm.graph.output_node().args[0]]
+    assert adds == [True, True, True, True, False, True]
+    for place in (0, 1, 2, 3, 5):
+        torch.testing.assert_close(found[0][place] + found[1][place], answers[place])
+        assert found[0][place].requires_grad == (place == 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

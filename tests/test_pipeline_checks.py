@@ -246,24 +246,42 @@ def test_rows_of_an_argument_may_be_written_without_gradients() -> None:
 
 def _in_parts(_: Layer, h: torch.Tensor) -> dict[str, Any]:
     fit, size = h.square().mean(), h.abs().mean()
-    return {"loss": fit + size, "fit": fit, "positive": (h > 0).sum(), "depth": 3, "nothing": None}
+    return {
+        "loss": fit + size,
+        "fit": fit,
+        "positive": (h > 0).sum(),
+        "log": fit.detach().log(),
+        "h": h,
+        "turned": h.t(),
+        "mean": h.mean(0),
+        "depth": 3,
+        "nothing": None,
+    }
 
 
 @without_inductor
 def _answers() -> None:
     pair = Pair(lambda: Layer(_in_parts), pipeline(1))
-    answers = pair.compiled(_drawn(8, 8))
-    near(answers["loss"], pair.reference(_drawn(8, 8))["loss"])
-    assert answers["depth"] == 3
-    assert answers["nothing"] is None
-    for name in ("fit", "positive"):
-        assert isinstance(answers[name], NotComputed)
-        assert answers[name].shape == ()
-        with pytest.raises(PipelineUseError, match="answers the loss alone"):
-            answers["loss"] + answers[name]
+    batch = _drawn(8, 8)
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients):
+            ours, theirs = (model(batch) for model in pair.both)
+        for name in ("loss", "fit", "positive") if gradients else ("loss", "fit", "positive", "h", "turned"):
+            near(ours[name], theirs[name])
+            assert ours[name].dtype == theirs[name].dtype
+            assert ours[name].requires_grad == (gradients and name == "loss")
+        assert ours["depth"] == 3
+        assert ours["nothing"] is None
+        dropped = {"log": "answers the loss", "h": "answers the loss", "mean": "answers the loss"}
+        for name, why in (dropped if gradients else {"log": "does not add up", "mean": "does not add up"}).items():
+            assert isinstance(ours[name], NotComputed)
+            assert ours[name].shape == theirs[name].shape
+            with pytest.raises(PipelineUseError, match=why):
+                ours["loss"] + ours[name]
+    pair.backward(lambda model: model(batch)["loss"])
 
 
-def test_scalars_beside_the_loss_raise_when_they_are_read() -> None:
+def test_scalars_beside_the_loss_add_up_or_raise() -> None:
     run(1, _answers)
 
 
@@ -278,6 +296,7 @@ def _two(_: Layer, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 @without_inductor
 def _with_a_metric() -> None:
     pair = Pair(lambda: Layer(_looked_at), pipeline(1))
+    near(pair.compiled(_drawn(8, 8))[1], pair.reference(_drawn(8, 8))[1])
     pair.backward(lambda model: model(_drawn(8, 8))[0])
 
 
