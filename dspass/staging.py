@@ -191,30 +191,32 @@ def _staging(cuts: Cuts, choice: Choice, costs: Sequence[StageCost], links: Sequ
 
 
 def _light_again(cost: StageCost, stage: Stage, rows: float) -> StageCost:
-    """A stage that saves nothing that it can make again without products. Of a backward that is split the second half needs
-    gradients and operands of products all the same, and holds as much; of the first stage it does everything."""
-    again, freed = rows * stage.light, int(rows * stage.light_bytes)
-    return replace(
-        cost,
-        backward=cost.backward + again,
-        input=cost.input + again,
-        saved_bytes=cost.saved_bytes - freed,
-        held_bytes=cost.held_bytes - (0 if stage.index else freed),
-        working_bytes=cost.working_bytes + int(rows * stage.most_light_bytes),
-    )
+    """A stage that saves nothing that it can make again without products."""
+    working = int(rows * stage.most_light_bytes)
+    return _again(cost, rows * stage.light, int(rows * stage.light_bytes), working)
 
 
 def _all_again(light: StageCost, arrives: Link | None) -> StageCost:
     """A stage that saves what arrives alone, where something does, and runs its forward once more in its backward. ``light``
     saves nothing light."""
-    saved = min(light.saved_bytes, arrives.forward_bytes) if arrives is not None else 0
+    freed = light.saved_bytes - (min(light.saved_bytes, arrives.forward_bytes) if arrives is not None else 0)
+    return _again(light, light.forward, freed, freed)
+
+
+def _again(cost: StageCost, seconds: float, freed: int, working: int) -> StageCost:
+    """A stage that saves ``freed`` bytes less, and in its backward takes ``seconds`` and ``working`` bytes more for them. Of a
+    backward that is split the first half that does anything computes again. That is the second where no gradients are wanted
+    of what arrives, as in the first stage, which then need not hold what it computes again; others hold gradients and operands
+    of products all the same."""
+    is_first = cost.input > 0
     return replace(
-        light,
-        backward=light.backward + light.forward,
-        input=light.input + light.forward,
-        saved_bytes=saved,
-        held_bytes=light.held_bytes if arrives is not None else saved,
-        working_bytes=light.working_bytes + light.saved_bytes - saved,
+        cost,
+        backward=cost.backward + seconds,
+        input=cost.input + (seconds if is_first else 0.0),
+        weight=cost.weight + (0.0 if is_first else seconds),
+        saved_bytes=cost.saved_bytes - freed,
+        held_bytes=cost.held_bytes - (0 if is_first else freed),
+        working_bytes=cost.working_bytes + working,
     )
 
 
@@ -228,8 +230,7 @@ def stage_costs(cuts: Cuts, on: Device, rows: float, divided: int) -> tuple[list
             input=rows * s.input_gradient,
             weight=rows * s.weight_gradient,
             saved_bytes=int(rows * s.saved_bytes),
-            # The first makes no gradients of inputs: its weights' come of what was saved.
-            held_bytes=int(rows * (s.held_bytes if s.index else s.saved_bytes)),
+            held_bytes=int(rows * s.held_bytes),
             static_bytes=_STATES * s.parameter_bytes // divided,
         )
         for s in cuts.stages
