@@ -117,27 +117,27 @@ def plan_stages(
     divided = max(engine.stages.data.size, 1) if engine.stages is not None and engine.stage else 1
 
     @functools.cache
-    def cut_into(stages: int) -> Cuts:
+    def cut_on(rank_of: tuple[int, ...]) -> Cuts:
+        cut_within = functools.partial(
+            cut, gm, len(rank_of), costs, on,
+            micro_batches=count, rank_of=rank_of, boundaries=pipeline.boundaries, packing=packing,
+        )  # fmt: skip
         if budget_bytes is not None:
-            memory = Memory(limit=budget_bytes * pipe.size / stages, states=_STATES / divided)
+            memory = Memory(limit=budget_bytes, states=_STATES / divided)
             with contextlib.suppress(CutError):  # of what may not fit, the best is tried
-                return cut(
-                    gm, stages, costs, on,
-                    micro_batches=count, boundaries=pipeline.boundaries, memory=memory, in_flight=[1] * stages,
-                    packing=packing,
-                )  # fmt: skip
-        return cut(gm, stages, costs, on, micro_batches=count, boundaries=pipeline.boundaries, packing=packing)
+                return cut_within(memory=memory, in_flight=[1] * len(rank_of))
+        return cut_within()
 
-    def costs_for(stages: int, micro_batches: int) -> tuple[Sequence[StageCost], Sequence[Link]]:
-        return stage_costs(cut_into(stages), on, count / micro_batches, divided)
+    def costs_for(rank_of: tuple[int, ...], micro_batches: int) -> tuple[Sequence[StageCost], Sequence[Link]]:
+        return stage_costs(cut_on(rank_of), on, count / micro_batches, divided)
 
-    def light_again(stages: int, micro_batches: int) -> tuple[Sequence[StageCost], Sequence[Link]]:
-        found, links = costs_for(stages, micro_batches)
-        made = zip(found, cut_into(stages).stages, strict=True)
+    def light_again(rank_of: tuple[int, ...], micro_batches: int) -> tuple[Sequence[StageCost], Sequence[Link]]:
+        found, links = costs_for(rank_of, micro_batches)
+        made = zip(found, cut_on(rank_of).stages, strict=True)
         return [_light_again(cost, stage, count / micro_batches) for cost, stage in made], links
 
-    def all_again(stages: int, micro_batches: int) -> tuple[Sequence[StageCost], Sequence[Link]]:
-        found, links = light_again(stages, micro_batches)
+    def all_again(rank_of: tuple[int, ...], micro_batches: int) -> tuple[Sequence[StageCost], Sequence[Link]]:
+        found, links = light_again(rank_of, micro_batches)
         return [_all_again(cost, links[s - 1] if s else None) for s, cost in enumerate(found)], links
 
     virtual = pipeline.virtual_stages
@@ -149,7 +149,7 @@ def plan_stages(
     if named and pipeline.micro_batches is not None:
         make(pipeline.schedule, pipe.size, pipeline.micro_batches, virtual)  # its own words for why not
     if pipeline.boundaries is not None:
-        cut_into(pipe.size * (virtual or 1))  # whose own words name the boundary
+        cut_on(tuple(range(pipe.size)) * (virtual or 1))  # whose own words name the boundary, wherever stages lie
     chosen = functools.partial(
         choose,
         pipe.size,
@@ -167,8 +167,8 @@ def plan_stages(
         if error.smallest is None:
             raise
         choice = chosen(budget_bytes=error.smallest)
-    _, links = costs_for(choice.schedule.stages, choice.schedule.micro_batches)
-    return _staging(cut_into(choice.schedule.stages), choice, choice.costs, links, on.overlaps)
+    _, links = costs_for(choice.schedule.rank_of, choice.schedule.micro_batches)
+    return _staging(cut_on(choice.schedule.rank_of), choice, choice.costs, links, on.overlaps)
 
 
 def _staging(cuts: Cuts, choice: Choice, costs: Sequence[StageCost], links: Sequence[Link], overlaps: bool) -> Staging:
