@@ -201,8 +201,10 @@ def predict(gm: fx.GraphModule, on: Device, ranks: Sequence[int], times: int) ->
     for count in tqdm(ranks, desc="schedules", unit="pipeline", ncols=90):
         micro_batches = times * count
 
-        def costs_for(stages: int, _: int, m: int = micro_batches) -> tuple[Sequence[StageCost], Sequence[Link]]:
-            return stage_costs(cut(gm, stages, costs, on, micro_batches=m), on, 1.0, 1)
+        def costs_for(
+            rank_of: tuple[int, ...], _: int, m: int = micro_batches
+        ) -> tuple[Sequence[StageCost], Sequence[Link]]:
+            return stage_costs(cut(gm, len(rank_of), costs, on, micro_batches=m, rank_of=rank_of), on, 1.0, 1)
 
         choice = choose(count, costs_for, batch=micro_batches, micro_batches=micro_batches, overlaps=on.overlaps)
         found.append(Prediction(count, micro_batches, choice.candidates))

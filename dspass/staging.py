@@ -117,27 +117,27 @@ def plan_stages(
     divided = max(engine.stages.data.size, 1) if engine.stages is not None and engine.stage else 1
 
     @functools.cache
-    def cut_into(stages: int) -> Cuts:
+    def cut_on(rank_of: tuple[int, ...]) -> Cuts:
+        cut_within = functools.partial(
+            cut, gm, len(rank_of), costs, on,
+            micro_batches=count, rank_of=rank_of, boundaries=pipeline.boundaries, packing=packing,
+        )  # fmt: skip
         if budget_bytes is not None:
-            memory = Memory(limit=budget_bytes * pipe.size / stages, states=_STATES / divided)
+            memory = Memory(limit=budget_bytes, states=_STATES / divided)
             with contextlib.suppress(CutError):  # of what may not fit, the best is tried
-                return cut(
-                    gm, stages, costs, on,
-                    micro_batches=count, boundaries=pipeline.boundaries, memory=memory, in_flight=[1] * stages,
-                    packing=packing,
-                )  # fmt: skip
-        return cut(gm, stages, costs, on, micro_batches=count, boundaries=pipeline.boundaries, packing=packing)
+                return cut_within(memory=memory, in_flight=[1] * len(rank_of))
+        return cut_within()
 
-    def costs_for(stages: int, micro_batches: int) -> tuple[Sequence[StageCost], Sequence[Link]]:
-        return stage_costs(cut_into(stages), on, count / micro_batches, divided)
+    def costs_for(rank_of: tuple[int, ...], micro_batches: int) -> tuple[Sequence[StageCost], Sequence[Link]]:
+        return stage_costs(cut_on(rank_of), on, count / micro_batches, divided)
 
-    def light_again(stages: int, micro_batches: int) -> tuple[Sequence[StageCost], Sequence[Link]]:
-        found, links = costs_for(stages, micro_batches)
-        made = zip(found, cut_into(stages).stages, strict=True)
+    def light_again(rank_of: tuple[int, ...], micro_batches: int) -> tuple[Sequence[StageCost], Sequence[Link]]:
+        found, links = costs_for(rank_of, micro_batches)
+        made = zip(found, cut_on(rank_of).stages, strict=True)
         return [_light_again(cost, stage, count / micro_batches) for cost, stage in made], links
 
-    def all_again(stages: int, micro_batches: int) -> tuple[Sequence[StageCost], Sequence[Link]]:
-        found, links = light_again(stages, micro_batches)
+    def all_again(rank_of: tuple[int, ...], micro_batches: int) -> tuple[Sequence[StageCost], Sequence[Link]]:
+        found, links = light_again(rank_of, micro_batches)
         return [_all_again(cost, links[s - 1] if s else None) for s, cost in enumerate(found)], links
 
     virtual = pipeline.virtual_stages
@@ -149,7 +149,7 @@ def plan_stages(
     if named and pipeline.micro_batches is not None:
         make(pipeline.schedule, pipe.size, pipeline.micro_batches, virtual)  # its own words for why not
     if pipeline.boundaries is not None:
-        cut_into(pipe.size * (virtual or 1))  # whose own words name the boundary
+        cut_on(tuple(range(pipe.size)) * (virtual or 1))  # whose own words name the boundary, wherever stages lie
     chosen = functools.partial(
         choose,
         pipe.size,
@@ -167,8 +167,8 @@ def plan_stages(
         if error.smallest is None:
             raise
         choice = chosen(budget_bytes=error.smallest)
-    _, links = costs_for(choice.schedule.stages, choice.schedule.micro_batches)
-    return _staging(cut_into(choice.schedule.stages), choice, choice.costs, links, on.overlaps)
+    _, links = costs_for(choice.schedule.rank_of, choice.schedule.micro_batches)
+    return _staging(cut_on(choice.schedule.rank_of), choice, choice.costs, links, on.overlaps)
 
 
 def _staging(cuts: Cuts, choice: Choice, costs: Sequence[StageCost], links: Sequence[Link], overlaps: bool) -> Staging:
@@ -191,30 +191,32 @@ def _staging(cuts: Cuts, choice: Choice, costs: Sequence[StageCost], links: Sequ
 
 
 def _light_again(cost: StageCost, stage: Stage, rows: float) -> StageCost:
-    """A stage that saves nothing that it can make again without products. Of a backward that is split the second half needs
-    gradients and operands of products all the same, and holds as much; of the first stage it does everything."""
-    again, freed = rows * stage.light, int(rows * stage.light_bytes)
-    return replace(
-        cost,
-        backward=cost.backward + again,
-        input=cost.input + again,
-        saved_bytes=cost.saved_bytes - freed,
-        held_bytes=cost.held_bytes - (0 if stage.index else freed),
-        working_bytes=cost.working_bytes + int(rows * stage.most_light_bytes),
-    )
+    """A stage that saves nothing that it can make again without products."""
+    working = int(rows * stage.most_light_bytes)
+    return _again(cost, rows * stage.light, int(rows * stage.light_bytes), working)
 
 
 def _all_again(light: StageCost, arrives: Link | None) -> StageCost:
     """A stage that saves what arrives alone, where something does, and runs its forward once more in its backward. ``light``
     saves nothing light."""
-    saved = min(light.saved_bytes, arrives.forward_bytes) if arrives is not None else 0
+    freed = light.saved_bytes - (min(light.saved_bytes, arrives.forward_bytes) if arrives is not None else 0)
+    return _again(light, light.forward, freed, freed)
+
+
+def _again(cost: StageCost, seconds: float, freed: int, working: int) -> StageCost:
+    """A stage that saves ``freed`` bytes less, and in its backward takes ``seconds`` and ``working`` bytes more for them. Of a
+    backward that is split the first half that does anything computes again. That is the second where no gradients are wanted
+    of what arrives, as in the first stage, which then need not hold what it computes again; others hold gradients and operands
+    of products all the same."""
+    is_first = cost.input > 0
     return replace(
-        light,
-        backward=light.backward + light.forward,
-        input=light.input + light.forward,
-        saved_bytes=saved,
-        held_bytes=light.held_bytes if arrives is not None else saved,
-        working_bytes=light.working_bytes + light.saved_bytes - saved,
+        cost,
+        backward=cost.backward + seconds,
+        input=cost.input + (seconds if is_first else 0.0),
+        weight=cost.weight + (0.0 if is_first else seconds),
+        saved_bytes=cost.saved_bytes - freed,
+        held_bytes=cost.held_bytes - (0 if is_first else freed),
+        working_bytes=cost.working_bytes + working,
     )
 
 
@@ -228,8 +230,7 @@ def stage_costs(cuts: Cuts, on: Device, rows: float, divided: int) -> tuple[list
             input=rows * s.input_gradient,
             weight=rows * s.weight_gradient,
             saved_bytes=int(rows * s.saved_bytes),
-            # The first makes no gradients of inputs: its weights' come of what was saved.
-            held_bytes=int(rows * (s.held_bytes if s.index else s.saved_bytes)),
+            held_bytes=int(rows * s.held_bytes),
             static_bytes=_STATES * s.parameter_bytes // divided,
         )
         for s in cuts.stages

@@ -137,8 +137,8 @@ def _nearest(rule: _Rule, ranks: int, micro_batches: int, virtual_stages: int) -
 # Which is best
 
 
-#: Costs of stages and of the cuts between them, for so many stages and so many micro-batches in a batch.
-Costs = Callable[[int, int], tuple[Sequence[StageCost], Sequence[Link]]]
+#: Costs of stages and of the cuts between them, for stages that lie on these ranks and so many micro-batches in a batch.
+Costs = Callable[[tuple[int, ...], int], tuple[Sequence[StageCost], Sequence[Link]]]
 
 
 @dataclass(frozen=True)
@@ -201,19 +201,20 @@ def choose(
     """The fastest schedule whose peak fits on every rank; of equally fast ones the smallest, then the simplest.
 
     ``batch`` is the size of the whole batch; unless ``micro_batches`` says how many to divide it into, all its divisors are
-    tried. ``names`` and ``virtual_stages`` narrow down what is tried. ``costs`` is asked once for each number of stages and of
-    micro-batches, and raises ``ValueError`` where the model cannot be cut so. ``budget_bytes`` is for each rank; None for any.
-    ``again`` are costs where stages save less and less and compute the rest again: a rank that is over the budget does that
-    with as much as it must, and its time and bytes are taken to lie between those of two neighbours in proportion.
+    tried. ``names`` and ``virtual_stages`` narrow down what is tried. ``costs`` is asked once for each way to place stages and
+    each number of micro-batches, and raises ``ValueError`` where the model cannot be cut so. ``budget_bytes`` is for each
+    rank; None for any. ``again`` are costs where stages save less and less and compute the rest again: a rank that is over
+    the budget does that with as much as it must, and its time and bytes are taken to lie between those of two neighbours in
+    proportion.
 
     :class:`ScheduleError`: nothing fits, with the smallest that was found, or nothing exists for these settings.
     """
     counts = [micro_batches] if micro_batches is not None else [m for m in range(1, batch + 1) if batch % m == 0]
 
     @functools.cache
-    def ask(stages: int, count: int) -> tuple[Sequence[StageCost], Sequence[Link]] | str:
+    def ask(rank_of: tuple[int, ...], count: int) -> tuple[Sequence[StageCost], Sequence[Link]] | str:
         try:
-            return costs(stages, count)
+            return costs(rank_of, count)
         except ValueError as error:
             return str(error)
 
@@ -224,15 +225,16 @@ def choose(
             candidate = Candidate(rule.name, virtual, count, None, "")
             if refusal := rule.refusal(ranks, count, virtual):
                 absent.append(replace(candidate, why=refusal[1]))
-            elif isinstance(cost := ask(ranks * virtual, count), str):
+                continue
+            schedule = _made(rule, ranks, count, virtual)
+            if isinstance(cost := ask(schedule.rank_of, count), str):
                 absent.append(replace(candidate, why=cost))
             else:
-                schedule = _made(rule, ranks, count, virtual)
                 timeline = simulate(schedule, *cost, overlaps=overlaps)
                 for less in again:
                     if budget_bytes is None or max(timeline.peak_bytes) <= budget_bytes:
                         break
-                    cost = _between(timeline, *cost, less(ranks * virtual, count)[0], budget_bytes), cost[1]
+                    cost = _between(timeline, *cost, less(schedule.rank_of, count)[0], budget_bytes), cost[1]
                     timeline = simulate(schedule, *cost, overlaps=overlaps)
                 found.append(replace(candidate, timeline=timeline, costs=tuple(cost[0])))
     return _best(ranks, found, absent, budget_bytes)

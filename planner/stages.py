@@ -75,8 +75,11 @@ class Stage:
     """One stage. ``nodes`` are all that it runs, in the graph's order: its own, what it computes again, its parameters' markers
     and their placeholders. Seconds and saved bytes are a micro-batch's, ``parameter_bytes`` in the parameters' own
     precision. ``light_bytes`` of what is saved can be made again in ``light`` seconds without a product
-    (:class:`~dspass.passes.captured_cost.NodeCost`); ``most_light_bytes`` is a node's most. ``held_bytes`` are what its weight
-    gradients are made of, where they come later."""
+    (:class:`~dspass.passes.captured_cost.NodeCost`); ``most_light_bytes`` is a node's most.
+
+    ``input_gradient`` and ``weight_gradient`` are the halves of a backward: what is asked for first are the gradients of what
+    arrives, and what these are not made of waits with those of weights. So the first stage, where nothing arrives, has the
+    second half alone. ``held_bytes`` are what the second half is made of, where it comes later."""
 
     index: int
     nodes: tuple[fx.Node, ...]
@@ -606,25 +609,49 @@ def _sent_bytes(node: fx.Node, packing: Packing | None) -> int:
 
 def _stage(parts: _Parts, stage_of: Mapping[fx.Node, int], s: int) -> Stage:
     own = [n for n, stage in stage_of.items() if stage == s]
+    made = _made_of_arrivals(parts, stage_of, s)
+    first, late = [n for n in own if n in made], [n for n in own if n not in made]
+    come = [  # whose gradients come while the second half waits
+        n
+        for n in late
+        if parts.costs[n].has_gradient and any(r in made or stage_of[r] != s for r in parts.readers.get(n, ()))
+    ]
     again = parts.needed(own)
     markers = {n for n in again if parts.parameter(n) is not None}
     named = dict(filter(None, (parts.parameter(n) for n in sorted(markers, key=parts.position.__getitem__))))
     run = {*own, *again, *(n for n in parts.graph.nodes if n.target in CONTEXTS)}
-    costs = [parts.costs[n] for n in run if n in parts.costs]
+    costs = {n: parts.costs[n] for n in run if n in parts.costs}
     return Stage(
         index=s,
         nodes=tuple(n for n in parts.graph.nodes if n in run),
-        forward=sum(c.forward for c in costs),
-        input_gradient=sum(c.input_gradient for c in costs),
-        weight_gradient=sum(c.weight_gradient for c in costs),
+        forward=sum(c.forward for c in costs.values()),
+        input_gradient=sum(parts.costs[n].input_gradient for n in first),
+        weight_gradient=sum(c.weight_gradient + (c.input_gradient if n not in made else 0.0) for n, c in costs.items()),
         parameters=tuple(named),
         parameter_bytes=sum(named.values()),
         saved_bytes=sum(parts.costs[n].saved_bytes for n in own),
         light=sum(parts.costs[n].light for n in own),
         light_bytes=sum(parts.costs[n].light_bytes for n in own),
         most_light_bytes=max((parts.costs[n].light_bytes for n in own), default=0),
-        held_bytes=sum(parts.costs[n].held_bytes for n in own),
+        held_bytes=sum(parts.costs[n].held_bytes for n in first)
+        + sum(parts.costs[n].saved_bytes for n in late)
+        + sum(map(_bytes, come)),
     )
+
+
+def _made_of_arrivals(parts: _Parts, stage_of: Mapping[fx.Node, int], s: int) -> set[fx.Node]:
+    """The stage's own nodes through which gradients go back to what arrives: those that read it, or what was made of it."""
+    before = parts.crossing(stage_of, s - 1) if s else ()
+    memory = set().union(*(parts.costs[n].memory for n in before if parts.costs[n].has_gradient))
+    found = set()
+    for node in parts.graph.nodes:
+        if stage_of.get(node) != s:
+            continue
+        read = [cost for n in node.all_input_nodes if (cost := parts.costs.get(n)) is not None]
+        if any(cost.has_gradient and cost.memory & memory for cost in read):
+            found.add(node)
+            memory |= parts.costs[node].memory | parts.costs[node].writes
+    return found
 
 
 def _cut(parts: _Parts, stage_of: Mapping[fx.Node, int], s: int, packing: Packing | None, seconds: float = 0.0) -> Cut:

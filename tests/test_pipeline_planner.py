@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import pytest
@@ -18,14 +19,21 @@ from hypothesis import strategies as st
 from torch import nn
 
 import dspass
+from dspass.config import Config
 from dspass.engines import engine_of
+from dspass.passes import devices
+from dspass.passes.captured_cost import costs_of
 from dspass.planner.record import BudgetError, Plan
-from dspass.planner.schedule_times import Link, StageCost
+from dspass.planner.schedule_times import Link, StageCost, simulate
 from dspass.planner.schedules import choose
+from dspass.planner.stages import cut
 from dspass.runtime.axis import Axis
+from dspass.runtime.engine import Engine
 from dspass.runtime.pipeline import PipelineError
-from dspass.runtime.schedule import ScheduleError
+from dspass.runtime.schedule import Kind, ScheduleError
 from dspass.stage_plans import together
+from dspass.staging import Staging, plan_stages, stage_costs
+from tests.captured import capture
 from tests.models import Block
 from tests.ranks import run
 from tests.training import zero
@@ -203,8 +211,9 @@ def test_all_ranks_hear_of_a_stage_that_cannot_be_compiled() -> None:
 # -- schedules under a budget ----------------------------------------------------------------------------------
 
 
-def _stages(stages: int, count: int, less: float = 1.0) -> tuple[list[StageCost], list[Link]]:
+def _stages(rank_of: tuple[int, ...], count: int, less: float = 1.0) -> tuple[list[StageCost], list[Link]]:
     """With a part ``less`` of what can be saved; the first quarter costs little to compute again."""
+    stages = len(rank_of)
     work, saved = 24 / stages / count, 2400 // stages // count
     kept = int(less * saved)
     more = work * (0.04 * (1 - less) if less >= 0.75 else 1 - less)
@@ -257,3 +266,90 @@ def test_what_costs_little_is_computed_again_first() -> None:
         for again in (points[1:], points)
     ]
     assert found[1] - whole.seconds < (found[0] - whole.seconds) / 4
+
+
+# -- stages on their ranks -------------------------------------------------------------------------------------
+
+
+class Chain(nn.Module):
+    """Products, each as wide as it is said, behind an embedding."""
+
+    def __init__(self, widths: Sequence[int], vocabulary: int = 8) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary, widths[0])
+        self.layers = nn.ModuleList(nn.Linear(a, b, bias=False) for a, b in pairwise(widths))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = nn.functional.gelu(layer(x))
+        return x.sum()
+
+
+def _captured(model: nn.Module) -> tuple[torch.fx.GraphModule, Engine]:
+    return capture(model.train(), [torch.arange(64).view(1, 64) % 8])
+
+
+def _planned(
+    captured: tuple[torch.fx.GraphModule, Engine],
+    schedule: str,
+    budget: int | None = None,
+    on: devices.Device = devices.CPU,
+    **more: Any,
+) -> Staging:
+    """Stages on two ranks."""
+    gm, engine = captured
+    own = {"stages": 2, "schedule": schedule, "micro_batches": 4, "loss_reduction": "mean", **more}
+    pipe = Axis(name="pipe", group=cast(Any, None), size=2, rank=0, ranks=(0, 1), backend="fake")
+    with mock.patch("dspass.staging.devices.tabled", return_value=on):
+        return plan_stages(gm, Config.load({"pipeline": own}), engine, pipe, 4, 4, True, budget)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.8, 0.4])
+def test_a_first_stage_computes_again_with_its_weight_gradients(share: float) -> None:
+    """Its inputs have no gradient: the first half of its backward takes no time, and frees nothing."""
+    model = Chain([64] * 9)
+    captured = _captured(model)
+    free = _planned(captured, "zbh1", boundaries=["layers.6"])
+    assert free.predicted is not None
+    fixed, most = free.costs[0].static_bytes, free.predicted.peak_bytes[0]
+    found = _planned(captured, "zbh1", int(fixed + share * (most - fixed)), boundaries=["layers.6"])
+    first, last = found.costs
+    assert (first.input, first.weight) == (0.0, first.backward)
+    assert first.held_bytes == first.saved_bytes + found.links[0].backward_bytes
+    assert 0 < last.input < last.backward
+    assert found.predicted is not None
+    spans = {(s.action.stage, s.action.kind): s.end - s.start for row in found.predicted.spans for s in row}
+    assert spans[0, Kind.INPUT] == 0.0
+    assert (found.costs[0].backward > free.costs[0].backward) == (share < 1), "what does not fit is computed again"
+
+
+def test_a_link_within_a_rank_costs_nothing() -> None:
+    """Where a V turns both stages lie on one rank: the cut between them may be wide, and what lies on both sides is even."""
+    narrow, wide = 8, 256
+    model = Chain([narrow, *[wide] * 3, narrow, *[wide] * 3, narrow, *[wide] * 9, narrow, *[wide] * 5, narrow])
+    on = replace(devices.CPU, link=1e8, latency=0.0, overlaps=False)
+    captured = _captured(model)
+    found = _planned(captured, "zbvzerobubble", on=on)
+    assert found.schedule.rank_of == (0, 1, 1, 0)
+    assert found.links[1].forward_bytes == wide / narrow * found.links[0].forward_bytes
+    assert found.predicted is not None
+    gm, _ = captured
+    apart = stage_costs(cut(gm, 4, costs_of(gm, on), on, micro_batches=4), on, 1.0, 1)
+    assert found.predicted.seconds < 0.95 * simulate(found.schedule, *apart, overlaps=False).seconds
+
+
+def test_stages_of_a_rank_have_its_memory_together() -> None:
+    """A large embedding leaves its rank little for the other stage, and is more than an even share."""
+    model = Chain([64] * 17, vocabulary=2048)
+    captured = _captured(model)
+
+    def first_rank(staging: Staging) -> int:
+        """Bytes with one micro-batch."""
+        return sum(c.static_bytes + c.saved_bytes for c in (staging.costs[0], staging.costs[-1]))
+
+    budget = int(4 * model.embed.weight.nbytes * 1.1)
+    assert first_rank(_planned(captured, "zbvzerobubble")) > budget
+    found = _planned(captured, "zbvzerobubble", budget)
+    assert first_rank(found) <= budget
+    assert found.costs[0].static_bytes > budget / 2

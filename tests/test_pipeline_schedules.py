@@ -369,8 +369,9 @@ def test_a_send_that_does_not_overlap_keeps_both_ranks_busy() -> None:
 # The choice
 
 
-def model(stages: int, micro_batches: int) -> tuple[list[StageCost], list[Link]]:
+def model(rank_of: tuple[int, ...], micro_batches: int) -> tuple[list[StageCost], list[Link]]:
     """Uneven stages of a model of 12 blocks: a small micro-batch is less efficient, and a split backward costs more."""
+    stages = len(rank_of)
     if stages > 12:
         raise ValueError(f"12 blocks cannot be {stages} stages")
     one = (1 / micro_batches + 0.02) / stages
@@ -406,7 +407,7 @@ def test_the_choice_is_the_best_of_all(count: int | None, budget: int | None) ->
         if schedule is None:
             continue
         everything += 1
-        timeline = simulate(schedule, *model(schedule.stages, micro))
+        timeline = simulate(schedule, *model(schedule.rank_of, micro))
         if budget is None or max(timeline.peak_bytes) <= budget:
             best.append((timeline.seconds, max(timeline.peak_bytes), name, virtual, micro))
     if not best:
@@ -440,15 +441,20 @@ def test_the_table_says_why_each_lost() -> None:
 
 
 def test_costs_are_asked_once_and_simpler_ones_are_preferred() -> None:
-    asked: list[tuple[int, int]] = []
+    asked: list[tuple[tuple[int, ...], int]] = []
 
-    def costs(stages: int, count: int) -> tuple[list[StageCost], list[Link]]:
-        asked.append((stages, count))
-        return model(stages, count)
+    def costs(rank_of: tuple[int, ...], count: int) -> tuple[list[StageCost], list[Link]]:
+        asked.append((rank_of, count))
+        return model(rank_of, count)
 
     choice = choose(1, costs, batch=4, micro_batches=4, names=["gpipe", "1f1b"])
     assert choice.schedule.name == "1f1b"  # as fast, and smaller
-    assert asked == [(1, 4)]
+    assert asked == [((0,), 4)]
+    asked.clear()
+    choose(
+        2, costs, batch=4, micro_batches=4, names=["1f1b", "gpipe", "interleaved", "zbv", "dualpipev"], virtual_stages=2
+    )
+    assert asked == [((0, 1, 0, 1), 4), ((0, 1, 1, 0), 4)], "what turns is placed in another way than what goes round"
     choice = choose(1, lambda *_: ([StageCost(1, 2)], []), batch=1, names=["1f1b", "gpipe"])
     assert [c.why for c in choice.candidates] == ["the fastest", "as fast and as small, less simple"]
 

@@ -630,6 +630,53 @@ def _twelve_layers() -> tuple[fx.GraphModule, dict[fx.Node, NodeCost]]:
     return gm, costs_of(gm, devices.CPU)
 
 
+def test_the_first_half_of_a_backward_is_what_gradients_of_arrivals_are_made_of() -> None:
+    """In the first stage there is none, and the second half holds what was saved and the gradients that come."""
+    gm = deep((128,) * 8)
+    costs = costs_of(gm, FAST)
+    cuts = cut_(gm, 2)
+    first, last = cuts.stages
+    own = [[costs[n] for n in s.nodes if n in costs] for s in cuts.stages]
+    assert first.input_gradient == 0.0
+    assert first.weight_gradient == pytest.approx(sum(c.input_gradient + c.weight_gradient for c in own[0]))
+    assert first.held_bytes == first.saved_bytes + cuts.cuts[0].gradient_bytes
+    assert last.input_gradient == pytest.approx(sum(c.input_gradient for c in own[1]))
+    assert last.weight_gradient == pytest.approx(sum(c.weight_gradient for c in own[1]))
+    assert min(last.input_gradient, last.weight_gradient) > 0
+    assert last.held_bytes == sum(c.held_bytes for c in own[1])
+
+
+def test_what_does_not_read_what_arrives_waits_with_the_weights() -> None:
+    """A stage behind one that is frozen, and what a decoder makes of its own tokens."""
+    model = Deep((128,) * 4)
+    model.embed.requires_grad_(False)
+    for block in model.blocks[:2]:
+        block.requires_grad_(False)
+    gm, _engine = graph_of(model, IDS)
+    frozen, trains = cut_(gm, 2, boundaries=["blocks.2"]).stages
+    assert (frozen.input_gradient, frozen.weight_gradient, trains.input_gradient) == (0.0, 0.0, 0.0)
+    assert trains.weight_gradient > 0
+
+    def two(w: torch.Tensor, b: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(x @ w)
+        x = dspass.stage_boundary(x)
+        y = torch.tanh(torch.tanh(y @ w) @ w)
+        out = torch.zeros(32, 8)
+        out[:16] = y
+        out[16:] = x
+        return (out @ w).sum()
+
+    gm, _engine = graph_of(two, torch.randn(16, 8), torch.randn(16, 8))
+    costs = costs_of(gm, FAST)
+    _, second = cut_(gm, 2).stages
+    own = {n.name: costs[n] for n in second.nodes if n in costs}
+    first = ("setitem_1", "matmul_3", "sum_1")
+    assert second.input_gradient == pytest.approx(sum(own[name].input_gradient for name in first))
+    both = sum(c.input_gradient + c.weight_gradient for c in own.values())
+    assert second.input_gradient + second.weight_gradient == pytest.approx(both)
+    assert sum(own[name].input_gradient for name in ("y", "tanh_1", "matmul_2")) > 0
+
+
 def test_a_tied_weight_is_on_both_stages() -> None:
     gm, _engine = graph_of(Gpt(), IDS[:, :-1], IDS[:, 1:])
     cuts = cut_(gm, 2)
