@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -16,6 +17,7 @@ from torch import nn
 import dspass
 from dspass import pipeline_times
 from dspass.config import Config
+from dspass.engines import engine_of
 from dspass.planner.schedule_times import Link, StageCost, peak_bytes, simulate
 from dspass.planner.schedules import make
 from dspass.report import PipelineMessage, Report
@@ -26,11 +28,12 @@ from dspass.runtime.pipeline import Executor, Value
 from dspass.runtime.quantise import DTYPES, row_block, row_bytes
 from dspass.runtime.schedule import Direction
 from dspass.runtime.sends import Packing
+from tests import test_pipeline_edges as edges
 from tests.models import Block
 from tests.ranks import run
 from tests.test_pipeline_edges import Pair, pipeline
 from tests.test_report_pipeline import a_record, a_report
-from tests.training import without_inductor, zero
+from tests.training import sgd, without_inductor, zero
 
 WIDTH, BLOCK = 40, 32  # two blocks of 32 for 40 values: 20 of each hold some
 INT8 = Packing(format="int8", block=BLOCK)
@@ -376,3 +379,55 @@ def test_where_nothing_is_sent_the_key_is_noted() -> None:
         (note,) = Config.load({**options(), "pipeline": section}).ignored
         assert (note.key, note.value) == ("dspass.quantise.sends", "int8")
         assert "pipeline.stages" in note.reason
+
+
+# -- the data axis in few bits -------------------------------------------------------------------------------------------
+
+
+@without_inductor
+def _data_axis_in_few_bits(gather: str) -> tuple[list[list[float]], list[dict[str, tuple[int, int]]], str]:
+    """Losses, and the number and bytes of a step's collectives by kind, of parameters and gradients that travel whole, and in
+    few bits; and what is said of the latter."""
+    losses, sent, said = [], [], ""
+    for few in (False, True):
+        config = zero(3, pipeline=pipeline(gather=gather), dspass={"quantise": {"block": 64}})
+        config["zero_optimization"] |= {"zero_quantized_weights": few, "zero_quantized_gradients": few}
+        torch.manual_seed(0)
+        model = edges.Net(width=64)
+        dspass.shard(model, config)
+        compiled: Any = torch.compile(model, backend="deepspeed", options=config)
+        optimizer = sgd(model.parameters())
+        losses.append([])
+        for _ in range(6):
+            loss = compiled(*edges.tokens(dist.get_rank() % 2))[0]
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[-1].append(loss.item())
+        engine = engine_of(model)
+        assert engine is not None
+        sent.append({})
+        for (kind, _, group, _), (count, size, _) in engine.traffic.last.items():
+            assert group == "data"
+            before = sent[-1].get(kind, (0, 0))
+            sent[-1][kind] = before[0] + count, before[1] + size
+        said = "; ".join(each.summary for c in engine.compilations for each in c.passes)
+    return losses, sent, said
+
+
+def test_stages_gather_and_reduce_in_few_bits() -> None:
+    for losses, (whole, few), said in run(4, _data_axis_in_few_bits, "micro_batch"):
+        assert losses[1] != losses[0]
+        assert losses[1][-1] < losses[1][0] - 0.01
+        torch.testing.assert_close(torch.tensor(losses[1]), torch.tensor(losses[0]), rtol=0.01, atol=0)
+        assert few["all-gather"][0] == whole["all-gather"][0]
+        assert few["all-gather"][1] < 0.35 * whole["all-gather"][1]
+        assert few["all-to-all"][1] < 0.25 * whole["reduce-scatter"][1]
+        assert "1 of 1 gathers as int8" in said
+
+
+def test_what_is_gathered_once_a_call_travels_whole_and_it_is_said() -> None:
+    for losses, (whole, few), said in run(4, _data_axis_in_few_bits, "call"):
+        assert losses[0] == losses[1]
+        assert whole == few
+        assert "whole copies are kept for all micro-batches of a call" in said
