@@ -23,8 +23,8 @@ from dspass.planner.record import BudgetError, Plan
 from dspass.planner.schedule_times import Link, StageCost
 from dspass.planner.schedules import choose
 from dspass.runtime.axis import Axis
-from dspass.runtime.pipeline import PipelineError
 from dspass.runtime.schedule import ScheduleError
+from dspass.runtime.stopped import RankStopped
 from dspass.stage_plans import together
 from tests.models import Block
 from tests.ranks import run
@@ -188,14 +188,14 @@ def _one_fails() -> str:
             raise ValueError("no such kernel")
         return {}
 
-    with pytest.raises((PipelineError, ValueError)) as failed:
+    with pytest.raises((RankStopped, ValueError)) as failed:
         together(Axis.of("pipe", group), compiles)
     return f"{type(failed.value).__name__}: {failed.value}"
 
 
 def test_all_ranks_hear_of_a_stage_that_cannot_be_compiled() -> None:
     first, second = run(2, _one_fails)
-    assert first.startswith("PipelineError: rank 1 of the pipeline could not compile")
+    assert first.startswith("RankStopped: rank 1 of the pipeline could not compile")
     assert "no such kernel" in first
     assert second == "ValueError: no such kernel"
 
