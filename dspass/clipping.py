@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from dspass.engines import staged_engines
 from dspass.runtime import compat
 from dspass.runtime.axis import StageMesh
+from dspass.runtime.stopped import waiting_for
 
 
 @torch.no_grad()
@@ -80,7 +81,8 @@ def _found_inf(
         found = {none.device: none}
     for stages in pipelines:
         any_of_them = torch.stack([one.to(stages.device) for one in found.values()]).amax()
-        dist.all_reduce(any_of_them, dist.ReduceOp.MAX, group=stages.pipe.group)
+        with waiting_for(stages.pipe, "agree on an overflow"):
+            dist.all_reduce(any_of_them, dist.ReduceOp.MAX, group=stages.pipe.group)
         for one in found.values():
             one.copy_(any_of_them)
     return found
@@ -130,7 +132,8 @@ def _over_stages(norm: torch.Tensor | None, norm_type: float, stages: StageMesh)
     none = torch.zeros(2, dtype=torch.float64, device=stages.device)
     mine = none if norm is None else torch.stack([norm.to(none), torch.ones_like(none[0])])
     told = [torch.empty_like(mine) for _ in range(stages.pipe.size)]
-    dist.all_gather(told, mine, group=stages.pipe.group)
+    with waiting_for(stages.pipe, "exchange norms of gradients"):
+        dist.all_gather(told, mine, group=stages.pipe.group)
     values, present = torch.stack(told).unbind(1)
     # What has no gradient must not change the norm, and which do is not read on the host: it would wait for the device.
     values = torch.where(present > 0, values, 0.0 if norm_type >= 0 else float("inf"))

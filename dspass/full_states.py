@@ -19,6 +19,7 @@ from dspass.engines import staged_engines
 from dspass.owners import shard_states, unwrap
 from dspass.runtime import compat
 from dspass.runtime.params import ParamSpec
+from dspass.runtime.stopped import waiting_for
 from dspass.sharded import COLLECTING, collected
 
 _followed: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
@@ -86,11 +87,13 @@ def _whole(mine: dict[str, Any], spec: ParamSpec) -> dict[str, Any]:
     tensors = {k: (v.shape, v.dtype) for k, v in here.items() if isinstance(mine[k], DTensor)}
     told: list[Any] = [(list(here), tensors, {k: v for k, v in here.items() if k not in tensors})]
     source = stages.pipe.ranks[spec.held_by[0]]
-    dist.broadcast_object_list(told, source, group=stages.pipe.group)
+    with waiting_for(stages.pipe, f"collect the states of {spec.name}"):
+        dist.broadcast_object_list(told, source, group=stages.pipe.group)
     names, tensors, others = told[0]
     for key, (shape, dtype) in tensors.items():
         value = here[key].contiguous() if key in here else torch.empty(shape, dtype=dtype, device=stages.device)
-        dist.broadcast(value, source, group=stages.pipe.group)
+        with waiting_for(stages.pipe, f"collect the states of {spec.name}"):
+            dist.broadcast(value, source, group=stages.pipe.group)
         others[key] = value
     return {key: others[key] for key in names}
 

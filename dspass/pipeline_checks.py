@@ -23,7 +23,7 @@ from dspass.passes.whole_batch import mixes_rows, share_memory, writes
 from dspass.pipeline_outputs import PipelineUseError
 from dspass.runtime import compat
 from dspass.runtime.axis import Axis
-from dspass.runtime.pipeline import waiting_for
+from dspass.runtime.stopped import waiting_for
 
 #: Operators that normalise over a batch where ``training``, their argument of this position, is set.
 _BATCH_NORMS, _TRAINING = ("batch_norm", "native_batch_norm"), 5

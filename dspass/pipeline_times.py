@@ -25,6 +25,7 @@ from dspass.quantising import relative
 from dspass.runtime.axis import Axis
 from dspass.runtime.pipeline import Executor
 from dspass.runtime.schedule import Direction, Span, Timeline
+from dspass.runtime.stopped import waiting_for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +61,8 @@ def gather(executor: Executor, axis: Axis, call: int, peak_bytes: int | None) ->
     mine = times, peak_bytes, executor.wait_seconds, executor.sent_bytes, off
     everyone: list[Any] = [mine] * axis.size
     if axis.size > 1:
-        dist.all_gather_object(everyone, mine, axis.group)
+        with waiting_for(axis, "exchange the times of a call"):
+            dist.all_gather_object(everyone, mine, axis.group)
     schedule = executor.schedule
     spans = [
         tuple(Span(action, *at) for action, at in zip(actions, one[0], strict=True))

@@ -55,8 +55,9 @@ from dspass.planning import budget_bytes
 from dspass.runtime import compat
 from dspass.runtime.axis import Axis, axis_of
 from dspass.runtime.engine import Engine
-from dspass.runtime.pipeline import Executor, Stage, waiting_for
+from dspass.runtime.pipeline import Executor, Stage
 from dspass.runtime.schedule import Kind, ScheduleError, Timeline
+from dspass.runtime.stopped import waiting_for
 from dspass.runtime.tied import sum_tied
 from dspass.settings import kind_of
 from dspass.shard import Fill, agree, materialise_buffers, refuse_wrapped
@@ -282,7 +283,8 @@ class Pipelined:
             ) from error
         if dist.get_world_size() > 1 and not is_in_prediction():
             told = [self.staging]
-            dist.broadcast_object_list(told, 0)
+            with waiting_for(Axis.world(), "agree on stages"):
+                dist.broadcast_object_list(told, 0)
             self.staging = told[0]
         experts = self._experts(gm) if self.config.expert_parallel.enabled else ()
         place_stages(
@@ -516,7 +518,8 @@ class Pipelined:
             return None
         if self.loss_scale is None:
             self.loss_scale = LossScale(self.kind)
-        return self.loss_scale.begin(self.pipe, built.executor.schedule.rank_of[stage])
+        with waiting_for(self.pipe, "exchange the scale of the loss"):
+            return self.loss_scale.begin(self.pipe, built.executor.schedule.rank_of[stage])
 
     def _answers(
         self, built: Built, results: Mapping[int, list[Any]], inputs: Sequence[Sequence[Any]], trains: bool

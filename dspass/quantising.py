@@ -33,6 +33,7 @@ from dspass.runtime.engine import Engine
 from dspass.runtime.formats import format_of
 from dspass.runtime.params import ParamSpec
 from dspass.runtime.quantise import DTYPES, blocks_of, squares
+from dspass.runtime.stopped import waiting_for
 
 #: Values whose rounding is looked at together: what that takes is little beside a shard.
 _AT_A_TIME = 2**20
@@ -55,7 +56,8 @@ def measure_errors(engine: Engine, specs: Iterable[ParamSpec], config: Config) -
     axis = sharded[0].shard_axis
     assert axis is not None
     sums = torch.stack([_squares(spec, found.format, found.block) for spec in sharded])
-    dist.all_reduce(sums, group=axis.group)
+    with waiting_for(axis, "compare what quantising has changed"):
+        dist.all_reduce(sums, group=axis.group)
     for spec, both in zip(sharded, sums, strict=True):
         engine.quantised_errors[spec.key] = relative(both)
 

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dspass.runtime import compat
 from dspass.runtime.params import ParamSpec
+from dspass.runtime.stopped import waiting_for
 
 KEYS = "_dspass_keys"
 ENGINE = "_dspass_engine"
@@ -150,7 +151,8 @@ def collected(spec: ParamSpec) -> torch.Tensor:
     else:
         whole = (param.full_tensor() if isinstance(param, DTensor) else param).detach().clone()
     if 0 < len(spec.held_by) < stages.pipe.size:
-        dist.broadcast(whole, stages.pipe.ranks[spec.held_by[0]], group=stages.pipe.group)
+        with waiting_for(stages.pipe, f"collect {spec.name}"):
+            dist.broadcast(whole, stages.pipe.ranks[spec.held_by[0]], group=stages.pipe.group)
     return whole
 
 

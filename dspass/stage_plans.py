@@ -26,8 +26,9 @@ from dspass.planner.saved import PlanError
 from dspass.planner.schedule_times import Link, StageCost
 from dspass.runtime.axis import Axis
 from dspass.runtime.engine import Engine
-from dspass.runtime.pipeline import PipelineError, Stage
+from dspass.runtime.pipeline import Stage
 from dspass.runtime.schedule import Schedule
+from dspass.runtime.stopped import RankStopped, waiting_for
 
 Compile = Callable[[StageGraph, Place | None], Stage]
 
@@ -151,14 +152,15 @@ def together(axis: Axis, run: Callable[[], dict[int, Stage]]) -> dict[int, Stage
     said: list[tuple[str, str, int] | None] = [_said(mine) if mine is not None else None]
     if axis.size > 1 and dist.get_backend() != "fake":
         everyone: list[Any] = [None] * axis.size
-        dist.all_gather_object(everyone, said[0], group=axis.group)
+        with waiting_for(axis, "hear whether stages were compiled"):
+            dist.all_gather_object(everyone, said[0], group=axis.group)
         said = everyone
     heard = {rank: one for rank, one in zip(axis.ranks, said, strict=False) if one is not None}
     if mine is not None and not isinstance(mine, (BudgetError, PlanError)):
         raise mine
     for rank, (kind, text, _) in heard.items():
         if kind == "other":
-            raise PipelineError(
+            raise RankStopped(
                 f"rank {rank} of the pipeline could not compile its stages, so that this one has nobody to run with: {text}"
             ) from mine
         if kind == "plan":

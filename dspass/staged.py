@@ -34,6 +34,7 @@ from dspass.runtime import compat
 from dspass.runtime.axis import Axis, StageMesh
 from dspass.runtime.engine import Engine
 from dspass.runtime.params import ParamSpec
+from dspass.runtime.stopped import waiting_for
 from dspass.shard import (
     Fill,
     distribute,
@@ -204,7 +205,8 @@ def _refuse_differences(stages: StageMesh, uses: Mapping[str, list[int]], rank_o
     everyone: list[Any] = [(tuple(rank_of), dict(uses))]
     if dist.get_backend() != "fake" and dist.get_world_size() > 1:
         everyone = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, (tuple(rank_of), dict(uses)))
+        with waiting_for(Axis.world(), "compare the places of stages"):
+            dist.all_gather_object(everyone, (tuple(rank_of), dict(uses)))
     places, used = everyone[0]
     for rank, (theirs, others) in enumerate(everyone):
         if theirs != places:
@@ -246,10 +248,12 @@ def _receive(param: nn.Parameter, spec: ParamSpec, stages: StageMesh) -> None:
     if pipe.rank == 0:
         for place in spec.held_by:
             if place:
-                dist.send(param.detach().contiguous(), pipe.ranks[place], group=pipe.group)
+                with waiting_for(pipe, f"send {spec.name}"):
+                    dist.send(param.detach().contiguous(), pipe.ranks[place], group=pipe.group)
     elif not spec.is_elsewhere:
         value = param.data.contiguous()
-        dist.recv(value, pipe.ranks[0], group=pipe.group)
+        with waiting_for(pipe, f"receive {spec.name}"):
+            dist.recv(value, pipe.ranks[0], group=pipe.group)
         param.data.copy_(value)  # nothing to do where it is the same memory
 
 

@@ -40,6 +40,12 @@ class Axis:
             backend=MODELLED.get() if backend == "fake" else backend,
         )
 
+    @classmethod
+    def world(cls) -> Axis:
+        """All ranks there are."""
+        assert dist.group.WORLD is not None
+        return cls.of("world", dist.group.WORLD)
+
     def rows(self, total: int, rank: int | None = None) -> tuple[int, int]:
         """First row and row count of ``rank``'s shard of ``total`` rows, as ``DTensor``'s ``Shard(0)`` divides them:
         every rank takes ``ceil(total / size)`` until none are left."""

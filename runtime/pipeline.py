@@ -17,10 +17,9 @@ gathers gradients in ``.grad`` of the parameters, where a loss that is scaled af
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections import defaultdict, deque
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol, Self
 
@@ -28,29 +27,12 @@ import torch
 import torch.distributed as dist
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from dspass.runtime import stopped
 from dspass.runtime.axis import Axis
 from dspass.runtime.clock import Moments
 from dspass.runtime.schedule import Action, Direction, Kind, Receive, Schedule, Send, Span
 from dspass.runtime.sends import Packing
-
-
-class PipelineError(RuntimeError):
-    """A message did not come or could not be sent: another rank has stopped."""
-
-
-@contextlib.contextmanager
-def waiting_for(axis: Axis, what: str) -> Iterator[None]:
-    """Say of a collective that fails inside which ranks it waited for; ``what`` it was to do."""
-    try:
-        yield
-    except PipelineError:
-        raise
-    except RuntimeError as error:
-        others = [rank for rank in axis.ranks if rank != axis.ranks[axis.rank]]
-        raise PipelineError(
-            f"rank {axis.ranks[axis.rank]} could not {what} with ranks {others} of the pipeline: one of them has stopped, or "
-            "was not called with a batch of its own within the process group's time-out. Look for its error: that came first."
-        ) from error
+from dspass.runtime.stopped import RankStopped
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -224,14 +206,16 @@ class Executor:
         """Run all micro-batches, of each of which ``batches`` has the captured graph's inputs; ``shards`` are those of
         parameters by key. Answers results by output and micro-batch, of those stages that lie here.
 
-        Raises :class:`PipelineError` where another rank stops meanwhile.
+        Raises :class:`RankStopped` where another rank stops meanwhile; those hear of whatever else this raises.
         """
         try:
             return _Call(self, batches, shards).run()
-        except BaseException:
+        except BaseException as error:
             for stage in self.stages.values():
                 if stage.backward is not None:
                     stage.backward.drop()  # of a call that has failed, which nobody will ask for
+            if self.axis is not None and isinstance(error, Exception) and not isinstance(error, RankStopped):
+                stopped.tell(self.axis, error)
             raise
 
     @property
@@ -306,7 +290,10 @@ class _Call:
         assert self.axis is not None
         values = self._values(step.direction, step.source, step.destination)
         arrivals = [(v, v.buffer(self.executor.device)) for v in values]
-        works = [dist.irecv(b, self.axis.ranks[step.peer], self.axis.group) for _, b in arrivals if b.numel()]
+        try:
+            works = [dist.irecv(b, self.axis.ranks[step.peer], self.axis.group) for _, b in arrivals if b.numel()]
+        except RuntimeError as error:
+            raise self._stopped(step.peer, "receive a message of") from error
         self.posted[step.direction, step.destination, step.micro_batch] = arrivals, works, step.peer
 
     def _send(self, step: Send) -> None:
@@ -329,7 +316,7 @@ class _Call:
                 try:
                     work = dist.isend(packed, self.axis.ranks[step.peer], self.axis.group)
                 except RuntimeError as error:
-                    raise self._stopped(step.peer, "take") from error
+                    raise self._stopped(step.peer, "send a message to") from error
                 going.append((work, packed))
                 self.sent += packed.nbytes
                 if value.packing is not None and (cut, step.direction) not in known:
@@ -342,7 +329,7 @@ class _Call:
         """Of what was sent, once it has gone: a send of gloo's says so only to who waits for it."""
         for work, _ in message:
             if not work.is_completed():
-                self._wait(work, peer, "take")
+                self._wait(work, peer, "send a message to")
 
     def _message(self, action: Action) -> list[torch.Tensor]:
         """Wait for what an action reads."""
@@ -354,7 +341,7 @@ class _Call:
             arrivals, works, peer = self.posted.pop(place)
             start = self._now()
             for work in works:
-                self._wait(work, peer, "send")
+                self._wait(work, peer, "receive a message of")
             self.waits.append((start, self._now()))
             arrivals.reverse()
             message = []
@@ -370,13 +357,11 @@ class _Call:
         except RuntimeError as error:
             raise self._stopped(peer, what) from error
 
-    def _stopped(self, peer: int, what: str) -> PipelineError:
+    def _stopped(self, peer: int, what: str) -> RankStopped:
+        """What to raise where this rank could not do ``what`` the other."""
         assert self.axis is not None
-        return PipelineError(
-            f"rank {self.axis.ranks[peer]}, stage {' and '.join(map(str, self.executor.schedule.stages_of(peer)))} of the "
-            f"pipeline, did not {what} a message of rank {self.axis.ranks[self.axis.rank]}: it has stopped, or was not called "
-            "with a batch of its own within the process group's time-out. Look for its error: that came first."
-        )
+        rank, stages = self.axis.ranks[peer], " and ".join(map(str, self.executor.schedule.stages_of(peer)))
+        return stopped.lost(self.axis, f"{what} rank {rank}, stage {stages} of the pipeline", [rank])
 
     # -- compute ---------------------------------------------------------------------------------------------------
 
@@ -464,4 +449,4 @@ def _sum(own: torch.Tensor | None, passing: torch.Tensor | None, value: Value, d
     return own if passing is None else own + passing
 
 
-__all__ = ["Backward", "Ends", "Executor", "PipelineError", "Stage", "Value", "waiting_for"]
+__all__ = ["Backward", "Ends", "Executor", "Stage", "Value"]

@@ -25,11 +25,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from dspass.runtime import stopped
 from dspass.runtime.axis import Axis
 
 
 class InFlight:
-    """An operation that was started. ``wait`` may be called once; it keeps every tensor alive that is on its way."""
+    """An operation that was started, over ``axis`` where anything is sent. ``wait`` may be called once; it keeps every tensor
+    alive that is on its way."""
 
     def __init__(
         self,
@@ -37,17 +39,22 @@ class InFlight:
         results: list[torch.Tensor],
         finish: Callable[[], None] | None = None,
         keep: Sequence[torch.Tensor] = (),
+        axis: Axis | None = None,
     ) -> None:
-        self._works = list(works)
+        self._works, self._axis = list(works), axis
         self.results = results
         self._finish = finish
         self._keep = list(keep)
         self.exposed_seconds = 0.0
 
     def wait(self) -> list[torch.Tensor]:
+        """Raises :class:`RankStopped` where another rank stops meanwhile."""
         start = time.perf_counter()
-        for work in self._works:
-            work.wait()
+        try:
+            for work in self._works:
+                work.wait()
+        except RuntimeError as error:
+            raise _lost(self._axis) from error
         self.exposed_seconds = time.perf_counter() - start
         if self._finish is not None:
             self._finish()
@@ -82,11 +89,11 @@ class Transport(ABC):
         """The sum over ranks. Tensors of one call travel as one flat buffer, and the results are its views."""
         if len(tensors) == 1:
             flat = tensors[0].clone(memory_format=torch.contiguous_format)
-            return InFlight([self._sum(flat, axis)], [flat])
+            return InFlight([self._sum(flat, axis)], [flat], axis=axis)
         flat = torch.cat([t.reshape(-1) for t in tensors])
         parts = flat.split([t.numel() for t in tensors])
         results = [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
-        return InFlight([self._sum(flat, axis)], results)
+        return InFlight([self._sum(flat, axis)], results, axis=axis)
 
     def _sum(self, flat: torch.Tensor, axis: Axis) -> Any:
         return dist.all_reduce(flat, group=axis.group, async_op=True)
@@ -94,10 +101,16 @@ class Transport(ABC):
 
 class PointToPoint(Transport):
     def _receive(self, buffer: torch.Tensor, axis: Axis, peer: int) -> Any:
-        return dist.irecv(buffer, axis.ranks[peer], axis.group)
+        try:
+            return dist.irecv(buffer, axis.ranks[peer], axis.group)
+        except RuntimeError as error:
+            raise _lost(axis, peer) from error
 
     def _send(self, tensor: torch.Tensor, axis: Axis, peer: int) -> Any:
-        return dist.isend(tensor, axis.ranks[peer], axis.group)
+        try:
+            return dist.isend(tensor, axis.ranks[peer], axis.group)
+        except RuntimeError as error:
+            raise _lost(axis, peer) from error
 
     def all_gather(self, axis: Axis, shards: Sequence[torch.Tensor], rows: Sequence[int]) -> InFlight:
         results, works, keep = [], [], []
@@ -115,7 +128,7 @@ class PointToPoint(Transport):
         for shard in keep:
             if shard.numel():
                 works += [self._send(shard, axis, peer) for peer in _others(axis)]
-        return InFlight(works, results, keep=keep)
+        return InFlight(works, results, keep=keep, axis=axis)
 
     def reduce_scatter(self, axis: Axis, full: Sequence[torch.Tensor]) -> InFlight:
         works, keep, results, sums = [], [], [], []
@@ -146,7 +159,7 @@ class PointToPoint(Transport):
                 for other in others:
                     result.add_(other)
 
-        return InFlight(works, results, finish, keep)
+        return InFlight(works, results, finish, keep, axis)
 
     def all_to_all(self, axis: Axis, tensors: Sequence[torch.Tensor]) -> InFlight:
         results, works, keep = [], [], []
@@ -161,7 +174,7 @@ class PointToPoint(Transport):
         for tensor in keep:
             if tensor[0].numel():
                 works += [self._send(tensor[peer], axis, peer) for peer in _others(axis)]
-        return InFlight(works, results, keep=keep)
+        return InFlight(works, results, keep=keep, axis=axis)
 
     def exchange(
         self, axis: Axis, tensors: Sequence[torch.Tensor], sent: Sequence[int], received: Sequence[int]
@@ -177,7 +190,7 @@ class PointToPoint(Transport):
             works += [self._receive(arriving[p], axis, p) for p in _others(axis) if arriving[p].numel()]
             sends += [(leaving[p], p) for p in _others(axis) if leaving[p].numel()]
         works += [self._send(part, axis, peer) for part, peer in sends]
-        return InFlight(works, results, keep=keep)
+        return InFlight(works, results, keep=keep, axis=axis)
 
 
 class Coalesced(Transport):
@@ -190,7 +203,7 @@ class Coalesced(Transport):
         works = self._launch(axis, dist.all_gather_into_tensor, outputs, padded)
         # Ranks fill their rows in order, so padding stands only at the end and a view drops it.
         results = [output.narrow(0, 0, total) for output, total in zip(outputs, rows, strict=True)]
-        return InFlight(works, results, keep=padded)
+        return InFlight(works, results, keep=padded, axis=axis)
 
     def reduce_scatter(self, axis: Axis, full: Sequence[torch.Tensor]) -> InFlight:
         padded, outputs, results = [], [], []
@@ -201,13 +214,13 @@ class Coalesced(Transport):
             outputs.append(output)
             results.append(output.narrow(0, 0, axis.rows(tensor.shape[0])[1]))
         works = self._launch(axis, dist.reduce_scatter_tensor, outputs, padded)
-        return InFlight(works, results, keep=padded)
+        return InFlight(works, results, keep=padded, axis=axis)
 
     def all_to_all(self, axis: Axis, tensors: Sequence[torch.Tensor]) -> InFlight:
         sent = [tensor.contiguous() for tensor in tensors]
         results = [torch.empty_like(tensor) for tensor in sent]
         works = [self._exchange(result, tensor, axis) for result, tensor in zip(results, sent, strict=True)]
-        return InFlight(works, results, keep=sent)
+        return InFlight(works, results, keep=sent, axis=axis)
 
     def exchange(
         self, axis: Axis, tensors: Sequence[torch.Tensor], sent: Sequence[int], received: Sequence[int]
@@ -218,7 +231,7 @@ class Coalesced(Transport):
             self._exchange(result, rows, axis, list(received), list(sent))
             for result, rows in zip(results, leaving, strict=True)
         ]
-        return InFlight(works, results, keep=leaving)
+        return InFlight(works, results, keep=leaving, axis=axis)
 
     def _exchange(self, result: torch.Tensor, tensor: torch.Tensor, axis: Axis, *splits: list[int]) -> Any:
         return dist.all_to_all_single(result, tensor, *splits, group=axis.group, async_op=True)
@@ -273,6 +286,13 @@ class DryCoalesced(Coalesced):
 
     def _sum(self, flat: torch.Tensor, axis: Axis) -> Any:
         return _Done()
+
+
+def _lost(axis: Axis | None, peer: int | None = None) -> stopped.RankStopped:
+    """What to raise where the rank at place ``peer`` of ``axis``, or any other of it, does not take part."""
+    assert axis is not None
+    ranks = stopped.others(axis) if peer is None else [axis.ranks[peer]]
+    return stopped.lost(axis, f"exchange tensors with ranks {ranks} of the {axis.name} axis", ranks)
 
 
 def _others(axis: Axis) -> list[int]:

@@ -83,7 +83,7 @@ class World:
             self.pipes.append(ours)
             self.processes.append(process)
 
-    def call(self, function: Callable[..., Any], args: Any, kwargs: Any, timeout: float) -> list[Any]:
+    def call(self, function: Callable[..., Any], args: Any, kwargs: Any, timeout: float, moment: float) -> list[Any]:
         for pipe in self.pipes:
             pipe.send((function, args, kwargs))
         results: dict[int, tuple[bool, Any, bool]] = {}
@@ -91,7 +91,7 @@ class World:
         failed_at = None
         while len(results) < len(self.pipes):
             # A rank that failed leaves its peers in a collective: give them a moment to say more, no longer.
-            limit = deadline if failed_at is None else min(deadline, failed_at + 5)
+            limit = deadline if failed_at is None else min(deadline, failed_at + moment)
             left = limit - time.monotonic()
             open_pipes = [p for r, p in enumerate(self.pipes) if r not in results]
             ready = wait(open_pipes, timeout=max(left, 0))
@@ -129,11 +129,14 @@ class World:
 _worlds: dict[int, World] = {}
 
 
-def run(size: int, function: Callable[..., Any], *args: Any, timeout: float = 240, **kwargs: Any) -> list[Any]:
-    """Call ``function(*args, **kwargs)`` on ``size`` ranks; raises :class:`RankError` with every rank's traceback."""
+def run(
+    size: int, function: Callable[..., Any], *args: Any, timeout: float = 240, moment: float = 5, **kwargs: Any
+) -> list[Any]:
+    """Call ``function(*args, **kwargs)`` on ``size`` ranks; raises :class:`RankError` with every rank's traceback, ``moment``
+    seconds after the first one's at the latest."""
     if size not in _worlds:  # an idle world takes memory and no time
         _worlds[size] = World(size)
-    return _worlds[size].call(function, args, kwargs, timeout)
+    return _worlds[size].call(function, args, kwargs, timeout, moment)
 
 
 def close_all() -> None:

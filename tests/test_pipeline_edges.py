@@ -1,15 +1,10 @@
-"""Pipelines where something is unusual or goes wrong: models with little to train, calls that are not a training step, ranks
-that stop."""
+"""Pipelines where something is unusual or goes wrong: models with little to train, calls that are not a training step."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import logging
-import os
-import time
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +30,7 @@ from dspass.engines import engine_of
 from dspass.pipeline_outputs import PipelineUseError
 from dspass.planner.stages import CutError
 from dspass.runtime import compat
-from dspass.runtime.pipeline import PipelineError
-from tests.ranks import RankError, run
+from tests.ranks import run
 from tests.training import adamw, sgd, whole, without_inductor, zero
 
 Batch = tuple[torch.Tensor, ...]
@@ -539,55 +533,3 @@ def _goes_on(folder: str) -> None:
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_other_numbers_of_stages_go_on(tmp_path: Path) -> None:
     run(4, _goes_on, str(tmp_path))
-
-
-# -- ranks that stop -----------------------------------------------------------------------------------------------
-
-
-@without_inductor
-def _stops(how: str, trains: bool) -> str:
-    """What rank 0 is told when rank 1 stops."""
-    pair = Pair(Net, pipeline())
-    compiled, runner = pair.compiled, pair.model.__dict__["forward"]
-    with torch.set_grad_enabled(trains):
-        compiled(*tokens(0))
-    executor = runner.last.executor
-    group = dist.new_group(timeout=timedelta(seconds=3))
-    runner.pipe = executor.axis = dataclasses.replace(runner.pipe, group=group)
-    if dist.get_rank() == 1 and how == "is called less":
-        time.sleep(5)
-        return ""
-    if dist.get_rank() == 1 and how == "dies late":
-        runner._answers = lambda *_: os._exit(3)
-    elif dist.get_rank() == 1:
-        stage = executor.stages[1]
-        inner, calls = stage.run, iter(range(9))
-
-        def run_or_die(*args: Any) -> Any:
-            if next(calls) == 1:
-                os._exit(3)
-            return inner(*args)
-
-        stage.run = run_or_die
-    begin = time.monotonic()
-    with pytest.raises(PipelineError) as caught, torch.set_grad_enabled(trains):
-        compiled(*tokens(0))
-    assert time.monotonic() - begin < 20
-    if how == "is called less":
-        return str(caught.value)
-    raise caught.value
-
-
-@pytest.mark.parametrize("trains", [True, False])
-def test_a_rank_that_is_called_less_is_named(trains: bool) -> None:
-    assert "rank 1, stage 1 of the pipeline" in run(2, _stops, "is called less", trains)[0]
-
-
-def test_ranks_that_wait_for_the_loss_are_told_whose() -> None:
-    with pytest.raises(RankError, match=r"PipelineError: rank 0 could not exchange the loss with ranks \[1\]"):
-        run(2, _stops, "dies late", True)
-
-
-def test_a_rank_that_dies_is_named() -> None:
-    with pytest.raises(RankError, match="PipelineError: rank 1, stage 1 of the pipeline"):
-        run(2, _stops, "dies", True)

@@ -29,8 +29,8 @@ from dspass.planner.schedules import choose
 from dspass.planner.stages import cut
 from dspass.runtime.axis import Axis
 from dspass.runtime.engine import Engine
-from dspass.runtime.pipeline import PipelineError
 from dspass.runtime.schedule import Kind, ScheduleError
+from dspass.runtime.stopped import RankStopped
 from dspass.stage_plans import together
 from dspass.staging import Staging, plan_stages, stage_costs
 from tests.captured import capture
@@ -196,14 +196,14 @@ def _one_fails() -> str:
             raise ValueError("no such kernel")
         return {}
 
-    with pytest.raises((PipelineError, ValueError)) as failed:
+    with pytest.raises((RankStopped, ValueError)) as failed:
         together(Axis.of("pipe", group), compiles)
     return f"{type(failed.value).__name__}: {failed.value}"
 
 
 def test_all_ranks_hear_of_a_stage_that_cannot_be_compiled() -> None:
     first, second = run(2, _one_fails)
-    assert first.startswith("PipelineError: rank 1 of the pipeline could not compile")
+    assert first.startswith("RankStopped: rank 1 of the pipeline could not compile")
     assert "no such kernel" in first
     assert second == "ValueError: no such kernel"
 
