@@ -6,11 +6,12 @@ CUTLASS := nvidia-cutlass==4.2.0.0
 VENV := .venv
 RUN := OMP_NUM_THREADS=1 $(VENV)/bin/python
 
-.PHONY: help demo test lint types tests bench kernels clean
+.PHONY: help demo test lint types tests matrix bench kernels clean
 
 help:
 	@echo "make demo   train a small GPT on 2 processes with ZeRO-3, print and write the report (about 3 minutes)"
 	@echo "make test   lint, types and all tests"
+	@echo "make matrix  the combinations of models, schedules and meshes that make test leaves out"
 	@echo "make bench  side by side with DDP, FSDP2 and plain Inductor (about 15 minutes)"
 	@echo "make kernels  compile the CUDA kernels, CUTLASS's too, and their binding to torch (minutes, needs nvcc and g++)"
 	@echo "make clean  remove .venv and what the demo wrote"
@@ -35,6 +36,10 @@ types: $(VENV)/.ready
 
 tests: $(VENV)/.ready
 	$(RUN) -m pytest -n 2 --dist loadfile
+
+# Most of them are in one file, so single tests are handed out.
+matrix: $(VENV)/.ready
+	$(RUN) -m pytest -n 2 --dist load --whole-matrix -m whole_matrix
 
 bench: $(VENV)/.ready
 	$(VENV)/bin/python -m benchmarks zero

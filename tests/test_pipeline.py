@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,9 +12,13 @@ import torch.distributed as dist
 from torch import nn
 
 import dspass
+from dspass.compilation import Compilation
 from dspass.config import ConfigError
 from dspass.engines import engine_of
 from dspass.pipeline_outputs import PipelineUseError
+from dspass.pipeline_times import Measured
+from dspass.pipelined import Pipelined
+from dspass.runtime.schedule import Kind, Schedule
 from tests.matrix import matrix
 from tests.models import Block
 from tests.ranks import run
@@ -183,14 +188,38 @@ def _train(
         "evaluated": evaluated,
         "here": sum(p.numel() for p in model.parameters() if not p.is_meta) / plain,
         "tied": tied / plain,
-        "compiled": len(engine.compilations),
         "exchanges": any("all-to-all" in kind for kind, *_ in engine.traffic.last),
-        "halves": [
-            sorted(c.programs)
-            for c in engine.compilations
-            if c.stage_backward is not None and c.stage_backward.is_split
-        ],
+        **_how_it_ran(model),
     }
+
+
+def _how_it_ran(model: nn.Module) -> dict[str, Any]:
+    """Of this rank, by stage, the programs that train and those that evaluate; of all ranks, when each did what."""
+    runner = model.__dict__["forward"]
+    assert isinstance(runner, Pipelined)
+    trained, last, staging = runner.last_trained, runner.last, runner.staging
+    assert trained is not None
+    assert last is not None
+    assert staging is not None
+    assert runner.engine is not None
+    programs = [dict(zip(built.executor.stages, built.compilations, strict=True)) for built in (trained, last)]
+    return {
+        "schedule": staging.schedule,
+        "compiled": len(runner.engine.compilations),
+        "training": {stage: sorted(done.programs) for stage, done in programs[0].items()},
+        "handed on": [stage for stage, done in programs[0].items() if _hands_on(done)],
+        "evaluating": {stage: sorted(done.programs) for stage, done in programs[1].items()},
+        "weights": [
+            done.programs["weight"].clock.seconds for done in trained.compilations if "weight" in done.programs
+        ],
+        "measured": runner.measured,
+    }
+
+
+def _hands_on(done: Compilation) -> bool:
+    """Whether the gradients of a stage's inputs are those of its outputs, as where it adds a parameter to a value."""
+    halves = done.stage_backward.halves if done.stage_backward is not None else None
+    return halves is not None and not halves.first and any(isinstance(name, str) for name in halves.given.values())
 
 
 MIXTURES: dict[str, tuple[Callable[[], nn.Module], Callable[[torch.Generator, int], Batch]]] = {
@@ -214,6 +243,8 @@ def _pipeline(
 
 
 SCHEDULES = ["1f1b", "gpipe", "interleaved1f1b", "loopedbfs", "zbh1", "interleavedzerobubble", "zbv", "dualpipev"]
+#: Those of them whose backwards are in two parts.
+SPLIT = {"zbh1", "interleavedzerobubble", "zbv", "dualpipev"}
 #: What runs each time: each model, each number of stages and each schedule.
 SOME = [
     ("llama", 3, "1f1b"),
@@ -233,14 +264,58 @@ def test_models_train_as_on_one_process(subject: str, stages: int, schedule: str
     _close(results)
     # Each byte lies on one rank, and that of a tied weight on those that read it: others' are freed.
     assert sum(r["here"] for r in results) <= 1 + (stages - 1) * results[0]["tied"] + 1e-6
-    if schedule.startswith("zb") or "zero" in schedule:
-        assert all(result["halves"] for result in results)  # each backward is in two programs
+    ran: Schedule = results[0]["schedule"]
+    assert ran.splits == (schedule in SPLIT)
+    # Once to train, once to evaluate; ViT's loss writes its kind into the model's config, so that its second call is another.
+    graphs = 3 if subject == "vit" else 2
+    if schedule in SPLIT:
+        assert any("input" in programs for result in results for programs in result["training"].values())
+    for rank, result in enumerate(results):
+        assert result["compiled"] == graphs * len(ran.stages_of(rank))
+        _is_compiled(ran, rank, result)
+        _is_measured(ran, result["measured"])
 
 
-@pytest.mark.parametrize("stage", matrix([(0,), (1,), (3,)], range(4)))
-def test_stages_on_one_axis_and_zero_on_the_other(stage: int) -> None:
-    """Stage 2 has its experts divided as well, below."""
-    _close(run(4, _train, "llama", _pipeline(2, stage=stage), steps=4))
+def _is_compiled(schedule: Schedule, rank: int, result: dict[str, Any]) -> None:
+    """Each stage of the rank trains and evaluates with programs of its own, its backward in two where the schedule splits it.
+    What makes no gradient of an input is in one all the same: the first stage, and one that hands on what has come."""
+    mine = schedule.stages_of(rank)
+    assert len(mine) == schedule.stages // schedule.ranks
+    parts = {stage for stage, _ in schedule.split_backwards}
+    one = {0, *result["handed on"]}
+    halves = {stage: ["weight"] if stage in one else ["input", "weight"] for stage in parts}
+    assert result["training"] == {s: sorted(["forward", *halves.get(s, ["backward"])]) for s in mine}
+    assert result["evaluating"] == {s: ["forward"] for s in mine}
+    assert len(result["weights"]) == len(parts & {*mine})
+    assert all(seconds is not None and seconds > 0 for seconds in result["weights"])  # these ran, many times
+
+
+def _is_measured(schedule: Schedule, measured: Measured) -> None:
+    """Every rank did what the schedule has, and a half of a backward for weights began when that for inputs had ended."""
+    timeline = measured.timeline
+    assert timeline.schedule.actions == schedule.actions
+    for row, spans in zip(schedule.actions, timeline.spans, strict=True):
+        assert [span.action for span in spans] == [*row]
+        assert all(span.end > span.start for span in spans)
+        ended = {span.action: span.end for span in spans}
+        for span in spans:
+            if span.action.kind is Kind.WEIGHT:
+                assert span.start >= ended[replace(span.action, kind=Kind.INPUT)]
+
+
+ON_BOTH_AXES = [("llama", 0), ("llama", 1), ("llama", 3), ("tied", 1), ("tied", 3)]
+
+
+@pytest.mark.parametrize(("subject", "stage"), matrix(ON_BOTH_AXES, ("llama", "tied"), range(4)))
+def test_stages_on_one_axis_and_zero_on_the_other(subject: str, stage: int) -> None:
+    """Stage 2 has its experts divided as well, and is called twice a step, below. A tied weight's gradient is summed over both
+    axes."""
+    _close(run(4, _train, subject, _pipeline(2, stage=stage), steps=4))
+
+
+@pytest.mark.parametrize("stage", matrix([(2,), (3,)], range(4)))
+def test_calls_add_up_on_both_axes(stage: int) -> None:
+    _close(run(4, _train, "tied", _pipeline(2, stage=stage), steps=3, calls=2))
 
 
 @pytest.mark.parametrize(
@@ -338,15 +413,34 @@ class Refused(nn.Module):
         return x if self.kind == "no loss" else (x.square().mean(), x)
 
 
+#: By kind of model: the error, its cause and its way out. Of a break Dynamo says where and why, in words of its own.
+REFUSED: list[tuple[str, type[Exception], str, str]] = [
+    (
+        "break",
+        torch._dynamo.exc.Unsupported,
+        r"(?s)Call to `torch\._dynamo\.graph_break\(\)`",
+        r"Hint: Remove the `torch\._dynamo\.graph_break\(\)` call.*in forward",
+    ),
+    (
+        "norm",
+        PipelineUseError,
+        "^x_1 normalises over a batch and keeps its statistics: split into micro-batches it would compute something else",
+        r"Call eval\(\) on the batch norms, use group or layer norm, or do without a pipeline\.$",
+    ),
+    (
+        "no loss",
+        PipelineUseError,
+        "^A pipeline's model answers one loss, .* and this one has none: it answers %x_1 ",
+        r"Call it with its labels, or compute the loss in its forward\.$",
+    ),
+]
+
+
 def _refusals() -> None:
     config = _pipeline(2)
-    for kind, words in {
-        "break": "graph_break",
-        "norm": "normalises over a batch",
-        "no loss": "loss",
-    }.items():
+    for kind, error, cause, way_out in REFUSED:
         model = dspass.shard(Refused(kind), config)
-        with pytest.raises(Exception, match=words):
+        with pytest.raises(error, match=f"{cause}.*{way_out}"):
             model(torch.randn(8, 8))
     model = dspass.shard(Refused(""), config)
     with pytest.raises(PipelineUseError, match=r"does not divide this call's batch of 6"):

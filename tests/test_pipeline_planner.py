@@ -126,7 +126,7 @@ def _from_the_smallest(schedule: str) -> tuple[str, int, list[tuple[int, list[fl
     return str(refused), refused.smallest, [_trained(_options(schedule, memory_budget=b)) for b in budgets]
 
 
-@pytest.mark.parametrize("schedule", ["zbvzerobubble"])
+@pytest.mark.parametrize("schedule", ["1f1b", "zbvzerobubble"])
 def test_the_smallest_budget_holds_on_every_rank(schedule: str) -> None:
     """Halves of backwards, and several stages on a rank, are counted as they run."""
     results = run(2, _from_the_smallest, schedule)
