@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from dspass.passes.experts import name_of
+from dspass.passes.split_stages import StageGraph
 from dspass.passes.whole_batch import mixes_rows, share_memory, writes
 from dspass.pipeline_outputs import PipelineUseError
 from dspass.runtime import compat
@@ -128,6 +129,25 @@ def same_batch(pipe: Axis, leaves: Sequence[Any]) -> None:
             )
 
 
+def same_cuts(pipe: Axis, graphs: Sequence[StageGraph]) -> None:
+    """Compare what the ranks of one pipeline are to send each other, and raise on all of them where it differs."""
+    if pipe.size == 1:
+        return
+    mine = [[(v.name, v.shape, str(v.dtype), v.dims, v.has_gradient) for v in graph.sent] for graph in graphs]
+    everyone: list[Any] = [None] * pipe.size
+    with waiting_for(pipe, "compare stages"):
+        dist.all_gather_object(everyone, mine, pipe.group)
+    for place, other in enumerate(everyone):
+        if other != everyone[0]:
+            stage = next(i for i, (a, b) in enumerate(zip(everyone[0], other, strict=True)) if a != b)
+            raise PipelineUseError(
+                f"ranks {pipe.ranks[0]} and {pipe.ranks[place]} captured different graphs: behind stage {stage} they expect "
+                f"{[name for name, *_ in everyone[0][stage]]} and {[name for name, *_ in other[stage]]}, of shapes "
+                f"{[shape for _, shape, *_ in everyone[0][stage]]} and {[shape for _, shape, *_ in other[stage]]}. Have the "
+                "model's forward do the same on all ranks, whatever their number, and pass all of them the same batch."
+            )
+
+
 def _digest(leaf: Any) -> Any:
     if not isinstance(leaf, torch.Tensor):
         return repr(leaf) if isinstance(leaf, (int, float, bool, str, type(None))) else type(leaf).__name__
@@ -139,4 +159,4 @@ def _digest(leaf: Any) -> Any:
     return *described, repr((flat.nan_to_num() * weights).sum().item())
 
 
-__all__ = ["keeping_buffers", "refuse_gradients", "refuse_mixed_rows", "refuse_state", "same_batch"]
+__all__ = ["keeping_buffers", "refuse_gradients", "refuse_mixed_rows", "refuse_state", "same_batch", "same_cuts"]

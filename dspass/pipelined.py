@@ -17,6 +17,7 @@ guards.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -56,12 +57,13 @@ from dspass.runtime import compat
 from dspass.runtime.axis import Axis, axis_of
 from dspass.runtime.engine import Engine
 from dspass.runtime.pipeline import Executor, Stage
+from dspass.runtime.randomness import drawing_apart
 from dspass.runtime.schedule import Kind, ScheduleError, Timeline
 from dspass.runtime.stopped import waiting_for
 from dspass.runtime.tied import sum_tied
 from dspass.settings import kind_of
 from dspass.shard import Fill, agree, materialise_buffers, refuse_wrapped
-from dspass.staged import pipeline_mesh, place_stages, prepare
+from dspass.staged import pipeline_mesh, place_stages, prepare, wanting_gradients
 from dspass.staging import Staging, forward_only, packing_of, plan_stages
 
 
@@ -335,12 +337,13 @@ class Pipelined:
         return torch._dynamo.disable(run, reason="gives up its inputs")
 
     def _collect(self, leaves: Sequence[Any], structure: Any, size: int, count: int) -> _Batches:
+        assert self.engine is not None
         calls, inputs, captures, split = [], [], [], set()
         for i in range(count):
             part = part_of(leaves, size, count, i)
             args, kwargs = call = tree_unflatten(part, structure)
             try:
-                with compat.ignoring_logs():
+                with compat.ignoring_logs(), wanting_gradients(self.engine):
                     self._captured(self.root, *args, **kwargs)
             except _Collected as found:
                 captures.append(found.capture)
@@ -413,6 +416,8 @@ class Pipelined:
             )
             return plans.gathered(engine, gather, in_budget)
 
+        if not is_in_prediction():
+            checks.same_cuts(self.pipe, graphs)
         stages = plans.together(self.pipe, planned)
         executor = Executor(
             schedule=schedule,
@@ -487,7 +492,8 @@ class Pipelined:
         built.executor.watched = is_due or self.kind != "cuda"
         built.executor.scale = scale = self._scale(built)
         engine.keeps_for_call = built.keeps_for_call
-        with engine.one_call():
+        apart = contextlib.nullcontext() if is_in_prediction() else drawing_apart(self.pipe, torch.device(self.kind))
+        with engine.one_call(), apart:
             results = built.executor(inputs, shards)
         if is_due and not is_in_prediction():
             known = engine.measurement
@@ -506,7 +512,7 @@ class Pipelined:
         self._answers_kept = answers if self._keeps_answers else None
         try:
             args, kwargs = batches.calls[0]
-            with compat.ignoring_logs(), checks.keeping_buffers(self.root):
+            with compat.ignoring_logs(), checks.keeping_buffers(self.root), wanting_gradients(engine):
                 return self._captured(self.root, *args, **kwargs)
         finally:
             self._answer = None

@@ -13,8 +13,9 @@ and what a script reaches through ``model.layers[3]`` would differ from rank to 
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -255,6 +256,21 @@ def _receive(param: nn.Parameter, spec: ParamSpec, stages: StageMesh) -> None:
         with waiting_for(pipe, f"receive {spec.name}"):
             dist.recv(value, pipe.ranks[0], group=pipe.group)
         param.data.copy_(value)  # nothing to do where it is the same memory
+
+
+@contextlib.contextmanager
+def wanting_gradients(engine: Engine) -> Iterator[None]:
+    """Inside, stand-ins want gradients where what they stand for does. Captures are then the same on all ranks: how attention
+    lies in memory, for one, goes by whether its mask wants a gradient."""
+    specs = [spec for spec in engine.specs.values() if spec.is_elsewhere and spec.trains]
+    stand_ins = [param for spec in specs if (param := spec.param()) is not None]
+    for param in stand_ins:
+        param.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for param in stand_ins:
+            param.requires_grad_(False)
 
 
 def _left_of(

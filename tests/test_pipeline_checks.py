@@ -336,3 +336,58 @@ def _a_last_batch() -> str:
 def test_a_last_batch_that_is_too_small_is_refused_with_a_way_out() -> None:
     for message in run(2, _a_last_batch):
         assert_says(message, r"batch of 1 is split into 1 micro-batches.*drop_last=True")
+
+
+class Looks(Net):
+    """Computes otherwise on another rank."""
+
+    def before(self, i: int, x: torch.Tensor) -> torch.Tensor:
+        return x * 1.0 if i == 2 and dist.get_rank() else x
+
+
+@without_inductor
+def _captures_apart() -> str:
+    pair = Pair(Looks, pipeline(boundaries=["layers.2"]))
+    with pytest.raises(PipelineUseError) as caught:
+        pair.compiled(*tokens(0))
+    return str(caught.value)
+
+
+def test_ranks_that_capture_other_graphs_are_told_so() -> None:
+    for message in run(2, _captures_apart):
+        assert_says(message, "ranks 0 and 1 captured different graphs: behind stage 0 .*same on all ranks")
+
+
+class Drops(nn.Module):
+    """Two dropouts, of ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Parameter(torch.ones(32)), nn.Parameter(torch.ones(32))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        first = F.dropout(torch.ones_like(x) * self.first, 0.5)
+        h = dspass.stage_boundary(x * first)
+        second = F.dropout(torch.ones_like(h) * self.second, 0.5)
+        return (h * second).square().mean(), first, second
+
+
+@without_inductor
+def _masks(schedule: str) -> tuple[float, float, float]:
+    """The share of entries of two stages' masks that are equal, a loss, and that of the same seed once more."""
+    pair = Pair(Drops, pipeline(schedule=schedule))
+    losses = []
+    for _ in range(2):
+        torch.manual_seed(7)
+        losses.append(pair.compiled(torch.ones(8, 32))[0].item())
+    torch.manual_seed(7)
+    with torch.no_grad():
+        _, first, second = pair.compiled(torch.ones(8, 32))
+    return ((first == 0) == (second == 0)).float().mean().item(), losses[0], losses[1]
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zbh1"])
+def test_stages_drop_other_units_though_ranks_have_one_seed(schedule: str) -> None:
+    for alike, first, again in run(2, _masks, schedule):
+        assert 0.3 < alike < 0.7
+        assert first == again

@@ -292,7 +292,8 @@ KEYS: tuple[Key, ...] = (
          "written, and one that was made for something else is refused with what differs. Each stage of a pipeline has a file "
          "of its own, `plan.stage0.json` and so on.", local=True),
     _act("dspass.fallback_random", "fallback_random", "flag", False, "",
-         "Draw random numbers as eager torch does, so that dropout equals an uncompiled run's (slower)."),
+         "Draw random numbers as eager torch does, so that dropout equals an uncompiled run's (slower), but for that of a "
+         "pipeline, whose ranks draw numbers of their own."),
     _act("dspass.segment_cache", "segment_cache", "flag", True, "",
          "Compile segments of the graph that are equal, such as repeated blocks, once."),
     _act("dspass.report", "report", "text", None, "path",
