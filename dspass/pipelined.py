@@ -343,7 +343,7 @@ class Pipelined:
             part = part_of(leaves, size, count, i)
             args, kwargs = call = tree_unflatten(part, structure)
             try:
-                with compat.ignoring_logs(), wanting_gradients(self.engine):
+                with compat.ignoring_logs(), compat.in_one_piece(_broken), wanting_gradients(self.engine):
                     self._captured(self.root, *args, **kwargs)
             except _Collected as found:
                 captures.append(found.capture)
@@ -569,6 +569,12 @@ def shard_of(engine: Engine, key: str, trains: bool) -> torch.Tensor:
     spec = engine.specs[key]
     param: Any = spec.param()
     return param.to_local().detach().requires_grad_(trains and spec.trains)
+
+
+def _broken(why: str) -> PipelineUseError:
+    return PipelineUseError(
+        f"the model's forward cannot be captured in one piece, which stages are cut from: {why}. Take that out of the forward."
+    )
 
 
 def _totals(combination: Combination | None, batches: _Batches) -> list[torch.Tensor]:

@@ -428,13 +428,13 @@ class Refused(nn.Module):
         return x if self.kind == "no loss" else (x.square().mean(), x)
 
 
-#: By kind of model: the error, its cause and its way out. Of a break Dynamo says where and why, in words of its own.
+#: By kind of model: the error, its cause and its way out.
 REFUSED: list[tuple[str, type[Exception], str, str]] = [
     (
         "break",
-        torch._dynamo.exc.Unsupported,
-        r"(?s)Call to `torch\._dynamo\.graph_break\(\)`",
-        r"Hint: Remove the `torch\._dynamo\.graph_break\(\)` call.*in forward",
+        PipelineUseError,
+        r"in one piece, which stages are cut from: Call to `torch\._dynamo\.graph_break\(\)`.*in forward; torch\._dynamo",
+        r"Take that out of the forward\.$",
     ),
     (
         "norm",

@@ -521,6 +521,46 @@ def test_the_last_stage_has_outputs(schedule: str, outputs: str, owner: int) -> 
     run(2, _has_outputs, schedule, outputs, owner)
 
 
+@without_inductor
+def _grad_scaler() -> None:
+    pair = Pair(Net, pipeline())
+    scalers = [torch.amp.GradScaler("cpu", init_scale=2.0**10) for _ in pair.both]
+    optimizers = [sgd(model.parameters()) for model in pair.both]
+    for i in range(4):
+        for model, scaler, optimizer in zip(pair.both, scalers, optimizers, strict=True):
+            loss = loss_of(model(*tokens(i))) * (torch.inf if i == 2 else 1)
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        assert scalers[0].get_scale() == scalers[1].get_scale() == 2.0 ** (10 if i < 2 else 9)
+    values = dspass.full_state_dict(pair.model)
+    for name, expected in pair.reference.state_dict().items():
+        near(values[name], expected)
+
+
+def test_a_grad_scaler_skips_a_step_on_all_stages() -> None:
+    run(2, _grad_scaler)
+
+
+@without_inductor
+def _autocast() -> None:
+    pair = Pair(Net, pipeline(schedule="zbh1"))
+
+    def of(model: Any) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return loss_of(model(*tokens(0)))
+
+    pair.backward(of, within=1e-2)
+    pair.backward(lambda model: loss_of(model(*tokens(0))))
+
+
+def test_autocast_around_the_call() -> None:
+    run(2, _autocast)
+
+
 # -- states --------------------------------------------------------------------------------------------------------
 
 

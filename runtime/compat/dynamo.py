@@ -3,10 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Iterator
 from types import CodeType
 from typing import Any
 
 import torch.fx as fx
+
+#: Of what Dynamo says to a graph break, lines that help its developers.
+_UNASKED = ("Developer debug context", "Please report an issue")
+
+
+@contextlib.contextmanager
+def in_one_piece(say: Callable[[str], Exception]) -> Iterator[None]:
+    """Raise what ``say`` makes of Dynamo's reason, and of the place, where what is called inside cannot be captured in one
+    piece."""
+    from torch._dynamo.exc import Unsupported
+
+    try:
+        yield
+    except Unsupported as error:
+        reason, _, rest = str(error).partition("\n\n")
+        place = rest.partition("from user code:\n")[2].partition("\n\n")[0]
+        lines = [line for line in place.splitlines() if line.strip(" ^")][-2:]  # the innermost
+        lines = [*(line for line in reason.splitlines() if not any(word in line for word in _UNASKED)), *lines]
+        raise say("; ".join(line.strip().removesuffix(".") for line in lines)) from error
 
 
 def captured_code() -> CodeType:
