@@ -53,8 +53,7 @@ def refuse_state(graph: fx.Graph, split: Collection[fx.Node], micro_batches: int
                 f"{node.name} normalises over a batch and keeps its statistics: split into micro-batches it would compute "
                 "something else. Call eval() on the batch norms, use group or layer norm, or do without a pipeline."
             )
-        if not writes(node):
-            continue
+    for node in filter(writes, graph.nodes):
         written = next((p for p in placeholders if share_memory(node.args[0], p)), None)
         if written is not None:
             raise PipelineUseError(
