@@ -201,11 +201,15 @@ def loss_of(graph: fx.Graph) -> fx.Node:
     if len(last) == 1:
         return last[0]
     outputs = [leaf for leaf in tree_leaves(graph.output_node().args) if isinstance(leaf, fx.Node)]
+    way_out = (
+        "Have it answer their sum, and detach() those that are only looked at."
+        if losses
+        else "Call it with its labels, or compute the loss in its forward."
+    )
     named = ", ".join(f"%{node.name} {_described(value_of(node))}" for node in outputs) or "nothing"
     raise CombinationError(
         f"A pipeline's model answers one loss, a 0-dim floating tensor that depends on its parameters, and this one has "
-        f"{len(losses) or 'none'}: it answers {named}. Call it with its labels, or compute the loss in its forward; where "
-        "it answers several, have it answer their sum, and detach() those that are only looked at."
+        f"{len(losses) or 'none'}: it answers {named}. {way_out}"
     )
 
 

@@ -464,7 +464,7 @@ def _refusals() -> None:
         model(torch.randn(4, 8, requires_grad=True))
     loss, logits = model(torch.randn(4, 8))
     assert logits.shape == (4, 8)
-    with pytest.raises(PipelineUseError, match="answers the loss alone"):
+    with pytest.raises(PipelineUseError, match="answers the loss, and scalars"):
         logits.sum()
     loss.backward(retain_graph=True)
     with pytest.raises(PipelineUseError, match="have been delivered"):
