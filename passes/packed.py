@@ -153,8 +153,6 @@ def impossible(specs: Sequence[ParamSpec]) -> str | None:
         return "they are held whole"
     if any(dtype not in DTYPES for spec in specs for dtype in (spec.dtype, spec.compute_dtype)):
         return "they are not all fp32, fp16 or bf16"
-    if first.engine.keeps_for_call:
-        return "whole copies are kept for all micro-batches of a call"
     if first.engine.stage != 3:
         return f"ZeRO stage {first.engine.stage} keeps whole copies"
     return None

@@ -144,4 +144,6 @@ def _joined(graph: fx.Graph, parts: list[fx.Node]) -> fx.Node:
 def _why_not(start: fx.Node) -> str | None:
     axis = specs_of(start)[0].replicate_axis
     has_replicas = axis is not None and axis.size > 1
+    if specs_of(start)[0].engine.keeps_for_call:
+        return "they are reduced once for all micro-batches of a call"
     return impossible(specs_of(start)) or ("they are summed over replicas as well" if has_replicas else None)

@@ -127,6 +127,7 @@ class Engine:
     step_seconds: float | None = None
     _step_began: float | None = None
     _resident: dict[str, tuple[tuple[int, int], torch.Tensor]] = field(default_factory=dict)
+    _packed: dict[tuple[str, ...], list[torch.Tensor]] = field(default_factory=dict)  # by the keys of a bucket
     _in_node: dict[str, tuple[tuple[int, int], torch.Tensor]] = field(default_factory=dict)
     _waiting: dict[str, tuple[int, torch.Tensor]] = field(default_factory=dict)  # with the run that began it
     _errors: dict[str, tuple[int, torch.Tensor]] = field(default_factory=dict)  # with the step that they began in
@@ -207,11 +208,21 @@ class Engine:
         return [self._in_node[spec.key][1] for spec in specs]
 
     def start_packed_gather(self, specs: Sequence[ParamSpec], packed: Sequence[torch.Tensor]) -> Pending:
-        """Begin the all-gather of a bucket that the graph has quantised: each of ``packed`` is this rank's row."""
+        """Begin the all-gather of a bucket that the graph has quantised: each of ``packed`` is this rank's row. What lives for
+        a call are codes and scales, of which each graph makes whole copies of its own."""
+        keys = tuple(spec.key for spec in specs)
+        if keys in self._packed:
+            return Pending(self.traffic, InFlight([], list(self._packed[keys])), None)
         axis = specs[0].axis(None)
         flight = transport_for(axis, self.dry).all_gather(axis, packed, [axis.size] * len(packed))
         cost = packed_gather_cost(specs, sum(p.nbytes for p in packed), direction_now())
-        return Pending(self.traffic, flight, self.traffic.add(cost))
+
+        def arrived(rows: list[torch.Tensor]) -> list[torch.Tensor]:
+            if self.keeps_for_call:
+                self._packed[keys] = rows
+            return rows
+
+        return Pending(self.traffic, flight, self.traffic.add(cost), arrived)
 
     # -- reductions ------------------------------------------------------------------------------------------------
 
@@ -374,6 +385,7 @@ class Engine:
             self._waiting.clear()
             if self.keeps_for_call:
                 self._resident.clear()
+                self._packed.clear()
 
     def backward_of_call(self, last: bool) -> None:
         """The next backward is, or is not, the last of its stage's in :meth:`one_call`."""
@@ -454,7 +466,7 @@ class Engine:
         """Begin as an engine that has not run yet: no copies, no gradients, no counts, nobody who watches."""
         self.traffic, self.routing, self.probe = TrafficCounter(), Routing(), Probe()
         self.gradient_errors, self.row_errors = {}, {}
-        self._resident, self._in_node, self._waiting, self._errors = {}, {}, {}, {}
+        self._resident, self._packed, self._in_node, self._waiting, self._errors = {}, {}, {}, {}, {}
         self._local, self._averaged = set(), set()
         self._run, self._calls, self._within_no_sync, self._last = -1, 0, False, True
 
@@ -468,8 +480,10 @@ class Engine:
         return {**here, **{n: p for n, p in others if id(p) not in names}}
 
     def resident_copies(self) -> list[torch.Tensor]:
-        """Gathered copies that outlive their graph (stages 1 and 2), and rows of them that are kept in the node."""
-        return [copy for _, copy in (*self._resident.values(), *self._in_node.values())]
+        """Gathered copies that outlive their graph (stages 1 and 2, and codes of a call), and rows of them that are kept in the
+        node."""
+        copies = [copy for _, copy in (*self._resident.values(), *self._in_node.values())]
+        return copies + [part for parts in self._packed.values() for part in parts]
 
     def waiting_gradients(self) -> list[torch.Tensor]:
         """Whole gradients of earlier calls that wait to be reduced (stage 1)."""

@@ -168,18 +168,23 @@ def test_each_stage_has_a_plan_for_its_data_axis(tmp_path: Path) -> None:
 
 
 @_operators()
-def _gathers() -> tuple[int, list[tuple[bool, int, list[float], list[Plan]]]]:
-    smallest = _refusal(_options("1f1b", 3, stages=1, memory_budget=1)).smallest
+def _gathers(in_few_bits: bool) -> tuple[int, list[tuple[bool, int, list[float], list[Plan]]]]:
+    def options(budget: int) -> dict[str, Any]:
+        made = _options("1f1b", 3, stages=1, memory_budget=budget)
+        made["zero_optimization"]["zero_quantized_weights"] = in_few_bits
+        return made
+
+    smallest = _refusal(options(1)).smallest
     found = []
     for budget in (10**9, smallest):
-        options = _options("1f1b", 3, stages=1, memory_budget=budget)
-        trained = _trained(options)
+        trained = _trained(options(budget))
         found.append((_kept[-1], *trained))
     return smallest, found
 
 
-def test_parameters_stay_whole_for_a_call_where_that_fits_and_costs_nothing() -> None:
-    for smallest, (large, small) in run(2, _gathers):
+@pytest.mark.parametrize("in_few_bits", [False, True])
+def test_parameters_stay_for_a_call_where_that_fits_and_costs_nothing(in_few_bits: bool) -> None:
+    for smallest, (large, small) in run(2, _gathers, in_few_bits):
         assert (large[0], small[0]) == (True, False)
         assert large[2] == pytest.approx(small[2], rel=1e-6)
         for _, peak, _, plans in (large, small):
