@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import dspass
+from dspass.pipeline_checks import digest
 from dspass.pipeline_outputs import NotComputed, PipelineUseError
 from tests.ranks import run
 from tests.test_pipeline_edges import Net, Pair, near, pipeline, tokens
@@ -306,6 +307,23 @@ def test_the_loss_is_the_scalar_that_has_a_gradient() -> None:
 
 
 # -- ranks and batches -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.bool, torch.complex64]
+)
+def test_values_of_any_type_are_told_apart(dtype: torch.dtype) -> None:
+    first, second = (torch.tensor([[0.0, 1.0], [1.0, last]]).to(dtype) for last in (0.0, 1.0))
+    assert digest(first) == digest(first.clone())
+    assert digest(first) != digest(second)
+    assert digest(first[0]) != digest(first[:1])
+    assert digest(first[0, 1]) != digest(first[0, 0])
+
+
+def test_what_is_no_tensor_is_told_apart() -> None:
+    assert digest(True) != digest(1)
+    assert digest("a") != digest("b")
+    assert digest(torch.empty(2, device="meta")) == digest(torch.empty(2, device="meta"))
 
 
 @without_inductor
