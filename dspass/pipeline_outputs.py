@@ -106,8 +106,8 @@ def outputs_of(
     """Each output of a captured graph and of the ``whole`` batch's, where there are several micro-batches; ``of_batch`` are its
     inputs that were split into them."""
     loss, adds = (combination.loss, combination.adds) if combination is not None else (None, frozenset[fx.Node]())
-    answers: Sequence[Any] = graph.output_node().args[0]
-    of_whole: Sequence[Any] = answers if whole is None else whole.output_node().args[0]
+    answers: Any = graph.output_node().args[0]
+    of_whole: Any = answers if whole is None else whole.output_node().args[0]
     places = {node: i for i, node in enumerate(graph.find_nodes(op="placeholder"))}
     split = set(of_batch)
     for node in graph.nodes:
