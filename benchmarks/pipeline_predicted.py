@@ -26,11 +26,14 @@ from dspass.planner.schedules import Candidate, choose, make
 from dspass.planner.stages import cut
 from dspass.report import format_bytes
 from dspass.runtime import compat
-from dspass.staging import stage_costs
+from dspass.staging import Prices, stage_costs
 
 #: As wide as Llama-3-8B and as Llama-3-70B.
 _8B: dict[str, Any] = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32}
 _70B: dict[str, Any] = {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64}
+
+#: Ranks that each stage is divided over, in predictions.
+_DATA = 8
 
 #: The cut may be so much slower than the best one.
 GOAL = 1.03
@@ -194,19 +197,20 @@ class Prediction:
     candidates: tuple[Candidate, ...]
 
 
-def predict(gm: fx.GraphModule, on: Device, ranks: Sequence[int], times: int) -> list[Prediction]:
-    """For pipelines of so many ranks, with ``times`` as many micro-batches."""
+def predict(gm: fx.GraphModule, on: Device, ranks: Sequence[int], times: int, data: int) -> list[Prediction]:
+    """For pipelines of so many ranks, with ``times`` as many micro-batches, each stage divided over ``data`` ranks, in the
+    memory of the device."""
     costs = costs_of(gm, on)
     found = []
     for count in tqdm(ranks, desc="schedules", unit="pipeline", ncols=90):
         micro_batches = times * count
-
-        def costs_for(
-            rank_of: tuple[int, ...], _: int, m: int = micro_batches
-        ) -> tuple[Sequence[StageCost], Sequence[Link]]:
-            return stage_costs(cut(gm, len(rank_of), costs, on, micro_batches=m, rank_of=rank_of), on, 1.0, 1)
-
-        choice = choose(count, costs_for, batch=micro_batches, micro_batches=micro_batches, overlaps=on.overlaps)
+        prices = Prices(
+            gm=gm, costs=costs, on=on, count=micro_batches, divided=data, budget_bytes=int(on.memory_bytes) or None
+        )
+        choice = choose(
+            count, prices.saving, batch=micro_batches, micro_batches=micro_batches, budget_bytes=prices.budget_bytes,
+            again=(prices.light_again, prices.all_again), overlaps=on.overlaps,
+        )  # fmt: skip
         found.append(Prediction(count, micro_batches, choice.candidates))
     return found
 
@@ -245,7 +249,7 @@ def text(size: str, layers: int, length: int, micro_batches: int = 16, ranks: Se
         rows += compare_cuts("Llama-3-8B's width, h100", "llama", 12, wide, on, (2, 3, 4), micro_batches)
     cuts = cut_table(rows)
     print("\n" + cuts + "\n")
-    found = predict(llama(layers, length, _70B if size == "full" else _8B), on, ranks, 4)
+    found = predict(llama(layers, length, _70B if size == "full" else _8B), on, ranks, 4, _DATA)
     return "\n".join(
         [
             "## The automatic cut beside all others",
@@ -258,10 +262,10 @@ def text(size: str, layers: int, length: int, micro_batches: int = 16, ranks: Se
             "## Schedules on H100, predicted",
             "",
             f"A Llama of {layers} layers as wide as Llama-3-{'70B' if size == 'full' else '8B'}, bf16, one sample of {length} "
-            "tokens a micro-batch, four times as many micro-batches as ranks, no data axis. Rates are the datasheet's times "
-            "0.6. The peak has parameters, gradients and two states of an optimiser in the parameters' precision, and what "
-            "eager code saves for its backward: nothing is computed again or sharded to fit, so that much is over the device's "
-            "memory here.",
+            f"tokens a micro-batch, four times as many micro-batches as stages, ZeRO-3 over {_DATA} ranks for each stage, "
+            "whose gathers are not counted. Rates are the datasheet's times 0.6. The peak has a rank's part of parameters, "
+            "gradients and two states of an optimiser in the parameters' precision, and what eager code saves for its backward, "
+            "or as much less as it must to fit, and then computes again.",
             "",
             prediction_table(found, on),
             "",

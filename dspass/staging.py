@@ -16,13 +16,13 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch.fx as fx
 
 from dspass.config import Config
 from dspass.passes import devices
-from dspass.passes.captured_cost import costs_of
+from dspass.passes.captured_cost import NodeCost, costs_of
 from dspass.passes.devices import Device
 from dspass.planner.schedule_times import Link, StageCost, simulate
 from dspass.planner.schedules import NAMES, Choice, choose, make
@@ -95,6 +95,56 @@ def forward_only(schedule: Schedule, count: int) -> Schedule:
     return Schedule("forward only", schedule.ranks, schedule.stages, count, schedule.rank_of, tuple(rows))
 
 
+@dataclass(kw_only=True, eq=False)
+class Prices:
+    """What stages of ``gm`` cost, captured with one of ``count`` micro-batches, wherever they lie: each method is one of
+    :func:`dspass.planner.schedules.choose`'s costs. ``costs`` are those of its nodes ``on`` a device, ``divided`` the ranks of
+    the data axis that parameters and states are divided over. Cuts go by ``boundaries`` and by ``budget_bytes`` of each rank,
+    where there are any."""
+
+    gm: fx.GraphModule
+    costs: Mapping[fx.Node, NodeCost]
+    on: Device
+    count: int
+    divided: int = 1
+    packing: Packing | None = None
+    boundaries: Sequence[str] | None = None
+    budget_bytes: int | None = None
+    _cuts: dict[tuple[int, ...], Cuts] = field(default_factory=dict)
+
+    def cut(self, rank_of: tuple[int, ...]) -> Cuts:
+        """Raises ``CutError``, which is a ``ValueError``."""
+        if rank_of not in self._cuts:
+            self._cuts[rank_of] = self._cut(rank_of)
+        return self._cuts[rank_of]
+
+    def _cut(self, rank_of: tuple[int, ...]) -> Cuts:
+        cut_within = functools.partial(
+            cut, self.gm, len(rank_of), self.costs, self.on,
+            micro_batches=self.count, rank_of=rank_of, boundaries=self.boundaries, packing=self.packing,
+        )  # fmt: skip
+        if self.budget_bytes is not None:
+            memory = Memory(limit=self.budget_bytes, states=_STATES / self.divided)
+            with contextlib.suppress(CutError):  # of what may not fit, the best is tried
+                return cut_within(memory=memory, in_flight=[1] * len(rank_of))
+        return cut_within()
+
+    def saving(self, rank_of: tuple[int, ...], micro_batches: int) -> tuple[list[StageCost], list[Link]]:
+        """Of stages that save all that their backwards read."""
+        return stage_costs(self.cut(rank_of), self.on, self.count / micro_batches, self.divided)
+
+    def light_again(self, rank_of: tuple[int, ...], micro_batches: int) -> tuple[list[StageCost], list[Link]]:
+        """Of stages that compute again what takes no product."""
+        found, links = self.saving(rank_of, micro_batches)
+        made = zip(found, self.cut(rank_of).stages, strict=True)
+        return [_light_again(cost, stage, self.count / micro_batches) for cost, stage in made], links
+
+    def all_again(self, rank_of: tuple[int, ...], micro_batches: int) -> tuple[list[StageCost], list[Link]]:
+        """Of stages that save what arrives alone."""
+        found, links = self.light_again(rank_of, micro_batches)
+        return [_all_again(cost, links[s - 1] if s else None) for s, cost in enumerate(found)], links
+
+
 def plan_stages(
     gm: fx.GraphModule,
     config: Config,
@@ -113,33 +163,12 @@ def plan_stages(
     pipeline = config.pipeline
     on = devices.tabled(kind_of(engine))
     costs = costs_of(gm, on)  # of a step that trains, also where the first call does not
-    packing = packing_of(config)
     divided = max(engine.stages.data.size, 1) if engine.stages is not None and engine.stage else 1
 
-    @functools.cache
-    def cut_on(rank_of: tuple[int, ...]) -> Cuts:
-        cut_within = functools.partial(
-            cut, gm, len(rank_of), costs, on,
-            micro_batches=count, rank_of=rank_of, boundaries=pipeline.boundaries, packing=packing,
-        )  # fmt: skip
-        if budget_bytes is not None:
-            memory = Memory(limit=budget_bytes, states=_STATES / divided)
-            with contextlib.suppress(CutError):  # of what may not fit, the best is tried
-                return cut_within(memory=memory, in_flight=[1] * len(rank_of))
-        return cut_within()
-
-    def costs_for(rank_of: tuple[int, ...], micro_batches: int) -> tuple[Sequence[StageCost], Sequence[Link]]:
-        return stage_costs(cut_on(rank_of), on, count / micro_batches, divided)
-
-    def light_again(rank_of: tuple[int, ...], micro_batches: int) -> tuple[Sequence[StageCost], Sequence[Link]]:
-        found, links = costs_for(rank_of, micro_batches)
-        made = zip(found, cut_on(rank_of).stages, strict=True)
-        return [_light_again(cost, stage, count / micro_batches) for cost, stage in made], links
-
-    def all_again(rank_of: tuple[int, ...], micro_batches: int) -> tuple[Sequence[StageCost], Sequence[Link]]:
-        found, links = light_again(rank_of, micro_batches)
-        return [_all_again(cost, links[s - 1] if s else None) for s, cost in enumerate(found)], links
-
+    prices = Prices(
+        gm=gm, costs=costs, on=on, count=count, divided=divided, packing=packing_of(config), boundaries=pipeline.boundaries,
+        budget_bytes=budget_bytes,
+    )  # fmt: skip
     virtual = pipeline.virtual_stages
     if virtual is None and pipeline.boundaries is not None and (len(pipeline.boundaries) + 1) % pipe.size == 0:
         virtual = (len(pipeline.boundaries) + 1) // pipe.size
@@ -149,16 +178,16 @@ def plan_stages(
     if named and pipeline.micro_batches is not None:
         make(pipeline.schedule, pipe.size, pipeline.micro_batches, virtual)  # its own words for why not
     if pipeline.boundaries is not None:
-        cut_on(tuple(range(pipe.size)) * (virtual or 1))  # whose own words name the boundary, wherever stages lie
+        prices.cut(tuple(range(pipe.size)) * (virtual or 1))  # whose own words name the boundary, wherever stages lie
     chosen = functools.partial(
         choose,
         pipe.size,
-        costs_for,
+        prices.saving,
         batch=batch,
         micro_batches=pipeline.micro_batches,
         names=(pipeline.schedule,) if named else NAMES,
         virtual_stages=virtual,
-        again=(light_again, all_again) if trains else (),
+        again=(prices.light_again, prices.all_again) if trains else (),
         overlaps=on.overlaps,
     )
     try:
@@ -167,8 +196,8 @@ def plan_stages(
         if error.smallest is None:
             raise
         choice = chosen(budget_bytes=error.smallest)
-    _, links = costs_for(choice.schedule.rank_of, choice.schedule.micro_batches)
-    return _staging(cut_on(choice.schedule.rank_of), choice, choice.costs, links, on.overlaps)
+    _, links = prices.saving(choice.schedule.rank_of, choice.schedule.micro_batches)
+    return _staging(prices.cut(choice.schedule.rank_of), choice, choice.costs, links, on.overlaps)
 
 
 def _staging(cuts: Cuts, choice: Choice, costs: Sequence[StageCost], links: Sequence[Link], overlaps: bool) -> Staging:
@@ -254,4 +283,4 @@ def stage_costs(cuts: Cuts, on: Device, rows: float, divided: int) -> tuple[list
     return stages, links
 
 
-__all__ = ["Staging", "forward_only", "packing_of", "plan_stages", "stage_costs"]
+__all__ = ["Prices", "Staging", "forward_only", "packing_of", "plan_stages", "stage_costs"]

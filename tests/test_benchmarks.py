@@ -815,7 +815,7 @@ def test_schedules_for_another_device_are_predicted() -> None:
     shape = pipeline_models.SHAPES["tiny"]["llama"]
     tokens = torch.zeros(1, shape.context, dtype=torch.long)
     gm = pipeline_predicted.capture(pipeline_models.build(shape), pipeline_models.inputs(shape, tokens, tokens))
-    (found,) = pipeline_predicted.predict(gm, CPU, [2], 2)
+    (found,) = pipeline_predicted.predict(gm, CPU, [2], 2, 1)
     text = pipeline_predicted.prediction_table([found], CPU)
     assert found.micro_batches == 4
     assert text.count("| 2 | 4 | 1f1b | 1 |") == 1
