@@ -264,8 +264,8 @@ def text(size: str, layers: int, length: int, micro_batches: int = 16, ranks: Se
             f"A Llama of {layers} layers as wide as Llama-3-{'70B' if size == 'full' else '8B'}, bf16, one sample of {length} "
             f"tokens a micro-batch, four times as many micro-batches as stages, ZeRO-3 over {_DATA} ranks for each stage, "
             "whose gathers are not counted. Rates are the datasheet's times 0.6. The peak has a rank's part of parameters, "
-            "gradients and two states of an optimiser in the parameters' precision, and what eager code saves for its backward, "
-            "or as much less as it must to fit, and then computes again.",
+            "gradients and two states of an optimiser in the parameters' precision, and what eager code saves for its "
+            "backward, or as much less as it must to fit, and then computes again.",
             "",
             prediction_table(found, on),
             "",
