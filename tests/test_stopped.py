@@ -61,6 +61,7 @@ class Runs:
         places = torch.arange(dist.get_world_size()).view(pipe.size, data.size)
         waits_shortly(pipe, places.t().tolist())
         waits_shortly(data, places.tolist())
+        dist.barrier()  # groups are made by the store, which goes with the rank that serves it
 
     def __call__(self) -> None:
         with torch.set_grad_enabled(self.trains):
