@@ -1,8 +1,8 @@
 """What a pipeline would compute otherwise than the model alone, or not at all, and refuses with its reason and the way out.
 
-They look at what is captured, at the first call, and cost later ones nothing. What a micro-batch's graph cannot show, such as a
-batch norm that is written out by hand, stays as it is: models that look at the rows of their batch in that way train otherwise
-in smaller batches, whoever splits them.
+They look at what is captured and at the first call of that, and cost later ones nothing. What a micro-batch's graph cannot show,
+such as a batch norm that is written out by hand, stays as it is: models that look at the rows of their batch in that way train
+otherwise in smaller batches, whoever splits them.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def _argument(node: fx.Node, place: int, name: str) -> Any:
 @contextlib.contextmanager
 def keeping_buffers(root: nn.Module) -> Iterator[None]:
     """Raise where a forward that runs inside gives a module another buffer: micro-batches have made none."""
-    before = [(name, module, key, value) for name, module, key, value in _buffers(root)]
+    before = list(_buffers(root))
     yield
     changed = [(name, module, key, old) for name, module, key, old in before if module._buffers.get(key) is not old]
     for _, module, key, old in changed:
@@ -115,10 +115,7 @@ def same_batch(pipe: Axis, leaves: Sequence[Any]) -> None:
     """Compare what the ranks of one pipeline are called with, and raise on all of them where it differs."""
     if pipe.size == 1:
         return
-    mine = [digest(leaf) for leaf in leaves]
-    everyone: list[Any] = [None] * pipe.size
-    with waiting_for(pipe, "compare batches"):
-        dist.all_gather_object(everyone, mine, pipe.group)
+    everyone = _of_all(pipe, [digest(leaf) for leaf in leaves], "compare batches")
     for place, other in enumerate(everyone):
         if other != everyone[0]:
             raise PipelineUseError(
@@ -133,9 +130,7 @@ def same_cuts(pipe: Axis, graphs: Sequence[StageGraph]) -> None:
     if pipe.size == 1:
         return
     mine = [[(v.name, v.shape, str(v.dtype), v.dims, v.has_gradient) for v in graph.sent] for graph in graphs]
-    everyone: list[Any] = [None] * pipe.size
-    with waiting_for(pipe, "compare stages"):
-        dist.all_gather_object(everyone, mine, pipe.group)
+    everyone = _of_all(pipe, mine, "compare stages")
     for place, other in enumerate(everyone):
         if other != everyone[0]:
             stage = next(i for i, (a, b) in enumerate(zip(everyone[0], other, strict=True)) if a != b)
@@ -145,6 +140,13 @@ def same_cuts(pipe: Axis, graphs: Sequence[StageGraph]) -> None:
                 f"{[shape for _, shape, *_ in everyone[0][stage]]} and {[shape for _, shape, *_ in other[stage]]}. Have the "
                 "model's forward do the same on all ranks, whatever their number, and pass all of them the same batch."
             )
+
+
+def _of_all(pipe: Axis, mine: Any, what: str) -> list[Any]:
+    everyone: list[Any] = [None] * pipe.size
+    with waiting_for(pipe, what):
+        dist.all_gather_object(everyone, mine, pipe.group)
+    return everyone
 
 
 def digest(leaf: Any) -> Any:

@@ -96,6 +96,7 @@ class Built:
     """Of this rank's stages."""
     keeps_for_call: bool
     """See :attr:`dspass.runtime.engine.Engine.keeps_for_call`."""
+    has_answered: bool = False
 
     @property
     def needs_batch(self) -> bool:
@@ -339,21 +340,22 @@ class Pipelined:
     def _collect(self, leaves: Sequence[Any], structure: Any, size: int, count: int) -> _Batches:
         assert self.engine is not None
         calls, inputs, captures, split = [], [], [], set()
-        for i in range(count):
-            part = part_of(leaves, size, count, i)
-            args, kwargs = call = tree_unflatten(part, structure)
-            try:
-                with compat.ignoring_logs(), compat.in_one_piece(_broken), wanting_gradients(self.engine):
-                    self._captured(self.root, *args, **kwargs)
-            except _Collected as found:
-                captures.append(found.capture)
-                inputs.append(found.inputs)
-                calls.append(call)
-            else:
-                raise PipelineUseError("the model's forward computes nothing that could be divided over ranks.")
-            if i == 0:
-                parts = {id(t) for t, whole in zip(part, leaves, strict=True) if t is not whole}
-                split = {j for j, value in enumerate(inputs[0]) if id(value) in parts}
+        with wanting_gradients(self.engine):
+            for i in range(count):
+                part = part_of(leaves, size, count, i)
+                args, kwargs = call = tree_unflatten(part, structure)
+                try:
+                    with compat.ignoring_logs(), compat.in_one_piece(_broken):
+                        self._captured(self.root, *args, **kwargs)
+                except _Collected as found:
+                    captures.append(found.capture)
+                    inputs.append(found.inputs)
+                    calls.append(call)
+                else:
+                    raise PipelineUseError("the model's forward computes nothing that could be divided over ranks.")
+                if i == 0:
+                    parts = {id(t) for t, whole in zip(part, leaves, strict=True) if t is not whole}
+                    split = {j for j, value in enumerate(inputs[0]) if id(value) in parts}
         if any(capture is not captures[0] for capture in captures):
             raise PipelineUseError(
                 "micro-batches of one call were captured as different graphs: the model's forward depends on values of its "
@@ -512,8 +514,11 @@ class Pipelined:
         self._answers_kept = answers if self._keeps_answers else None
         try:
             args, kwargs = batches.calls[0]
-            with compat.ignoring_logs(), checks.keeping_buffers(self.root), wanting_gradients(engine):
-                return self._captured(self.root, *args, **kwargs)
+            kept = contextlib.nullcontext() if built.has_answered else checks.keeping_buffers(self.root)
+            with compat.ignoring_logs(), kept, wanting_gradients(engine):
+                answer = self._captured(self.root, *args, **kwargs)
+            built.has_answered = True
+            return answer
         finally:
             self._answer = None
 

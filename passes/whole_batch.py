@@ -213,7 +213,7 @@ def mixes_rows(graph: fx.Graph, whole: fx.Graph, micro_batches: int) -> fx.Node 
         if name_of(node) in _ATTENTION:
             is_mixed = any(range(value_of(n).dim())[_ATTENTION[name_of(node)]] in dims[n] for n in arguments[:3])
         elif name_of(node) == "embedding":
-            is_mixed = bool(dims[arguments[1]])
+            is_mixed = bool(dims[arguments[0 if node.target is torch.embedding else 1]])  # the table
         else:
             is_mixed = len(dims[node]) > 1 and _is_float(node) and all(len(dims[n]) < 2 for n in arguments)
             is_mixed = is_mixed and sum(bool(dims[n]) for n in arguments) > 1

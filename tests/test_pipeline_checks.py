@@ -139,6 +139,14 @@ def _of_one_table(_: Layer, h: torch.Tensor, table: torch.Tensor) -> torch.Tenso
     return (h @ table[0].mT).softmax(-1).square().mean()
 
 
+def _by_torch_s_own_operator(m: Layer, h: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    return (h * torch.embedding(m.means.view(4, 2), ids).sum(-1)).square().mean() + h.square().mean()
+
+
+def test_a_table_that_comes_first_is_no_batch() -> None:
+    run(1, _loss, _by_torch_s_own_operator, _drawn(8, 8), torch.arange(64).view(8, 8) % 4)
+
+
 def test_a_table_with_a_dimension_in_front_stays_whole() -> None:
     run(1, _loss, _of_one_table, _drawn(8, 8), _drawn(1, 8, 8))
 
