@@ -1,6 +1,6 @@
 """What a pipeline would compute otherwise than the model alone, or not at all, and refuses with its reason and the way out.
 
-They look at what is captured and at the first call of that, and cost later ones nothing. What a micro-batch's graph cannot show,
+They look at what is captured and at the first call of that, and cost later ones nothing. What one of its graphs cannot show,
 such as a batch norm that is written out by hand, stays as it is: models that look at the rows of their batch in that way train
 otherwise in smaller batches, whoever splits them.
 """
