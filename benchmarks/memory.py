@@ -37,7 +37,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from benchmarks import zero
 from benchmarks.memory_bench import Bench
@@ -52,10 +51,8 @@ _KEPT = {"MALLOC_TRIM_THRESHOLD_": "4000000000", "MALLOC_MMAP_THRESHOLD_": "4000
 
 
 def run(options: argparse.Namespace) -> int:
-    begin = time.time()
     folder = Path(options.out)
     folder.mkdir(parents=True, exist_ok=True)
-    stem = f"memory-{options.preset}-{options.ranks}r-cpu"
     solvers = [s for s in options.solvers.split(",") if s != "ilp" or find_spec("scipy")]
     notes = []
     if options.ranks == 1 and len(solvers) < len(options.solvers.split(",")):
@@ -66,8 +63,7 @@ def run(options: argparse.Namespace) -> int:
         environment |= _KEPT
         notes.append(f"In every process {' '.join(f'{k}={v}' for k, v in _KEPT.items())}.")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that all processes are ended then, too
-    parts: list[str] = []
-    models: dict[str, list[dict[str, Any]]] = {}
+    written: list[Path] = []
     failures = 0
     try:
         if options.calibrate:
@@ -75,6 +71,7 @@ def run(options: argparse.Namespace) -> int:
         else:
             environment.pop("DSPASS_DEVICES")
         for model in options.models.split(","):
+            begin = time.time()
 
             def make(point: Point, model: str = model) -> Ranks:
                 return Ranks(point, model, options.preset, options.ranks, environment)
@@ -85,32 +82,40 @@ def run(options: argparse.Namespace) -> int:
             finally:
                 bench.close()
             failures += sum(p.error is not None for p in points)
+            told = list(notes)
             if not options.calibrate and any(p.predicted_seconds for p in points):
                 source = (
                     "an earlier calibration" if any(p.is_calibrated for p in points) else "rough figures of a CPU core"
                 )
-                notes.append(f"{model}: the device was not measured for this run; predictions are from {source}.")
+                told.append(f"The device was not measured for this run; predictions are from {source}.")
             if bench.waves > 1:
-                notes.append(
-                    f"{model}: not all points fit into {bench.limit / zero.GIB:.0f} GiB: {bench.waves} waves, each beside "
-                    "dspass fastest; times are multiplied by its median over all waves, over its median in the point's wave."
+                told.append(
+                    f"Not all points fit into {bench.limit / zero.GIB:.0f} GiB: {bench.waves} waves, each beside dspass "
+                    "fastest; times are multiplied by its median over all waves, over its median in the point's wave."
                 )
-            (folder / f"{stem}-{model}.svg").write_text(plot(_title(model, options), points))
-            parts.append(table(model, points) + f"\n\n![{model}]({stem}-{model}.svg)")
-            print("\n" + parts[-1] + "\n")
-            models[model] = [asdict(p) for p in points]
             # After each model: a run that is cut short keeps what it has.
-            head = _head(options, time.time() - begin, notes)
-            (folder / f"{stem}.md").write_text("\n\n".join([*head, *parts]) + "\n")
-            found = {"command": _command(), "seconds": time.time() - begin, "notes": notes, "models": models}
-            (folder / f"{stem}.json").write_text(json.dumps(found, indent=1) + "\n")
+            written.append(_write(folder, model, options, points, told, time.time() - begin))
     except KeyboardInterrupt:
-        print(f"stopped by hand; models that were done: {', '.join(models) or 'none'}", file=sys.stderr)
+        print(f"stopped by hand; written: {', '.join(map(str, written)) or 'nothing'}", file=sys.stderr)
         return 130
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    print(f"written: {folder / stem}.md, .json and a plot of each model")
+    print(f"written, with .json and a plot beside each: {', '.join(map(str, written))}")
     return int(failures > 0)
+
+
+def _write(
+    folder: Path, model: str, options: argparse.Namespace, points: Sequence[Point], notes: Sequence[str], seconds: float
+) -> Path:
+    """One model's page, its plot and all figures behind it; the page is printed, too."""
+    page = folder / f"memory-{options.preset}-{options.ranks}r-cpu-{model}.md"
+    found = table(points)
+    print(f"\n{found}\n")
+    page.with_suffix(".svg").write_text(plot(_title(model, options), points))
+    page.write_text("\n\n".join([*_head(model, options, seconds, notes), found, f"![{model}]({page.stem}.svg)"]) + "\n")
+    figures = {"command": _command(), "seconds": seconds, "notes": notes, "points": [asdict(p) for p in points]}
+    page.with_suffix(".json").write_text(json.dumps(figures, indent=1) + "\n")
+    return page
 
 
 def _environment(scratch: Path) -> dict[str, str]:
@@ -158,11 +163,11 @@ def _title(model: str, options: argparse.Namespace) -> str:
     return f"{model}, preset {options.preset}, {options.ranks} rank{'s' if options.ranks > 1 else ''}"
 
 
-def _head(options: argparse.Namespace, seconds: float, notes: Sequence[str]) -> list[str]:
+def _head(model: str, options: argparse.Namespace, seconds: float, notes: Sequence[str]) -> list[str]:
     ranks = "1 rank, no process group" if options.ranks == 1 else f"{options.ranks} ranks (gloo), ZeRO stage 3"
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers"))
     return [
-        f"# Step time against peak memory, preset {options.preset}, {options.ranks} rank{'s' if options.ranks > 1 else ''}",
+        f"# Step time against peak memory: {_title(model, options)}",
         f"`{_command()}`",
         f"{time.strftime('%Y-%m-%d')}, {ranks}, on {device('cpu')}; {versions}, Python {platform.python_version()}; "
         f"AdamW(fused=True), fp32, one thread a rank; {options.rounds} rounds of one step, one point at a time, in an order "

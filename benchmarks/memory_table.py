@@ -47,15 +47,13 @@ def compare(points: Sequence[Point], grace: float = GRACE) -> list[Comparison]:
     return found
 
 
-def table(model: str, points: Sequence[Point]) -> str:
-    """Markdown of one model."""
+def table(points: Sequence[Point]) -> str:
+    """Markdown of one model's points."""
     failed = [p for p in points if p.error is not None]
     points = sorted((p for p in points if p.error is None), key=lambda p: (p.system, -p.peak, -(p.budget or 0)))
     unplanned = next((p for p in points if p.system == "dspass" and p.budget is None), None)
     smallest = min((p.budget for p in (*points, *failed) if p.system == "dspass" and p.budget is not None), default=0)
     lines = [
-        f"## {model}",
-        "",
         "| system | budget | predicted peak | measured peak | of budget | of prediction | step, median | predicted step "
         "| of measured | losses |",
         "|---|---|---|---|---|---|---|---|---|---|",

@@ -82,16 +82,16 @@ def test_peers_are_compared_with_the_best_at_no_more_memory_and_at_no_more_time(
 
 def test_the_table_says_what_was_missed() -> None:
     measured = points()
-    text = table("gpt", measured)
+    text = table(measured)
     assert "- met: measured peak within the budget (1 % grace): 2 of 2, at most 1.000 of it" in text
     assert "1 peers' points take less memory than all of ours" in text
     assert "- missed: at equal time the median peak is at most 0.9 of a peer's: 1.00 of 3" in text
     assert "| inductor + checkpoint | none | 1.200 |" in text
     measured.append(Point("dspass", "1 MB", budget=10**6, error="refused: too small"))
-    assert "- failed: dspass 1 MB: refused: too small" in table("gpt", measured)
+    assert "- failed: dspass 1 MB: refused: too small" in table(measured)
     measured[2].peak = 70_000_000
     measured[2].losses[1] = 0.4
-    text = table("gpt", measured)
+    text = table(measured)
     assert "- missed: measured peak within the budget (1 % grace): 1 of 2, at most 1.167 of it" in text
     assert "- missed: losses bitwise those of the unplanned run: 1 of 2" in text
     assert "2.0e-01" in text
@@ -100,13 +100,13 @@ def test_the_table_says_what_was_missed() -> None:
 def test_a_table_without_a_point_of_ours_says_so() -> None:
     measured = [p for p in points() if p.system != "dspass"]
     measured.append(Point("dspass", "fastest", budget=PLENTY, error="no luck"))
-    text = table("gpt", measured)
+    text = table(measured)
     assert "- missed: no budget of dspass's was measured" in text
     assert "| inductor dp 1.00 | none | none |" in text
 
 
 def test_a_sweep_that_meets_everything() -> None:
-    text = table("gpt", sweep())
+    text = table(sweep())
     assert "- met: predicted step time within 15 % of the measured: 11 of 11, worst ratio 1.000" in text
     assert "- met: predicted step time never rises as the budget grows: 55 pairs, worst 0.967" in text
     assert "- met: measured step time never rises by more than 5 % as the budget grows: 55 pairs, worst 0.967" in text
@@ -120,7 +120,7 @@ def test_a_sweep_that_misses() -> None:
     measured[-1].seconds = {0: [0.035]}  # 14 MB: predicted 26 ms
     measured[-2].predicted_seconds = 0.0285  # 13 MB: measured 27 ms
     measured[-2].decision = measured[-3].decision
-    text = table("gpt", measured)
+    text = table(measured)
     assert "- missed: predicted step time within 15 % of the measured: 5 of 6, worst ratio 0.743 (dspass 14 MB)" in text
     assert "worst 1.018, from dspass 12 MB (28.00 ms) to dspass 13 MB (28.50 ms)" in text
     assert "as the budget grows: 15 pairs, worst 1.296, from dspass 13 MB (27.00 ms) to dspass 14 MB (35.00 ms)" in text
@@ -132,7 +132,7 @@ def test_one_factor_for_the_model_mends_predictions_that_are_off_alike() -> None
     measured = sweep()
     for p in measured:
         p.predicted_seconds = p.predicted_seconds and p.predicted_seconds / 2
-    text = table("gpt", measured)
+    text = table(measured)
     assert "- missed: predicted step time within 15 % of the measured: 0 of 11, worst ratio 0.500" in text
     assert "- with one factor for the model (1/0.500), as dspass keeps after eleven steps: 11 of 11" in text
 
@@ -291,7 +291,7 @@ def test_a_point_that_fails_is_said_and_the_others_go_on() -> None:
     assert errors == {name.partition(" ")[2]: f"{name}: rank 1 failed: ValueError: bad luck" for name in failing}
     assert all(len(p.seconds[0]) == 3 for p in measured if not p.error)
     assert "closed FSDP2" in log
-    assert "- failed: FSDP2: start FSDP2: rank 1 failed: ValueError: bad luck" in table("gpt", measured)
+    assert "- failed: FSDP2: start FSDP2: rank 1 failed: ValueError: bad luck" in table(measured)
 
 
 def test_without_a_plan_the_peers_run_all_the_same() -> None:
