@@ -20,7 +20,8 @@ from pathlib import Path
 
 from benchmarks.workers import Group
 
-#: Width, layers, heads, tokens a sample and samples of a rank: activations are several times the states, but for "states".
+#: Width, layers, heads, tokens a sample and samples of a rank: activations are several times the states, but for "states" and
+#: "85m", which has 0.9 GB of them beside 1.4 GB.
 PRESETS = {
     "states": (768, 8, 12, 64, 2),
     "tiny": (64, 2, 2, 32, 4),

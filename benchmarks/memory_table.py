@@ -5,6 +5,7 @@ Met or missed is computed, never said beforehand.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,23 +27,34 @@ BETWEEN, PLANS = 8, 6
 
 @dataclass
 class Comparison:
-    """Of a peer's point: dspass's best step time at no more memory, and least peak at no more time, as ratios."""
+    """Of a peer's point: dspass's best step time at no more memory, and least peak at no more time, as ratios to the point's,
+    and to those of the best that any peer has there."""
 
     peer: Point
     time: float | None
     memory: float | None
+    best_time: float | None
+    best_memory: float | None
 
 
 def compare(points: Sequence[Point], grace: float = GRACE) -> list[Comparison]:
     """None where dspass has no point at so little memory, or as fast. Points are not interpolated."""
     points = [p for p in points if p.error is None]
-    ours = [p for p in points if p.is_planned]
+    ours, peers = [p for p in points if p.is_planned], [p for p in points if p.system != "dspass"]
     found = []
-    for peer in (p for p in points if p.system != "dspass"):
-        times = [p.step for p in ours if p.peak <= peer.peak * (1 + grace)]
-        peaks = [p.peak for p in ours if p.step <= peer.step * (1 + grace)]
+    for peer in peers:
+        time = min((p.step for p in ours if p.peak <= peer.peak * (1 + grace)), default=None)
+        peak = min((p.peak for p in ours if p.step <= peer.step * (1 + grace)), default=None)
+        fastest = min(p.step for p in peers if p.peak <= peer.peak)
+        smallest = min(p.peak for p in peers if p.step <= peer.step)
         found.append(
-            Comparison(peer, min(times) / peer.step if times else None, min(peaks) / peer.peak if peaks else None)
+            Comparison(
+                peer,
+                time and time / peer.step,
+                peak and peak / peer.peak,
+                time and time / fastest,
+                peak and peak / smallest,
+            )
         )
     return found
 
@@ -61,11 +73,12 @@ def table(points: Sequence[Point]) -> str:
         "",
         *(f"- failed: {p.name}: {' '.join((p.error or '').split())[-300:]}" for p in failed),
         *([""] if failed else []),
-        *_checks(points, unplanned, smallest),
+        *_checks(points, unplanned, smallest, sum(p.is_planned for p in failed)),
     ]
     comparisons = compare(points)
     lines += [
         *_against(comparisons),
+        *_unplanned(unplanned, comparisons),
         "",
         "| peer | our step time at its peak | our peak at its step time |",
         "|---|---|---|",
@@ -93,18 +106,22 @@ def _row(p: Point, unplanned: Point | None) -> str:
 
 def _losses(ours: Sequence[float], base: Sequence[float]) -> str:
     """The largest relative difference, over the steps that both took."""
-    worst = max((abs(a - b) / abs(b) for a, b in zip(ours, base, strict=False)), default=0.0)
+    pairs = list(zip(ours, base, strict=False))
+    if not all(math.isfinite(loss) for pair in pairs for loss in pair):
+        return "not finite"
+    worst = max((abs(a - b) / abs(b) for a, b in pairs), default=0.0)
     return "equal" if worst == 0 else f"{worst:.1e}"
 
 
-def _checks(points: Sequence[Point], unplanned: Point | None, smallest: int) -> list[str]:
-    """Of dspass's points, by rising budget."""
+def _checks(points: Sequence[Point], unplanned: Point | None, smallest: int, lost: int) -> list[str]:
+    """Of dspass's points, by rising budget; ``lost`` are those that failed."""
     planned = sorted((p for p in points if p.is_planned), key=lambda p: p.budget or 0)
     if not planned:
         return ["- missed: no budget of dspass's was measured"]
     held = [p for p in planned if p.peak <= (p.budget or 0) * (1 + GRACE)]
     near = [p for p in planned if p.predicted and abs(p.peak / p.predicted - 1) <= PEAK_MISS]
     lines = [
+        f"- {said(not lost)}: every budget was measured: {len(planned)} of {len(planned) + lost}",
         f"- {said(len(held) == len(planned))}: measured peak within the budget (1 % grace): {len(held)} of {len(planned)}, "
         f"at most {max(p.peak / (p.budget or 1) for p in planned):.3f} of it",
         f"- {said(len(near) == len(planned))}: predicted peak within 3 % of the measured: {len(near)} of {len(planned)}",
@@ -165,23 +182,27 @@ def _sweep(planned: Sequence[Point]) -> list[str]:
 
 
 def _against(comparisons: Sequence[Comparison]) -> list[str]:
-    times = [c.time for c in comparisons if c.time is not None]
-    peaks = [c.memory for c in comparisons if c.memory is not None]
-    lines = []
-    if times:
-        beaten = sum(t <= 1.0 for t in times)
-        lines.append(
-            f"- {said(beaten == len(times))}: at equal peak no slower than a peer: {beaten} of {len(times)}, ratios "
-            f"{min(times):.2f} to {max(times):.2f}; {len(comparisons) - len(times)} peers' points take less memory than all of "
-            "ours"
-        )
-    if peaks:
-        lines.append(
-            f"- {said(statistics.median(peaks) <= 0.9)}: at equal time the median peak is at most 0.9 of a peer's: "
-            f"{statistics.median(peaks):.2f} of {len(peaks)}; {len(comparisons) - len(peaks)} peers' points are faster than "
-            "all of ours"
-        )
-    return lines
+    """With what the best peer has at each peer's peak, and at each peer's time."""
+    times = [c.best_time for c in comparisons if c.best_time is not None]
+    peaks = [c.best_memory for c in comparisons if c.best_memory is not None]
+    beaten = sum(t <= 1.0 for t in times)
+    ratios = f", ratios {min(times):.2f} to {max(times):.2f}" if times else ""
+    median = statistics.median(peaks) if peaks else math.inf
+    return [
+        f"- {said(bool(times) and beaten == len(times))}: at equal peak no slower than the best peer: {beaten} of "
+        f"{len(times)}{ratios}; {len(comparisons) - len(times)} peers' points take less memory than all of ours",
+        f"- {said(median <= 0.9)}: at equal time the median peak is at most 0.9 of the best peer's: "
+        f"{f'{median:.2f} of {len(peaks)}' if peaks else 'none in common'}; {len(comparisons) - len(peaks)} peers' points are "
+        "faster than all of ours",
+    ]
+
+
+def _unplanned(unplanned: Point | None, comparisons: Sequence[Comparison]) -> list[str]:
+    """How much of the lead in time is not a plan's."""
+    if unplanned is None or not comparisons:
+        return []
+    fastest = min((c.peer for c in comparisons), key=lambda peer: peer.step)
+    return [f"- without a plan a step takes {unplanned.step / fastest.step:.2f} of the fastest peer's, {fastest.name}"]
 
 
 def said(met: bool) -> str:

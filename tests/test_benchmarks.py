@@ -85,16 +85,21 @@ def test_the_table_says_what_was_missed() -> None:
     text = table(measured)
     assert "- met: measured peak within the budget (1 % grace): 2 of 2, at most 1.000 of it" in text
     assert "1 peers' points take less memory than all of ours" in text
-    assert "- missed: at equal time the median peak is at most 0.9 of a peer's: 1.00 of 3" in text
+    assert "- missed: at equal time the median peak is at most 0.9 of the best peer's: 1.20 of 3" in text
+    assert "- without a plan a step takes 0.91 of the fastest peer's, inductor dp 1.00" in text
     assert "| inductor + checkpoint | none | 1.200 |" in text
-    measured.append(Point("dspass", "1 MB", budget=10**6, error="refused: too small"))
-    assert "- failed: dspass 1 MB: refused: too small" in table(measured)
+    assert "- met: every budget was measured: 2 of 2" in text
+    text = table([*measured, Point("dspass", "1 MB", budget=10**6, error="refused: too small")])
+    assert "- failed: dspass 1 MB: refused: too small" in text
+    assert "- missed: every budget was measured: 2 of 3" in text
     measured[2].peak = 70_000_000
     measured[2].losses[1] = 0.4
     text = table(measured)
     assert "- missed: measured peak within the budget (1 % grace): 1 of 2, at most 1.167 of it" in text
     assert "- missed: losses bitwise those of the unplanned run: 1 of 2" in text
     assert "2.0e-01" in text
+    measured[2].losses[1] = float("nan")
+    assert "| not finite |" in table(measured)
 
 
 def test_a_table_without_a_point_of_ours_says_so() -> None:
@@ -103,6 +108,8 @@ def test_a_table_without_a_point_of_ours_says_so() -> None:
     text = table(measured)
     assert "- missed: no budget of dspass's was measured" in text
     assert "| inductor dp 1.00 | none | none |" in text
+    assert "- missed: at equal peak no slower than the best peer: 0 of 0" in text
+    assert "- missed: at equal time the median peak is at most 0.9 of the best peer's: none in common" in text
 
 
 def test_a_sweep_that_meets_everything() -> None:
@@ -112,7 +119,7 @@ def test_a_sweep_that_meets_everything() -> None:
     assert "- met: measured step time never rises by more than 5 % as the budget grows: 55 pairs, worst 0.967" in text
     assert "- met: at least 8 budgets strictly between the smallest and save-everything: 9" in text
     assert "- met: at least 6 distinct plans among these: 9" in text
-    assert "missed" not in text
+    assert text.count("- missed") == 2, "no peer was measured"
 
 
 def test_a_sweep_that_misses() -> None:
