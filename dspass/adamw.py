@@ -195,12 +195,6 @@ class AdamW(torch.optim.Optimizer):
         return own_adamw(min(bits.values()), lambda param: bytes_of_adamw(param, bits.get(id(param), 32)))
 
 
-def stepping(params: Iterable[torch.Tensor]) -> AdamW | None:
-    """The one that is alive and steps one of ``params``."""
-    ids = {id(param) for param in params}
-    return next((o for o in list(_alive) if any(id(p) in ids for g in o.param_groups for p in g["params"])), None)
-
-
 def _number(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     assert isinstance(optimizer, AdamW)
     for group in optimizer.param_groups:
@@ -280,4 +274,4 @@ def _check(param: torch.Tensor) -> None:
         raise ValueError(f"{what} is divided as {param.placements} and its gradient as {grad.placements}.")
 
 
-__all__ = ["AdamW", "stepping"]
+__all__ = ["AdamW"]

@@ -122,6 +122,8 @@ def deepspeed(
     engine = new_engine(root, config)
     if not engine.compilations:
         compat.allow_compilations(1)
+    if root is None:
+        engine.loose = {f"parameter_{i}": weakref.ref(p) for i, p in enumerate(params)}
     specs = _plain_specs(engine, root, params, config)
     engine.deferred |= compat.in_resumed_frame() or _used_outside(heap, root, params)
     mark_plain(gm, example_inputs, specs)

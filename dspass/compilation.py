@@ -13,6 +13,7 @@ import torch
 import torch.fx as fx
 
 from dspass.config import Config
+from dspass.hosting import move_out
 from dspass.lowering.segments import SegmentCompiler, lower, shared_order
 from dspass.lowering.stage_backward import StageBackward
 from dspass.passes import devices
@@ -169,7 +170,23 @@ def compile_graph(
         decompositions=compat.inductor_decompositions(patches),
         keep_inference_input_mutations=True,
     )
-    return backend(gm, list(inputs))
+    run: Callable[..., Any] = backend(gm, list(inputs))
+    if done.plan is None or not done.plan.decision.states_on_host:
+        return run
+    return torch._dynamo.disable(_AfterMoving(run, engine), reason="sends states to the host first")
+
+
+class _AfterMoving:
+    """A planned graph, preceded once by the way of states to the host, which the plan counts there."""
+
+    def __init__(self, run: Callable[..., Any], engine: Engine) -> None:
+        self.run, self.engine, self.is_moved = run, engine, False
+
+    def __call__(self, *inputs: Any) -> Any:
+        if not self.is_moved:
+            self.is_moved = True
+            move_out(self.engine)
+        return self.run(*inputs)
 
 
 def _refine(done: Compilation) -> None:

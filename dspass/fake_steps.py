@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from dspass.optimizers import Optimizers
 from dspass.runtime import compat
 from dspass.runtime.axis import MODELLED
 from dspass.runtime.engine import Engine
@@ -105,6 +106,8 @@ class Steps:
             with contextlib.nullcontext() if self.engine.compilations else self.ledger.watching():
                 loss.backward()
             self.ledger.phase = "forward"
+            if not self.engine.compilations:
+                break  # autograd's own backward of fake tensors tells the engine nothing: no call of a step to count
         if self.train:
             self._optimizer_step()
 
@@ -121,7 +124,7 @@ class Steps:
             # Where they wait was decided behind the step that made them, if a plan did.
             waits = param in away or id(param) in hosted
             self.ledger.note(self.kept[id(param)], HOST if waits else "optimizer")
-        for moment in step_moments(self.engine, trained):
+        for moment in step_moments(self.engine, Optimizers(self.engine), trained):
             came, made = (torch.empty(count, dtype=torch.uint8) for count in (moment.states, moment.temporaries))
             self.ledger.note(came, "optimizer")
             self.ledger.note(made)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from dspass.config import Config
+from dspass.optimizers import Optimizers
 from dspass.runtime.engine import Engine
 from dspass.runtime.host import is_on_host
 from dspass.runtime.host_states import LEAST_BYTES, local_bytes, local_of
@@ -25,6 +26,13 @@ def host(engine: Engine, names: list[str] | tuple[str, ...]) -> None:
     """From the next step on the states of the named parameters wait on the host."""
     params = engine.params()
     engine.host_states.add(params[name] for name in names)
+
+
+def move_out(engine: Engine) -> None:
+    """Send to the host what was made on the device before a plan was, as in the first step of the one-line way."""
+    if engine.supposed_optimizer is None and engine.host_states:
+        for optimizer in Optimizers(engine).alive:
+            engine.host_states.leave(optimizer)
 
 
 def shares(params: Mapping[str, torch.Tensor], ratio: float, count: int) -> list[tuple[str, ...]]:

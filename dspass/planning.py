@@ -26,6 +26,7 @@ from dspass.config import Config
 from dspass.hosting import host
 from dspass.lowering.simulate import GraphSimulator, InductorSimulator
 from dspass.lowering.stage_backward import StageBackward
+from dspass.optimizers import Optimizers
 from dspass.passes import calibration, cost, devices
 from dspass.passes.base import Pass, PassContext, run_passes
 from dspass.passes.bucket_gathers import BucketGathers
@@ -47,7 +48,7 @@ from dspass.runtime import compat
 from dspass.runtime.engine import Engine
 from dspass.runtime.params import lookup
 from dspass.runtime.traffic import gather_cost, reduce_cost
-from dspass.settings import kind_of, settings_of, state_of, states_bytes
+from dspass.settings import kind_of, settings_of, state_of, states_bytes, waiting_bytes
 
 #: A graph that reads this share of the parameters that no earlier one does is taken for the last one.
 _ALONE = 0.9
@@ -113,12 +114,14 @@ def planned(
             return read
         assert budget is not None
         on = devices.planned_for(kind_of(engine))
-        state, states = state_of(engine), states_bytes(engine)
+        optimizers = Optimizers(engine)
+        state, states = state_of(engine, optimizers), states_bytes(engine, optimizers)
         here, gradients = _of_this_graph(sized.graph, num_fwd_outputs, free)
         if place is None:
             state = replace(state, elsewhere=held + max(state.trained - gradients, 0), here=here)
-        elif engine.accumulation_steps > 1:  # what earlier calls have left
-            state = replace(state, elsewhere=state.trained)
+        if engine.accumulation_steps > 1:
+            own = state.trained if place is not None else gradients + waiting_bytes(engine)
+            state = replace(state, accumulated=own)
         simulator = _simulator(engine, patches)
 
         def run(forward: fx.GraphModule, backward: fx.GraphModule) -> Peak:
@@ -165,9 +168,10 @@ def planned(
                 + _seconds(cost.estimate(backward.graph, on), engine, place)
                 + cost.holding_seconds(forward.graph, on)
             ),
-            settings=settings_of(sized.graph, engine, config, passes, states, on, exposed),
+            settings=settings_of(sized.graph, engine, config, passes, states, optimizers, on, exposed),
             share=share if share < _ALONE else 1.0,
             scale=on.steps.get(_model_key(made_for), 1.0),
+            runs=engine.accumulation_steps * (place.schedule.micro_batches if place is not None else 1),
             **_words(place, engine),
         ).plan()
         plan = replace(plan, parameters=here)

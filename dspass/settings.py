@@ -3,15 +3,14 @@ parameter, as they are or as they will be."""
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.fx as fx
 
-from dspass import adamw
 from dspass.config import Config
 from dspass.hosting import shares
+from dspass.optimizers import Optimizers
 from dspass.passes import cost, devices
 from dspass.passes.base import Pass
 from dspass.passes.bucket_gathers import BucketGathers
@@ -23,7 +22,7 @@ from dspass.planner.record import Setting
 from dspass.runtime.engine import Engine
 from dspass.runtime.host_states import HostStates, local_bytes
 from dspass.runtime.params import ParamSpec, lookup
-from dspass.runtime.stepping import ADAMW, Moment, Optimizer, moments
+from dspass.runtime.stepping import Moment, moments
 
 #: How often in a step each parameter's bucket travels, by stage.
 _TRIPS = {0: 1, 1: 2, 2: 2, 3: 3}
@@ -44,6 +43,7 @@ def settings_of(
     config: Config,
     passes: Sequence[Pass],
     states: Mapping[str, int],
+    optimizers: Optimizers,
     on: devices.Device,
     exposed: float,
 ) -> tuple[Setting, ...]:
@@ -71,7 +71,7 @@ def settings_of(
         away += shares({n: params[n] for n in states}, config.offload_optimizer_ratio, _SHARES)
     found = []
     trained = [p for p in engine.params().values() if p.requires_grad]
-    at_first = step_bytes(engine, trained)
+    at_first = step_bytes(engine, optimizers, trained)
     for names in away:
         total = sum(states[n] for n in names)
         if on.host_memory_bytes and total > on.host_memory_bytes:
@@ -84,7 +84,7 @@ def settings_of(
                     seconds=more,
                     states=names,
                     states_bytes=total,
-                    part_bytes=step_bytes(engine, trained, names) - at_first,
+                    part_bytes=step_bytes(engine, optimizers, trained, names) - at_first,
                     copy_seconds=seconds,
                 )
             )
@@ -96,10 +96,11 @@ def _item(spec: ParamSpec) -> Item:
     return Item((spec.name,), (spec.gathered_bytes,), spec.numel, spec.shard_axis if grouped else None)
 
 
-def step_moments(engine: Engine, trained: Sequence[torch.Tensor], away: Sequence[str] = ()) -> Iterator[Moment]:
+def step_moments(
+    engine: Engine, optimizers: Optimizers, trained: Sequence[torch.Tensor], away: Sequence[str] = ()
+) -> Iterator[Moment]:
     """What the optimiser's step of the ``trained`` parameters holds, where the states of those named ``away`` wait on the host
-    beside those that already do. The optimiser is a prediction's, or AdamW with its defaults, on the device that is the target.
-    """
+    beside those that already do, on the device that is the target."""
     params = engine.params()
     waiting = HostStates(part_elements=engine.host_states.part_elements)
     waiting.add(engine.host_states)
@@ -108,16 +109,18 @@ def step_moments(engine: Engine, trained: Sequence[torch.Tensor], away: Sequence
     return moments(
         trained,
         waiting,
-        _optimizer_of(engine),
+        optimizers.planned,
         together=on.has_own_memory,
         overlaps=on.overlaps,
         hosted=frozenset(id(spec.param()) for spec in engine.specs.values() if spec.on_host),
     )
 
 
-def step_bytes(engine: Engine, trained: Sequence[torch.Tensor], away: Sequence[str] = ()) -> int:
+def step_bytes(
+    engine: Engine, optimizers: Optimizers, trained: Sequence[torch.Tensor], away: Sequence[str] = ()
+) -> int:
     """The most of :func:`step_moments`."""
-    return max((moment.bytes for moment in step_moments(engine, trained, away)), default=0)
+    return max((moment.bytes for moment in step_moments(engine, optimizers, trained, away)), default=0)
 
 
 def kind_of(engine: Engine) -> str:
@@ -126,8 +129,8 @@ def kind_of(engine: Engine) -> str:
     return engine.target or next((p.device.type for s in engine.specs.values() if (p := s.param()) is not None), "cpu")
 
 
-def state_of(engine: Engine) -> State:
-    """Shards, buffers, and the states of the optimiser that holds them: as they are, or as AdamW makes them if none exist.
+def state_of(engine: Engine, optimizers: Optimizers) -> State:
+    """Shards, buffers, and the states of the optimiser that holds them: as they are, or as they will be.
     What waits on the host is not counted, but for what of it comes while the optimiser steps."""
     root = engine.root() if engine.root is not None else None
     hosted = {id(spec.param()) for spec in engine.specs.values() if spec.on_host}
@@ -136,39 +139,24 @@ def state_of(engine: Engine) -> State:
     trained = [p for p in engine.params().values() if p.requires_grad]
     return State(
         parameters=sum(sizes.values()) + buffers,
-        states=sum(states_bytes(engine).values()),
-        optimizer=step_bytes(engine, trained),
+        states=sum(states_bytes(engine, optimizers).values()),
+        optimizer=step_bytes(engine, optimizers, trained),
         trained=sum(sizes.get(id(p), 0) for p in trained),
     )
 
 
-def states_bytes(engine: Engine) -> dict[str, int]:
-    """Bytes of the optimiser's states on the device by parameter: as they are, or as AdamW makes them, or as a prediction
-    supposes."""
+def waiting_bytes(engine: Engine) -> int:
+    """Whole gradients of earlier micro-batches that wait for the last one's, as they do at stage 1."""
+    if engine.lifetimes != 1:
+        return 0
+    return sum(spec.numel * spec.reduce_dtype.itemsize for spec in engine.specs.values() if spec.trains)
+
+
+def states_bytes(engine: Engine, optimizers: Optimizers) -> dict[str, int]:
+    """Bytes of the optimiser's states on the device by parameter: as they are, or as they will be."""
     on_host = {id(spec.param()) for spec in engine.specs.values() if spec.on_host}
-    trained = {
-        name: p
+    return {
+        name: optimizers.state_bytes(p)
         for name, p in engine.params().items()
         if p.requires_grad and id(p) not in on_host and p not in engine.host_states
     }
-    if engine.supposed_optimizer is None:
-        for found in gc.get_objects():
-            if not issubclass(type(found), torch.optim.Optimizer):
-                continue
-            state = getattr(found, "state", {})
-            made = {
-                name: sum(local_bytes(t) for t in state.get(p, {}).values() if isinstance(t, torch.Tensor))
-                for name, p in trained.items()
-            }
-            if any(made.values()):
-                return made
-    optimizer = _optimizer_of(engine)
-    return {name: optimizer.state_bytes(p) for name, p in trained.items()}
-
-
-def _optimizer_of(engine: Engine) -> Optimizer:
-    """A prediction's, or our own that is there, or else torch's AdamW with its defaults."""
-    if engine.supposed_optimizer is not None:
-        return engine.supposed_optimizer
-    own = adamw.stepping(engine.params().values())
-    return own.as_planned() if own is not None else ADAMW

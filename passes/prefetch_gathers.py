@@ -38,8 +38,11 @@ class PrefetchGathers(Pass):
     def run(self, graph: fx.Graph, ctx: PassContext) -> fx.Graph:
         starts = open_starts(graph, gather_start)
         if starts and self.hidden_by is not None and self.hidden_by.overlaps:
-            moved = _start_as_late_as_hides(graph, starts, self.hidden_by)
-            ctx.say(f"{moved} of {len(starts)} gathers start early, each as late as {self.hidden_by.name} hides it")
+            moved, refused = _start_as_late_as_hides(graph, starts, self.hidden_by, self.max_live_elements)
+            ctx.say(
+                f"{moved} of {len(starts)} gathers start early, each as late as {self.hidden_by.name} hides it"
+                + (f", {refused} later than that, to keep live parameters under the limit" if refused else "")
+            )
             return graph
         if not starts or self.distance < 1:
             ctx.say("no gathers here" if not starts else "switched off by distance 0")
@@ -71,16 +74,27 @@ class PrefetchGathers(Pass):
         return graph
 
 
-def _start_as_late_as_hides(graph: fx.Graph, starts: list[fx.Node], on: Device) -> int:
+def _start_as_late_as_hides(
+    graph: fx.Graph, starts: list[fx.Node], on: Device, max_live_elements: int | None
+) -> tuple[int, int]:
+    """How many gathers start early, and how many of all start later than would hide them, as the limit has it."""
     reduced = sum(_bytes(node.args[0]) for node in calls(graph, REDUCE_GRAD))
     gathered = sum(spec.gathered_bytes for start in starts for spec in specs_of(start))
     lasts = [(1 + reduced / max(gathered, 1)) * collective_seconds(start, on) for start in starts]
     nodes, order = list(graph.nodes), positions(graph)
     late = as_late(clock_of(Stretch.of(graph), on), [order[wait_of(start)] for start in starts], lasts)
     places = kernel_ends(nodes)
-    moved, previous = 0, None
-    for start, moment in zip(starts, late.starts, strict=True):
+    sizes = [sum(s.numel for s in specs_of(start)) for start in starts]
+    arrivals = [order[wait_of(start)] for start in starts]
+    moved, refused, previous = 0, 0, None
+    for i, (start, moment) in enumerate(zip(starts, late.starts, strict=True)):
         place = last_before(late.clock, places, moment)
+        if max_live_elements is not None:
+            # Alive with this one are those that are on their way when it starts, and the one in use.
+            first = next((j for j in range(i) if sum(sizes[j : i + 1]) <= max_live_elements), i)
+            if first and place <= arrivals[first]:
+                place = next((p for p in places if p > arrivals[first]), order[start]) if first < i else order[start]
+                refused += 1
         if place < order[start]:
             # Behind the gather before it, where both begin at the same moment: their order must not change.
             if previous is not None and place <= order[previous]:
@@ -90,7 +104,7 @@ def _start_as_late_as_hides(graph: fx.Graph, starts: list[fx.Node], on: Device) 
             moved += 1
         order[start] = min(place, order[start])
         previous = start
-    return moved
+    return moved, refused
 
 
 def _bytes(value: fx.Node) -> int:

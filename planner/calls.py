@@ -71,7 +71,7 @@ class Place:
         held = state.trained if several else max(state.trained - gradients, 0)
         return Peak(
             base=state.bytes + self.batch_bytes + held + self._sent_bytes,
-            graph=peak_of_rank(self.schedule, costs, self.links, self.rank),
+            graph=peak_of_rank(self.schedule, costs, self.links, self.rank) + state.accumulated,
             floor=state.optimizer + state.trained - held,
             between=self.in_flight * cost.saved_bytes,
             stage=cost,

@@ -32,7 +32,8 @@ class State:
 
     ``elsewhere`` are those of the model's other graphs, behind and before a graph break, while this one runs: what earlier
     ones hold for their backwards, and gradients of later ones. ``here`` are the parameters and buffers of this one.
-    ``trained`` are the bytes of all gradients.
+    ``trained`` are the bytes of all gradients. ``accumulated`` are those of this graph that earlier micro-batches of the step
+    leave (of a pipeline: earlier calls), to which the last one's are added before the optimiser steps.
     """
 
     parameters: int
@@ -41,6 +42,7 @@ class State:
     elsewhere: int = 0
     here: int = 0
     trained: int = 0
+    accumulated: int = 0
 
     @property
     def bytes(self) -> int:
@@ -105,7 +107,7 @@ def peak_of_step(
         gradients = programs[1](arguments)
         end = ledger.total - there
         del kept, gradients
-    graph = max(point.total for point in ledger.points) - there
+    graph = max(point.total for point in ledger.points) - there + state.accumulated
     return Peak(state.bytes + batch, graph, end + state.optimizer, between)
 
 

@@ -65,7 +65,8 @@ class Planner:
     and ``seconds`` their time.
 
     The first of ``settings`` costs nothing. ``scale``: what measured steps of the model took, over what the cost model said; it
-    makes predictions better. What was decided for inputs of other shapes is taken where the fastest candidate does not fit and
+    makes predictions better. Forward and backward have so many ``runs`` in a step, which share what is copied once in it.
+    What was decided for inputs of other shapes is taken where the fastest candidate does not fit and
     it does. ``share`` of what the budget leaves beside what is always there may be held from the forward to the backward, where
     other graphs run in between; where no candidate holds so little, that does not count. With ``fewest`` it is the smallest
     candidate that is taken, not the fastest. ``where`` and ``ways_out`` are a refusal's words."""
@@ -78,6 +79,7 @@ class Planner:
     seconds: Callable[[fx.GraphModule, fx.GraphModule], float]
     settings: tuple[Setting, ...] = (Setting(),)
     scale: float = 1.0
+    runs: int = 1
     share: float = 1.0
     fewest: bool = False
     where: str = "on each rank"
@@ -155,11 +157,11 @@ class Planner:
         return size <= self.budget and peak.between <= share * left
 
     def _added(self, candidate: tuple[int, int]) -> float:
-        """Seconds of a step that a candidate takes beyond what every one does."""
+        """Seconds of a run that a candidate takes beyond what every one does, with its share of what a step takes once."""
         setting = self.settings[candidate[1]]
-        return self.scale * (self.choices.seconds(candidate[0]) + setting.seconds) + setting.copy_seconds
+        return self.scale * (self.choices.seconds(candidate[0]) + setting.seconds) + setting.copy_seconds / self.runs
 
-    def _step_seconds(self, candidate: tuple[int, int]) -> float:
+    def _run_seconds(self, candidate: tuple[int, int]) -> float:
         return self.scale * self._base_seconds + self._added(candidate)
 
     def _run(self, choice: int, bucket_bytes: int | None) -> tuple[Split, Peak]:
@@ -222,7 +224,7 @@ class Planner:
             frontier.append(
                 Option(
                     peak=size,
-                    seconds=self._step_seconds(c),
+                    seconds=self._run_seconds(c),
                     saved_bytes=self.choices.bytes(c[0]),
                     is_measured=(c[0], self.settings[c[1]].bucket_bytes) in self._measured,
                 )
@@ -232,7 +234,7 @@ class Planner:
             saved_bytes=self.choices.bytes(choice),
             kept_bytes=self.choices.kept_bytes(choice),
             held_bytes=self.choices.held_bytes(choice),
-            seconds=self._step_seconds(candidate) - setting.copy_seconds,
+            seconds=self._run_seconds(candidate) - setting.copy_seconds / self.runs,
             scale=self.scale,
             again_seconds=self.choices.again_seconds(choice),
             states_bytes=setting.states_bytes,

@@ -70,7 +70,8 @@ class Decision:
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """A point of the frontier: peak and seconds of a step, and bytes from the forward to the backward. ``is_measured``: the
+    """A point of the frontier: the peak of a step, seconds of a forward and backward with their share of what a step has to
+    copy (all of it where there is no accumulation), and bytes from the forward to the backward. ``is_measured``: the
     peak is a dry run's, not the corrected model's."""
 
     peak: int

@@ -79,6 +79,8 @@ class Engine:
     #: The model in words, the same in every run of it: plans that are saved are for one model.
     model: str = ""
     specs: dict[str, ParamSpec] = field(default_factory=dict)
+    #: Parameters of a compiled function, which no module here holds.
+    loose: dict[str, weakref.ref[torch.Tensor]] = field(default_factory=dict)
     traffic: TrafficCounter = field(default_factory=TrafficCounter)
     #: What routers did in the last step, where experts are divided over ranks.
     routing: Routing = field(default_factory=Routing)
@@ -475,7 +477,8 @@ class Engine:
         known = {spec: param for spec in self.specs.values() if (param := spec.param()) is not None}
         root = self.root() if self.root is not None else None
         names = {id(param) for param in known.values()}
-        others = root.named_parameters() if root is not None else ()
+        loose = ((name, p) for name, ref in self.loose.items() if (p := ref()) is not None)
+        others = root.named_parameters() if root is not None else loose
         here = {spec.name: param for spec, param in known.items() if not spec.is_elsewhere}
         return {**here, **{n: p for n, p in others if id(p) not in names}}
 

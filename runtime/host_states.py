@@ -16,7 +16,7 @@ An optimiser must treat each parameter by itself, as all of ``torch.optim`` but 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,7 +52,7 @@ class HostStates:
     part_elements: int | None = None
     _params: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
     _homes: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)  # parameter -> key -> tensor on the host
-    _groups: list[tuple[dict[str, Any], list[torch.Tensor]]] = field(default_factory=list)
+    _groups: list[_Group] = field(default_factory=list)
     is_stepping: bool = False
 
     def add(self, params: Iterable[torch.Tensor]) -> None:
@@ -81,6 +81,13 @@ class HostStates:
         homes = [theirs for param, theirs in self._homes.items() if not is_on_host(local_of(param))]
         return sum(home.nbytes for theirs in homes for home in theirs.values())
 
+    def leave(self, optimizer: torch.optim.Optimizer) -> None:
+        """Send states to the host that were made before they were to wait there."""
+        for part in self.parts([p for group in optimizer.param_groups for p in group["params"] if p in self._params]):
+            if (leaving := self._leave(optimizer, part)) is not None:
+                leaving.synchronize()
+                leaving.wait()
+
     # -- one step ------------------------------------------------------------------------------------------------------
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -89,7 +96,7 @@ class HostStates:
         Raises whatever the optimiser raises, with its groups as they were.
         """
         self.is_stepping = True  # an optimiser's step may call that of the class it is derived from, hooks and all
-        whole = [(group, group["params"]) for group in optimizer.param_groups]
+        whole = [_Group(group) for group in optimizer.param_groups]
         parts = self.parts([p for group in optimizer.param_groups for p in group["params"] if p.grad is not None])
         leaving: Copy | None = None
         try:
@@ -103,8 +110,8 @@ class HostStates:
                 if following is not None and overlaps:
                     coming = self._fetch(optimizer, following)
                 ids = {id(p) for p in part}
-                for group, params in whole:
-                    group["params"] = [p for p in params if id(p) in ids]
+                for group in whole:
+                    group.restrict(ids)
                 compat.bare_step(optimizer)
                 if leaving is not None:
                     leaving.wait()
@@ -119,15 +126,16 @@ class HostStates:
             if leaving is not None:
                 leaving.synchronize()
                 leaving.wait()
-        for group, _ in whole:
-            group["params"] = []
+        for group in whole:
+            group.keep()
+            group.restrict(set())
         self._groups = whole
 
     def end(self) -> None:
         """The optimiser's own step is over: its groups are whole again."""
         self.is_stepping = False
-        for group, params in self._groups:
-            group["params"] = params
+        for group in self._groups:
+            group.restore()
         self._groups = []
 
     def parts(self, params: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
@@ -180,6 +188,42 @@ class HostStates:
                 homes.append(home)
                 _put(optimizer.state[param], key, home)
         return Copy(sources, homes) if sources else None
+
+
+class _Group:
+    """An optimiser's group, of which several parts are stepped as one step: what the group counts for itself, as optimisers
+    with one step number for all parameters do, is counted once."""
+
+    def __init__(self, group: dict[str, Any]) -> None:
+        self.group, self.params = group, group["params"]
+        self.before = self.after = self._own
+
+    @property
+    def _own(self) -> dict[str, Any]:
+        return {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in self.group.items() if k != "params"}
+
+    def restrict(self, ids: Set[int]) -> None:
+        """Those parameters alone, and what the group counted before the step."""
+        self._set(self.before)
+        self.group["params"] = [p for p in self.params if id(p) in ids]
+
+    def keep(self) -> None:
+        """What the last part made of it is what the whole step makes."""
+        self.after = self._own
+
+    def restore(self) -> None:
+        self._set(self.after)
+        self.group["params"] = self.params
+
+    def _set(self, own: Mapping[str, Any]) -> None:
+        for key in self.group.keys() - own.keys() - {"params"}:
+            del self.group[key]
+        for key, value in own.items():
+            there = self.group.get(key)
+            if isinstance(there, torch.Tensor) and isinstance(value, torch.Tensor):
+                there.copy_(value)  # a rate that is a tensor may be known to others
+            else:
+                self.group[key] = value
 
 
 def parts_of(params: Sequence[torch.Tensor], most_elements: int | None = None) -> list[list[int]]:

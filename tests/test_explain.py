@@ -150,6 +150,19 @@ def test_a_plan_and_the_step_that_is_predicted_under_it_have_one_peak(device: st
     assert plan.peak_bytes == pytest.approx(report.memory.peak_bytes, abs=16)  # the loss and its gradient
 
 
+@pytest.mark.parametrize(("stage", "ranks", "steps"), [(0, 1, 2), (0, 2, 2), (1, 2, 3), (2, 2, 2), (3, 2, 2)])
+def test_a_plan_counts_gradients_of_earlier_micro_batches(stage: int, ranks: int, steps: int) -> None:
+    """They are there while the last one runs; at stage 1 they are whole."""
+    model, args, _ = gpt()
+    config = {**options(stage), "gradient_accumulation_steps": steps}
+    report = dspass.explain(model, *args, config=config, world_size=ranks, memory_budget="1GB")
+    (plan,) = report.plans
+    gradients = sum(p.nbytes for p in model.parameters()) / (ranks if stage > 1 else 1)
+    assert gradients > 0.03 * plan.peak_bytes
+    assert report.memory.peak_bytes == pytest.approx(plan.peak_bytes, rel=0.01)
+    assert report.memory.peak_bytes <= plan.peak_bytes * 1.001
+
+
 class Scaled(nn.Module):
     """Reads a parameter before its batch."""
 

@@ -167,6 +167,33 @@ def _refused(budget: int, zero: dict[str, Any], layers: int = 2) -> int:
     return inner.smallest
 
 
+def _states_in_the_second_step() -> list[tuple[int, int]]:
+    """Bytes of the states, and of those on the host: after the first step, and while the second runs."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = _model()
+    held = sum(p.nbytes for p in model.parameters())
+    options = {"zero_optimization": {"stage": 3, **OFFLOAD}, "dspass": {"memory_budget": round(3.1 * held)}}
+    compiled = torch.compile(model, backend="deepspeed", options=options)
+    made = adamw(model.parameters())
+    found = []
+    for _ in range(2):
+        loss = without_inductor(compiled)(torch.ones(2, 160)).square().mean()
+        states = [local_of(v) for s in made.state.values() for v in s.values() if v.dim()]
+        found.append((sum(v.nbytes for v in states), sum(v.nbytes for v in states if is_on_host(v))))
+        loss.backward()
+        made.step()
+        made.zero_grad()
+    return found
+
+
+def test_states_that_were_made_before_the_plan_go_to_the_host_before_the_next_step() -> None:
+    """In the one-line way the first step is not planned, and the second has to hold."""
+    ((first, second),) = run(1, _states_in_the_second_step)
+    assert first == (0, 0)
+    assert second[1] > 0.3 * second[0] > 0
+
+
 def test_a_budget_that_only_the_host_can_meet() -> None:
     """Parameters, gradients and states are nearly twice the budget."""
     plain = _train({}, layers=4, inductor=True)
@@ -300,6 +327,27 @@ def test_what_cannot_work_is_refused() -> None:
     quasi = torch.optim.LBFGS(other.param_groups[0]["params"])
     with pytest.raises(TypeError, match="LBFGS keeps one flat history"):
         quasi.step(lambda: 0.0)
+
+
+class Counting(torch.optim.SGD):
+    """Counts its steps in its groups, as FusedAdam of Apex and of DeepSpeed does, which passes over empty groups."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            if group["params"]:
+                group["step"] = group.get("step", 0) + 1
+                group["rate"].add_(1)
+        return super().step(closure)
+
+
+def test_what_an_optimiser_counts_for_a_group_is_counted_once_a_step() -> None:
+    backward, made = _prepared(lambda params: Counting([{"params": list(params), "rate": torch.zeros(())}], lr=0.1))
+    for step in (2, 3):
+        backward()
+        made.step()
+        (group,) = made.param_groups
+        assert group["step"] == step
+        assert group["rate"].item() == step
 
 
 class Failing(torch.optim.SGD):

@@ -6,6 +6,7 @@ before keeping it.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import operator
@@ -21,6 +22,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dspass.config import Config, ConfigError
+from dspass.passes import devices
 from dspass.passes.base import Pass, PassContext, PassError, PassResult, Where, check_order, run_passes
 from dspass.passes.bucket_gathers import BucketGathers
 from dspass.passes.bucket_reductions import BucketReductions
@@ -33,7 +35,16 @@ from dspass.passes.gather_in_node import GatherInNode
 from dspass.passes.global_aux_loss import GlobalAuxLoss
 from dspass.passes.hide_exchanges import HideExchanges
 from dspass.passes.honour_wishes import HonourWishes
-from dspass.passes.nodes import calls, dispatch_start, exchange_wait, gather_start, reduce_start, reduce_wait, wait_of
+from dspass.passes.nodes import (
+    calls,
+    dispatch_start,
+    exchange_wait,
+    gather_start,
+    reduce_start,
+    reduce_wait,
+    specs_of,
+    wait_of,
+)
 from dspass.passes.offload_parameters import OffloadParameters
 from dspass.passes.offload_saved import OffloadSaved
 from dspass.passes.onednn_products import OnednnProducts
@@ -471,6 +482,22 @@ def test_prefetching_obeys_the_limit_on_live_parameters() -> None:
     assert print_graph(after) == print_graph(graph)
     _, said = apply(PrefetchGathers(max_live_elements=40), graph, "forward")
     assert said == "5 gathers start 1 bucket early, 1 not, to keep live parameters under the limit"
+
+
+@pytest.mark.parametrize("most", [1, 40, 60, 1000])
+def test_gathers_that_start_as_late_as_hides_them_obey_the_limit_too(most: int) -> None:
+    graph, _ = around(toy_of("mlp", 2, 1), PrefetchGathers, "forward")
+    slow = dataclasses.replace(devices.DEVICES["h100"], link=1e6, node_link=1e6)
+    after, said = apply(PrefetchGathers(max_live_elements=most, hidden_by=slow), graph, "forward")
+    order = {node: i for i, node in enumerate(after.nodes)}
+    starts = sorted(calls(after, gather_start))
+    sizes = [sum(s.numel for s in specs_of(start)) for start in starts]
+    arrivals = [order[wait_of(start)] for start in starts]
+    for i, start in enumerate(starts):
+        in_use = max((j for j in range(i) if arrivals[j] < order[start]), default=0)
+        early = any(n.op == "call_function" and n not in starts for n in list(after.nodes)[order[start] : arrivals[i]])
+        assert not early or sum(sizes[in_use : i + 1]) <= most
+    assert ("to keep live parameters under the limit" in said) == (most < 1000)
 
 
 def test_products_that_are_made_of_each_other_stay_in_order_while_rows_travel() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 import dspass
 from dspass.config import Config
 from dspass.engines import engine_of
+from dspass.optimizers import Optimizers
 from dspass.passes.bucket_gathers import BucketGathers
 from dspass.passes.cost import estimate
 from dspass.passes.devices import Device
@@ -28,6 +31,8 @@ from dspass.planner.plan import Planner
 from dspass.planner.record import BudgetError, Setting
 from dspass.planner.saved import PlanError
 from dspass.planner.values import can_recompute
+from dspass.runtime.engine import Engine
+from dspass.settings import states_bytes
 from examples.gpt import GPT, GPTConfig
 from tests.graphs import run_pipeline
 from tests.matrix import WHOLE
@@ -552,6 +557,52 @@ def test_one_process_counts_the_optimiser_s_states_too() -> None:
     report = dspass.explain(model)
     assert report.memory.by_category["optimizer"] > 0
     assert report.plans[0].peak_bytes == pytest.approx(report.memory.peak_bytes, rel=0.03)
+
+
+def test_a_compiled_function_s_parameters_and_states_count() -> None:
+    """No module is compiled whose parameters could be looked up."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.GELU(), torch.nn.Linear(256, 8))
+    held = 3 * sum(p.nbytes for p in model.parameters())
+    options = {"zero_optimization": {"stage": 0}, "dspass": {"memory_budget": held}}
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return model(x).square().mean()
+
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed) as refused:
+        torch.compile(loss, backend="deepspeed", options=options)(torch.randn(16, 64))
+    assert isinstance(refused.value.inner_exception, BudgetError)
+    assert refused.value.inner_exception.smallest > held
+
+
+def _states(*made: Callable[[Any], torch.optim.Optimizer], stepped: int = 0) -> float:
+    """What a plan counts of the states of so many layers, over the bytes of their parameters, when the first ``stepped`` of
+    their optimisers have taken a step."""
+    model = torch.nn.Sequential(*(torch.nn.Linear(32, 32, bias=False) for _ in made))
+    optimizers = [make(layer.parameters()) for make, layer in zip(made, model, strict=True)]
+    model(torch.ones(2, 32)).sum().backward()
+    for optimizer in optimizers[:stepped]:
+        optimizer.step()
+    engine = Engine(stage=0)
+    engine.root = weakref.ref(model)
+    counted = states_bytes(engine, Optimizers(engine))
+    return sum(counted.values()) / sum(p.nbytes for p in model.parameters())
+
+
+def test_states_are_those_of_every_optimiser_as_it_is_or_will_be() -> None:
+    adamw, sgd, fused = torch.optim.AdamW, torch.optim.SGD, functools.partial(torch.optim.AdamW, fused=True)
+    momentum, few = functools.partial(sgd, momentum=0.9), functools.partial(dspass.AdamW, state_bits=8)
+    for stepped in (0, 1):
+        assert _states(adamw, stepped=stepped) == pytest.approx(2, rel=0.01)
+        assert _states(fused, stepped=stepped) == pytest.approx(2, rel=0.01)
+        assert _states(sgd, stepped=stepped) == 0
+        assert _states(momentum, stepped=stepped) == 1
+        assert _states(functools.partial(adamw, amsgrad=True), stepped=stepped) == pytest.approx(3, rel=0.01)
+        assert _states(few, stepped=stepped) < 1
+        assert _states(adamw, adamw, stepped=stepped) == pytest.approx(2, rel=0.01)
+        assert _states(momentum, adamw, stepped=stepped) == pytest.approx(1.5, rel=0.01)
+        assert _states(adamw, few, stepped=stepped) < 1.6
 
 
 class Broken(torch.nn.Module):
