@@ -542,6 +542,13 @@ def a_plan(steps: list[tuple[int, float]], here: int, **changes: Any) -> PlanRec
         ([(40, 0.99), (30, 0.994), (20, 0.996), (10, 1.0)], 3, f"+{format_bytes(18 * MB)} buys 6.00 ms"),
         ([(20, 0.998), (10, 1.0)], 1, "more memory buys less than 0.5 % of the step"),
         ([(20, 1.0), (10, 1.0)], 1, "more memory buys less than 0.5 % of the step"),
+        # What fits the budget and was not taken costs no memory.
+        ([(20, 0.8), (11, 0.9), (10, 1.0)], 2, f"+{format_bytes(8 * MB)} buys 200 ms"),
+        (
+            [(12, 0.8), (11, 0.9), (10, 1.0)],
+            2,
+            "200 ms less would fit by itself: the model's other graphs, or what an earlier batch has, decide",
+        ),
     ],
 )
 def test_more_memory_is_offered_where_it_buys_something(steps: list[tuple[int, float]], here: int, says: str) -> None:

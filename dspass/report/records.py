@@ -257,10 +257,14 @@ class PlanRecord:
         if not self.here:
             return "no more memory makes it faster"
         at = self.frontier[self.here].seconds
-        for faster in reversed(self.frontier[: self.here]):
-            if at - faster.seconds >= _WORTH_BUYING * at:
-                more = max(faster.peak_bytes - self.budget_bytes, 0)
-                return f"+{format_bytes(more)} buys {format_seconds(at - faster.seconds)}"
+        worth = [p for p in reversed(self.frontier[: self.here]) if at - p.seconds >= _WORTH_BUYING * at]
+        for faster in worth:
+            if faster.peak_bytes > self.budget_bytes:
+                more = format_bytes(faster.peak_bytes - self.budget_bytes)
+                return f"+{more} buys {format_seconds(at - faster.seconds)}"
+        if worth:  # the budget is not what refused it
+            gained = format_seconds(at - worth[-1].seconds)
+            return f"{gained} less would fit by itself: the model's other graphs, or what an earlier batch has, decide"
         return f"more memory buys less than {100 * _WORTH_BUYING:.2g} % of the step"
 
 
