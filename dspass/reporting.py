@@ -63,7 +63,9 @@ def report_of(
     notes: list[str],
     config: Config | None,
     pipeline: PipelineRecord | None,
+    warnings: Sequence[str] = (),
 ) -> Report:
+    """``warnings`` are notes that stand before all others."""
     passes, graphs = [], []
     for compilation in engine.compilations:
         passes += [
@@ -108,6 +110,7 @@ def report_of(
         config=config.to_dict() if config is not None else {},
         ignored=ignored,
         notes=[
+            *warnings,
             *dict.fromkeys(n for c in engine.compilations for p in c.passes for n in p.notes),
             *_routing_notes(kind, engine),
             *notes_of_errors(quantised, limit),

@@ -164,3 +164,9 @@ def size_text(count: float) -> str:
         if count >= factor:
             return f"{count / factor:.4g} {unit}"
     return f"{count:.0f} B"
+
+
+def rounded_up(count: int) -> int:
+    """To four digits, as :func:`size_text` says it: a person who gives what an error says must not be refused again."""
+    unit = 10 ** max(len(str(count)) - 4, 0)
+    return -(-count // unit) * unit
