@@ -127,6 +127,11 @@ def test_a_gpu_offloads_where_it_pays() -> None:
     assert helped.peak_bytes <= more
     assert helped.frontier[helped.here].seconds < alone.frontier[alone.here].seconds
     assert "held by offload_saved" in str(helped.largest)
+    assert all(c.reason for c in helped.classes)
+    product = next(c for c in helped.classes if c.name == "addmm")
+    assert "would be computed again in" in product.reason
+    assert any(t.dropped_bytes and "or held by offload_saved in up to" in t.reason for t in helped.largest)
+    assert not any("or held" in t.reason for t in alone.largest)
 
 
 @pytest.mark.parametrize(

@@ -566,6 +566,20 @@ def test_what_a_plan_and_notes_say_is_wrapped_and_not_cut() -> None:
     assert "…" not in shown
 
 
+def test_what_cannot_be_computed_again_takes_no_time_to() -> None:
+    values = {"kept_bytes": 4 * MB, "dropped_bytes": 0, "count": 1}
+    classes = [
+        PlanTensors(name="dropout", again_seconds=None, reason="what is kept cannot be computed again", **values),
+        PlanTensors(name="exp", again_seconds=0.0, reason="in no time", **{**values, "dropped_bytes": 1}),
+    ]
+    report = a_report(plans=[a_plan([(10, 1.0)], 0, classes=classes)])
+    page = report.to_html()
+    assert page.count('<td class="number">0.00 µs</td>') == 1
+    for shown in (str(report), page):
+        assert "what is kept cannot be computed again" in shown
+    assert Report.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+
+
 # What differs
 
 

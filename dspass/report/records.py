@@ -231,11 +231,17 @@ class PlanTensors:
     count: int
     kept_bytes: int
     dropped_bytes: int
-    again_seconds: float
+    again_seconds: float | None
+    """None where it cannot be computed again."""
     held_bytes: int = 0
     held_by: str = ""
     reason: str = ""
-    """For a single value: why it was not decided otherwise."""
+    """Why it was not decided otherwise."""
+
+    @property
+    def again(self) -> str:
+        """What computing again takes, as text; ``-`` where nothing is."""
+        return format_seconds(self.again_seconds) if self.dropped_bytes and self.again_seconds is not None else "-"
 
 
 @dataclass(frozen=True, kw_only=True)
