@@ -9,6 +9,7 @@ from __future__ import annotations
 import platform
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -91,6 +92,8 @@ def report_of(
     ignored = {i.key: i.reason for i in config.ignored} if config is not None else {}
     quantised = quantised_tensors(last_graphs(engine), engine)
     limit = config.quantise.max_relative_error if config is not None else None
+    times = pipeline.predicted if pipeline is not None else None
+    runs = engine.accumulation_steps * (times.micro_batches if times is not None else 1)
     return Report(
         kind=kind,
         model=type(model).__name__,
@@ -106,7 +109,11 @@ def report_of(
         experts=_experts(engine),
         step_seconds=seconds,
         pipeline=pipeline,
-        plans=[_plan_record(c.name, c.plan, seconds) for c in engine.compilations if c.plan is not None],
+        plans=[
+            _of_micro_batches(_plan_record(c.name, c.plan, seconds), c.plan, runs)
+            for c in engine.compilations
+            if c.plan is not None
+        ],
         config=config.to_dict() if config is not None else {},
         ignored=ignored,
         notes=[
@@ -257,6 +264,26 @@ def _plan_record(graph: str, plan: Plan, step_seconds: float | None) -> PlanReco
         classes=[_plan_tensors(t, _reason_of_class(t, plan)) for t in plan.classes],
         largest=[_plan_tensors(t, _reason(t)) for t in plan.largest],
     )
+
+
+def _of_micro_batches(record: PlanRecord, plan: Plan, runs: int) -> PlanRecord:
+    """What other plans take more or less is the whole step's: a graph's difference as often as it ``runs`` in one, and once
+    that of the states."""
+    if runs == 1 or not plan.frontier[plan.chosen].graph_seconds:  # of a file that has none
+        return record
+    here, step = plan.frontier[plan.chosen], record.frontier[record.here].seconds
+    planned = runs * plan.seconds + plan.states_seconds
+    scale = min(step / planned, 1.0) if planned else 1.0  # where the step is by other rates than the plan
+    frontier = [
+        replace(
+            point,
+            seconds=step
+            + scale * runs * (o.graph_seconds - here.graph_seconds)
+            + scale * (o.states_seconds - here.states_seconds),
+        )
+        for point, o in zip(record.frontier, plan.frontier, strict=True)
+    ]
+    return replace(record, frontier=frontier)
 
 
 def _plan_tensors(tensors: Tensors, reason: str) -> PlanTensors:

@@ -225,6 +225,8 @@ class Planner:
                     seconds=self._step_seconds(c),
                     saved_bytes=self.choices.bytes(c[0]),
                     is_measured=(c[0], self.settings[c[1]].bucket_bytes) in self._measured,
+                    graph_seconds=self._step_seconds(c) - self.settings[c[1]].copy_seconds,
+                    states_seconds=self.settings[c[1]].copy_seconds,
                 )
             )
         return graphs, Plan(

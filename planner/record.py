@@ -71,12 +71,15 @@ class Decision:
 @dataclass(frozen=True, kw_only=True)
 class Option:
     """A point of the frontier: peak and seconds of a step, and bytes from the forward to the backward. ``is_measured``: the
-    peak is a dry run's, not the corrected model's."""
+    peak is a dry run's, not the corrected model's. ``graph_seconds`` are those of one forward and backward, of which a step has
+    several, and ``states_seconds`` of the states that come and go once in it."""
 
     peak: int
     seconds: float
     saved_bytes: int
     is_measured: bool
+    graph_seconds: float = 0.0
+    states_seconds: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

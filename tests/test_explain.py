@@ -304,6 +304,30 @@ def test_copies_to_and_from_the_host_are_said_with_what_is_exposed_of_them() -> 
     assert report.step_seconds == pytest.approx(plain.step_seconds + exposed, rel=0.01)
 
 
+def test_what_other_plans_take_is_the_whole_step_s() -> None:
+    """A step of four micro-batches computes again four times, and its states come and go once."""
+    with torch.device("meta"):
+        model = GPT(GPTConfig(context=256, layers=2, heads=8, width=512))
+    tokens = torch.zeros(8, 256, dtype=torch.long)
+    zero = {"zero_optimization": {"offload_optimizer": {"device": "none"}}}
+    one, four = (
+        dspass.explain(
+            model,
+            tokens,
+            tokens,
+            config={**zero, "gradient_accumulation_steps": n},
+            device="h100",
+            memory_budget="100%",
+        )
+        for n in (1, 4)
+    )
+    seconds = [[p.seconds for p in report.plans[0].frontier] for report in (one, four)]
+    assert (seconds[0][0], seconds[1][0]) == (one.step_seconds, four.step_seconds)
+    differences = [[s - one[0] for s in one] for one in seconds]
+    assert differences[0][-1] > 0
+    assert differences[1] == pytest.approx([4 * d for d in differences[0]])
+
+
 def test_a_budget_that_is_too_small_is_refused_by_a_public_name() -> None:
     model, args, _ = gpt()
     with pytest.raises(dspass.BudgetError) as refused:
