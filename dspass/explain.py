@@ -11,6 +11,7 @@ import os
 import sys
 import weakref
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
@@ -46,9 +47,13 @@ def explain(
     - ``explain("report.json")``: a saved report.
 
     ``memory_budget`` (bytes, ``"60GB"``, ``"75%"`` of the device or ``"auto"``) has the planner fit the step into it, and the
-    report show what that costs; raises :class:`dspass.BudgetError` where nothing fits. ``optimizer`` names
-    whose states are counted (one of :data:`OPTIMIZERS`); ``train=False`` predicts the forward only.
+    report show what that costs; raises :class:`dspass.BudgetError` where nothing fits, and ``ValueError`` where it is more than
+    ``device`` has. ``optimizer`` names whose states are counted (one of :data:`OPTIMIZERS`); ``train=False`` predicts the
+    forward only, for which nothing is planned: its peak is held against the budget.
     """
+    if not args and not kwargs:
+        asked = {"config": config, "world_size": world_size, "device": device, "memory_budget": memory_budget}
+        _refuse_without_batch(model, [name for name, value in asked.items() if value is not None])
     if isinstance(model, (str, os.PathLike)):
         return Report.load(model)
     if device is not None:
@@ -61,13 +66,34 @@ def explain(
         unwrap(model),
         args,
         dict(kwargs or {}),
-        config=Config.load(config),
+        config=_with_budget(Config.load(config), memory_budget),
         world=world_size or settings_world(),
         device=device or "cpu",
-        budget=memory_budget,
         optimizer=optimizer,
         train=train,
     )
+
+
+def _refuse_without_batch(model: object, asked: list[str]) -> None:
+    if asked:
+        shown = ", ".join(f"{name}=..." for name in asked)
+        what = (
+            "a saved report is as it was saved"
+            if isinstance(model, (str, os.PathLike))
+            else "it reports on steps that ran"
+        )
+        raise ValueError(
+            f"dspass.explain: {shown} asks for a prediction, which needs a batch, and without one {what}. Give the model and "
+            f"a batch, dspass.explain(model, *batch, {shown}), or leave {'it' if len(asked) == 1 else 'them'} out."
+        )
+
+
+def _with_budget(config: Config, budget: int | str | None) -> Config:
+    """``budget`` goes before what ``config`` says."""
+    if budget is None:
+        return config
+    checked = Config.load({"dspass": {"memory_budget": budget}}).dspass.memory_budget
+    return replace(config, dspass=replace(config.dspass, memory_budget=checked))
 
 
 def settings_world() -> int:

@@ -1,103 +1,275 @@
 """``dspass.fit``: the fewest devices on which a model trains, and the configuration for it, found without any of them.
 
-Numbers of ranks are tried in powers of two from the first that could hold the parameters, gradients and optimiser states alone
-(states only where they may not wait on the host);
-each is a prediction under the budget by the planner, so gathered copies, recomputation and all temporaries count. Dropped: a
-formula for the number. Activations do not divide by the ranks, and what the planner can do about them is no formula.
+Each number of ranks that is tried is a prediction under the budget by the planner, so gathered copies, recomputation and all
+temporaries count; those that could not hold the parameters, gradients and optimiser states alone (states only where they may
+not wait on the host) need none. Numbers are doubled until one fits, and then halved between it and the last that did not.
+
+Dropped: a formula for the number. Activations do not divide by the ranks, and what the planner can do about them is no formula.
 """
 
 from __future__ import annotations
 
+import bisect
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 from tqdm import tqdm
 
-from dspass.config import Config
+from dspass.config import ENVIRONMENT, Config, ConfigError
+from dspass.config.reading import read_file
 from dspass.explain import explain
 from dspass.owners import unwrap
 from dspass.passes import devices
 from dspass.planner.record import BudgetError, size_text
+from dspass.prediction import refuse_beyond
 from dspass.report import Report
+from dspass.report.words import counted
 from dspass.runtime.stepping import OPTIMIZERS
+
+#: Devices of a node. Fewer are had in any number, more in whole nodes.
+_NODE = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
     """``config`` are the options for ``torch.compile`` on ``world_size`` ranks, and ``report`` predicts their step. ``refused``
-    are the numbers of ranks that were tried before, with the least bytes that a rank would take."""
+    are the numbers of ranks that were tried and are too few, with the least bytes that a rank would take, and ``skipped`` those
+    that the configuration does not go with, with the reason."""
 
     world_size: int
     config: dict[str, Any]
     report: Report
     refused: dict[int, int]
+    skipped: dict[int, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        before = "".join(f"\n  {n} ranks would take {size_text(b)} on each" for n, b in self.refused.items())
-        return f"fits on {self.world_size} x {self.report.device} with {self.config}{before}\n\n{self.report}"
+        before = "".join(f"\n  {_ranks(n)} would take {size_text(b)} on each" for n, b in sorted(self.refused.items()))
+        not_with = "".join(f"\n  {_ranks(n)}: {why}" for n, why in sorted(self.skipped.items()) if n < self.world_size)
+        return f"fits on {self.world_size} x {self.report.device} with {self.config}{before}{not_with}\n\n{self.report}"
 
 
 def fit(
     model: nn.Module,
     *args: Any,
     kwargs: Mapping[str, Any] | None = None,
-    config: Mapping[str, Any] | None = None,
+    config: Config | str | os.PathLike[str] | Mapping[str, Any] | None = None,
     device: str = "h100",
     memory_budget: int | str | None = None,
     optimizer: str = "adamw",
     most: int = 4096,
 ) -> Fit:
-    """The smallest number of ranks, a power of two up to ``most``, on which ``model`` trains within ``memory_budget`` a rank.
+    """The smallest number of ranks, up to ``most``, on which ``model`` trains within ``memory_budget`` a rank.
+
+    Devices come by nodes of eight: up to eight any number of ranks is tried, beyond that multiples of eight. Where the
+    configuration goes with none of these, as a batch that twelve ranks divide, all numbers are.
 
     ``args`` and ``kwargs`` are one rank's batch and ``model`` may be on the meta device, as for :func:`dspass.explain`.
-    ``config`` are further options, such as ``{"bf16": {"enabled": True}}``. Without a budget it is ``"auto"``: nine tenths of
-    the device. One rank trains unsharded, more at stage 3, whose gathered copies the planner keeps where there is room.
+    ``config`` are further options, such as ``{"bf16": {"enabled": True}}``, or a file of them. The budget is that of
+    ``config``, if not given here, and ``"auto"`` without either: nine tenths of the device. A ZeRO stage that ``config`` has is
+    kept for more than one rank; without one it is 3, whose gathered copies the planner keeps where there is room. One rank
+    trains unsharded.
 
     Raises:
         BudgetError: not even ``most`` ranks do.
+        ConfigError: the configuration goes with no number of ranks, or the budget is more than the device has.
         ValueError: for an unknown device or optimiser.
     """
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer={optimizer!r} is not known; use one of {sorted(OPTIMIZERS)}.")
-    budget = memory_budget if memory_budget is not None else "auto"
-    whole = Config.load(config or {})
-    loaded = Config.load({"dspass": {"memory_budget": budget}}).dspass.memory_budget
-    limit = loaded if isinstance(loaded, int) else devices.share_of(str(loaded), devices.capacity(device))
-    params = list(unwrap(model).parameters())
-    trained = [p for p in params if p.requires_grad]
-    always = sum(p.nbytes for p in params) + sum(p.nbytes for p in trained)
-    if whole.offload_optimizer != "cpu" and (whole.offload_optimizer is not None or device == "cpu"):
-        always += sum(map(OPTIMIZERS[optimizer].state_bytes, trained))  # elsewhere they may wait on the host
-    refused: dict[int, int] = {}
-    ranks = 1
-    with tqdm(desc="ranks tried", unit="try", disable=None) as progress:
-        while ranks <= most:
-            progress.set_postfix_str(f"{ranks} x {device}")
-            if always // ranks > limit:
-                refused[ranks] = always // ranks
-                ranks *= 2
-                continue
-            options = {
-                **(config or {}),
-                "zero_optimization": {**(config or {}).get("zero_optimization", {}), "stage": 3 if ranks > 1 else 0},
-                "dspass": {**(config or {}).get("dspass", {}), "memory_budget": limit},
+    search = _Search.of(model, args, kwargs, config, device, memory_budget, optimizer)
+    with tqdm(desc="ranks tried", unit="try", disable=None) as search.progress:
+        return search.found(most)
+
+
+@dataclass(kw_only=True)
+class _Search:
+    """What is asked, and what was found of each number of ranks that was tried."""
+
+    model: nn.Module
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any] | None
+    written: dict[str, Any]
+    stage: int
+    """Of more than one rank."""
+    device: str
+    limit: int
+    optimizer: str
+    refused: dict[int, int] = field(default_factory=dict)
+    skipped: dict[int, str] = field(default_factory=dict)
+    why: ConfigError | None = None
+    """The last one was skipped."""
+    progress: tqdm[Any] = field(init=False)
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any] | None,
+        config: Config | str | os.PathLike[str] | Mapping[str, Any] | None,
+        device: str,
+        budget: int | str | None,
+        optimizer: str,
+    ) -> _Search:
+        written = _written(config)
+        stage = (written.get("zero_optimization") or {}).get("stage")
+        if budget is None:
+            budget = (written.get("dspass") or {}).get("memory_budget")
+        asked = Config.load({"dspass": {"memory_budget": budget}}).dspass.memory_budget or "auto"
+        limit = asked if isinstance(asked, int) else devices.share_of(asked, devices.capacity(device))
+        refuse_beyond(limit, device)
+        return cls(
+            model=model,
+            args=args,
+            kwargs=kwargs,
+            written=written,
+            stage=3 if stage is None else stage,
+            device=device,
+            limit=limit,
+            optimizer=optimizer,
+        )
+
+    def found(self, most: int) -> Fit:
+        """Doubles until a number fits, then halves down to the last that did not."""
+        numbers = self._usable(most)
+        few, fits, report, i = 0, 0, None, 0
+        while report is None and i < len(numbers):
+            fits = numbers[i]
+            report = self._tried(fits)
+            # Of one that is skipped nothing is known but that: in a node its neighbour is tried.
+            ahead = i + 1 if fits in self.skipped and fits < _NODE else bisect.bisect_left(numbers, 2 * fits)
+            few = fits if fits in self.refused else few
+            i = min(ahead, len(numbers) - 1) if i < len(numbers) - 1 else ahead
+            if fits in self.refused and self._is_whole(fits):
+                break
+        if report is None:
+            raise self._refusal(most)
+        while between := [n for n in numbers if few < n < fits and n not in self.skipped]:
+            middle = between[len(between) // 2]
+            if (fewer := self._tried(middle)) is not None:
+                fits, report = middle, fewer
+            elif middle in self.refused:
+                few = middle
+        skipped = {n: why for n, why in self.skipped.items() if n < fits}
+        return Fit(world_size=fits, config=self._options(fits), report=report, refused=self.refused, skipped=skipped)
+
+    def _usable(self, most: int) -> list[int]:
+        """The numbers that the configuration goes with, as far as it says so by itself."""
+        nodes = [n for n in (*range(1, _NODE), *range(_NODE, most + 1, _NODE)) if n <= most]
+        kept = [n for n in nodes if self._goes(n)]
+        return kept or [n for n in range(1, most + 1) if n not in self.skipped and self._goes(n)]
+
+    def _goes(self, ranks: int) -> bool:
+        try:
+            config = self._config(ranks)
+            stages, zero, experts = config.pipeline.stages or 1, config.zero, config.expert_parallel
+            if experts.enabled and ranks == 1:
+                raise ConfigError("expert_parallel.enabled", "one rank has no others to divide experts over.")
+            groups = {
+                "pipeline.stages": stages,
+                "zero_optimization.mics_shard_size": zero.mics_shard_size if zero.stage else None,
+                "zero_optimization.zero_hpz_partition_size": zero.zero_hpz_partition_size if zero.stage == 3 else None,
+                "expert_parallel.autoep_size": experts.autoep_size if experts.enabled else None,
             }
-            try:
-                report = explain(
-                    model, *args, kwargs=kwargs, config=options, world_size=ranks, device=device, optimizer=optimizer
-                )
-            except BudgetError as error:
-                refused[ranks] = error.smallest
-                ranks *= 2
-                progress.update()
-                continue
-            progress.update()
-            return Fit(world_size=ranks, config=options, report=report, refused=refused)
-    least = min(refused.values())
-    raise BudgetError(
-        f"the model does not fit into {size_text(limit)} on up to {most} ranks of {device}: the least that one takes is "
-        f"{size_text(least)}. Give a smaller batch, a larger budget, or raise most=.",
-        least,
-    )
+            for key, size in groups.items():
+                if size and ranks % size:
+                    raise ConfigError(key, f"{size} does not divide {ranks} ranks.")
+            config.resolve_batch(ranks // stages)
+        except ConfigError as error:
+            self._skip(ranks, error)
+            return False
+        return True
+
+    def _skip(self, ranks: int, error: ConfigError) -> None:
+        if str(error) in self.skipped.values():
+            raise error  # the same for two numbers: it is not about them
+        self.skipped[ranks], self.why = str(error), error
+
+    def _tried(self, ranks: int) -> Report | None:
+        """The prediction; None where that number is refused, or skipped."""
+        self.progress.set_postfix_str(f"{ranks} x {self.device}")
+        always = self._always(ranks)
+        if always > self.limit:
+            self.refused[ranks] = always
+            return None
+        self.progress.update()
+        try:
+            return explain(
+                self.model,
+                *self.args,
+                kwargs=self.kwargs,
+                config=self._options(ranks),
+                world_size=ranks,
+                device=self.device,
+                optimizer=self.optimizer,
+            )
+        except BudgetError as error:
+            self.refused[ranks] = error.smallest
+        except ConfigError as error:
+            self._skip(ranks, error)
+        return None
+
+    def _options(self, ranks: int) -> dict[str, Any]:
+        zero, own = (self.written.get(section) or {} for section in ("zero_optimization", "dspass"))
+        return {
+            **self.written,
+            "zero_optimization": {**zero, "stage": self.stage if ranks > 1 else 0},
+            "dspass": {**own, "memory_budget": self.limit},
+        }
+
+    def _config(self, ranks: int) -> Config:
+        return Config.load(self._options(ranks))
+
+    def _always(self, ranks: int) -> int:
+        """Bytes that one of so many ranks holds at least: parameters, gradients, and states that may not wait on the host."""
+        config = self._config(ranks)
+        params = list(unwrap(self.model).parameters())
+        trained = [p for p in params if p.requires_grad]
+        waits = config.offload_optimizer == "cpu" or (config.offload_optimizer is None and self.device != "cpu")
+        from_stage = {
+            3: sum(p.nbytes for p in params),
+            2: sum(p.nbytes for p in trained),
+            1: 0 if waits else sum(map(OPTIMIZERS[self.optimizer].state_bytes, trained)),
+        }
+        stage = 3 if config.pipeline.enabled or config.expert_parallel.enabled else config.zero.stage or 0
+        shards = min(ranks, config.zero.mics_shard_size or ranks)
+        whole = sum(count for least, count in from_stage.items() if stage < least)
+        return whole + (sum(from_stage.values()) - whole) // shards
+
+    def _is_whole(self, ranks: int) -> bool:
+        """Whether more ranks hold no less."""
+        config = self._config(ranks)
+        shares = config.pipeline.enabled or config.expert_parallel.enabled
+        return ranks > 1 and config.zero.stage == 0 and not shares
+
+    def _refusal(self, most: int) -> Exception:
+        if not self.refused:
+            return self.why or ValueError(f"most={most}: there is at least one rank.")
+        ranks, least = min(self.refused.items(), key=lambda found: found[1])
+        way_out = "raise most="
+        if self._is_whole(max(self.refused)):
+            way_out = "leave zero_optimization.stage out: at 0 more ranks hold no less"
+        return BudgetError(
+            f"the model does not fit into {size_text(self.limit)} on up to {most} ranks of {self.device}: the least that one "
+            f"takes is {size_text(least)}, of {_ranks(ranks)}. Give a smaller batch, a larger budget, or {way_out}.",
+            least,
+        )
+
+
+def _written(config: Config | str | os.PathLike[str] | Mapping[str, Any] | None) -> dict[str, Any]:
+    """Options as they were written: what they leave open is for the number of ranks to say."""
+    if config is None:
+        config = os.environ.get(ENVIRONMENT) or {}
+    if isinstance(config, Config):
+        return config.to_dict()
+    written = dict(read_file(config, "") if isinstance(config, (str, os.PathLike)) else config)
+    if any(not isinstance(written.get(section) or {}, Mapping) for section in ("zero_optimization", "dspass")):
+        Config.load(written)  # says so
+    return written
+
+
+def _ranks(count: int) -> str:
+    return counted(count, "rank")

@@ -24,15 +24,16 @@ import torch.distributed as dist
 from torch import nn
 
 from dspass.compilation import inductor_settings
-from dspass.config import Config
+from dspass.config import Config, ConfigError
 from dspass.engines import new_engine
 from dspass.fake_steps import Steps, fake_group, fake_inputs, faked
 from dspass.lowering.simulate import GraphSimulator, InductorSimulator
 from dspass.passes import cost, devices
 from dspass.pipelined import Pipelined
-from dspass.planner.record import BudgetError
+from dspass.planner.record import BudgetError, rounded_up, size_text
 from dspass.planner.saved import PlanError
-from dspass.report import Memory, PipelineRecord, Report, format_bytes
+from dspass.planning import budget_bytes
+from dspass.report import Memory, MemoryPoint, PipelineRecord, Report, format_bytes
 from dspass.reporting import (
     graphs_of,
     host_copies_of,
@@ -61,65 +62,30 @@ def predicted_report(
     config: Config,
     world: int,
     device: str,
-    budget: int | str | None,
     optimizer: str,
     train: bool,
 ) -> Report:
-    """One rank's, as :func:`dspass.explain` was asked for it; ``budget`` goes before what ``config`` says."""
-    if budget is not None:
-        config = dataclasses.replace(
-            config,
-            dspass=dataclasses.replace(
-                config.dspass, memory_budget=Config.load({"dspass": {"memory_budget": budget}}).dspass.memory_budget
-            ),
-        )
+    """One rank's, as :func:`dspass.explain` was asked for it."""
+    refuse_beyond(config.dspass.memory_budget, device)
     began = time.perf_counter()
-    notes = []
-    on_cpu = device == "cpu"
-    with (
-        _rare_collections(),
-        compat.restored_limits(),
-        fake_group(world, "gloo" if on_cpu else "modelled nccl", config.pipeline.enabled),
-        compat.fake_mode(),
-    ):
-        # All ranks of a pipeline see the same batch. Ranks that are no multiple of its stages are refused below.
-        config = config.resolve_stage(dist.is_initialized()).resolve_batch(
-            max(world // (config.pipeline.stages or 1), 1)
-        )
-        fake = faked(model)
-        fake.train(train)
-        batch, named = fake_inputs(args), fake_inputs(kwargs)
-        engine = new_engine(fake, config)
-        engine.target = device
-        engine.supposed_optimizer = supposed = OPTIMIZERS[optimizer if train else "none"]
-        small = sum(p.numel() for p in model.parameters()) <= GENERATE_UP_TO
-        engine.compiler = InductorSimulator(patches=inductor_settings(config)) if on_cpu and small else GraphSimulator()
-        if not (on_cpu and small):
+    with _pretended(config, world, device) as config:
+        ran = _run(model, args, kwargs, config, device, optimizer, train)
+        engine, fake, pipeline = ran.engine, ran.model, ran.pipeline
+        exposed, seconds = _seconds(engine, fake, device, optimizer, train, pipeline)
+        memory = Memory(timeline=ran.timeline, time_unit="events", first_call_peak_bytes=ran.first_call)
+        notes = []
+        if ran.is_estimated:
             notes.append(
                 "Temporaries inside of a segment are estimated from its graph: pointwise chains are taken as fused."
             )
-        compiled = cast(Any, torch.compile)(fake, backend="deepspeed", options=config)  # typed for Inductor's
-        ledger = Ledger(watches=True)
-        steps = Steps(compiled, fake, engine, batch, named, supposed, train, ledger)
-        engine.probe.ledger = ledger
-        with _unwrapped():
-            steps.run()  # the one-line way holds the whole model once; makes the optimiser's states
-            first_call = max(p.total for p in ledger.points)
-            for _ in range(bool(config.zero.stage) + (config.layers.format is not None)):
-                steps.run()  # what the first ones do by hand, as weights are stored and sharded, the last one compiles
-        if config.pipeline.enabled:
-            gc.collect()  # what Dynamo has left of the whole model's fake tensors; real ones are freed by hand
-        ledger.points.clear()
-        steps.run()
-        pipeline = pipeline_of(fake)
-        exposed, seconds = _seconds(engine, fake, device, optimizer, train, pipeline)
-        timeline = memory_timeline(_ordered(ledger.points))
-        memory = Memory(timeline=timeline, time_unit="events", first_call_peak_bytes=first_call)
-        notes[:0] = _first_call_notes(first_call, devices.tabled(device), engine.stage)
+        if not train and config.dspass.memory_budget is not None:
+            _hold_inference(memory.peak_bytes, budget_bytes(config.dspass.memory_budget, engine))
+            notes.append("Nothing is planned for inference, which saves nothing: its peak was held against the budget.")
         notes.append(
             f"Predicted in {time.perf_counter() - began:.1f} s from fake tensors. The time is a roofline's, with rates "
             f"{_rates(device)}."
         )
+        on = devices.tabled(device)
         copies = host_copies_of(engine, 2 * _states_away(engine, fake), exposed)
         record = None
         if pipeline is not None:
@@ -135,10 +101,104 @@ def predicted_report(
             seconds=seconds,
             world=world,
             device=device,
+            warnings=[
+                *_too_large_notes(memory.peak_bytes, on, may_plan=train and config.dspass.memory_budget is None),
+                *_first_call_notes(ran.first_call, on, engine.stage),
+            ],
             notes=notes,
             config=config,
             pipeline=record,
         )
+
+
+def refuse_beyond(budget: int | str | None, device: str) -> None:
+    """Raises :class:`ConfigError` for a budget that the device does not have: what is planned for it would fit nowhere. The
+    memory of the machine that predicts says nothing of the CPUs that will train."""
+    if not isinstance(budget, int) or device == "cpu":
+        return
+    there = devices.capacity(device)
+    if budget > there:
+        raise ConfigError(
+            "dspass.memory_budget",
+            f"{size_text(budget)} is more than the {size_text(there)} of the device, {device}.",
+            'Give at most that, or "auto", which leaves a tenth of it.',
+        )
+
+
+def _hold_inference(peak: int, budget: int) -> None:
+    if peak > budget:
+        smallest = rounded_up(peak)
+        raise BudgetError(
+            f"dspass.memory_budget of {size_text(budget)} is too small: inference takes {size_text(smallest)} on each rank, "
+            "and saves nothing that could be computed again. Give that much, or use more ranks at stage 3 or a smaller batch.",
+            smallest,
+        )
+
+
+@contextlib.contextmanager
+def _pretended(config: Config, world: int, device: str) -> Iterator[Config]:
+    """A group of ``world`` ranks and tensors that are none; answers ``config`` as it is on so many."""
+    with (
+        _rare_collections(),
+        compat.restored_limits(),
+        fake_group(world, "gloo" if device == "cpu" else "modelled nccl", config.pipeline.enabled),
+        compat.fake_mode(),
+    ):
+        # All ranks of a pipeline see the same batch. Ranks that are no multiple of its stages are refused below.
+        yield config.resolve_stage(dist.is_initialized()).resolve_batch(max(world // (config.pipeline.stages or 1), 1))
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Ran:
+    """What has run a step, of which ``timeline`` is the memory. ``is_estimated``: temporaries inside of segments are."""
+
+    engine: Engine
+    model: nn.Module
+    pipeline: Pipelined | None
+    timeline: list[MemoryPoint]
+    first_call: int
+    is_estimated: bool
+
+
+def _run(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    config: Config,
+    device: str,
+    optimizer: str,
+    train: bool,
+) -> _Ran:
+    """Steps of a fake copy of ``model``, until they are as all later ones."""
+    fake = faked(model)
+    fake.train(train)
+    batch, named = fake_inputs(args), fake_inputs(kwargs)
+    engine = new_engine(fake, config)
+    engine.target = device
+    engine.supposed_optimizer = supposed = OPTIMIZERS[optimizer if train else "none"]
+    generates = device == "cpu" and sum(p.numel() for p in model.parameters()) <= GENERATE_UP_TO
+    engine.compiler = InductorSimulator(patches=inductor_settings(config)) if generates else GraphSimulator()
+    compiled = cast(Any, torch.compile)(fake, backend="deepspeed", options=config)  # typed for Inductor's
+    ledger = Ledger(watches=True)
+    steps = Steps(compiled, fake, engine, batch, named, supposed, train, ledger)
+    engine.probe.ledger = ledger
+    with _unwrapped():
+        steps.run()  # the one-line way holds the whole model once; makes the optimiser's states
+        first_call = max(p.total for p in ledger.points)
+        for _ in range(bool(config.zero.stage) + (config.layers.format is not None)):
+            steps.run()  # what the first ones do by hand, as weights are stored and sharded, the last one compiles
+    if config.pipeline.enabled:
+        gc.collect()  # what Dynamo has left of the whole model's fake tensors; real ones are freed by hand
+    ledger.points.clear()
+    steps.run()
+    return _Ran(
+        engine=engine,
+        model=fake,
+        pipeline=pipeline_of(fake),
+        timeline=memory_timeline(_ordered(ledger.points)),
+        first_call=first_call,
+        is_estimated=not generates,
+    )
 
 
 @contextlib.contextmanager
@@ -148,7 +208,7 @@ def _unwrapped() -> Iterator[None]:
         yield
     except RuntimeError as error:
         inner = getattr(error, "inner_exception", None)
-        if isinstance(inner, (BudgetError, PlanError)):
+        if isinstance(inner, (BudgetError, PlanError, ConfigError)):
             raise inner from None
         raise
 
@@ -172,6 +232,17 @@ def _rare_collections() -> Iterator[None]:
 def _ordered(points: Sequence[Point]) -> list[Point]:
     """Points numbered by event: fake steps take no meaningful time."""
     return [Point(float(i), p.label, p.phase, p.bytes) for i, p in enumerate(points)]
+
+
+def _too_large_notes(peak: int, on: devices.Device, may_plan: bool) -> list[str]:
+    """That a step does not fit, and what may be done about it."""
+    if not on.memory_bytes or peak <= on.memory_bytes:
+        return []
+    plan = 'memory_budget="auto" has a step planned that does, where there is one; ' if may_plan else ""
+    return [
+        f"Does not fit: a step takes {format_bytes(peak)}, and the {on.name} has {format_bytes(on.memory_bytes)}. Ways out: "
+        f"{plan}more ranks at a higher ZeRO stage; a smaller batch."
+    ]
 
 
 def _first_call_notes(peak: int, on: devices.Device, stage: int) -> list[str]:

@@ -63,7 +63,9 @@ def report_of(
     notes: list[str],
     config: Config | None,
     pipeline: PipelineRecord | None,
+    warnings: Sequence[str] = (),
 ) -> Report:
+    """``warnings`` are notes that stand before all others."""
     passes, graphs = [], []
     for compilation in engine.compilations:
         passes += [
@@ -89,6 +91,8 @@ def report_of(
     ignored = {i.key: i.reason for i in config.ignored} if config is not None else {}
     quantised = quantised_tensors(last_graphs(engine), engine)
     limit = config.quantise.max_relative_error if config is not None else None
+    times = pipeline.predicted if pipeline is not None else None
+    runs = engine.accumulation_steps * (times.micro_batches if times is not None else 1)
     return Report(
         kind=kind,
         model=type(model).__name__,
@@ -104,10 +108,13 @@ def report_of(
         experts=_experts(engine),
         step_seconds=seconds,
         pipeline=pipeline,
-        plans=[_plan_record(c.name, c.plan, seconds) for c in engine.compilations if c.plan is not None],
+        plans=[
+            _plan_record(c.name, c.plan, seconds, runs) for c in engine.compilations if c.plan is not None
+        ],
         config=config.to_dict() if config is not None else {},
         ignored=ignored,
         notes=[
+            *warnings,
             *dict.fromkeys(n for c in engine.compilations for p in c.passes for n in p.notes),
             *_routing_notes(kind, engine),
             *notes_of_errors(quantised, limit),
@@ -228,9 +235,18 @@ def _experts(engine: Engine) -> list[ExpertLayer]:
     ]
 
 
-def _plan_record(graph: str, plan: Plan, step_seconds: float | None) -> PlanRecord:
-    """A plan's own seconds are of its graph's forward and backward; here they are the whole step's."""
-    rest = step_seconds - plan.seconds - plan.states_seconds if step_seconds is not None else 0.0
+#: How the names of whole parameters' copies begin in a plan.
+_GATHERED = "gathered-parameter"
+
+
+def _plan_record(graph: str, plan: Plan, step_seconds: float | None, runs: int) -> PlanRecord:
+    """A plan's own seconds are of its graph's forward and backward, of which a step has so many ``runs``; here they are the whole
+    step's. A plan for more than the whole step took is by other rates than the step (a CPU's rough ones, if it was not
+    calibrated): its seconds are scaled."""
+    planned = runs * plan.frontier[plan.chosen].seconds
+    step = planned if step_seconds is None else step_seconds
+    scale = min(step / planned, 1.0) if planned else 1.0
+    rest = step - scale * planned
     kept = f"{format_bytes(plan.kept_bytes)} of gathered copies kept, " if plan.kept_bytes else ""
     decision = plan.decision
     held = f"{format_bytes(plan.held_bytes)} in {decision.holders}, " if plan.held_bytes else ""
@@ -243,11 +259,11 @@ def _plan_record(graph: str, plan: Plan, step_seconds: float | None) -> PlanReco
         budget_bytes=plan.budget,
         peak_bytes=plan.peak,
         frontier=[
-            PlanPoint(peak_bytes=o.peak, seconds=o.seconds + rest, saved_bytes=o.saved_bytes, is_measured=o.is_measured)
+            PlanPoint(peak_bytes=o.peak, seconds=scale * runs * o.seconds + rest, saved_bytes=o.saved_bytes, is_measured=o.is_measured)
             for o in plan.frontier
         ],
         here=plan.chosen,
-        classes=[_plan_tensors(t, "") for t in plan.classes],
+        classes=[_plan_tensors(t, _reason_of_class(t, plan)) for t in plan.classes],
         largest=[_plan_tensors(t, _reason(t)) for t in plan.largest],
     )
 
@@ -260,7 +276,7 @@ def _plan_tensors(tensors: Tensors, reason: str) -> PlanTensors:
         dropped_bytes=tensors.dropped,
         held_bytes=tensors.held,
         held_by=tensors.held_by,
-        again_seconds=tensors.again_seconds or 0.0,
+        again_seconds=tensors.again_seconds,
         reason=reason,
     )
 
@@ -268,17 +284,47 @@ def _plan_tensors(tensors: Tensors, reason: str) -> PlanTensors:
 def _reason(one: Tensors) -> str:
     """Why a value was kept, or not."""
     if one.held:
-        return f"held by {one.held_by}, {format_bytes(one.held)}: {_again(one)}"
-    if one.kept:
-        kept = "kept" if one.name.startswith("gathered-parameter") else "saved"
-        return f"{kept}, {format_bytes(one.kept)}: {_again(one)}"
-    return f"dropped, which frees {format_bytes(one.dropped)}: {_again(one)}"
+        done = f"held by {one.held_by}, {format_bytes(one.held)}"
+    elif one.kept:
+        kept = "kept" if one.name.startswith(_GATHERED) else "saved"
+        done = f"{kept}, {format_bytes(one.kept)}"
+    else:
+        done = f"dropped, which frees {format_bytes(one.dropped)}"
+    return f"{done}: {_again(one)}{_otherwise(one)}"
+
+
+def _reason_of_class(those: Tensors, plan: Plan) -> str:
+    """What the values of a class that are there take against those that are not: seconds for a byte decide."""
+    if those.again_seconds is None:  # optimiser states
+        return f"the budget leaves no room for them; copies take {format_seconds(plan.states_seconds)} of a step"
+    again = "gathered again" if those.name.startswith(_GATHERED) else "computed again"
+    there = those.kept + those.held - those.fixed
+    parts = []
+    if there > 0:
+        parts.append(f"what is kept would be {again} in {_for_bytes(those.kept_again_seconds, there)}")
+    if those.fixed:
+        parts.append(f"{format_bytes(those.fixed) if there > 0 else 'what is kept'} cannot be {again}")
+    if those.dropped:
+        parts.append(f"what is dropped is {again} in {_for_bytes(those.again_seconds, those.dropped)}")
+    return ", ".join(parts) + _otherwise(those)
+
+
+def _for_bytes(seconds: float, count: int) -> str:
+    if not seconds:
+        return "no time, as what reads it is computed"
+    return f"{format_seconds(seconds)}, {format_seconds(seconds / count * 1e9)} a GB"
+
+
+def _otherwise(those: Tensors) -> str:
+    """What passes would take that hold values in ways of their own, with all that compute may hide of it."""
+    ways = [f"by {by} in up to {format_seconds(seconds)}" for by, seconds in sorted(those.otherwise.items())]
+    return f"; or held {', '.join(ways)}" if ways else ""
 
 
 def _again(one: Tensors) -> str:
     if one.again_seconds is None:
         return "it cannot be computed again"
-    if one.name.startswith("gathered-parameter"):
+    if one.name.startswith(_GATHERED):
         return f"gathering it again takes {format_seconds(one.again_seconds)}"
     if not one.again_seconds:
         return "computed again it is fused into what reads it"

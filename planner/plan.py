@@ -39,7 +39,7 @@ import torch.fx as fx
 from dspass.passes.nodes import HELD, KEPT
 from dspass.planner.choices import Choices
 from dspass.planner.dry_run import Peak
-from dspass.planner.record import BudgetError, Decision, Option, Plan, Setting, size_text
+from dspass.planner.record import BudgetError, Decision, Option, Plan, Setting, rounded_up, size_text
 from dspass.planner.summary import classes_of, largest_of
 from dspass.runtime import compat
 
@@ -257,7 +257,7 @@ class Planner:
             if setting.bucket_bytes == bucket_bytes
         ]
         least, peak = min(tried, key=lambda pair: pair[0])
-        smallest = _rounded_up(least)
+        smallest = rounded_up(least)
         host = "" if any(setting.states for setting in self.settings) else ", optimiser states on the host"
         return BudgetError(
             f"dspass.memory_budget of {size_text(self.budget)} is too small: the smallest plan of {len(self._candidates)} "
@@ -280,9 +280,3 @@ def chooser(decision: Decision) -> compat.Chooser:
         return [node for node in forward if node.name in saved]
 
     return choose
-
-
-def _rounded_up(count: int) -> int:
-    """To four digits, as :func:`size_text` says it: a person who gives what an error says must not be refused again."""
-    unit = 10 ** max(len(str(count)) - 4, 0)
-    return -(-count // unit) * unit

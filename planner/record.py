@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
 from dspass.planner.dry_run import Peak
@@ -84,7 +84,9 @@ class Option:
 class Tensors:
     """The values of one operator, or one value: how many, bytes that are saved or kept, bytes that are not, and bytes of those
     that a pass holds in its way, such as on the host; the seconds that computing or gathering again takes (of a class, what is
-    not kept; None of a value that has to be saved)."""
+    not kept; None of a value that has to be saved), and those that what is not decided so would take: ``kept_again_seconds``
+    of what is saved or held, but for ``fixed`` bytes that have to be, and by pass those of values that could be held in its
+    way, if compute hid none of its copies."""
 
     name: str
     count: int
@@ -93,6 +95,9 @@ class Tensors:
     again_seconds: float | None
     held: int = 0
     held_by: str = ""
+    kept_again_seconds: float = 0.0
+    fixed: int = 0
+    otherwise: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,3 +170,9 @@ def size_text(count: float) -> str:
         if count >= factor:
             return f"{count / factor:.4g} {unit}"
     return f"{count:.0f} B"
+
+
+def rounded_up(count: int) -> int:
+    """To four digits, as :func:`size_text` says it: a person who gives what an error says must not be refused again."""
+    unit = 10 ** max(len(str(count)) - 4, 0)
+    return -(-count // unit) * unit

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.fx as fx
@@ -26,18 +26,7 @@ def classes_of(choices: Choices, i: int, setting: Setting) -> tuple[Tensors, ...
     for k in _by_size(choices, choice):
         one = _tensors(choices, k, choice, dict(choice.ways))
         found.setdefault(one.name.partition(" ")[0], []).append(one)
-    classes = [
-        Tensors(
-            name=name,
-            count=len(ones),
-            kept=sum(o.kept for o in ones),
-            dropped=sum(o.dropped for o in ones),
-            again_seconds=math.fsum(o.again_seconds or 0.0 for o in ones if o.dropped),
-            held=sum(o.held for o in ones),
-            held_by=", ".join(sorted({o.held_by for o in ones} - {""})),
-        )
-        for name, ones in found.items()
-    ]
+    classes = [_together(name, ones) for name, ones in found.items()]
     return (*_states_of(setting), *sorted(classes, key=lambda c: -(c.kept + c.dropped + c.held)))
 
 
@@ -45,6 +34,25 @@ def largest_of(choices: Choices, i: int) -> tuple[Tensors, ...]:
     choice = choices.found[i]
     largest = _by_size(choices, choice)[:_LARGEST]
     return tuple(_tensors(choices, k, choice, dict(choice.ways)) for k in largest)
+
+
+def _together(name: str, ones: Sequence[Tensors]) -> Tensors:
+    otherwise: dict[str, float] = {}
+    for one in ones:
+        for by, seconds in one.otherwise.items():
+            otherwise[by] = otherwise.get(by, 0.0) + seconds
+    return Tensors(
+        name=name,
+        count=len(ones),
+        kept=sum(o.kept for o in ones),
+        dropped=sum(o.dropped for o in ones),
+        again_seconds=math.fsum(o.again_seconds or 0.0 for o in ones if o.dropped),
+        held=sum(o.held for o in ones),
+        held_by=", ".join(sorted({o.held_by for o in ones} - {""})),
+        kept_again_seconds=math.fsum(o.kept_again_seconds for o in ones),
+        fixed=sum(o.fixed for o in ones),
+        otherwise=otherwise,
+    )
 
 
 def _by_size(choices: Choices, choice: Choice) -> list[int]:
@@ -57,17 +65,21 @@ def _by_size(choices: Choices, choice: Choice) -> list[int]:
 def _tensors(choices: Choices, k: int, choice: Choice, ways: Mapping[int, int]) -> Tensors:
     value = choices.values[k]
     way = ways.get(k)
-    kept = k in choice.saved and way is None
     # What is taken from a tuple costs what the tuple does.
     seconds = value.seconds or max((choices.values[u].seconds for u in value.inputs), default=0.0)
+    saved = k in choice.saved
+    others = [held for w, held in enumerate(choices.ways[k]) if w != way]
     return Tensors(
         name=_label(choices.inside[k]),
         count=1,
-        kept=value.bytes if kept else 0,
-        dropped=0 if k in choice.saved else value.bytes,
+        kept=value.bytes if saved and way is None else 0,
+        dropped=0 if saved else value.bytes,
         again_seconds=seconds if value.recomputable else None,
         held=0 if way is None else value.bytes,
         held_by="" if way is None else choices.ways[k][way].by,
+        kept_again_seconds=seconds if saved and value.recomputable else 0.0,
+        fixed=value.bytes if saved and not value.recomputable else 0,
+        otherwise={held.by: held.holding.seconds + held.holding.link_seconds for held in others},
     )
 
 

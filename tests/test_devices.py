@@ -114,19 +114,20 @@ def test_a_rank_s_share_of_the_machine(tmp_path: Path) -> None:
 
 
 def test_the_fewest_ranks_that_fit() -> None:
-    """On one the states alone are too many, on two what is saved and computed is, by the planner's smallest plan."""
+    """On one the states alone are too many, on two what is saved and computed is, by the planner's smallest plan; four do, and
+    so do three."""
     model, args, kwargs = gpt(layers=3)  # what two ranks hold beside the states is more than fits
     states = sum(4 * p.numel() * p.element_size() for p in model.parameters())
     alone: dict[str, Any] = {"offload_optimizer": {"device": "none"}}
     on_device = {"zero_optimization": alone}
     budget = int(0.98 * states)
     found = dspass.fit(model, *args, kwargs=kwargs, config=on_device, device="h100", memory_budget=budget)
-    assert found.world_size == 4
+    assert found.world_size == 3
     assert found.refused[1] == states
     assert 0.98 * states < found.refused[2] < 1.5 * states
     assert found.report.memory.peak_bytes <= 0.98 * states
     assert found.config["zero_optimization"] == {"stage": 3, **alone}
-    assert str(found).startswith("fits on 4 x h100")
+    assert str(found).startswith("fits on 3 x h100")
     with pytest.raises(BudgetError, match=r"does not fit into 1 MB on up to 4 ranks of h100") as refused:
         dspass.fit(model, *args, kwargs=kwargs, config=on_device, device="h100", memory_budget="1MB", most=4)
     assert refused.value.smallest == states // 4

@@ -241,6 +241,13 @@ def test_a_saved_report_reads_back(tmp_path: Path) -> None:
         (lambda m, x: dspass.explain(m, x, x, optimizer="adamv"), "adamw"),
         (lambda m, x: dspass.explain(m, x, x, device="h1000"), "h100"),
         (lambda m, x: dspass.explain(m, x, x, memory_budget="60 elephants"), "memory_budget"),
+        (lambda m, x: dspass.explain(m, x, x, device="h100", memory_budget="500GB"), r"500 GB is more than the 80 GB"),
+        (lambda m, x: dspass.fit(m, x, x, device="h100", memory_budget="500GB"), r"500 GB is more than the 80 GB"),
+        (
+            lambda m, x: dspass.explain(m, device="h100", memory_budget=1),
+            r"needs a batch.*\*batch, device=\.\.\., memory_b",
+        ),
+        (lambda m, x: dspass.explain("report.json", device="h100"), "a saved report is as it was saved"),
     ],
 )
 def test_refusals_name_the_way_out(call: Any, says: str) -> None:
@@ -264,6 +271,35 @@ def test_a_first_call_that_does_not_fit_is_said(stage: int, device: str, notes: 
         assert report.memory.peak_bytes < 80e9 < (report.memory.first_call_peak_bytes or 0)
 
 
+@pytest.mark.parametrize(
+    ("device", "train", "says"), [("h100", True, "auto"), ("h100", False, ""), ("cpu", True, None)]
+)
+def test_a_step_that_does_not_fit_is_said_first(device: str, train: bool, says: str | None) -> None:
+    """Of a CPU nobody knows what the machine has that will train."""
+    with torch.device("meta"):
+        model = nn.Sequential(*(nn.Linear(32768, 32768, bias=False, dtype=torch.bfloat16) for _ in range(40)))
+    x = torch.empty(1, 32768, dtype=torch.bfloat16)
+    report = dspass.explain(model, x, config=options(0), world_size=1, device=device, train=train)
+    if says is None:
+        assert not any("fit" in note for note in report.notes)
+        return
+    size = format_bytes(report.memory.peak_bytes)
+    assert report.notes[0].startswith(f"Does not fit: a step takes {size}, and the h100 has 80.0 GB. Ways out: ")
+    assert ('memory_budget="auto"' in report.notes[0]) == bool(says)
+
+
+def test_a_budget_holds_for_inference_where_there_is_nothing_to_plan() -> None:
+    model, args, _ = gpt()
+    free = dspass.explain(model, *args, config=options(0), device="h100", train=False)
+    with pytest.raises(dspass.BudgetError, match="inference takes") as refused:
+        dspass.explain(model, *args, config=options(0), device="h100", train=False, memory_budget=1000)
+    smallest = refused.value.smallest
+    assert free.memory.peak_bytes <= smallest <= 1.001 * free.memory.peak_bytes
+    report = dspass.explain(model, *args, config=options(0), device="h100", train=False, memory_budget=smallest)
+    assert report.memory.peak_bytes == free.memory.peak_bytes
+    assert any("held against the budget" in note for note in report.notes)
+
+
 def test_copies_to_and_from_the_host_are_said_with_what_is_exposed_of_them() -> None:
     model, args, _ = gpt()
     zero = {"stage": 0, "offload_optimizer": {"device": "cpu"}}
@@ -279,6 +315,30 @@ def test_copies_to_and_from_the_host_are_said_with_what_is_exposed_of_them() -> 
     assert plain.step_seconds is not None
     exposed = sum(c.exposed_seconds or 0.0 for c in report.host_copies)
     assert report.step_seconds == pytest.approx(plain.step_seconds + exposed, rel=0.01)
+
+
+def test_what_other_plans_take_is_the_whole_step_s() -> None:
+    """A step of four micro-batches computes again four times, and its states come and go once."""
+    with torch.device("meta"):
+        model = GPT(GPTConfig(context=256, layers=2, heads=8, width=512))
+    tokens = torch.zeros(8, 256, dtype=torch.long)
+    zero = {"zero_optimization": {"offload_optimizer": {"device": "none"}}}
+    one, four = (
+        dspass.explain(
+            model,
+            tokens,
+            tokens,
+            config={**zero, "gradient_accumulation_steps": n},
+            device="h100",
+            memory_budget="100%",
+        )
+        for n in (1, 4)
+    )
+    seconds = [[p.seconds for p in report.plans[0].frontier] for report in (one, four)]
+    assert (seconds[0][0], seconds[1][0]) == (one.step_seconds, four.step_seconds)
+    differences = [[s - one[0] for s in one] for one in seconds]
+    assert differences[0][-1] > 0
+    assert differences[1] == pytest.approx([4 * d for d in differences[0]])
 
 
 def test_a_budget_that_is_too_small_is_refused_by_a_public_name() -> None:

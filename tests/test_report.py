@@ -542,6 +542,13 @@ def a_plan(steps: list[tuple[int, float]], here: int, **changes: Any) -> PlanRec
         ([(40, 0.99), (30, 0.994), (20, 0.996), (10, 1.0)], 3, f"+{format_bytes(18 * MB)} buys 6.00 ms"),
         ([(20, 0.998), (10, 1.0)], 1, "more memory buys less than 0.5 % of the step"),
         ([(20, 1.0), (10, 1.0)], 1, "more memory buys less than 0.5 % of the step"),
+        # What fits the budget and was not taken costs no memory.
+        ([(20, 0.8), (11, 0.9), (10, 1.0)], 2, f"+{format_bytes(8 * MB)} buys 200 ms"),
+        (
+            [(12, 0.8), (11, 0.9), (10, 1.0)],
+            2,
+            "200 ms less would fit by itself: the model's other graphs, or what an earlier batch has, decide",
+        ),
     ],
 )
 def test_more_memory_is_offered_where_it_buys_something(steps: list[tuple[int, float]], here: int, says: str) -> None:
@@ -557,6 +564,20 @@ def test_what_a_plan_and_notes_say_is_wrapped_and_not_cut() -> None:
     assert " ".join(shown.split()).count(said) == 3
     assert "\n  word" in shown  # indented below its first line
     assert "…" not in shown
+
+
+def test_what_cannot_be_computed_again_takes_no_time_to() -> None:
+    values = {"kept_bytes": 4 * MB, "dropped_bytes": 0, "count": 1}
+    classes = [
+        PlanTensors(name="dropout", again_seconds=None, reason="what is kept cannot be computed again", **values),
+        PlanTensors(name="exp", again_seconds=0.0, reason="in no time", **{**values, "dropped_bytes": 1}),
+    ]
+    report = a_report(plans=[a_plan([(10, 1.0)], 0, classes=classes)])
+    page = report.to_html()
+    assert page.count('<td class="number">0.00 µs</td>') == 1
+    for shown in (str(report), page):
+        assert "what is kept cannot be computed again" in shown
+    assert Report.from_dict(json.loads(json.dumps(report.to_dict()))) == report
 
 
 # What differs

@@ -131,7 +131,7 @@ def test_states_on_the_host_make_the_optimisers_temporaries_smaller() -> None:
         return dspass.explain(model, *args, config=config, device="h100", memory_budget=budget)
 
     size = sum(p.nbytes for p in model.parameters())
-    whole = explained(10**12)
+    whole = explained(8 * 10**10)
     assert whole.memory.peak_bytes >= 5 * size  # parameters, gradients, states, and temporaries of all
     helped = explained(round(4.5 * size))
     assert "of optimiser states on the host" in helped.plans[0].summary

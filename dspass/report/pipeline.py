@@ -124,7 +124,7 @@ def timelines_of(record: PipelineRecord) -> dict[str, Timeline]:
             tuple(Span(Action(_KINDS[s.kind], s.stage, s.micro_batch), s.start, s.end) for s in row)
             for row in one.spans
         )
-        if one.seconds > 0 and len(spans) == record.ranks == len(set(record.rank_of)):
+        if len(spans) == record.ranks == len(set(record.rank_of)):
             schedule = Schedule(
                 _line(record.schedule),
                 record.ranks,
@@ -134,7 +134,9 @@ def timelines_of(record: PipelineRecord) -> dict[str, Timeline]:
                 tuple(tuple(span.action for span in row) for row in spans),
             )
             peaks = tuple(one.peak_bytes) if len(one.peak_bytes) == record.ranks else ()
-            found[name] = Timeline(schedule, spans, peaks)
+            timeline = Timeline(schedule, spans, peaks)
+            if timeline.seconds > 0:
+                found[name] = timeline
     return found
 
 

@@ -20,9 +20,10 @@ def plan_html(plan: PlanRecord) -> str:
         (
             f"{c.name} ({c.count})",
             format_bytes(c.kept_bytes),
-            f"{format_bytes(c.held_bytes)} {escape(c.held_by)}" if c.held_bytes else "-",
+            f"{format_bytes(c.held_bytes)} {c.held_by}" if c.held_bytes else "-",
             format_bytes(c.dropped_bytes),
-            format_seconds(c.again_seconds),
+            c.again,
+            c.reason,
         )
         for c in plan.classes
     ]
@@ -35,7 +36,7 @@ def plan_html(plan: PlanRecord) -> str:
     </div>
     <p>{escape(plan.summary)}</p>
     {_plot(plan)}
-    {_table(("Values", "Kept", "Held otherwise", "Dropped", "Again in"), classes, 1)}
+    {_table(("Values", "Kept", "Held otherwise", "Dropped", "Again in", "Why"), classes, 1, last=1)}
     {_table(("Largest", "Size", "Why"), largest, 1, last=1)}
   </section>
 """

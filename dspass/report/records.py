@@ -231,11 +231,17 @@ class PlanTensors:
     count: int
     kept_bytes: int
     dropped_bytes: int
-    again_seconds: float
+    again_seconds: float | None
+    """None where it cannot be computed again."""
     held_bytes: int = 0
     held_by: str = ""
     reason: str = ""
-    """For a single value: why it was not decided otherwise."""
+    """Why it was not decided otherwise."""
+
+    @property
+    def again(self) -> str:
+        """What computing again takes, as text; ``-`` where nothing is."""
+        return format_seconds(self.again_seconds) if self.dropped_bytes and self.again_seconds is not None else "-"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,10 +263,14 @@ class PlanRecord:
         if not self.here:
             return "no more memory makes it faster"
         at = self.frontier[self.here].seconds
-        for faster in reversed(self.frontier[: self.here]):
-            if at - faster.seconds >= _WORTH_BUYING * at:
-                more = max(faster.peak_bytes - self.budget_bytes, 0)
-                return f"+{format_bytes(more)} buys {format_seconds(at - faster.seconds)}"
+        worth = [p for p in reversed(self.frontier[: self.here]) if at - p.seconds >= _WORTH_BUYING * at]
+        for faster in worth:
+            if faster.peak_bytes > self.budget_bytes:
+                more = format_bytes(faster.peak_bytes - self.budget_bytes)
+                return f"+{more} buys {format_seconds(at - faster.seconds)}"
+        if worth:  # the budget is not what refused it
+            gained = format_seconds(at - worth[-1].seconds)
+            return f"{gained} less would fit by itself: the model's other graphs, or what an earlier batch has, decide"
         return f"more memory buys less than {100 * _WORTH_BUYING:.2g} % of the step"
 
 

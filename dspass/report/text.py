@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 WIDTH = 100
 _PASS_ROWS, _TRAFFIC_ROWS, _NOTE_ROWS = 12, 5, 3
-_PLAN_CLASSES, _PLAN_TENSORS, _PLAN_POINTS = 6, 4, 8
+_PLAN_CLASSES, _PLAN_REASONS, _PLAN_TENSORS, _PLAN_POINTS = 6, 3, 4, 8
 
 
 def report_text(report: Report) -> str:
@@ -227,7 +227,7 @@ def exposed_text(moved: Traffic | HostCopy) -> str:
 
 
 def _plan_lines(plan: PlanRecord) -> Iterator[str]:
-    """The plan as text, at most some twenty lines."""
+    """The plan as text, at most some thirty lines."""
     yield from _wrapped(f"Plan of {plan.graph} for {format_bytes(plan.budget_bytes)}: {plan.summary}", "")
     yield f"  {plan.next_step}"
     rows = [("", "peak", "step", "saved")]
@@ -246,12 +246,11 @@ def _plan_lines(plan: PlanRecord) -> Iterator[str]:
     yield from _plan_table(rows)
     classes: list[tuple[str, ...]] = [("", "kept", "held otherwise", "dropped", "again in")]
     for one in plan.classes[:_PLAN_CLASSES]:
-        again = format_seconds(one.again_seconds) if one.dropped_bytes else "-"
         held = f"{format_bytes(one.held_bytes)} {one.held_by}" if one.held_bytes else "-"
         name = f"{one.name} ({one.count})"
-        classes.append((name, format_bytes(one.kept_bytes), held, format_bytes(one.dropped_bytes), again))
+        classes.append((name, format_bytes(one.kept_bytes), held, format_bytes(one.dropped_bytes), one.again))
     yield from _plan_table(classes)
-    for one in plan.largest[:_PLAN_TENSORS]:
+    for one in (*plan.classes[:_PLAN_REASONS], *plan.largest[:_PLAN_TENSORS]):
         yield from _wrapped(f"{one.name}: {one.reason}", "  ")
 
 
