@@ -223,14 +223,18 @@ def of_graph(graph: fx.Graph, target: str | None) -> Device:
 def capacity(name: str, local_ranks: int | None = None) -> int:
     """Bytes that one rank can use on a device: those of its row, the real device's, or its share of this machine's memory.
 
-    ``local_ranks`` are the processes that share a CPU (default: ``$LOCAL_WORLD_SIZE``).
+    ``local_ranks`` are the processes that share a CPU (default: :func:`~dspass.passes.calibration.ranks_here`).
     """
     if name == "cuda":
         return int(_nvml()["memory"])
     if name != "cpu":
-        return device(name).memory_bytes
-    ranks = local_ranks or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return machine_memory() // ranks
+        known = device(name).memory_bytes
+        if not known:
+            raise ValueError(
+                f'the memory of device {name!r} is not known here. Give memory_budget in bytes, such as "8GB".'
+            )
+        return known
+    return machine_memory() // (local_ranks or calibration.ranks_here())
 
 
 def share_of(budget: str, memory: int) -> int:

@@ -11,9 +11,13 @@ import pytest
 import torch
 
 import dspass
+from dspass.fake_steps import fake_group
 from dspass.passes import devices
+from dspass.passes.calibration import Calibration, Curve
 from dspass.passes.devices import DEVICES, capacity, device, machine_memory, share_of, tabled
 from dspass.planner.record import BudgetError
+from dspass.runtime.engine import Engine
+from dspass.settings import kind_of
 from examples.gpt import GPT, GPTConfig
 from tests.test_explain import gpt
 
@@ -97,10 +101,24 @@ def test_without_a_device_that_is_said() -> None:
         device("cuda")
 
 
-def test_a_rank_s_share_of_the_machine(tmp_path: Path) -> None:
+def test_a_predicted_rank_has_its_share_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a run without a launcher would: nobody says that some of the ranks are elsewhere."""
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    model = torch.nn.Linear(4, 4)
+    report = dspass.explain(model, torch.ones(2, 4), world_size=8, device="cpu", memory_budget="auto")
+    assert report.plans[0].budget_bytes == share_of("auto", machine_memory() // 8)
+
+
+def test_a_rank_s_share_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = machine_memory()
     assert capacity("cpu", 1) == whole
     assert capacity("cpu", 4) == whole // 4
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert capacity("cpu") == whole
+    with fake_group(8, "gloo", True):
+        assert capacity("cpu") == whole // 8, "mp.spawn, srun and mpirun do not say how many are here: all"
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+        assert capacity("cpu") == whole // 2
     for path, text, wanted in (
         ("sys/fs/cgroup/memory.max", "1000000\n", 10**6),
         ("sys/fs/cgroup/memory.max", "max\n", machine_memory(tmp_path / "nothing")),
