@@ -121,9 +121,12 @@ def step_bytes(engine: Engine, trained: Sequence[torch.Tensor], away: Sequence[s
 
 
 def kind_of(engine: Engine) -> str:
-    if engine.target is None and engine.stages is not None:
+    """The kind of device that the model runs on, or that a prediction is for."""
+    if engine.target is not None:
+        return engine.target
+    if engine.stages is not None:
         return engine.stages.device.type
-    return engine.target or next((p.device.type for s in engine.specs.values() if (p := s.param()) is not None), "cpu")
+    return next((p.device.type for p in engine.params().values()), engine.inputs_on)
 
 
 def state_of(engine: Engine) -> State:
