@@ -229,8 +229,12 @@ def _experts(engine: Engine) -> list[ExpertLayer]:
 
 
 def _plan_record(graph: str, plan: Plan, step_seconds: float | None) -> PlanRecord:
-    """A plan's own seconds are of its graph's forward and backward; here they are the whole step's."""
-    rest = step_seconds - plan.seconds - plan.states_seconds if step_seconds is not None else 0.0
+    """A plan's own seconds are of its graph's forward and backward; here they are the whole step's. A plan for more than the
+    whole step took is by other rates than the step (a CPU's rough ones, if it was not calibrated): its seconds are scaled."""
+    planned = plan.seconds + plan.states_seconds
+    step = planned if step_seconds is None else step_seconds
+    scale = min(step / planned, 1.0) if planned else 1.0
+    rest = step - scale * planned
     kept = f"{format_bytes(plan.kept_bytes)} of gathered copies kept, " if plan.kept_bytes else ""
     decision = plan.decision
     held = f"{format_bytes(plan.held_bytes)} in {decision.holders}, " if plan.held_bytes else ""
@@ -243,7 +247,12 @@ def _plan_record(graph: str, plan: Plan, step_seconds: float | None) -> PlanReco
         budget_bytes=plan.budget,
         peak_bytes=plan.peak,
         frontier=[
-            PlanPoint(peak_bytes=o.peak, seconds=o.seconds + rest, saved_bytes=o.saved_bytes, is_measured=o.is_measured)
+            PlanPoint(
+                peak_bytes=o.peak,
+                seconds=scale * o.seconds + rest,
+                saved_bytes=o.saved_bytes,
+                is_measured=o.is_measured,
+            )
             for o in plan.frontier
         ],
         here=plan.chosen,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +17,8 @@ from hypothesis import strategies as st
 import dspass
 from dspass.config import Config
 from dspass.engines import engine_of
+from dspass.passes import devices
+from dspass.passes.base import Holding
 from dspass.passes.bucket_gathers import BucketGathers
 from dspass.passes.cost import estimate
 from dspass.passes.devices import Device
@@ -319,6 +323,25 @@ def test_a_large_budget_keeps_what_was_gathered_and_the_report_shows_the_price(t
     report.save(tmp_path / "report.json")
     assert dspass.Report.load(tmp_path / "report.json") == report
     assert "you are here" in report.to_html()
+
+
+def test_seconds_of_other_plans_are_in_the_step_s_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans for a CPU that was not calibrated are by rough figures, and the step by what was quickly measured here."""
+    here = replace(devices.CPU, rates={torch.float32: 8e12}, memory=8e11, latency=1e-6, functions={})
+    monkeypatch.setattr(devices, "_this_cpu", lambda: here)
+    report = _predicted(memory_budget="1GB")
+    (plan,) = report.plans
+    assert report.step_seconds is not None
+    seconds = [p.seconds for p in plan.frontier]
+    assert len(seconds) > 1
+    assert min(seconds) > 0
+    assert seconds == sorted(seconds)
+    assert seconds[plan.here] == pytest.approx(report.step_seconds)
+    fewer = _predicted(memory_budget=plan.frontier[-1].peak_bytes)
+    assert fewer.step_seconds is not None
+    assert fewer.plans[0].here > 0
+    assert min(p.seconds for p in fewer.plans[0].frontier) > 0
+    assert fewer.plans[0].frontier[fewer.plans[0].here].seconds == pytest.approx(fewer.step_seconds)
 
 
 @pytest.mark.parametrize("stage", [0, 3])
