@@ -74,8 +74,6 @@ def settings_of(
     at_first = step_bytes(engine, trained)
     for names in away:
         total = sum(states[n] for n in names)
-        if on.host_memory_bytes and total > on.host_memory_bytes:
-            continue
         seconds = cost.states_seconds(total, on)
         for size, more in sizes:
             found.append(

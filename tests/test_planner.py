@@ -31,7 +31,7 @@ from dspass.planner.mincut import Choice, Value, Way, contract, exhaustive, hull
 from dspass.planner.plan import Planner
 from dspass.planner.record import BudgetError, Setting
 from dspass.planner.saved import PlanError
-from dspass.planner.values import can_recompute
+from dspass.planner.values import Held, can_recompute
 from examples.gpt import GPT, GPTConfig
 from tests.graphs import run_pipeline
 from tests.matrix import WHOLE
@@ -149,6 +149,7 @@ class _Told(Choices):
         self.inside, self.values, self.ways, self.prior, self._before, self._whole = [], [], [], None, None, set()
         count = len(modelled)
         self.found = [Choice(frozenset(), frozenset(), frozenset(), count - i, count - i, 0.0) for i in range(count)]
+        self.on = devices.CPU
         self._modelled = modelled
 
     def seconds(self, i: int) -> float:
@@ -204,6 +205,27 @@ def test_a_larger_budget_never_plans_a_slower_step_or_exceeds_itself(
         assert plan.frontier[plan.chosen].seconds == pytest.approx(plan.seconds + plan.states_seconds)
         assert all(a.peak > b.peak or b == plan.frontier[plan.chosen] for a, b in itertools.pairwise(plan.frontier))
         fastest = plan.seconds + plan.states_seconds
+
+
+def test_the_host_has_room_for_saved_values_and_states_together() -> None:
+    """The faster choice holds 60 bytes there, and the states are 80: with room for 100 each fits alone, and not both."""
+
+    def planner(budget: int, host: int) -> _Planner:
+        made = _planner(
+            budget, [10, 15], [10, 15], (Setting(), Setting(states=("x",), states_bytes=80, copy_seconds=1.0))
+        )
+        choices: Any = made.choices
+        choices.on = replace(devices.CPU, host_memory_bytes=host)
+        choices.ways = [(Held("offload_saved", Holding(bytes=0, host_bytes=60)),)]
+        choices.values = [SimpleNamespace(bytes=60)]
+        choices.found[0] = replace(choices.found[0], ways=frozenset({(0, 0)}))
+        return made
+
+    assert planner(40, 0)._fastest(1.0) == planner(40, 140)._fastest(1.0) == (0, 1)
+    assert planner(40, 100)._fastest(1.0) == (1, 1)
+    with pytest.raises(BudgetError) as refused:
+        planner(31, 100).plan()
+    assert refused.value.smallest == 35
 
 
 def test_contraction_leaves_little_to_cut() -> None:
