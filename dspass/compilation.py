@@ -80,6 +80,10 @@ def compile_graph(
         known = None  # the model is compiled again, with other options
     chosen: Callable[..., Any] = compiler or known or segment_compiler(config)
     engine.compiler, engine.config = chosen, config
+    # A number may be a tensor on the host wherever the others are.
+    engine.inputs_on = next(
+        (v.device.type for v in inputs if isinstance(v, torch.Tensor) and v.device.type != "cpu"), "cpu"
+    )
     engine.expected_imbalance = config.experts.expected_imbalance
     if config.dspass.memory_budget is not None or config.dspass.plan is not None:
         passes = scheduled(passes, engine)

@@ -108,9 +108,7 @@ def report_of(
         experts=_experts(engine),
         step_seconds=seconds,
         pipeline=pipeline,
-        plans=[
-            _plan_record(c.name, c.plan, seconds, runs) for c in engine.compilations if c.plan is not None
-        ],
+        plans=[_plan_record(c.name, c.plan, seconds, runs) for c in engine.compilations if c.plan is not None],
         config=config.to_dict() if config is not None else {},
         ignored=ignored,
         notes=[
@@ -259,7 +257,12 @@ def _plan_record(graph: str, plan: Plan, step_seconds: float | None, runs: int) 
         budget_bytes=plan.budget,
         peak_bytes=plan.peak,
         frontier=[
-            PlanPoint(peak_bytes=o.peak, seconds=scale * runs * o.seconds + rest, saved_bytes=o.saved_bytes, is_measured=o.is_measured)
+            PlanPoint(
+                peak_bytes=o.peak,
+                seconds=scale * runs * o.seconds + rest,
+                saved_bytes=o.saved_bytes,
+                is_measured=o.is_measured,
+            )
             for o in plan.frontier
         ],
         here=plan.chosen,

@@ -74,8 +74,6 @@ def settings_of(
     at_first = step_bytes(engine, optimizers, trained)
     for names in away:
         total = sum(states[n] for n in names)
-        if on.host_memory_bytes and total > on.host_memory_bytes:
-            continue
         seconds = cost.states_seconds(total, on)
         for size, more in sizes:
             found.append(
@@ -124,9 +122,12 @@ def step_bytes(
 
 
 def kind_of(engine: Engine) -> str:
-    if engine.target is None and engine.stages is not None:
+    """The kind of device that the model runs on, or that a prediction is for."""
+    if engine.target is not None:
+        return engine.target
+    if engine.stages is not None:
         return engine.stages.device.type
-    return engine.target or next((p.device.type for s in engine.specs.values() if (p := s.param()) is not None), "cpu")
+    return next((p.device.type for p in engine.params().values()), engine.inputs_on)
 
 
 def state_of(engine: Engine, optimizers: Optimizers) -> State:

@@ -10,7 +10,9 @@ and a peak, but not the two or three levels of a CPU's caches.
 
 from __future__ import annotations
 
+import functools
 import json
+import logging
 import math
 import os
 from bisect import bisect_right
@@ -21,6 +23,8 @@ from typing import Any, Self
 
 import torch
 import torch.distributed as dist
+
+log = logging.getLogger(__name__)
 
 _VERSION = 2
 
@@ -152,7 +156,7 @@ def folder() -> Path:
 
 def find(kind: str, product: str) -> tuple[Calibration | None, str]:
     """The stored calibration of the device that is here, and where it is from; otherwise why there is none."""
-    ranks = _ranks_here() if kind == "cpu" else 1
+    ranks = ranks_here() if kind == "cpu" else 1
     names = dict.fromkeys(_file(kind, product, torch.get_num_threads(), count) for count in range(ranks, 0, -1))
     path = next((path for name in names if (path := folder() / name).is_file()), None)
     if path is None:
@@ -169,19 +173,39 @@ def find(kind: str, product: str) -> tuple[Calibration | None, str]:
     return found, told
 
 
-def _ranks_here() -> int:
-    """Ranks that share this machine: as a launcher says, otherwise all."""
+def is_there(kind: str, product: str) -> bool:
+    """Whether a GPU was calibrated, however old that is."""
+    return (folder() / _file(kind, product, 0, 0)).is_file()
+
+
+def ranks_here() -> int:
+    """Ranks that share this machine: as a launcher says (``$LOCAL_WORLD_SIZE``), otherwise all of the group, for which of them
+    are elsewhere is not known."""
     if "LOCAL_WORLD_SIZE" in os.environ:
         return int(os.environ["LOCAL_WORLD_SIZE"])
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def note_step(kind: str, product: str, model: str, ratio: float) -> None:
-    """Keep a model's measured over predicted time of a step with its device's calibration, where there is one."""
-    found, _ = find(kind, product)
-    if found is not None:
-        low, high = RATIO
-        replace(found, steps={**found.steps, model: min(max(ratio, low), high)}).save(folder())
+    """Keep a model's measured over predicted time of a step with its device's calibration, where there is one. It is called in
+    a backward: what cannot be kept is said once, and ends nothing."""
+    try:
+        found, _ = find(kind, product)
+        if found is not None:
+            low, high = RATIO
+            replace(found, steps={**found.steps, model: min(max(ratio, low), high)}).save(folder())
+    except (OSError, CalibrationError) as error:
+        _say_unkept(folder(), str(error))
+
+
+@functools.cache
+def _say_unkept(where: Path, why: str) -> None:
+    log.warning(
+        "The time of a step could not be kept in %s, where it would make later predictions better: %s. Set $DSPASS_DEVICES to "
+        "a folder that can be written and has the calibration.",
+        where,
+        why,
+    )
 
 
 def _file(kind: str, product: str, threads: int, ranks: int) -> str:

@@ -14,6 +14,7 @@ ten rows that a person can check against a datasheet says it better.
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -27,6 +28,8 @@ import torch.fx as fx
 from dspass.passes import calibration
 from dspass.passes.calibration import Calibration, Curve
 from dspass.runtime import cpu
+
+log = logging.getLogger(__name__)
 
 #: Share of a datasheet rate that large kernels and long messages reach. An assumption, until the device is calibrated.
 ACHIEVED = 0.6
@@ -149,6 +152,12 @@ CPU = Device(
     source="rough figures of a CPU core",
 )
 
+#: The row for a GPU that has none and whose name holds none's: the slowest of its maker.
+_LEAST = "a100" if torch.version.hip is None else "mi250x"
+
+#: Kinds of device that nothing is known of, and that a model may be on all the same: passes take a CPU's figures.
+_OTHERS = ("mps", "xpu", "meta")
+
 #: Precisions whose products are measured.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -202,7 +211,7 @@ def calibrated(found: Calibration, source: str) -> Device:
 
 def tabled(name: str) -> Device:
     """The table's figures, equal on all ranks whatever was measured where. Raises ``ValueError`` with the known names."""
-    if name == "cpu":
+    if name in ("cpu", *_OTHERS):
         return CPU
     if name == "cuda":
         return _row_of(_product())
@@ -223,14 +232,18 @@ def of_graph(graph: fx.Graph, target: str | None) -> Device:
 def capacity(name: str, local_ranks: int | None = None) -> int:
     """Bytes that one rank can use on a device: those of its row, the real device's, or its share of this machine's memory.
 
-    ``local_ranks`` are the processes that share a CPU (default: ``$LOCAL_WORLD_SIZE``).
+    ``local_ranks`` are the processes that share a CPU (default: :func:`~dspass.passes.calibration.ranks_here`).
     """
     if name == "cuda":
         return int(_nvml()["memory"])
     if name != "cpu":
-        return device(name).memory_bytes
-    ranks = local_ranks or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return machine_memory() // ranks
+        known = device(name).memory_bytes
+        if not known:
+            raise ValueError(
+                f'the memory of device {name!r} is not known here. Give memory_budget in bytes, such as "8GB".'
+            )
+        return known
+    return machine_memory() // (local_ranks or calibration.ranks_here())
 
 
 def share_of(budget: str, memory: int) -> int:
@@ -266,15 +279,32 @@ def _product() -> str:
 
 
 def _row_of(product: str) -> Device:
-    """The table's row of a product such as ``NVIDIA H100 80GB HBM3``."""
+    """The table's row of a product that is here, such as ``NVIDIA H100 80GB HBM3``, or one after the nearest."""
     words = product.lower().replace("-", " ").split()
     found = next((row for name, row in DEVICES.items() if name in words), None)
-    if found is None:
-        raise ValueError(
-            f"{product!r} has no figures here: only {sorted(DEVICES)} have. Add a row to dspass/passes/devices.py, or give the "
-            "nearest one's name as device=."
+    return found or _after_nearest(product)
+
+
+@functools.cache
+def _after_nearest(product: str) -> Device:
+    """A device without a row, as the row whose name its own holds (a GH200 holds an H200), or else as the slowest of its maker:
+    who has it must be able to train. Of its own it has its memory; its node is taken to have no faster link than the host's,
+    and main memory in equal parts."""
+    near = next((row for name, row in DEVICES.items() if name in product.lower()), DEVICES[_LEAST])
+    if not calibration.is_there("cuda", product):
+        log.warning(
+            "There are no figures for %s: those of the %s are taken. Its own are measured by: python -m dspass calibrate",
+            product,
+            near.name.upper(),
         )
-    return found
+    return replace(
+        near,
+        name=product,
+        memory_bytes=capacity("cuda"),
+        node_link=min(near.node_link, near.host_link),
+        host_memory_bytes=machine_memory() // max(torch.cuda.device_count(), 1),
+        source=f"those of the {near.name.upper()}, as there are none for {product}",
+    )
 
 
 def _nvml() -> dict[str, Any]:

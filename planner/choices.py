@@ -135,6 +135,10 @@ class Choices:
         """The modelled peak of choice ``i`` in such buckets, beyond what is there in every moment."""
         return self._peak(self.found[i], bucket_bytes) + (self.in_flight - 1) * self.found[i].bytes
 
+    def fits_host(self, i: int, states_bytes: int) -> bool:
+        """Whether what choice ``i`` holds on the host has room there, beside so much of the optimiser's states."""
+        return self._fits_host(self.found[i], states_bytes)
+
     def of_prior(self) -> tuple[int, int | None] | None:
         """The choice that :attr:`prior` made, and its bytes of a bucket; None where it speaks of other values."""
         if self.prior is None or self._before is None:
@@ -190,12 +194,13 @@ class Choices:
             if way is None:
                 return None
             ways.add((i, way))
-        return Choice.of(
+        choice = Choice.of(
             self.values,
             frozenset(self._number[n] for n in saved if n not in dropped),
             frozenset(self._number[n] for n in (*again, *dropped)),
             frozenset(ways),
         )
+        return choice if self._fits_host(choice) else None
 
     def _shares(self, plain: Sequence[Value]) -> list[float]:
         """What a second of host copies costs where none is hidden, where as many are as can be, and where all are."""
@@ -228,8 +233,8 @@ class Choices:
         """Seconds of a choice's copies to and from the host."""
         return math.fsum(self.ways[i][k].holding.link_seconds for i, k in choice.ways)
 
-    def _fits_host(self, choice: Choice) -> bool:
-        away = sum(self.ways[i][k].holding.host_bytes for i, k in choice.ways)
+    def _fits_host(self, choice: Choice, states_bytes: int = 0) -> bool:
+        away = self.in_flight * sum(self.ways[i][k].holding.host_bytes for i, k in choice.ways) + states_bytes
         return not self.on.host_memory_bytes or away <= self.on.host_memory_bytes
 
     def _peak(self, choice: Choice, bucket_bytes: int | None = None) -> int:

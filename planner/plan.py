@@ -107,7 +107,11 @@ class Planner:
         if (prior := self.choices.of_prior()) is not None:
             choice, bucket_bytes = prior
             for k, setting in enumerate(self.settings):
-                if setting.bucket_bytes == bucket_bytes and self._fits((choice, k), share):
+                if (
+                    setting.bucket_bytes == bucket_bytes
+                    and self.choices.fits_host(choice, setting.states_bytes)
+                    and self._fits((choice, k), share)
+                ):
                     return choice, k
         self._run(*self._least)
         last, nearly = set(self._last), min(NEARLY * self.budget, self._most_missed)
@@ -144,8 +148,13 @@ class Planner:
 
     @functools.cached_property
     def _candidates(self) -> list[tuple[int, int]]:
-        """Pairs of a choice and a setting, the fastest first."""
-        pairs = [(i, k) for i in range(len(self.choices)) for k in range(len(self.settings))]
+        """Pairs of a choice and a setting that the host has room for, the fastest first."""
+        pairs = [
+            (i, k)
+            for i in range(len(self.choices))
+            for k, setting in enumerate(self.settings)
+            if self.choices.fits_host(i, setting.states_bytes)
+        ]
         return sorted(pairs, key=lambda c: (self._added(c), *c))
 
     def _fits(self, candidate: tuple[int, int], share: float) -> bool:
@@ -252,9 +261,9 @@ class Planner:
     def _refusal(self) -> BudgetError:
         tried = [
             (setting.bytes(peak), peak)
-            for (_, bucket_bytes), peak in self._measured.items()
+            for (choice, bucket_bytes), peak in self._measured.items()
             for setting in self.settings
-            if setting.bucket_bytes == bucket_bytes
+            if setting.bucket_bytes == bucket_bytes and self.choices.fits_host(choice, setting.states_bytes)
         ]
         least, peak = min(tried, key=lambda pair: pair[0])
         smallest = rounded_up(least)

@@ -100,6 +100,8 @@ class Engine:
     supposed_optimizer: Optimizer | None = None
     #: The kind of device that a prediction is for; None where the model runs on the devices of its own tensors.
     target: str | None = None
+    #: The kind of device of the last graph's inputs: all that is known of a compiled function, which has no model.
+    inputs_on: str = "cpu"
     #: Stage 3 in a pipeline: gathered copies live until the call ends, and gradients are reduced at its last backward.
     keeps_for_call: bool = False
     #: Where pipeline stages lie, if the model is divided into some.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,19 @@ def test_measured_steps_make_the_next_prediction_better(folder: Path) -> None:
     assert two.plan.seconds == pytest.approx(one.plan.seconds * two.plan.scale)
     assert two.plan.decision == one.plan.decision
     assert two.plan.scale == pytest.approx(ratio, rel=0.5), "another median, of nearly the same runs"
+
+
+def test_a_step_that_cannot_be_kept_ends_nothing(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = _made(curves={k: Curve.through({1e3: 1e-5, 1e9: 1.0}) for k in ("generated", "product float32")}).save(
+        folder
+    )
+    path.with_suffix(f".{os.getpid()}").mkdir()  # where it is written at first; root may write into any folder
+    _train(12)
+    calibration.note_step("cpu", devices.product_of("cpu"), "another", 1.0)
+    assert not Calibration.load(path).steps
+    (said,) = [r.getMessage() for r in caplog.records if r.name == calibration.__name__]
+    assert str(folder) in said
+    assert "Set $DSPASS_DEVICES to a folder that can be written" in said
 
 
 def test_without_a_calibration_nothing_is_kept(folder: Path) -> None:

@@ -206,7 +206,9 @@ def test_construction_is_checked_and_frozen() -> None:
 @pytest.mark.parametrize(
     ("text", "size"),
     [(1, 1), (2.0, 2), ("7", None), ("7B", 7), ("25 MB", 25_000_000), ("1.5KiB", 1536), ("2GiB", 2 << 30),
-     ("25mb", None), ("0.3B", None), ("-1MB", None), (0, None), (1.5, None), (True, None), ("0KB", None)],
+     ("4.1GB", 4_100_000_000), ("1.07GB", 1_070_000_000), ("4.1MB", 4_100_000), ("1.1GiB", 1_181_116_006),
+     ("4.1234567891GB", 4_123_456_789), ("25mb", None), ("0.3B", None),
+     ("-1MB", None), (0, None), (1.5, None), (True, None), ("0KB", None)],
 )  # fmt: skip
 def test_bytes(text: object, size: int | None) -> None:
     options = {"dspass": {"bucket_bytes": text}}
@@ -214,6 +216,18 @@ def test_bytes(text: object, size: int | None) -> None:
         assert refused(options).key == "dspass.bucket_bytes"
     else:
         assert Config.load(options).dspass.bucket_bytes == size
+
+
+@given(
+    thousandths=st.integers(1000, 10**9),
+    unit=st.sampled_from(["B", "KB", "MB", "GB", "TB", "KiB", "MiB", "GiB", "TiB"]),
+)
+def test_any_size_with_three_decimals_is_taken(thousandths: int, unit: str) -> None:
+    base = 1024 if "i" in unit else 1000
+    whole, part = divmod(thousandths, 1000)
+    text = f"{whole}.{part:03}{unit}"
+    size = thousandths * base ** " KMGT".index(unit[0] if unit != "B" else " ") // 1000
+    assert DspassConfig(memory_budget=text, bucket_bytes=text) == DspassConfig(memory_budget=size, bucket_bytes=size)
 
 
 def test_passes() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,9 +12,13 @@ import pytest
 import torch
 
 import dspass
+from dspass.fake_steps import fake_group
 from dspass.passes import devices
+from dspass.passes.calibration import Calibration, Curve
 from dspass.passes.devices import DEVICES, capacity, device, machine_memory, share_of, tabled
 from dspass.planner.record import BudgetError
+from dspass.runtime.engine import Engine
+from dspass.settings import kind_of
 from examples.gpt import GPT, GPTConfig
 from tests.test_explain import gpt
 
@@ -73,9 +78,11 @@ class _Nvml:
 def _pretend(monkeypatch: pytest.MonkeyPatch, name: str) -> _Nvml:
     """A device that is not here: this is what torch and NVML would say of one."""
     nvml = _Nvml(name)
+    devices._after_nearest.cache_clear()
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid="1234", name=name))
     return nvml
 
@@ -86,9 +93,72 @@ def test_the_real_device_is_read_from_the_driver(monkeypatch: pytest.MonkeyPatch
     assert device("cuda").rates == DEVICES["h100"].rates
     assert capacity("cuda") == 79 * 10**9
     assert nvml.open == 0
-    _pretend(monkeypatch, "NVIDIA GeForce 256")
-    with pytest.raises(ValueError, match=r"'NVIDIA GeForce 256' has no figures here: .*Add a row"):
-        device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("product", "near"),
+    [
+        ("NVIDIA L40S", "a100"),
+        ("NVIDIA GeForce RTX 4090", "a100"),
+        ("NVIDIA GH200 480GB", "h200"),
+        ("Tesla T4", "a100"),
+    ],
+)
+def test_a_device_without_a_row_has_the_nearest_one_s_figures(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path, product: str, near: str
+) -> None:
+    """Who has it must be able to train, and it is said once whose figures these are; a calibration goes before them."""
+    monkeypatch.setenv("DSPASS_DEVICES", str(tmp_path))
+    _pretend(monkeypatch, product)
+    row = tabled("cuda")
+    assert (row.name, row.memory_bytes, row.rates) == (product, 79 * 10**9, DEVICES[near].rates)
+    assert row.node_link <= row.host_link, "NVLink is not taken for granted"
+    assert row.host_memory_bytes == machine_memory() // 2
+    assert row.has_own_memory
+    assert row.source == f"those of the {near.upper()}, as there are none for {product}"
+    assert tabled("cuda") is row
+    assert "python -m dspass calibrate" in device("cuda").source
+    (said,) = [r.getMessage() for r in caplog.records]
+    assert said.startswith(f"There are no figures for {product}: those of the {near.upper()} are taken.")
+    with pytest.raises(ValueError, match=r"device='l40s' has no figures here; use 'cpu', 'cuda' .*'h100'"):
+        device("l40s")
+
+
+def test_a_device_without_a_row_is_calibrated(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("DSPASS_DEVICES", str(tmp_path))
+    _pretend(monkeypatch, "NVIDIA L40S")
+    moved = Curve.through({1e6: 1e-6, 1e9: 2e-3})
+    Calibration(
+        kind="cuda",
+        product="NVIDIA L40S",
+        threads=1,
+        torch=torch.__version__,
+        made="2020-01-01",
+        curves={"generated": moved, "product float32": moved},
+        functions={},
+        host_link=2e10,
+    ).save(tmp_path)
+    found = devices.planned_for("cuda")
+    assert (found.name, found.memory_bytes, found.memory, found.host_link) == ("NVIDIA L40S", 79 * 10**9, 5e11, 2e10)
+    assert "measured by python -m dspass calibrate" in found.source
+    assert tabled("cuda").rates == DEVICES["a100"].rates, "passes use the table's, calibrated or not"
+    assert not caplog.records
+
+
+def test_the_device_of_a_model_without_specs_is_its_parameters() -> None:
+    """One process without mixed precision marks nothing."""
+    model = torch.nn.Linear(2, 2, device="meta")
+    engine = Engine(stage=0, inputs_on="cuda")
+    assert kind_of(engine) == "cuda", "a compiled function has no model: its inputs'"
+    engine.root = weakref.ref(model)
+    assert kind_of(engine) == "meta"
+    assert tabled(kind_of(engine)) is devices.CPU, "it is compiled"
+    with pytest.raises(ValueError, match="the memory of device 'meta' is not known here"):
+        capacity(kind_of(engine))
+    engine.target = "h100"
+    assert kind_of(engine) == "h100"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device here")
@@ -97,10 +167,24 @@ def test_without_a_device_that_is_said() -> None:
         device("cuda")
 
 
-def test_a_rank_s_share_of_the_machine(tmp_path: Path) -> None:
+def test_a_predicted_rank_has_its_share_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a run without a launcher would: nobody says that some of the ranks are elsewhere."""
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    model = torch.nn.Linear(4, 4)
+    report = dspass.explain(model, torch.ones(2, 4), world_size=8, device="cpu", memory_budget="auto")
+    assert report.plans[0].budget_bytes == share_of("auto", machine_memory() // 8)
+
+
+def test_a_rank_s_share_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = machine_memory()
     assert capacity("cpu", 1) == whole
     assert capacity("cpu", 4) == whole // 4
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert capacity("cpu") == whole
+    with fake_group(8, "gloo", True):
+        assert capacity("cpu") == whole // 8, "mp.spawn, srun and mpirun do not say how many are here: all"
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+        assert capacity("cpu") == whole // 2
     for path, text, wanted in (
         ("sys/fs/cgroup/memory.max", "1000000\n", 10**6),
         ("sys/fs/cgroup/memory.max", "max\n", machine_memory(tmp_path / "nothing")),

@@ -6,6 +6,8 @@ import functools
 import itertools
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +20,8 @@ import dspass
 from dspass.config import Config
 from dspass.engines import engine_of
 from dspass.optimizers import Optimizers
+from dspass.passes import devices
+from dspass.passes.base import Holding
 from dspass.passes.bucket_gathers import BucketGathers
 from dspass.passes.cost import estimate
 from dspass.passes.devices import Device
@@ -30,7 +34,7 @@ from dspass.planner.mincut import Choice, Value, Way, contract, exhaustive, hull
 from dspass.planner.plan import Planner
 from dspass.planner.record import BudgetError, Setting
 from dspass.planner.saved import PlanError
-from dspass.planner.values import can_recompute
+from dspass.planner.values import Held, can_recompute
 from dspass.runtime.engine import Engine
 from dspass.settings import states_bytes
 from examples.gpt import GPT, GPTConfig
@@ -150,6 +154,7 @@ class _Told(Choices):
         self.inside, self.values, self.ways, self.prior, self._before, self._whole = [], [], [], None, None, set()
         count = len(modelled)
         self.found = [Choice(frozenset(), frozenset(), frozenset(), count - i, count - i, 0.0) for i in range(count)]
+        self.on = devices.CPU
         self._modelled = modelled
 
     def seconds(self, i: int) -> float:
@@ -205,6 +210,27 @@ def test_a_larger_budget_never_plans_a_slower_step_or_exceeds_itself(
         assert plan.frontier[plan.chosen].seconds == pytest.approx(plan.seconds + plan.states_seconds)
         assert all(a.peak > b.peak or b == plan.frontier[plan.chosen] for a, b in itertools.pairwise(plan.frontier))
         fastest = plan.seconds + plan.states_seconds
+
+
+def test_the_host_has_room_for_saved_values_and_states_together() -> None:
+    """The faster choice holds 60 bytes there, and the states are 80: with room for 100 each fits alone, and not both."""
+
+    def planner(budget: int, host: int) -> _Planner:
+        made = _planner(
+            budget, [10, 15], [10, 15], (Setting(), Setting(states=("x",), states_bytes=80, copy_seconds=1.0))
+        )
+        choices: Any = made.choices
+        choices.on = replace(devices.CPU, host_memory_bytes=host)
+        choices.ways = [(Held("offload_saved", Holding(bytes=0, host_bytes=60)),)]
+        choices.values = [SimpleNamespace(bytes=60)]
+        choices.found[0] = replace(choices.found[0], ways=frozenset({(0, 0)}))
+        return made
+
+    assert planner(40, 0)._fastest(1.0) == planner(40, 140)._fastest(1.0) == (0, 1)
+    assert planner(40, 100)._fastest(1.0) == (1, 1)
+    with pytest.raises(BudgetError) as refused:
+        planner(31, 100).plan()
+    assert refused.value.smallest == 35
 
 
 def test_contraction_leaves_little_to_cut() -> None:
@@ -324,6 +350,25 @@ def test_a_large_budget_keeps_what_was_gathered_and_the_report_shows_the_price(t
     report.save(tmp_path / "report.json")
     assert dspass.Report.load(tmp_path / "report.json") == report
     assert "you are here" in report.to_html()
+
+
+def test_seconds_of_other_plans_are_in_the_step_s_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans for a CPU that was not calibrated are by rough figures, and the step by what was quickly measured here."""
+    here = replace(devices.CPU, rates={torch.float32: 8e12}, memory=8e11, latency=1e-6, functions={})
+    monkeypatch.setattr(devices, "_this_cpu", lambda: here)
+    report = _predicted(memory_budget="1GB")
+    (plan,) = report.plans
+    assert report.step_seconds is not None
+    seconds = [p.seconds for p in plan.frontier]
+    assert len(seconds) > 1
+    assert min(seconds) > 0
+    assert seconds == sorted(seconds)
+    assert seconds[plan.here] == pytest.approx(report.step_seconds)
+    fewer = _predicted(memory_budget=plan.frontier[-1].peak_bytes)
+    assert fewer.step_seconds is not None
+    assert fewer.plans[0].here > 0
+    assert min(p.seconds for p in fewer.plans[0].frontier) > 0
+    assert fewer.plans[0].frontier[fewer.plans[0].here].seconds == pytest.approx(fewer.step_seconds)
 
 
 @pytest.mark.parametrize("stage", [0, 3])

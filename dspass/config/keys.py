@@ -285,8 +285,9 @@ KEYS: tuple[Key, ...] = (
     _act("dspass.memory_budget", "memory_budget", "budget", None, "bytes",
          "Most bytes of tensors that one rank holds at any time of a training step: what is saved for the backward, what is "
          "computed again and which gathered copies are kept is planned for it, and a budget that cannot be met is refused with "
-         "the smallest that can. A share is of the device's memory (on a CPU the machine's, divided by its ranks), and "
-         "`\"auto\"` is 90 % of it. Absent: Inductor's own choice.", low=1, off=("auto",)),
+         "the smallest that can. A share is of the device's memory (on a CPU the machine's, divided by its ranks: as many as "
+         "`$LOCAL_WORLD_SIZE` says, else all, also those of a prediction), and `\"auto\"` is 90 % of it. Absent: Inductor's "
+         "own choice.", low=1, off=("auto",)),
     _act("dspass.plan", "plan", "text", None, "path",
          "A .json file of plans: where it holds one for this model, ranks and shapes it is used, where it is not there it is "
          "written, and one that was made for something else is refused with what differs. Each stage of a pipeline has a file "

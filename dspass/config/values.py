@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
+from decimal import Decimal
 from typing import Any
 
 from dspass.config.entries import PassEntry, RoundedGroup
@@ -156,10 +157,7 @@ def _bytes(key: Key, value: Any) -> int:
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
         if match is None or match[2] not in _UNITS:
             raise _wrong(key, value, f"The units are {', '.join(sorted(_UNITS, key=lambda unit: _UNITS[unit]))}.")
-        size = float(match[1]) * _UNITS[match[2]] if "." in match[1] else int(match[1]) * _UNITS[match[2]]
-        if size != int(size):
-            raise _wrong(key, value)
-        value = int(size)
+        value = int(Decimal(match[1]) * _UNITS[match[2]])  # rounded down; as floats 4.1 * 10**9 is no whole number
     return _numeric(replace(key, kind="count"), value)
 
 
