@@ -238,8 +238,8 @@ _GATHERED = "gathered-parameter"
 
 
 def _plan_record(graph: str, plan: Plan, step_seconds: float | None, runs: int) -> PlanRecord:
-    """A plan's own seconds are of its graph's forward and backward, of which a step has so many ``runs``; here they are the whole
-    step's. A plan for more than the whole step took is by other rates than the step (a CPU's rough ones, if it was not
+    """A plan's own seconds are of its graph's forward and backward, of which a step has so many ``runs``; here they are the
+    whole step's. A plan for more than the whole step took is by other rates than the step (a CPU's rough ones, if it was not
     calibrated): its seconds are scaled."""
     planned = runs * plan.frontier[plan.chosen].seconds
     step = planned if step_seconds is None else step_seconds
