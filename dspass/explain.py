@@ -21,7 +21,7 @@ from dspass.config import Config
 from dspass.engines import engine_of
 from dspass.owners import unwrap
 from dspass.passes import devices
-from dspass.prediction import predicted_report
+from dspass.prediction import predicted_report, with_unplanned
 from dspass.report import Memory, Report
 from dspass.reporting import host_copies_of, memory_timeline, pipeline_of, pipeline_record, report_of, traffic_of
 from dspass.runtime.stepping import OPTIMIZERS
@@ -47,9 +47,10 @@ def explain(
     - ``explain("report.json")``: a saved report.
 
     ``memory_budget`` (bytes, ``"60GB"``, ``"75%"`` of the device or ``"auto"``) has the planner fit the step into it, and the
-    report show what that costs; raises :class:`dspass.BudgetError` where nothing fits, and ``ValueError`` where it is more than
-    ``device`` has. ``optimizer`` names whose states are counted (one of :data:`OPTIMIZERS`); ``train=False`` predicts the
-    forward only, for which nothing is planned: its peak is held against the budget.
+    report show what that costs, and the memory of the step without the plan. Raises :class:`dspass.BudgetError` where nothing
+    fits, and ``ValueError`` where it is more than ``device`` has. ``optimizer`` names whose states are counted (one of
+    :data:`OPTIMIZERS`); ``train=False`` predicts the forward only, for which nothing is planned: its peak is held against the
+    budget.
     """
     if not args and not kwargs:
         asked = {"config": config, "world_size": world_size, "device": device, "memory_budget": memory_budget}
@@ -62,16 +63,15 @@ def explain(
         return _measured(model)
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer={optimizer!r} is not known; use one of {sorted(OPTIMIZERS)}.")
-    return predicted_report(
-        unwrap(model),
-        args,
-        dict(kwargs or {}),
-        config=_with_budget(Config.load(config), memory_budget),
-        world=world_size or settings_world(),
-        device=device or "cpu",
-        optimizer=optimizer,
-        train=train,
-    )
+    of = unwrap(model), args, dict(kwargs or {})
+    on: Any = {
+        "config": _with_budget(Config.load(config), memory_budget),
+        "world": world_size or settings_world(),
+        "device": device or "cpu",
+        "optimizer": optimizer,
+        "train": train,
+    }
+    return with_unplanned(predicted_report(*of, **on), *of, **on)
 
 
 def _refuse_without_batch(model: object, asked: list[str]) -> None:

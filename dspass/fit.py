@@ -20,11 +20,10 @@ from tqdm import tqdm
 
 from dspass.config import ENVIRONMENT, Config, ConfigError
 from dspass.config.reading import read_file
-from dspass.explain import explain
 from dspass.owners import unwrap
 from dspass.passes import devices
 from dspass.planner.record import BudgetError, size_text
-from dspass.prediction import refuse_beyond
+from dspass.prediction import predicted_report, refuse_beyond, with_unplanned
 from dspass.report import Report
 from dspass.report.words import counted
 from dspass.runtime.stepping import OPTIMIZERS
@@ -79,7 +78,9 @@ def fit(
     """
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer={optimizer!r} is not known; use one of {sorted(OPTIMIZERS)}.")
-    search = _Search.of(model, args, kwargs, config, device, memory_budget, optimizer)
+    if not args and not kwargs:
+        raise ValueError("dspass.fit predicts a step, and needs one rank's batch for it: dspass.fit(model, *batch).")
+    search = _Search.of(unwrap(model), args, dict(kwargs or {}), config, device, memory_budget, optimizer)
     with tqdm(desc="ranks tried", unit="try", disable=None) as search.progress:
         return search.found(most)
 
@@ -90,7 +91,7 @@ class _Search:
 
     model: nn.Module
     args: tuple[Any, ...]
-    kwargs: Mapping[str, Any] | None
+    kwargs: dict[str, Any]
     written: dict[str, Any]
     stage: int
     """Of more than one rank."""
@@ -108,7 +109,7 @@ class _Search:
         cls,
         model: nn.Module,
         args: tuple[Any, ...],
-        kwargs: Mapping[str, Any] | None,
+        kwargs: dict[str, Any],
         config: Config | str | os.PathLike[str] | Mapping[str, Any] | None,
         device: str,
         budget: int | str | None,
@@ -154,6 +155,7 @@ class _Search:
             elif middle in self.refused:
                 few = middle
         skipped = {n: why for n, why in self.skipped.items() if n < fits}
+        report = with_unplanned(report, *self._of, **self._on(fits))
         return Fit(world_size=fits, config=self._options(fits), report=report, refused=self.refused, skipped=skipped)
 
     def _usable(self, most: int) -> list[int]:
@@ -197,20 +199,25 @@ class _Search:
             return None
         self.progress.update()
         try:
-            return explain(
-                self.model,
-                *self.args,
-                kwargs=self.kwargs,
-                config=self._options(ranks),
-                world_size=ranks,
-                device=self.device,
-                optimizer=self.optimizer,
-            )
+            return predicted_report(*self._of, **self._on(ranks))
         except BudgetError as error:
             self.refused[ranks] = error.smallest
         except ConfigError as error:
             self._skip(ranks, error)
         return None
+
+    @property
+    def _of(self) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+        return self.model, self.args, self.kwargs
+
+    def _on(self, ranks: int) -> dict[str, Any]:
+        return {
+            "config": self._config(ranks),
+            "world": ranks,
+            "device": self.device,
+            "optimizer": self.optimizer,
+            "train": True,
+        }
 
     def _options(self, ranks: int) -> dict[str, Any]:
         zero, own = (self.written.get(section) or {} for section in ("zero_optimization", "dspass"))
@@ -226,7 +233,7 @@ class _Search:
     def _always(self, ranks: int) -> int:
         """Bytes that one of so many ranks holds at least: parameters, gradients, and states that may not wait on the host."""
         config = self._config(ranks)
-        params = list(unwrap(self.model).parameters())
+        params = list(self.model.parameters())
         trained = [p for p in params if p.requires_grad]
         waits = config.offload_optimizer == "cpu" or (config.offload_optimizer is None and self.device != "cpu")
         from_stage = {

@@ -103,12 +103,35 @@ def predicted_report(
             device=device,
             warnings=[
                 *_too_large_notes(memory.peak_bytes, on, may_plan=train and config.dspass.memory_budget is None),
+                *_over_budget_notes(memory.peak_bytes, engine),
                 *_first_call_notes(ran.first_call, on, engine.stage),
             ],
             notes=notes,
             config=config,
             pipeline=record,
         )
+
+
+def with_unplanned(
+    report: Report,
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    *,
+    config: Config,
+    world: int,
+    device: str,
+    optimizer: str,
+    train: bool,
+) -> Report:
+    """A report that was predicted of this, with the memory of the step as the passes do it by themselves, where a plan was
+    made: another prediction, for a plan changes the whole step."""
+    if not report.plans:
+        return report
+    own = dataclasses.replace(config.dspass, memory_budget=None, plan=None)
+    with _pretended(dataclasses.replace(config, dspass=own), world, device) as config:
+        ran = _run(model, args, kwargs, config, device, optimizer, train)
+    return dataclasses.replace(report, memory=dataclasses.replace(report.memory, unplanned=ran.timeline))
 
 
 def refuse_beyond(budget: int | str | None, device: str) -> None:
@@ -242,6 +265,21 @@ def _too_large_notes(peak: int, on: devices.Device, may_plan: bool) -> list[str]
     return [
         f"Does not fit: a step takes {format_bytes(peak)}, and the {on.name} has {format_bytes(on.memory_bytes)}. Ways out: "
         f"{plan}more ranks at a higher ZeRO stage; a smaller batch."
+    ]
+
+
+#: Share by which a step's peak may exceed its budget before it is said: a loss and its gradient are in no plan.
+_BEYOND = 0.01
+
+
+def _over_budget_notes(peak: int, engine: Engine) -> list[str]:
+    """Graphs are planned one by one, and a step is all of them."""
+    budgets = [c.plan.budget for c in engine.compilations if c.plan is not None]
+    if not budgets or peak <= (1 + _BEYOND) * min(budgets):
+        return []
+    return [
+        f"The budget does not hold: a step takes {format_bytes(peak)}, and was planned for {format_bytes(min(budgets))}. "
+        f"Give a budget that is {format_bytes(peak - min(budgets))} smaller."
     ]
 
 

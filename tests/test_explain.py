@@ -148,6 +148,9 @@ def test_a_plan_and_the_step_that_is_predicted_under_it_have_one_peak(device: st
     assert report.memory.peak.phase == "backward"
     (plan,) = report.plans
     assert plan.peak_bytes == pytest.approx(report.memory.peak_bytes, abs=16)  # the loss and its gradient
+    unplanned = dspass.explain(model, *args, kwargs=kwargs, config=options(stage), world_size=ranks, device=device)
+    assert report.memory.unplanned == unplanned.memory.timeline
+    assert not unplanned.memory.unplanned
 
 
 @pytest.mark.parametrize(("stage", "ranks", "steps"), [(0, 1, 2), (0, 2, 2), (1, 2, 3), (2, 2, 2), (3, 2, 2)])

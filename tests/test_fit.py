@@ -18,18 +18,17 @@ def tried(monkeypatch: pytest.MonkeyPatch, fewest: int, *, but: Any = (), **opti
     """What is found where ``fewest`` ranks and more fit, and the numbers that were predicted for it."""
     numbers: list[int] = []
 
-    def explain(*_: Any, config: Any, world_size: int, **__: Any) -> Any:
-        numbers.append(world_size)
-        loaded = Config.load(config)
-        if world_size in but:
-            raise ConfigError("", f"not on {world_size} ranks")
-        if loaded.offload_param == "cpu":
+    def predicted(*_: Any, config: Config, world: int, **__: Any) -> Any:
+        numbers.append(world)
+        if world in but:
+            raise ConfigError("", f"not on {world} ranks")
+        if config.offload_param == "cpu":
             raise ConfigError("zero_optimization.offload_param.device", "not built yet")
-        if world_size < fewest or (world_size > 1 and loaded.zero.stage == 0):
+        if world < fewest or (world > 1 and config.zero.stage == 0):
             raise BudgetError("", 10**9)
-        return dspass.Report(kind="predicted", model="m", device="h100", world_size=world_size)
+        return dspass.Report(kind="predicted", model="m", device="h100", world_size=world)
 
-    monkeypatch.setattr(sys.modules["dspass.fit"], "explain", explain)
+    monkeypatch.setattr(sys.modules["dspass.fit"], "predicted_report", predicted)
     with torch.device("meta"):
         model = torch.nn.Linear(2, 2)
     return dspass.fit(model, torch.zeros(1, 2), **options), numbers
@@ -115,3 +114,5 @@ def test_ranks_that_hold_no_less_are_not_tried(monkeypatch: pytest.MonkeyPatch) 
 def test_no_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="most=0"):
         tried(monkeypatch, 1, most=0)
+    with pytest.raises(ValueError, match="needs one rank's batch"):
+        dspass.fit(torch.nn.Linear(2, 2))

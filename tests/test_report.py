@@ -204,6 +204,7 @@ reports = st.builds(
     memory=st.builds(
         Memory,
         timeline=st.lists(points, max_size=4),
+        unplanned=st.lists(points, max_size=2),
         first_call_peak_bytes=st.none() | number,
         time_unit=st.sampled_from(["seconds", "events"]),
     ),
@@ -351,6 +352,16 @@ def test_malformed_data_is_refused_by_name(damage: Callable[[Any], None], says: 
     damage(data)
     with pytest.raises(ValueError, match=says):
         Report.from_dict(data)
+
+
+def test_the_version_before_is_read() -> None:
+    data = a_report().to_dict()
+    del data["memory"]["unplanned"]
+    assert Report.from_dict({**data, "version": VERSION - 1}) == a_report()
+    with pytest.raises(ValueError, match="'unplanned' is missing"):
+        Report.from_dict(data)
+    with pytest.raises(ValueError, match=f"format version {VERSION - 2}"):
+        Report.from_dict({**data, "version": VERSION - 2})
 
 
 # Files
@@ -564,6 +575,17 @@ def test_what_a_plan_and_notes_say_is_wrapped_and_not_cut() -> None:
     assert " ".join(shown.split()).count(said) == 3
     assert "\n  word" in shown  # indented below its first line
     assert "…" not in shown
+
+
+def test_a_step_is_shown_with_its_plan_and_without_it() -> None:
+    point = MemoryPoint(t=0.0, label="%mm", phase="backward", bytes={"parameters": 4 * MB, "saved": 16 * MB})
+    memory = dataclasses.replace(a_report().memory, unplanned=[point])
+    report = a_report(memory=memory, plans=[a_plan([(10, 1.0)], 0)])
+    said = "without the plan the peak would be 20.0 MB, in backward, at %mm; the budget is 12.0 MB"
+    assert f"  {said}" in str(report).split("\n")
+    assert "; 20.0 MB without the plan" in report.to_html()
+    assert "without the plan" not in str(a_report())
+    assert "  peak without the plan: not measured → 20.0 MB" in a_report().diff(report).split("\n")
 
 
 def test_what_cannot_be_computed_again_takes_no_time_to() -> None:

@@ -24,6 +24,8 @@ from dspass.report import (
     PipelineRecord,
     PipelineSpan,
     PipelineTimeline,
+    PlanPoint,
+    PlanRecord,
     Report,
     Traffic,
 )
@@ -270,14 +272,14 @@ PROBE = """
 </body>"""
 
 
-def browse(report: Report, folder: Path, width: int) -> dict[str, str | None]:
+def browse(report: Report, folder: Path, width: int, probe: str = PROBE) -> dict[str, str | None]:
     """The attributes of the page's root after its script, and the probe, have run."""
     if BROWSER is None:
         pytest.skip("no chromium, chromium-browser or google-chrome is installed")
     page = report.to_html()
     assert page.count("</body>") == 1
     path = folder / "report.html"
-    path.write_text(page.replace("</body>", PROBE), encoding="utf-8", errors="replace")
+    path.write_text(page.replace("</body>", probe), encoding="utf-8", errors="replace")
     quiet = (
         "headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
         "disable-component-update", "disable-sync", "dump-dom",
@@ -317,6 +319,57 @@ def test_a_browser_draws_the_page(tmp_path: Path, width: int) -> None:
     assert seen["tooltip-fits"] == "true"
     assert seen["areas-hidden"] == "3"
     assert seen["themes"] == "2"
+
+
+def a_planned_report(budget: int) -> Report:
+    """Its step takes half of what it does without the plan, in two thirds of the events."""
+    timeline = [a_point(i) for i in range(2000)]
+    unplanned = [a_point(i, bytes={c: 2 * b for c, b in a_point(i).bytes.items()}) for i in range(3000)]
+    point = PlanPoint(peak_bytes=budget, seconds=1.0, saved_bytes=0, is_measured=True)
+    plan = PlanRecord(graph=HOSTILE, summary="", budget_bytes=budget, peak_bytes=budget, frontier=[point])
+    return dataclasses.replace(a_report(), memory=Memory(timeline=timeline, unplanned=unplanned), plans=[plan])
+
+
+TWO_CHARTS = """
+<script>
+(() => {
+  const say = (key, value) => { document.documentElement.setAttribute("data-probe-" + key, value); };
+  for (const id of ["svg", "svg-without"]) {
+    const svg = document.getElementById(id);
+    const of = (what) => [...svg.querySelectorAll(what)];
+    const right = (area) => Math.max(...[...area.getAttribute("d").matchAll(/H([0-9.]+)/g)].map((m) => Number(m[1])));
+    say(`${id}-areas`, of(".area").length);
+    say(`${id}-budget`, of(".budget").map((line) => line.getAttribute("y1")).join(" "));
+    say(`${id}-grid`, of(".grid").map((line) => line.getAttribute("y1")).join(" "));
+    say(`${id}-peak`, of(".peak-dot")[0].getAttribute("cy"));
+    say(`${id}-ends`, Math.round(right(of(".area")[0])));
+    svg.dispatchEvent(new KeyboardEvent("keydown", { key: "p", cancelable: true }));
+    say(`${id}-total`, svg.parentElement.querySelector("dd.total").textContent);
+  }
+  document.querySelector("#legend button").click();
+  say("hidden", document.querySelectorAll("#svg-without .area").length);
+  say("fits", document.documentElement.scrollWidth <= innerWidth);
+})();
+</script>
+</body>"""
+
+
+@pytest.mark.parametrize("width", [1600, 700])
+def test_a_browser_draws_the_step_with_its_plan_and_without_on_the_same_axes(tmp_path: Path, width: int) -> None:
+    root = browse(a_planned_report(40_000_000), tmp_path, width, TWO_CHARTS)
+    assert root.get("data-error") is None
+    seen = {
+        key.removeprefix("data-probe-"): value or "" for key, value in root.items() if key.startswith("data-probe-")
+    }
+    assert seen["svg-areas"] == seen["svg-without-areas"] == "3"
+    assert seen["svg-grid"] == seen["svg-without-grid"] != ""
+    assert seen["svg-budget"] == seen["svg-without-budget"] != ""
+    assert float(seen["svg-without-peak"]) < float(seen["svg-budget"]) < float(seen["svg-peak"]), "from the top"
+    assert int(seen["svg-ends"]) == pytest.approx(2 / 3 * int(seen["svg-without-ends"]), abs=0.1 * width)
+    assert seen["hidden"] == "2"
+    assert seen["fits"] == "true"
+    far = browse(a_planned_report(10**12), tmp_path, width, TWO_CHARTS)
+    assert far["data-probe-svg-budget"] == "", "all that is held would be a line at the bottom"
 
 
 def test_a_browser_draws_an_empty_report(tmp_path: Path) -> None:

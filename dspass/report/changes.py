@@ -124,6 +124,9 @@ def _memory_changes(old: Report, new: Report) -> Iterator[str]:
         was, now = (None if p is None else p.bytes[category] for p in (old_peak, new_peak))
         if was != now:
             yield f"{category} at the peak: {_figures(was, now, format_bytes, *missing)}"
+    was, now = (None if p is None else p.total for p in (a.unplanned_peak, b.unplanned_peak))
+    if was != now:
+        yield f"peak without the plan: {_figures(was, now, format_bytes, *missing)}"
     if a.first_call_peak_bytes != b.first_call_peak_bytes:
         was, now = a.first_call_peak_bytes, b.first_call_peak_bytes
         yield f"first call: {_figures(was, now, format_bytes, *missing)}"

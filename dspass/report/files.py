@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 R = TypeVar("R", bound="Report")
 
 FORMAT = "dspass.report"
-VERSION = 5
+VERSION = 6
+_BEFORE = 5  # is read too
 
 
 def encode_report(report: Report) -> dict[str, Any]:
@@ -46,11 +47,13 @@ def decode_report(cls: type[R], data: Any) -> R:
     """
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise ValueError(f"not a dspass report: the key 'format' must say {FORMAT!r}")
-    if data.get("version") != VERSION or isinstance(data["version"], bool):
+    if data.get("version") not in (VERSION, _BEFORE) or isinstance(data["version"], bool):
         raise ValueError(
             f"the report has format version {data.get('version')!r}, this dspass reads {VERSION}: "
             "load it with the version of dspass that wrote it, or make the report again"
         )
+    if data["version"] == _BEFORE and isinstance(data.get("memory"), dict):
+        data = {**data, "memory": {"unplanned": [], **data["memory"]}}
     data = {k: v for k, v in data.items() if k not in ("format", "version")}
     texts = _decode(list[str], data.pop("texts", None), "texts")
     for part in ("passes", "graphs"):

@@ -107,7 +107,8 @@ def _passes_note(report: Report) -> str:
 
 def _figures(report: Report) -> list[tuple[str, str, str]]:
     """Label, value and a hint below it."""
-    memory, peak = report.memory, report.memory.peak
+    memory, peak, unplanned = report.memory, report.memory.peak, report.memory.unplanned_peak
+    without = "" if unplanned is None else f"; {format_bytes(unplanned.total)} without the plan"
     step, first = report.step_seconds, memory.first_call_peak_bytes
     calls = sum(t.calls for t in report.traffic)
     return [
@@ -115,7 +116,7 @@ def _figures(report: Report) -> list[tuple[str, str, str]]:
         (
             "Peak memory of one rank",
             report.missing if peak is None else format_bytes(peak.total),
-            "" if peak is None else f"in {peak.phase}",
+            "" if peak is None else f"in {peak.phase}{without}",
         ),
         ("Peak of the first call", report.missing if first is None else format_bytes(first), ""),
         (
@@ -153,8 +154,11 @@ def _categories(report: Report) -> str:
     peak = report.memory.peak
     if peak is None:
         return f"<p>The timeline was {report.missing}.</p>"
-    rows = [(category, format_bytes(count)) for category, count in peak.bytes.items()]
-    return _table(("At the peak", "Memory"), rows, numbers=[1])
+    head, columns = ["At the peak", "Memory"], [peak]
+    if (unplanned := report.memory.unplanned_peak) is not None:
+        head, columns = ["At the peak", "With the plan", "Without it"], [peak, unplanned]
+    rows = [(category, *(format_bytes(point.bytes[category]) for point in columns)) for category in CATEGORIES]
+    return _table(head, rows, numbers=range(1, len(head)))
 
 
 def _pass_table(passes: Sequence[PassRecord]) -> str:
@@ -261,13 +265,27 @@ def _page_data(report: Report) -> dict[str, Any]:
                 "diff": texts.diff(graph.before, graph.after),
             }
         )
-    points = sorted(report.memory.timeline, key=lambda p: p.t)
-    kept = downsample(points)
-    peak = max(range(len(kept)), key=lambda i: kept[i].total, default=0)
+    memory = report.memory
     return {
         "missing": report.missing,
         "categories": CATEGORIES,
-        "unit": report.memory.time_unit,
+        "unit": memory.time_unit,
+        **_series(memory.timeline),
+        "unplanned": _series(memory.unplanned) if memory.unplanned else None,
+        "budget": report.plans[0].budget_bytes if report.plans else None,
+        "entries": entries,
+        "diffs": texts.diffs,
+        "texts": texts.texts,
+        "lines": list(texts.lines),
+    }
+
+
+def _series(timeline: Sequence[MemoryPoint]) -> dict[str, Any]:
+    """One timeline, as it is drawn."""
+    points = sorted(timeline, key=lambda p: p.t)
+    kept = downsample(points)
+    peak = max(range(len(kept)), key=lambda i: kept[i].total, default=0)
+    return {
         "pointCount": len(points),
         "peak": peak,
         "peakText": f"peak {format_bytes(kept[peak].total)} in {kept[peak].phase}" if kept else "",
@@ -277,10 +295,6 @@ def _page_data(report: Report) -> dict[str, Any]:
             "phase": [p.phase for p in kept],
             "bytes": [[p.bytes[c] for p in kept] for c in CATEGORIES],
         },
-        "entries": entries,
-        "diffs": texts.diffs,
-        "texts": texts.texts,
-        "lines": list(texts.lines),
     }
 
 

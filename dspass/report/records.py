@@ -103,11 +103,18 @@ class Memory:
     first_call_peak_bytes: int | None = None
     """Peak of the first call, where the one-line way holds the whole model once."""
     time_unit: TimeUnit = "events"
+    unplanned: list[MemoryPoint] = field(default_factory=list)
+    """The same step as the passes do it by themselves; empty where a budget planned nothing, and in what was measured."""
 
     @property
     def peak(self) -> MemoryPoint | None:
         """The first point with the most bytes; None without a timeline."""
         return max(self.timeline, key=lambda p: p.total, default=None)
+
+    @property
+    def unplanned_peak(self) -> MemoryPoint | None:
+        """As :attr:`peak`, of the step without the plan."""
+        return max(self.unplanned, key=lambda p: p.total, default=None)
 
     @property
     def peak_bytes(self) -> int:

@@ -55,25 +55,12 @@
     setTheme(theme);
   });
 
-  // Memory over the step
+  // Memory over the step, of one or of two timelines on the same axes
 
-  const points = data.points;
-  const count = points.t.length;
   const hidden = new Set();
-  const svg = byId("svg");
-  const tooltip = byId("tooltip");
   const margin = { left: 66, right: 10, top: 24, bottom: 24 };
   const chartHeight = 340;
-  let scale = null; // of the last drawing: x(i), y(bytes), width
-  let cursor = -1;
-
-  function shape(tag, attributes, text) {
-    const element = document.createElementNS(svg.namespaceURI, tag);
-    for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
-    if (text !== undefined) element.textContent = text;
-    svg.append(element);
-    return element;
-  }
+  const charts = [];
 
   /** A round step that makes at most `most` ticks up to `largest`. */
   function roundStep(largest, most) {
@@ -83,163 +70,179 @@
     return unit * (steps.find((step) => inside / step <= most) ?? steps[steps.length - 1]);
   }
 
-  function drawChart() {
-    const width = Math.max(280, byId("chart").clientWidth);
-    const height = chartHeight;
-    svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
-    svg.replaceChildren();
-    const bottom = height - margin.bottom;
-    const right = width - margin.right;
+  const shownCategories = () => data.categories.map((_, c) => c).filter((c) => !hidden.has(c));
+
+  /** What one chart is drawn by: totals of the shown categories, and how long the timeline is. */
+  function extent({ points }) {
+    const count = points.t.length;
+    const shown = shownCategories();
+    const totals = points.t.map((_, i) => shown.reduce((sum, c) => sum + points.bytes[c][i], 0));
     const first = points.t[0];
     // The last point holds for as long as the others do on average.
     const last = points.t[count - 1] + (count > 1 ? (points.t[count - 1] - first) / (count - 1) : 1);
-    const span = last - first || 1;
-    const x = (t) => margin.left + ((t - first) / span) * (right - margin.left);
-    const shown = data.categories.map((_, c) => c).filter((c) => !hidden.has(c));
-    const totals = points.t.map((_, i) => shown.reduce((sum, c) => sum + points.bytes[c][i], 0));
-    const largest = totals.reduce((a, b) => Math.max(a, b), 0);
-    const top = Math.max(largest, 1) * 1.06;
-    const y = (value) => bottom - (value / top) * (bottom - margin.top);
-    scale = { x, width, bottom };
+    return { totals, largest: totals.reduce((a, b) => Math.max(a, b), 0), span: last - first || 1 };
+  }
 
-    let start = 0;
-    let band = 0;
-    for (let i = 1; i <= count; i += 1) {
-      if (i < count && points.phase[i] === points.phase[start]) continue;
-      const from = x(points.t[start]);
-      const to = i < count ? x(points.t[i]) : right;
-      if (band % 2 === 0) {
-        shape("rect", { class: "band", x: from, y: 4, width: Math.max(0, to - from), height: bottom - 4 });
+  /** The axes of all charts: they are there to be compared. */
+  function axes() {
+    const extents = charts.map((chart) => extent(chart.series));
+    const largest = Math.max(1, ...extents.map((e) => e.largest));
+    // A budget far above all that is held would leave nothing to see.
+    const budget = data.budget !== null && data.budget <= 2 * largest ? data.budget : null;
+    return { extents, budget, top: Math.max(largest, budget ?? 0) * 1.06, span: Math.max(...extents.map((e) => e.span)) };
+  }
+
+  function drawCharts() {
+    const { extents, ...shared } = axes();
+    charts.forEach((chart, i) => chart.draw(shared, extents[i]));
+  }
+
+  /** A chart of `series` in `svg`, with `tooltip` beside it; `what` it is of, in words. */
+  function makeChart(svg, tooltip, series, what) {
+    const box = svg.parentElement;
+    const { points } = series;
+    const count = points.t.length;
+    let scale = null; // of the last drawing: x(t), width, peak
+    let cursor = -1;
+    let cursorLine = null;
+    let drawnWidth = -1;
+
+    function shape(tag, attributes, text) {
+      const element = document.createElementNS(svg.namespaceURI, tag);
+      for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
+      if (text !== undefined) element.textContent = text;
+      svg.append(element);
+      return element;
+    }
+
+    function draw({ top, span, budget }, { totals, largest, span: ownSpan }) {
+      drawnWidth = box.clientWidth;
+      const width = Math.max(280, drawnWidth);
+      const height = chartHeight;
+      svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
+      svg.replaceChildren();
+      const bottom = height - margin.bottom;
+      const right = width - margin.right;
+      const first = points.t[0];
+      const x = (t) => margin.left + ((t - first) / span) * (right - margin.left);
+      const end = x(first + ownSpan);
+      const shown = shownCategories();
+      const y = (value) => bottom - (value / top) * (bottom - margin.top);
+
+      let start = 0;
+      let band = 0;
+      for (let i = 1; i <= count; i += 1) {
+        if (i < count && points.phase[i] === points.phase[start]) continue;
+        const from = x(points.t[start]);
+        const to = i < count ? x(points.t[i]) : end;
+        if (band % 2 === 0) {
+          shape("rect", { class: "band", x: from, y: 4, width: Math.max(0, to - from), height: bottom - 4 });
+        }
+        if (to - from > points.phase[start].length * 6.5) {
+          shape("text", { x: (from + to) / 2, y: 17, "text-anchor": "middle" }, points.phase[start]);
+        }
+        band += 1;
+        start = i;
       }
-      if (to - from > points.phase[start].length * 6.5) {
-        shape("text", { x: (from + to) / 2, y: 17, "text-anchor": "middle" }, points.phase[start]);
+
+      const step = roundStep(top, 6);
+      for (let value = 0; value <= top; value += step) {
+        shape("line", { class: "grid", x1: margin.left, x2: right, y1: y(value), y2: y(value) });
+        shape("text", { x: margin.left - 8, y: y(value) + 4, "text-anchor": "end" }, value ? bytes(value) : "0");
       }
-      band += 1;
-      start = i;
-    }
-
-    const step = roundStep(top, 6);
-    for (let value = 0; value <= top; value += step) {
-      shape("line", { class: "grid", x1: margin.left, x2: right, y1: y(value), y2: y(value) });
-      shape("text", { x: margin.left - 8, y: y(value) + 4, "text-anchor": "end" }, value ? bytes(value) : "0");
-    }
-    const timeStep = roundStep(span, Math.max(2, Math.floor(width / 130)));
-    for (let t = 0; t <= span; t += timeStep) {
-      const at = first + t;
-      const text = data.unit === "seconds" ? seconds(t) : `${Math.round(at)}${t === 0 ? " events" : ""}`;
-      const anchor = t === 0 ? "start" : x(at) > right - 24 ? "end" : "middle";
-      shape("text", { x: x(at), y: bottom + 16, "text-anchor": anchor }, text);
-    }
-
-    // Bytes stay as they are until the next event, so the areas are steps.
-    const low = new Array(count).fill(0);
-    const pixel = (value) => value.toFixed(1);
-    const ends = points.t.map((t) => pixel(x(t)));
-    for (const c of shown) {
-      const high = low.map((value, i) => value + points.bytes[c][i]);
-      if (points.bytes[c].some((value) => value > 0)) {
-        let path = `M${ends[0]} ${pixel(y(high[0]))}`;
-        for (let i = 1; i < count; i += 1) path += `H${ends[i]}V${pixel(y(high[i]))}`;
-        path += `H${pixel(right)}V${pixel(y(low[count - 1]))}`;
-        for (let i = count - 1; i > 0; i -= 1) path += `H${ends[i]}V${pixel(y(low[i - 1]))}`;
-        const area = shape("path", { class: "area", d: `${path}H${ends[0]}Z`, "data-category": data.categories[c] });
-        area.style.fill = `var(--${data.categories[c]})`;
+      const timeStep = roundStep(span, Math.max(2, Math.floor(width / 130)));
+      for (let t = 0; t <= span; t += timeStep) {
+        const at = first + t;
+        const text = data.unit === "seconds" ? seconds(t) : `${Math.round(at)}${t === 0 ? " events" : ""}`;
+        const anchor = t === 0 ? "start" : x(at) > right - 24 ? "end" : "middle";
+        shape("text", { x: x(at), y: bottom + 16, "text-anchor": anchor }, text);
       }
-      high.forEach((value, i) => { low[i] = value; });
+
+      // Bytes stay as they are until the next event, so the areas are steps.
+      const low = new Array(count).fill(0);
+      const pixel = (value) => value.toFixed(1);
+      const ends = points.t.map((t) => pixel(x(t)));
+      for (const c of shown) {
+        const high = low.map((value, i) => value + points.bytes[c][i]);
+        if (points.bytes[c].some((value) => value > 0)) {
+          let path = `M${ends[0]} ${pixel(y(high[0]))}`;
+          for (let i = 1; i < count; i += 1) path += `H${ends[i]}V${pixel(y(high[i]))}`;
+          path += `H${pixel(end)}V${pixel(y(low[count - 1]))}`;
+          for (let i = count - 1; i > 0; i -= 1) path += `H${ends[i]}V${pixel(y(low[i - 1]))}`;
+          const area = shape("path", { class: "area", d: `${path}H${ends[0]}Z`, "data-category": data.categories[c] });
+          area.style.fill = `var(--${data.categories[c]})`;
+        }
+        high.forEach((value, i) => { low[i] = value; });
+      }
+
+      if (budget !== null) {
+        shape("line", { class: "budget", x1: margin.left, x2: right, y1: y(budget), y2: y(budget) });
+        shape("text", { class: "peak-label", x: margin.left + 6, y: y(budget) - 5 }, `budget ${bytes(budget)}`);
+      }
+
+      // Of what is shown: with a category hidden, the peak may be elsewhere.
+      const peak = hidden.size ? totals.indexOf(largest) : series.peak;
+      const px = x(points.t[peak]);
+      const py = y(totals[peak]);
+      shape("line", { class: "peak-line", x1: px, x2: px, y1: py, y2: bottom });
+      shape("circle", { class: "peak-dot", cx: px, cy: py, r: 4 });
+      const leftwards = px > width * 0.7;
+      shape("text", { class: "peak-label", x: px + (leftwards ? -9 : 9), y: py + 4, "text-anchor": leftwards ? "end" : "start" },
+        `${hidden.size ? "peak of the shown" : "peak"} ${bytes(totals[peak])}`);
+      cursorLine = shape("line", { class: "cursor", x1: 0, x2: 0, y1: margin.top, y2: bottom, visibility: "hidden" });
+      scale = { x, width, peak };
+      svg.dataset.points = count;
+      svg.dataset.peak = peak;
+      if (cursor >= 0) showPoint(cursor, false);
     }
 
-    // Of what is shown: with a category hidden, the peak may be elsewhere.
-    const peak = hidden.size ? totals.indexOf(largest) : data.peak;
-    const px = x(points.t[peak]);
-    const py = y(totals[peak]);
-    shape("line", { class: "peak-line", x1: px, x2: px, y1: py, y2: bottom });
-    shape("circle", { class: "peak-dot", cx: px, cy: py, r: 4 });
-    const leftwards = px > width * 0.7;
-    shape("text", { class: "peak-label", x: px + (leftwards ? -9 : 9), y: py + 4, "text-anchor": leftwards ? "end" : "start" },
-      `${hidden.size ? "peak of the shown" : "peak"} ${bytes(totals[peak])}`);
-    shape("line", { class: "cursor", id: "cursor", x1: 0, x2: 0, y1: margin.top, y2: bottom, visibility: "hidden" });
-    scale.peak = peak;
-    svg.dataset.points = count;
-    svg.dataset.peak = peak;
-    if (cursor >= 0) showPoint(cursor, false);
-  }
-
-  function showPoint(index, say) {
-    cursor = Math.max(0, Math.min(count - 1, index));
-    const at = scale.x(points.t[cursor]);
-    const line = byId("cursor");
-    line.setAttribute("x1", at);
-    line.setAttribute("x2", at);
-    line.setAttribute("visibility", "visible");
-    const total = data.categories.reduce((sum, _, c) => sum + points.bytes[c][cursor], 0);
-    const list = make("dl");
-    data.categories.forEach((category, c) => {
-      const swatch = make("span", { class: "swatch" });
-      swatch.style.background = `var(--${category})`;
-      list.append(swatch, make("dt", {}, category), make("dd", {}, bytes(points.bytes[c][cursor])));
-    });
-    list.append(make("span", { class: "total" }), make("dt", { class: "total" }, "total"),
-      make("dd", { class: "total" }, bytes(total)));
-    const when = data.unit === "seconds" ? `after ${seconds(points.t[cursor] - points.t[0])}` : `event ${points.t[cursor]}`;
-    tooltip.replaceChildren(
-      make("div", { class: "op" }, points.label[cursor]),
-      make("div", { class: "muted" }, `${points.phase[cursor]}, ${when}`), list);
-    tooltip.hidden = false;
-    const wide = tooltip.offsetWidth;
-    tooltip.style.left = `${at + 14 + wide > scale.width ? Math.max(0, at - 14 - wide) : at + 14}px`;
-    if (say) byId("chart-status").textContent = `${points.label[cursor]}, ${points.phase[cursor]}: ${bytes(total)} in all`;
-  }
-
-  function hidePoint() {
-    cursor = -1;
-    tooltip.hidden = true;
-    byId("cursor")?.setAttribute("visibility", "hidden");
-  }
-
-  /** The last point at or before a place on the chart. */
-  function pointAt(place) {
-    let low = 0;
-    let high = count - 1;
-    while (low < high) {
-      const middle = (low + high + 1) >> 1;
-      if (scale.x(points.t[middle]) <= place) low = middle;
-      else high = middle - 1;
-    }
-    return low;
-  }
-
-  function startChart() {
-    if (count === 0) {
-      byId("chart").replaceChildren(make("p", { class: "muted absent-chart" }, `The timeline was ${data.missing}.`));
-      byId("legend").hidden = true;
-      byId("chart-help").hidden = true;
-      return;
-    }
-    svg.setAttribute("aria-label", `Stacked areas: live bytes by category; ${data.peakText}`);
-    if (count < data.pointCount) {
-      byId("timeline-note").textContent =
-        `${count} of ${data.pointCount} points drawn; the highest and lowest of each interval are kept`;
-    }
-    data.categories.forEach((category, c) => {
-      const swatch = make("span", { class: "swatch" });
-      swatch.style.background = `var(--${category})`;
-      const button = make("button", { type: "button", "aria-pressed": "true", title: "At the peak; click to hide or show" },
-        swatch, category, make("span", { class: "count" }, bytes(points.bytes[c][data.peak])));
-      button.addEventListener("click", () => {
-        if (!hidden.delete(c)) hidden.add(c);
-        button.setAttribute("aria-pressed", String(!hidden.has(c)));
-        drawChart();
+    function showPoint(index, say) {
+      cursor = Math.max(0, Math.min(count - 1, index));
+      const at = scale.x(points.t[cursor]);
+      cursorLine.setAttribute("x1", at);
+      cursorLine.setAttribute("x2", at);
+      cursorLine.setAttribute("visibility", "visible");
+      const total = data.categories.reduce((sum, _, c) => sum + points.bytes[c][cursor], 0);
+      const list = make("dl");
+      data.categories.forEach((category, c) => {
+        const swatch = make("span", { class: "swatch" });
+        swatch.style.background = `var(--${category})`;
+        list.append(swatch, make("dt", {}, category), make("dd", {}, bytes(points.bytes[c][cursor])));
       });
-      byId("legend").append(button);
-    });
-    drawChart();
-    let drawnWidth = byId("chart").clientWidth;
-    new ResizeObserver(() => {
-      if (byId("chart").clientWidth !== drawnWidth) {
-        drawnWidth = byId("chart").clientWidth;
-        drawChart();
+      list.append(make("span", { class: "total" }), make("dt", { class: "total" }, "total"),
+        make("dd", { class: "total" }, bytes(total)));
+      const when = data.unit === "seconds" ? `after ${seconds(points.t[cursor] - points.t[0])}` : `event ${points.t[cursor]}`;
+      tooltip.replaceChildren(
+        make("div", { class: "op" }, points.label[cursor]),
+        make("div", { class: "muted" }, `${points.phase[cursor]}, ${when}`), list);
+      tooltip.hidden = false;
+      const wide = tooltip.offsetWidth;
+      tooltip.style.left = `${at + 14 + wide > scale.width ? Math.max(0, at - 14 - wide) : at + 14}px`;
+      if (say) byId("chart-status").textContent = `${points.label[cursor]}, ${points.phase[cursor]}: ${bytes(total)} in all`;
+    }
+
+    function hidePoint() {
+      cursor = -1;
+      tooltip.hidden = true;
+      cursorLine?.setAttribute("visibility", "hidden");
+    }
+
+    /** The last point at or before a place on the chart. */
+    function pointAt(place) {
+      let low = 0;
+      let high = count - 1;
+      while (low < high) {
+        const middle = (low + high + 1) >> 1;
+        if (scale.x(points.t[middle]) <= place) low = middle;
+        else high = middle - 1;
       }
-    }).observe(byId("chart"));
+      return low;
+    }
+
+    svg.setAttribute("aria-label", `Stacked areas: live bytes by category${what}; ${series.peakText}`);
+    new ResizeObserver(() => {
+      if (box.clientWidth !== drawnWidth) drawCharts();
+    }).observe(box);
     svg.addEventListener("pointermove", (event) => {
       showPoint(pointAt(event.clientX - svg.getBoundingClientRect().left), false);
     });
@@ -254,6 +257,42 @@
       event.preventDefault();
       showPoint(next, true);
     });
+    charts.push({ series, draw });
+  }
+
+  function startCharts() {
+    const count = data.points.t.length;
+    if (count === 0) {
+      byId("chart").replaceChildren(make("p", { class: "muted absent-chart" }, `The timeline was ${data.missing}.`));
+      byId("legend").hidden = true;
+      byId("chart-help").hidden = true;
+      return;
+    }
+    if (count < data.pointCount) {
+      byId("timeline-note").textContent =
+        `${count} of ${data.pointCount} points drawn; the highest and lowest of each interval are kept`;
+    }
+    data.categories.forEach((category, c) => {
+      const swatch = make("span", { class: "swatch" });
+      swatch.style.background = `var(--${category})`;
+      const button = make("button", { type: "button", "aria-pressed": "true", title: "At the peak; click to hide or show" },
+        swatch, category, make("span", { class: "count" }, bytes(data.points.bytes[c][data.peak])));
+      button.addEventListener("click", () => {
+        if (!hidden.delete(c)) hidden.add(c);
+        button.setAttribute("aria-pressed", String(!hidden.has(c)));
+        drawCharts();
+      });
+      byId("legend").append(button);
+    });
+    if (data.unplanned) {
+      byId("chart-title").hidden = false;
+      byId("without").hidden = false;
+    }
+    makeChart(byId("svg"), byId("tooltip"), data, data.unplanned ? " with the plan" : "");
+    if (data.unplanned) {
+      makeChart(byId("svg-without"), byId("without").querySelector(".tooltip"), data.unplanned, " without the plan");
+    }
+    drawCharts();
   }
 
   // Passes
@@ -501,7 +540,7 @@
   }
 
   try {
-    startChart();
+    startCharts();
     startPasses();
     root.dataset.ready = "yes";
   } catch (error) {

@@ -114,6 +114,10 @@ def _memory_lines(report: Report) -> Iterator[str]:
         if count:
             bar = "█" * max(1, round(44 * count / largest))
             yield f"  {category:<11} {format_bytes(count):>10} {100 * count / peak.total:4.0f} %  {bar}"
+    if (unplanned := memory.unplanned_peak) is not None:
+        budget = f"; the budget is {format_bytes(report.plans[0].budget_bytes)}" if report.plans else ""
+        at = f"in {unplanned.phase}, at {one_line(unplanned.label)}"
+        yield f"  without the plan the peak would be {format_bytes(unplanned.total)}, {at}{budget}"
 
 
 def _traffic_lines(report: Report) -> Iterator[str]:
