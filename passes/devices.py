@@ -156,7 +156,7 @@ CPU = Device(
 _LEAST = "a100" if torch.version.hip is None else "mi250x"
 
 #: Kinds of device that nothing is known of, and that a model may be on all the same: passes take a CPU's figures.
-_OTHERS = ("mps", "xpu", "meta")
+_OTHERS = ("mps", "xpu")
 
 #: Precisions whose products are measured.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

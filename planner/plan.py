@@ -107,11 +107,7 @@ class Planner:
         if (prior := self.choices.of_prior()) is not None:
             choice, bucket_bytes = prior
             for k, setting in enumerate(self.settings):
-                if (
-                    setting.bucket_bytes == bucket_bytes
-                    and self.choices.fits_host(choice, setting.states_bytes)
-                    and self._fits((choice, k), share)
-                ):
+                if setting.bucket_bytes == bucket_bytes and self._fits((choice, k), share):
                     return choice, k
         self._run(*self._least)
         last, nearly = set(self._last), min(NEARLY * self.budget, self._most_missed)
@@ -159,6 +155,8 @@ class Planner:
 
     def _fits(self, candidate: tuple[int, int], share: float) -> bool:
         choice, k = candidate
+        if not self.choices.fits_host(choice, self.settings[k].states_bytes):
+            return False
         _, peak = self._run(choice, self.settings[k].bucket_bytes)
         size = self.settings[k].bytes(peak)
         log.debug("choice %d, setting %d: peak %d, budget %d", choice, k, size, self.budget)

@@ -154,11 +154,14 @@ def test_the_device_of_a_model_without_specs_is_its_parameters() -> None:
     assert kind_of(engine) == "cuda", "a compiled function has no model: its inputs'"
     engine.root = weakref.ref(model)
     assert kind_of(engine) == "meta"
-    assert tabled(kind_of(engine)) is devices.CPU, "it is compiled"
-    with pytest.raises(ValueError, match="the memory of device 'meta' is not known here"):
-        capacity(kind_of(engine))
     engine.target = "h100"
     assert kind_of(engine) == "h100"
+
+
+def test_other_kinds_of_device_train_without_a_share_of_their_memory() -> None:
+    assert tabled("xpu") is devices.CPU
+    with pytest.raises(ValueError, match="the memory of device 'xpu' is not known here. Give memory_budget in bytes"):
+        capacity("xpu")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device here")
