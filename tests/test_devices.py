@@ -160,7 +160,7 @@ def test_the_device_of_a_model_without_specs_is_its_parameters() -> None:
 
 def test_other_kinds_of_device_train_without_a_share_of_their_memory() -> None:
     assert tabled("xpu") is devices.CPU
-    with pytest.raises(ValueError, match="the memory of device 'xpu' is not known here. Give memory_budget in bytes"):
+    with pytest.raises(ValueError, match=r"the memory of device 'xpu' is not known here\. Give memory_budget in bytes"):
         capacity("xpu")
 
 
