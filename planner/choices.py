@@ -183,6 +183,10 @@ class Choices:
         if not {*saved, *again} <= self._number.keys():
             return None
         dropped = {name for name in saved if self._number[name] in self._whole and name not in kept}
+        # Sizes, and arguments such as the share of a dropout, may be others now.
+        savable = all(self.values[self._number[name]].savable for name in saved if name not in dropped)
+        if not savable or not all(self.values[self._number[name]].recomputable for name in (*again, *dropped)):
+            return None
         ways = set()
         for name, by in self.prior.held:
             i = self._number[name]

@@ -218,6 +218,37 @@ def test_wishes_hold_on_several_ranks_at_stage_3() -> None:
     assert first[0] == first[1]
 
 
+def twice(wish: Wish) -> Wish:
+    """A random value that the backward reads, and that could be drawn once more."""
+
+    def body(x: torch.Tensor) -> torch.Tensor:
+        drawn = wish(torch.rand_like(x))
+        return (x * drawn).sin() * drawn
+
+    return body
+
+
+def checkpointed(function: Wish) -> Wish:
+    return lambda x: recompute(function, x)
+
+
+@pytest.mark.parametrize("body", [twice, square])
+def test_a_plan_in_a_file_is_for_the_wishes_that_it_was_made_for(tmp_path: Path, body: Any) -> None:
+    """By the plan of other wishes the backward would draw anew, or save what is to be computed again."""
+    path = str(tmp_path / "plan.json")
+    _, wanted = step(body(nothing), options())
+    for one in (body(recompute), body(nothing), body(keep), checkpointed(body(nothing))):
+        alone, _ = step(one, options("10MB"))
+        for budget in ("10MB", None):  # made, then read
+            model, found = step(one, options(budget, plan=path))
+            assert equal(found, wanted)
+            assert saved(model) == saved(alone)
+    with pytest.raises(
+        Exception, match=r"wishes: \w+ \w+ in the plan, must_save \w+ here|wishes: none in the plan, must_save"
+    ):
+        step(lambda x: keep(body(nothing)(x)), options(plan=path))
+
+
 def _ranks(body: str) -> list[float]:
     torch.manual_seed(0)
     wish: Any = {"wished": lambda x: keep(recompute(x.tanh()).square()), "nothing": lambda x: x.tanh().square()}[body]
