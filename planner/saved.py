@@ -1,8 +1,8 @@
 """Plans in a file, so that a later run needs no planning, and refuses one that was made for something else.
 
-A file is JSON: each graph's plan, and what it was made for. A plan holds names of values, which mean nothing in another graph or
-under other wishes, and a peak, which means nothing on other ranks, shapes or passes; so all of these are compared, and what
-differs is said. A graph that the file does not know yet, such as one of another batch or of another model, is planned and added.
+A file is JSON: each graph's plan, and what it was made for. A plan holds names of values, which mean nothing in another graph
+or under other wishes, and a peak, which means nothing on other ranks, shapes or passes; so all of these are compared, and what
+differs is said. A graph that the file does not know yet, such as one of another batch or model, is planned and added.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class PlanError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class MadeFor:
-    """What a plan depends on. ``part`` says which stage of which schedule a graph is, in a pipeline; the fields behind it are the
-    joint graph's (:func:`described`), and the others are the same for all graphs of a run."""
+    """What a plan depends on. ``part`` says which stage of which schedule a graph is, in a pipeline; the fields behind it are
+    the joint graph's (:func:`described`), and the others are the same for all graphs of a run."""
 
     model: str
     ranks: int

@@ -538,7 +538,7 @@ def test_a_plan_counts_what_lies_beside_it_today(tmp_path: Any) -> None:
     assert less is not None
     assert same is not None
     assert (less.peak, less.base, same.peak) == (130, 80, 160)
-    with pytest.raises(PlanError, match="takes 170 B, as 120 B of parameters, optimiser states .* were 100 B"):
+    with pytest.raises(PlanError, match=r"takes 170 B, as 120 B of parameters, optimiser states .* were 100 B"):
         file.find(wanted, 160, lambda _: (120, 0))
     with pytest.raises(PlanError, match="takes 161 B"):
         file.find(wanted, 160, lambda _: (80, 161))
