@@ -163,8 +163,8 @@ class Choices:
         corners = [c for share in shares for c in hull(in_ways(plain, self.ways, share), most)]
         if any(self.ways):
             corners += hull(plain, most)
-            # What is between checkpoints waits in some way, all else is computed again: of what is made behind the forward, such
-            # as derivatives, copies to the host are cheap and late.
+            # What lies between checkpoints waits in some way, all else is computed again: copies of what is made behind the
+            # forward, such as derivatives, are cheap and come too late.
             has_to_wait = [() if value.recomputable else ways for value, ways in zip(plain, self.ways, strict=True)]
             corners.append(smallest(in_ways(plain, has_to_wait, shares[0])))
         found = [Choice.of(self.values, c.saved, c.recomputed, c.ways) for c in corners]

@@ -118,8 +118,8 @@ class Planner:
 
     @property
     def _last(self) -> list[tuple[int, int]]:
-        """The candidates with the least peaks: of all, corrected, and of those that hold nothing in ways of passes, of which the
-        models know more, as modelled: where they miss a copy to the host by far, that corrects the others by too much."""
+        """The candidates with the least peaks: of all, corrected, and of those that hold nothing in ways of passes, of which
+        the models know more, as modelled: what they miss of a copy to the host says nothing of these."""
         order = sorted(self._candidates, key=self._peak)
         plain = sorted((c for c in order if not self.choices.held_bytes(c[0])), key=self._modelled)
         return list(dict.fromkeys([*order[:_LAST_TRIES], *plain[:_LAST_TRIES]]))

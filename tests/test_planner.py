@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -495,6 +497,56 @@ def test_a_plan_is_saved_used_again_and_refused_for_something_else(
         path.write_text(text)
         assert "plan.json cannot be read" in (unread := _why(path))
         assert "Delete it, or name another" in unread
+
+
+def _on_ranks(path: str) -> list[float]:
+    first = _trained(path, "1GB")
+    with mock.patch.object(Planner, "plan", side_effect=AssertionError("planned anew")):
+        return [first, _trained(path), _trained(path, "2GB")]
+
+
+def test_ranks_read_one_file(tmp_path: Any) -> None:
+    for found in run(2, _on_ranks, str(tmp_path / "plan.json")):
+        assert len(set(found)) == 1
+
+
+@pytest.mark.parametrize("how", [lambda block: block, lambda block: functools.partial(dspass.recompute, block)])
+def test_what_dropout_drops_is_what_it_dropped(how: Any) -> None:
+    """Where nearly all is computed again, the masks are saved, or in a checkpoint drawn again from the same state."""
+
+    def losses(budget: int | None) -> list[float]:
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        blocks = [
+            torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Tanh(), torch.nn.Dropout(0.3)) for _ in range(4)
+        ]
+        model = torch.nn.ModuleList(blocks)
+
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            for block in blocks:
+                x = how(block)(x)
+            return x.square().mean()
+
+        model.forward = forward
+        own = {"fallback_random": True, **({} if budget is None else {"memory_budget": budget})}
+        compiled = torch.compile(model, backend="deepspeed", options={"zero_optimization": {"stage": 0}, "dspass": own})
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        found = []
+        for _ in range(3):
+            loss = compiled(torch.randn(512, 32))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(loss.item())
+        if budget is not None:
+            plan = engine_of(model).compilations[0].plan
+            assert plan is not None
+            assert plan.decision.recomputed
+        return found
+
+    with pytest.raises(Exception, match="too small") as refused:
+        losses(1000)
+    assert losses(refused.value.inner_exception.smallest) == losses(None)
 
 
 def test_a_plan_that_cannot_be_written_serves_this_run(

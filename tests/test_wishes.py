@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import operator
 import re
@@ -16,6 +17,7 @@ import torch
 import torch.fx as fx
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from dspass import keep, recompute
 from dspass.engines import engine_of
@@ -230,6 +232,23 @@ def twice(wish: Wish) -> Wish:
 
 def checkpointed(function: Wish) -> Wish:
     return lambda x: recompute(function, x)
+
+
+@BUDGETS
+def test_a_policy_says_what_a_checkpoint_saves(budget: str | None) -> None:
+    def policy(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if op is aten.exp.default else CheckpointPolicy.MUST_RECOMPUTE
+
+    def inside(x: torch.Tensor) -> torch.Tensor:
+        return F.dropout(torch.exp(torch.sin(x).tanh()).sigmoid(), 0.5)
+
+    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+    _, wanted = step(inside, options(budget))
+    model, found = step(lambda x: recompute(inside, x, context_fn=contexts), options(budget))
+    assert equal(found, wanted)
+    names = saved(model)
+    assert names[aten.exp.default] == 1
+    assert not names[aten.tanh.default] + names[aten.sigmoid.default] + names[aten.sin.default]
 
 
 @pytest.mark.parametrize("body", [twice, square])
