@@ -9,7 +9,6 @@ make ranks differ at the edge of a budget, where different buckets would leave t
 from __future__ import annotations
 
 import copy
-import hashlib
 import itertools
 import json
 import os
@@ -36,19 +35,18 @@ from dspass.passes.nodes import GATHERED, ROWS_EXPECTED, gather_start, reduce_st
 from dspass.passes.offload_saved import OffloadSaved
 from dspass.passes.partition import partition
 from dspass.passes.prefetch_gathers import PrefetchGathers
-from dspass.passes.text import print_value
 from dspass.planner.calls import Place, cost_of_stage
 from dspass.planner.choices import Choices
 from dspass.planner.dry_run import Peak, peak_of_step
 from dspass.planner.plan import Planner, Split, chooser
-from dspass.planner.record import BudgetError, Plan
-from dspass.planner.saved import MadeFor, PlanError, PlanFile
+from dspass.planner.record import BudgetError, Decision, Plan
+from dspass.planner.saved import OF_BATCH, OF_RANK, MadeFor, PlanError, PlanFile, described
 from dspass.planner.values import is_gathered
 from dspass.runtime import compat
 from dspass.runtime.engine import Engine
 from dspass.runtime.params import lookup
 from dspass.runtime.traffic import gather_cost, reduce_cost
-from dspass.settings import kind_of, settings_of, state_of, states_bytes, waiting_bytes
+from dspass.settings import kind_of, settings_of, state_of, states_bytes, step_bytes, waiting_bytes
 
 #: A graph that reads this share of the parameters that no earlier one does is taken for the last one.
 _ALONE = 0.9
@@ -110,9 +108,6 @@ def planned(
     def make() -> Plan:
         nonlocal graphs
         file = PlanFile(_file_of(config.dspass.plan, place)) if config.dspass.plan is not None else None
-        if file is not None and (read := file.find(made_for, budget)) is not None:
-            return read
-        assert budget is not None
         on = devices.planned_for(kind_of(engine))
         optimizers = Optimizers(engine)
         state, states = state_of(engine, optimizers), states_bytes(engine, optimizers)
@@ -122,6 +117,16 @@ def planned(
         if engine.accumulation_steps > 1:
             own = state.trained if place is not None else gradients + waiting_bytes(engine)
             state = replace(state, accumulated=own)
+
+        def outside(decision: Decision) -> tuple[int, int]:
+            away = decision.states_on_host
+            base = state.bytes - sum(states.get(name, 0) for name in away)
+            trained = [p for p in engine.params().values() if p.requires_grad]
+            return base + state.accumulated, base + gradients + step_bytes(engine, optimizers, trained, away)
+
+        if file is not None and (read := file.find(made_for, budget, outside)) is not None:
+            return read
+        assert budget is not None
         simulator = _simulator(engine, patches)
 
         def run(forward: fx.GraphModule, backward: fx.GraphModule) -> Peak:
@@ -174,7 +179,7 @@ def planned(
             runs=engine.accumulation_steps * (place.schedule.micro_batches if place is not None else 1),
             **_words(place, engine),
         ).plan()
-        plan = replace(plan, parameters=here)
+        plan = replace(plan, parameters=here, base=outside(plan.decision)[0])
         if file is not None and engine.target is None:  # not a prediction
             file.add(made_for, plan)
         return plan
@@ -297,18 +302,18 @@ def _planned_together(engine: Engine) -> Sequence[int]:
 
 def _made_for(joint: fx.Graph, engine: Engine, config: Config, passes: Sequence[Pass], place: Place | None) -> MadeFor:
     placeholders = joint.find_nodes(op="placeholder")
-    nodes = " ".join(f"{n.name}={n.target}" for n in joint.nodes if n.op != "placeholder")
+    device = engine.target or next((n.meta["val"].device.type for n in placeholders if _is_tensor(n)), "cpu")
     return MadeFor(
         model=engine.model,
-        graph=hashlib.sha256(nodes.encode()).hexdigest()[:16],
-        inputs=tuple(print_value(n.meta["val"]) for n in placeholders if isinstance(n.meta.get("val"), torch.Tensor)),
         ranks=dist.get_world_size() if dist.is_initialized() else 1,
         stage=engine.stage,
-        device=engine.target or next((n.meta["val"].device.type for n in placeholders if _is_tensor(n)), "cpu"),
+        device=device,
+        product=devices.product_of(device) if device == "cuda" and engine.target is None else "",
         passes=tuple(map(str, passes)),
         offload=f"optimizer {config.offload_optimizer} {config.offload_optimizer_ratio:g}, param {config.offload_param}",
         torch=torch.__version__.split("+")[0],
         part=_part(place, engine, config),
+        **described(joint),
     )
 
 
@@ -323,7 +328,7 @@ def _part(place: Place | None, engine: Engine, config: Config) -> str:
 
 def _serves(made_for: MadeFor, plan: Plan, wanted: MadeFor, budget: int) -> bool:
     """Whether a plan is of the same graph and budget, if for inputs of other shapes."""
-    return plan.budget == budget and not made_for.differences(wanted, but=("inputs",))
+    return plan.budget == budget and not made_for.differences(wanted, but=OF_BATCH)
 
 
 def _is_tensor(node: fx.Node) -> bool:
@@ -357,7 +362,7 @@ def _shared(made_for: MadeFor, make: Callable[[], Plan], ranks: Sequence[int]) -
     if "error" in told:
         raise PlanError(told["error"]) if told["smallest"] is None else BudgetError(told["error"], told["smallest"])
     theirs = MadeFor.from_json(told["made_for"])
-    differences = made_for.differences(theirs, but=("inputs",))  # shards are uneven
+    differences = made_for.differences(theirs, but=OF_RANK)
     if differences:
         raise RuntimeError(
             f"rank {dist.get_rank()} compiles another graph as {key} than rank {first}: all ranks must run one model. "

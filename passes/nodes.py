@@ -50,6 +50,10 @@ STATIC = "dspass_static"
 #: On a node of a graph that is planned with as many rows at its experts as are expected: how many come is known at run time.
 ROWS_EXPECTED = "dspass_rows_expected"
 
+#: On a value that a person, or a policy, wants to be saved, in the joint graph that is split and in what comes of it. The tag
+#: does not tell: torch gives it to what lies between two checkpoints, too.
+WANTED = "dspass_wanted"
+
 #: On a value that is saved for the backward, in both graphs: the name of the pass that holds it in its own way.
 HELD = "dspass_held"
 
@@ -160,6 +164,7 @@ __all__ = [
     "STATIC",
     "UNSHARD",
     "UNSHARD_EXPERTS",
+    "WANTED",
     "calls",
     "combine_start",
     "counts_start",

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 import torch.fx as fx
+from torch.utils.checkpoint import CheckpointPolicy
 
-from dspass.passes.nodes import GATHERED, KEPT, first_user, positions
+from dspass.passes.nodes import GATHERED, KEPT, WANTED, first_user, positions
 from dspass.runtime import compat
 
 
@@ -33,6 +34,9 @@ def partition(
     copies are ``KEPT``.
     """
     placeholders = joint.graph.find_nodes(op="placeholder")
+    for node in joint.graph.nodes:
+        if node.meta.get("recompute") is CheckpointPolicy.MUST_SAVE:
+            node.meta[WANTED] = True
     exposed = [i for i, node in enumerate(placeholders) if GATHERED in node.meta]
     forward, backward = compat.min_cut_partition(
         joint, inputs, num_fwd_outputs, sorted({*free_inputs, *exposed}), recompute_pointwise, choose

@@ -24,13 +24,12 @@ from typing import Any, ClassVar
 
 import torch
 import torch.fx as fx
-from torch.utils.checkpoint import CheckpointPolicy
 
 from dspass.passes.base import Holding, Pass, PassContext
 from dspass.passes.devices import Device
 from dspass.passes.held import bytes_of, flat, is_dense, is_of_parameter, last_read
 from dspass.passes.kernels import is_view
-from dspass.passes.nodes import HELD, positions
+from dspass.passes.nodes import HELD, WANTED, positions
 from dspass.passes.packed import item_of
 from dspass.runtime.formats import check_block, format_of
 from dspass.runtime.quantise import DTYPES, blocks_of
@@ -50,8 +49,8 @@ class QuantiseSaved(Pass):
 
     ``format`` None switches it off; blocks are of ``block`` values. Taken are fp32, fp16 and bf16 tensors of at least
     ``min_bytes`` and of sizes known when the graph is compiled, without gaps. Never taken are what the model answers, views,
-    copies of parameters, what a person wants to be kept (``dspass.keep``), and what an operator answers beside its first
-    result, such as an attention's log-sum-exp: the backward exponentiates it.
+    copies of parameters, what a person wants to be kept (``dspass.keep``, or a checkpoint's policy), and what an operator
+    answers beside its first result, such as an attention's log-sum-exp: the backward exponentiates it.
 
     What the backward reads as a mask is rounded as well: where a ReLU's result was above zero by less than half a step of its
     block, it comes back as zero, and passes no gradient. A block with a NaN or an infinity comes back as NaNs.
@@ -101,7 +100,7 @@ class QuantiseSaved(Pass):
             and value.dtype in DTYPES
             and bytes_of(value) >= self.min_bytes
             and not (node.target is operator.getitem and node.args[1] != 0)
-            and node.meta.get("recompute") is not CheckpointPolicy.MUST_SAVE
+            and WANTED not in node.meta
             and not is_of_parameter(node)
         )
 

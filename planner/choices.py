@@ -167,6 +167,10 @@ class Choices:
         corners = [c for share in shares for c in hull(in_ways(plain, self.ways, share), most)]
         if any(self.ways):
             corners += hull(plain, most)
+            # What lies between checkpoints waits in some way, all else is computed again: copies of what is made behind the
+            # forward, such as derivatives, are cheap and come too late.
+            has_to_wait = [() if value.recomputable else ways for value, ways in zip(plain, self.ways, strict=True)]
+            corners.append(smallest(in_ways(plain, has_to_wait, shares[0])))
         found = [Choice.of(self.values, c.saved, c.recomputed, c.ways) for c in corners]
         return [choice for choice in found if self._fits_host(choice)]
 
@@ -187,6 +191,10 @@ class Choices:
         if not {*saved, *again} <= self._number.keys():
             return None
         dropped = {name for name in saved if self._number[name] in self._whole and name not in kept}
+        # Sizes, and arguments such as the share of a dropout, may be others now.
+        savable = all(self.values[self._number[name]].savable for name in saved if name not in dropped)
+        if not savable or not all(self.values[self._number[name]].recomputable for name in (*again, *dropped)):
+            return None
         ways = set()
         for name, by in self.prior.held:
             i = self._number[name]

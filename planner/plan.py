@@ -120,10 +120,10 @@ class Planner:
 
     @property
     def _last(self) -> list[tuple[int, int]]:
-        """The candidates with the least corrected peaks: of all, and of those that hold nothing in ways of passes, of which the
-        models know more."""
+        """The candidates with the least peaks: of all, corrected, and of those that hold nothing in ways of passes, of which
+        the models know more, as modelled: what they miss of a copy to the host says nothing of these."""
         order = sorted(self._candidates, key=self._peak)
-        plain = [c for c in order if not self.choices.held_bytes(c[0])]
+        plain = sorted((c for c in order if not self.choices.held_bytes(c[0])), key=self._modelled)
         return list(dict.fromkeys([*order[:_LAST_TRIES], *plain[:_LAST_TRIES]]))
 
     def _smallest(self) -> tuple[int, int] | None:
@@ -195,6 +195,12 @@ class Planner:
         modelled = self.choices.peak(choice, setting.bucket_bytes)
         graph = modelled + round(missed[0] + (missed[1] - missed[0]) * share)
         return setting.bytes(replace(self._measured[first], graph=graph))
+
+    def _modelled(self, candidate: tuple[int, int]) -> int:
+        """The model's peak, as it is."""
+        setting = self.settings[candidate[1]]
+        graph = self.choices.peak(candidate[0], setting.bucket_bytes)
+        return setting.bytes(replace(self._measured[self._ends[0]], graph=graph))
 
     @property
     def _ends(self) -> tuple[tuple[int, int | None], tuple[int, int | None]]:

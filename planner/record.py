@@ -106,7 +106,8 @@ class Plan:
     ``between`` the bytes on the device from its forward to its backward; ``seconds`` are the cost model's for both with their
     collectives, times ``scale``, which measured steps gave; ``states_bytes`` of optimiser states wait on the host, and take
     ``states_seconds`` of a step to come and go; ``frontier`` is ordered from the fastest to the smallest, its seconds hold all
-    of this but the optimiser's own, and ``chosen`` is its index. ``parameters`` are the bytes that the graph reads of them.
+    of this but the optimiser's own, and ``chosen`` is its index. ``parameters`` are the bytes that the graph reads of them,
+    and ``base`` those that the peak counts of what lies beside the graph: all parameters, states and what other graphs hold.
     Of a pipeline's stage the bytes that are saved, kept and held are a micro-batch's, as ``stage`` has them; the peak is the
     rank's, with its stages that were planned before, in a whole call."""
 
@@ -127,6 +128,7 @@ class Plan:
     states_bytes: int = 0
     states_seconds: float = 0.0
     parameters: int = 0
+    base: int = 0
     stage: StageCost | None = None
 
     def to_json(self) -> dict[str, Any]:

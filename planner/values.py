@@ -99,11 +99,10 @@ def values_of(
                 weight=1 + EARLY * (1 - i / len(forward)),
             )
         )
-        # What the caller holds stays where it is, and so does what a person wants to be kept.
+        # What the caller holds stays where it is. What must be saved may be in any way that brings it back as it was: a pass
+        # that rounds leaves alone what a person wants.
         movable = found[-1].savable and found[-1].bytes and node.op == "call_function" and node not in results
-        holdings = (
-            [] if not movable or wish is CheckpointPolicy.MUST_SAVE else [(p.name, p.hold(node, on)) for p in levers]
-        )
+        holdings = [(p.name, p.hold(node, on)) for p in levers] if movable else []
         others.append(tuple(Held(name, holding) for name, holding in holdings if holding is not None))
     return found, others
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import dspass
 from dspass.planner.record import BudgetError
@@ -102,6 +104,43 @@ def test_a_cpu_offloads_nothing_of_its_own_accord() -> None:
     """Its host memory is its own: a budget would be met on paper only."""
     _, _, report = _train("gpt", 0, _smallest("gpt", 0), None)
     assert all(not t.held_bytes for t in report.plans[0].classes)
+
+
+class Checkpointed(nn.Module):
+    """Blocks each of which is a checkpoint: what lies between two is saved, and nothing else is."""
+
+    def __init__(self, between: Callable[[torch.Tensor], torch.Tensor] = lambda x: x) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(64, 64), nn.GELU()) for _ in range(6))
+        self.between = between
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = self.between(checkpoint(block, x, use_reentrant=False))
+        return x.square().mean()
+
+
+def _smallest_of(model: nn.Module, offload: bool, format: str | None = None) -> int:
+    torch._dynamo.reset()
+    small: list[Any] = [
+        "...", SMALL, {"name": "quantise_saved", "format": format, "min_bytes": 1000}, "onednn_products"
+    ]  # fmt: skip
+    own = {"memory_budget": 1000, "passes": small}
+    config = {"zero_optimization": {"stage": 0}, "compile": {"offload_activation": offload}, "dspass": own}
+    with pytest.raises(Exception, match="too small") as refused:
+        torch.compile(model, backend="deepspeed", options=config)(torch.randn(1024, 64))
+    return refused.value.inner_exception.smallest
+
+
+def test_what_lies_between_checkpoints_waits_on_the_host() -> None:
+    """It has to be saved, and may be in any way; what a person wants saved in any that brings it back as it was."""
+    between, value = [], 1024 * 64 * 4
+    for offload, format in ((False, None), (True, None), (False, "int8")):
+        between.append(_smallest_of(Checkpointed(), offload, format))
+    assert between[1] < between[0] - 3 * value
+    assert between[2] < between[0] - 2 * value
+    kept = [_smallest_of(Checkpointed(lambda x: dspass.keep(x.sin())), *ways) for ways in ((False, None), (True, None))]
+    assert kept[1] < kept[0] - 3 * value
 
 
 def test_a_gpu_offloads_where_it_pays() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.fx as fx
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import dspass
 from dspass.passes.base import Holding
@@ -141,6 +142,25 @@ def test_what_must_stay_whole_does() -> None:
     quantised, found, whole = _never()
     assert not quantised
     assert torch.equal(found, whole)
+
+
+@without_inductor
+def test_what_lies_between_checkpoints_is_no_wish() -> None:
+    """torch tags it as what ``dspass.keep`` marks, which stays whole."""
+    for wish, count in ((lambda x: x, 2), (dspass.keep, 1)):
+        torch._dynamo.reset()
+        one, two, three = (nn.Linear(64, 64) for _ in range(3))
+
+        def loss(x: torch.Tensor, wish: Any = wish, one: Any = one, two: Any = two, three: Any = three) -> torch.Tensor:
+            x = checkpoint(lambda x: wish(one(x).tanh()), x, use_reentrant=False)
+            x = checkpoint(lambda x: two(x).tanh(), x, use_reentrant=False)
+            return checkpoint(lambda x: three(x).tanh(), x, use_reentrant=False).square().sum()
+
+        model = nn.ModuleList([one, two, three])
+        model.forward = loss
+        compiled = torch.compile(model, backend="deepspeed", options=_options("int8"))
+        compiled(torch.randn(32, 64)).backward()
+        assert len(dspass.explain(compiled).quantised) == count
 
 
 def test_off_unless_asked_for() -> None:

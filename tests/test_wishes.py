@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import operator
 import re
@@ -16,6 +17,7 @@ import torch
 import torch.fx as fx
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from dspass import keep, recompute
 from dspass.engines import engine_of
@@ -216,6 +218,54 @@ def test_wishes_hold_on_several_ranks_at_stage_3() -> None:
     first, second = run(2, _ranks, "wished"), run(2, _ranks, "nothing")
     assert first == second
     assert first[0] == first[1]
+
+
+def twice(wish: Wish) -> Wish:
+    """A random value that the backward reads, and that could be drawn once more."""
+
+    def body(x: torch.Tensor) -> torch.Tensor:
+        drawn = wish(torch.rand_like(x))
+        return (x * drawn).sin() * drawn
+
+    return body
+
+
+def checkpointed(function: Wish) -> Wish:
+    return lambda x: recompute(function, x)
+
+
+@BUDGETS
+def test_a_policy_says_what_a_checkpoint_saves(budget: str | None) -> None:
+    def policy(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if op is aten.exp.default else CheckpointPolicy.MUST_RECOMPUTE
+
+    def inside(x: torch.Tensor) -> torch.Tensor:
+        return F.dropout(torch.exp(torch.sin(x).tanh()).sigmoid(), 0.5)
+
+    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+    _, wanted = step(inside, options(budget))
+    model, found = step(lambda x: recompute(inside, x, context_fn=contexts), options(budget))
+    assert equal(found, wanted)
+    names = saved(model)
+    assert names[aten.exp.default] == 1
+    assert not names[aten.tanh.default] + names[aten.sigmoid.default] + names[aten.sin.default]
+
+
+@pytest.mark.parametrize("body", [twice, square])
+def test_a_plan_in_a_file_is_for_the_wishes_that_it_was_made_for(tmp_path: Path, body: Any) -> None:
+    """By the plan of other wishes the backward would draw anew, or save what is to be computed again."""
+    path = str(tmp_path / "plan.json")
+    _, wanted = step(body(nothing), options())
+    for one in (body(recompute), body(nothing), body(keep), checkpointed(body(nothing))):
+        alone, _ = step(one, options("10MB"))
+        for budget in ("10MB", None):  # made, then read
+            model, found = step(one, options(budget, plan=path))
+            assert equal(found, wanted)
+            assert saved(model) == saved(alone)
+    with pytest.raises(
+        Exception, match=r"wishes: \w+ \w+ in the plan, must_save \w+ here|wishes: none in the plan, must_save"
+    ):
+        step(lambda x: keep(body(nothing)(x)), options(plan=path))
 
 
 def _ranks(body: str) -> list[float]:
