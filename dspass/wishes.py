@@ -26,8 +26,9 @@ def keep(tensor: torch.Tensor) -> torch.Tensor:
     """``tensor`` itself, which the backward is never to compute again.
 
     Where the backward needs it, it is saved, on the device or on the host, but never in fewer bits; where it needs only what
-    is made of it, that may be saved in its stead. A view stands for the value under it. In a function that :func:`recompute` or ``torch.utils.checkpoint`` runs, it excepts this
-    one value. In code that is not compiled autograd decides, and this does nothing.
+    is made of it, that may be saved in its stead. A view stands for the value under it. In a function that :func:`recompute` or
+    ``torch.utils.checkpoint`` runs, it excepts this one value. In code that is not compiled autograd decides, and this does
+    nothing.
 
     Raises ``TypeError`` for anything but a tensor, and ``ValueError``, when the model is compiled, for a value that is
     marked to be computed again too.

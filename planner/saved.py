@@ -72,20 +72,22 @@ class MadeFor:
 
     @classmethod
     def from_json(cls, said: Mapping[str, Any]) -> Self:
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in said.items()})
+        lists = {k: tuple(v) for k, v in said.items() if isinstance(v, list)}
+        return cls(**{**said, **lists})
 
     def differences(self, plans: MadeFor, but: Iterable[str] = ()) -> list[str]:
         """A sentence for each thing, ``but`` some, that a plan was made for and that is otherwise here."""
-        found = []
-        names = [f.name for f in fields(self) if getattr(self, f.name) != getattr(plans, f.name) and f.name not in but]
-        for name in names:
-            here, there = getattr(self, name), getattr(plans, name)
-            if isinstance(here, tuple):
-                here, there = _only(here, there), _only(there, here)
-            if name not in _HASHES:
-                found.append(f"{name}: {there} in the plan, {here} here.")
-            elif not {"inputs", "operators", "wishes", "graph"} & {*names[: names.index(name)]}:
-                found.append(f"{name}: {_HASHES[name]}")
+        found, of_graph = [], False
+        for field in fields(self):
+            here, there = getattr(self, field.name), getattr(plans, field.name)
+            if here == there or field.name in but:
+                continue
+            if field.name not in _HASHES:
+                both = (_only(there, here), _only(here, there)) if isinstance(here, tuple) else (there, here)
+                found.append(f"{field.name}: {both[0]} in the plan, {both[1]} here.")
+            elif not of_graph:
+                found.append(f"{field.name}: {_HASHES[field.name]}")
+            of_graph |= field.name in OF_GRAPH and field.name != "part"
         return found
 
 
@@ -129,7 +131,9 @@ def _constant(value: Any, ours: bool) -> str:
         return f"[{', '.join(f'{k}={_constant(v, ours)}' for k, v in value.items())}]"
     if isinstance(value, slice):
         return _constant((value.start, value.stop, value.step), ours)
-    plain = (bool, int, float, complex, torch.dtype, torch.layout, torch.memory_format, torch.device)
+    if isinstance(value, torch.device):
+        return value.type
+    plain = (bool, int, float, complex, torch.dtype, torch.layout, torch.memory_format)
     if value is None or isinstance(value, plain) or (isinstance(value, str) and not ours):
         return str(value)
     return type(value).__name__

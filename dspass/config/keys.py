@@ -290,9 +290,9 @@ KEYS: tuple[Key, ...] = (
          "own choice.", low=1, off=("auto",)),
     _act("dspass.plan", "plan", "text", None, "path",
          "A .json file of plans: where it holds one for this model, its wishes, ranks and shapes it is used, where it does not "
-         "one for the memory budget is added, and a plan of the same model for other ranks, devices, passes or another torch is "
-         "refused with what differs. One for another budget is used where it fits, with a warning where a larger budget may buy "
-         "a faster one. Each stage of a pipeline has a file of its own, `plan.stage0.json` and so on.", local=True),
+         "one for the memory budget is added, and a plan of the same model for other ranks, devices, passes or another torch "
+         "is refused with what differs. One for another budget is used where it fits, with a warning where a larger budget may "
+         "buy a faster one. Each stage of a pipeline has a file of its own, `plan.stage0.json` and so on.", local=True),
     _act("dspass.fallback_random", "fallback_random", "flag", False, "",
          "Draw random numbers as eager torch does, so that dropout equals an uncompiled run's (slower), but for that of a "
          "pipeline, whose ranks draw numbers of their own."),
