@@ -78,7 +78,7 @@ def predicted_report(
     on_cpu = device == "cpu"
     with (
         _rare_collections(),
-        compat.restored_limits(),
+        compat.compiling_apart(),
         fake_group(world, "gloo" if on_cpu else "modelled nccl", config.pipeline.enabled),
         compat.fake_mode(),
     ):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.fx as fx
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 import dspass
 from dspass.config import Config
 from dspass.engines import engine_of
+from dspass.lowering.simulate import GraphSimulator
 from dspass.passes.bucket_gathers import BucketGathers
 from dspass.passes.cost import estimate
 from dspass.passes.devices import Device
@@ -36,7 +39,7 @@ from tests.models import Mlp, points
 from tests.ranks import run
 from tests.test_explain import MODELS
 from tests.test_passes import toy_of
-from tests.training import close, train, zero
+from tests.training import as_they_are, close, train, whole, zero
 
 
 @st.composite
@@ -630,3 +633,70 @@ def test_difficult_models_under_a_budget(name: str) -> None:
     build, batches = DIFFICULT[name]
     config = zero(3, dspass={"memory_budget": "10MB", "fallback_random": True})
     close(run(2, train, build, batches, config, steps=4, random=name == "dropout"))
+
+
+# -- many shapes -------------------------------------------------------------------------------------------------
+
+
+def _compilations(backend: str, options: dict[str, Any] | None, rows: Sequence[int]) -> int:
+    model = torch.nn.Sequential(torch.nn.Linear(12, 32), torch.nn.GELU(), torch.nn.Linear(32, 1))
+    compiled = torch.compile(model, backend=backend, options=options)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for count in rows:
+        compiled(torch.randn(count, 12)).square().mean().backward()
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
+
+
+def test_shapes_are_static_for_the_model_with_the_budget_alone() -> None:
+    """A second one of its class has a budget for other shapes; one without compiles once more, with symbols, and no more."""
+    torch._dynamo.reset()
+    config = {"zero_optimization": {"stage": 0}, "dspass": {"memory_budget": "1GB"}}
+    for count in (4, 6):
+        model = torch.nn.Sequential(torch.nn.Linear(12, 32), torch.nn.GELU(), torch.nn.Linear(32, 1))
+        dspass.explain(model, torch.randn(count, 12), config=config)
+    assert _compilations("deepspeed", config, [5, 7, 9]) == 3
+    assert _compilations("deepspeed", config, [8, 10]) == 2
+    assert torch._dynamo.config.automatic_dynamic_shapes
+    assert _compilations("aot_eager", None, [4, 6, 8, 10]) == 2
+
+
+def _many_sizes(stage: int, **own: Any) -> list[float]:
+    """The sums of gradients by size."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model, found = Mlp(), []
+    compiled = torch.compile(model, backend="deepspeed", options=zero(stage, dspass=own))
+    for rows in range(2, 13):
+        x = torch.randn(rows, 10, generator=torch.Generator().manual_seed(rows + 100 * dist.get_rank()))
+        with (
+            mock.patch("dspass.compilation.segment_compiler", return_value=as_they_are),
+            mock.patch("dspass.planning.InductorSimulator", return_value=GraphSimulator()),
+        ):
+            compiled(x, torch.zeros(rows, dtype=torch.long)).backward()
+        found.append(sum(whole(p.grad).abs().sum().item() for p in model.parameters()))
+        model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_the_gradients_of_every_size_are_reduced(stage: int) -> None:
+    """Dynamo would run a function uncompiled from its ninth shape on."""
+    first, second = run(2, _many_sizes, stage, memory_budget="1GB")
+    assert first == second
+
+
+def test_what_dynamo_would_run_uncompiled_is_refused() -> None:
+    torch._dynamo.reset()
+    model = torch.nn.Sequential(torch.nn.Linear(12, 4))
+    options = {"zero_optimization": {"stage": 0}, "dspass": {"memory_budget": "1GB"}}
+    compiled = torch.compile(model, backend="deepspeed", options=options)
+    compiled(torch.randn(4, 12))
+    for limit in ("recompile_limit", "accumulated_recompile_limit"):
+        with (
+            torch._dynamo.config.patch({limit: 1}),
+            pytest.raises(RuntimeError, match="pad batches") as refused,
+        ):
+            compiled(torch.randn(5, 12))
+        assert "Sequential was compiled as often as Dynamo allows" in str(refused.value)
+    assert not torch._dynamo.config.fail_on_recompile_limit_hit
+    compiled(torch.randn(5, 12))
