@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from dspass.planner.record import Plan, size_text
 
-_VERSION = 2
+_VERSION = 3
 
 
 class PlanError(ValueError):

@@ -116,12 +116,12 @@ def allow_compilations(more: int) -> None:
 
 
 def keep_shapes_static() -> None:
-    """Have Dynamo compile the function at hand for each shape by itself, as ``torch.compile(dynamic=False)`` does: by default it
-    makes a size symbolic that was another one before. Other compiled functions are as they were."""
+    """Have Dynamo compile the function at hand for each shape by itself, as ``torch.compile(dynamic=False)`` does: by default
+    it makes a size symbolic that was another one before. Other compiled functions are as they were."""
     from torch._dynamo import config
     from torch._dynamo.pgo import get_code_state
 
-    patch = config._make_closure_patcher(automatic_dynamic_shapes=False)  # type: ignore[arg-type]
+    patch = config._make_closure_patcher(automatic_dynamic_shapes=False)
     _in_each_call("static shapes", patch)
     code, seen = captured_code(), get_code_state()
     place = (code.co_name, code.co_filename, code.co_firstlineno)
@@ -135,7 +135,7 @@ def refuse_uncompiled(say: Callable[[], Exception]) -> None:
     from torch._dynamo import config
     from torch._dynamo.exc import FailOnRecompileLimitHit
 
-    patch = config._make_closure_patcher(fail_on_recompile_limit_hit=True)  # type: ignore[arg-type]
+    patch = config._make_closure_patcher(fail_on_recompile_limit_hit=True)
 
     def enter() -> Callable[[], None]:
         if config.suppress_errors:  # a person asked for just that
@@ -154,8 +154,8 @@ def refuse_uncompiled(say: Callable[[], Exception]) -> None:
 
 
 def _in_each_call(name: str, enter: Callable[[], Callable[[], None]]) -> None:
-    """Have every call of the compiled function at hand, this one too, begin with ``enter`` and end with what that answers, where
-    it does nothing of that ``name`` yet."""
+    """Have every call of the compiled function at hand, this one too, begin with ``enter`` and end with what that answers,
+    where it does nothing of that ``name`` yet."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and not is_compiled_call(frame):
         frame = frame.f_back
