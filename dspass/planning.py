@@ -122,9 +122,9 @@ def planned(
     graphs: Split | None = None
     ranks = together(engine)
     batch = _batch(joint.graph, free)
-    same = [p for m, p in earlier if _serves(m, p, made_for, budget)]
-    agreed = same[0] if same and ranks else None
-    prior = same[-1].decision if same else None
+    same = [(m, p) for m, p in earlier if _serves(m, p, made_for, budget)]
+    agreed = next((p for m, p in same if ranks and m.parameters == made_for.parameters), None)
+    prior = same[-1][1].decision if same else None
 
     def make() -> Plan:
         nonlocal graphs
@@ -339,10 +339,10 @@ def together(engine: Engine) -> Sequence[int]:
 
 def _made_for(joint: fx.Graph, engine: Engine, config: Config, passes: Sequence[Pass], place: Place | None) -> MadeFor:
     placeholders = joint.find_nodes(op="placeholder")
-    nodes = " ".join(f"{n.name}={n.target}" for n in joint.nodes if n.op != "placeholder")
+    nodes = [f"{n.name}={n.target}" for n in joint.nodes if n.op != "placeholder"]
     return MadeFor(
         model=engine.model,
-        graph=hashlib.sha256(nodes.encode()).hexdigest()[:16],
+        graph=_hashed(nodes),
         inputs=tuple(print_value(n.meta["val"]) for n in placeholders if isinstance(n.meta.get("val"), torch.Tensor)),
         ranks=dist.get_world_size() if dist.is_initialized() else 1,
         stage=engine.stage,
@@ -351,7 +351,14 @@ def _made_for(joint: fx.Graph, engine: Engine, config: Config, passes: Sequence[
         offload=f"optimizer {config.offload_optimizer} {config.offload_optimizer_ratio:g}, param {config.offload_param}",
         torch=torch.__version__.split("+")[0],
         part=_part(place, engine, config),
+        parameters=_hashed(sorted(lookup(n.meta[GATHERED][0]).name for n in placeholders if GATHERED in n.meta))
+        if together(engine)
+        else "",
     )
+
+
+def _hashed(said: Sequence[str]) -> str:
+    return hashlib.sha256(" ".join(said).encode()).hexdigest()[:16]
 
 
 def _part(place: Place | None, engine: Engine, config: Config) -> str:
@@ -364,8 +371,8 @@ def _part(place: Place | None, engine: Engine, config: Config) -> str:
 
 
 def _serves(made_for: MadeFor, plan: Plan, wanted: MadeFor, budget: int | None) -> bool:
-    """Whether a plan is of the same graph and budget, if for inputs of other shapes."""
-    return budget in (None, plan.budget) and not made_for.differences(wanted, but=("inputs",))
+    """Whether a plan is of the same graph and budget, if for inputs of other shapes, or for a layer that is alike."""
+    return budget in (None, plan.budget) and not made_for.differences(wanted, but=("inputs", "parameters"))
 
 
 def _with_buckets(settings: tuple[Setting, ...], agreed: Plan | None) -> tuple[Setting, ...]:
@@ -399,7 +406,7 @@ def _shared(
     """The plan of the first of ``ranks``, through the store of the process group, and the batch that it was made for; what it
     raises is raised on all of them."""
     first, rank, store = ranks[0], dist.get_rank(), compat.store()
-    name = "/".join((str(first), made_for.model, made_for.part, made_for.graph))
+    name = "/".join((str(first), made_for.model, made_for.part, made_for.graph, made_for.parameters))
     key = f"dspass/plan/{name}/{_shared_under[name]}"
     _shared_under[name] += 1
     if rank == first:

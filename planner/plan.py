@@ -279,15 +279,22 @@ class Planner:
         )
 
     def _refusal(self) -> BudgetError:
-        runs = {at: peak for at, peak in self._measured.items() if self._is_as_agreed(*at)} or self._measured
+        as_agreed = {at: peak for at, peak in self._measured.items() if self._is_as_agreed(*at)}
         tried = [
             (setting.bytes(peak), peak)
-            for (_, bucket_bytes), peak in runs.items()
+            for (_, bucket_bytes), peak in (as_agreed or self._measured).items()
             for setting in self.settings
             if setting.bucket_bytes == bucket_bytes
         ]
         least, peak = min(tried, key=lambda pair: pair[0])
         smallest = _rounded_up(least)
+        if not as_agreed:
+            return BudgetError(
+                f"dspass.memory_budget: none of {len(self._candidates)} plans serves {self.where}: each would have others. Pad "
+                "batches to one size.",
+                smallest,
+                alone=True,
+            )
         host = "" if any(setting.states for setting in self.settings) else ", optimiser states on the host"
         return BudgetError(
             f"dspass.memory_budget of {size_text(self.budget)} is too small: the smallest plan of {len(self._candidates)} "

@@ -24,8 +24,9 @@ class PlanError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class MadeFor:
-    """What a plan depends on. ``graph`` is a hash of the joint graph's operators, ``inputs`` are its types and shapes, and
-    ``part`` says which stage of which schedule it is, in a pipeline; the others are the same for all graphs of a run."""
+    """What a plan depends on. ``graph`` is a hash of the joint graph's operators, ``parameters`` one of the names of those that
+    it has collectives for, ``inputs`` are its types and shapes, and ``part`` says which stage of which schedule it is, in a
+    pipeline; the others are the same for all graphs of a run."""
 
     model: str
     ranks: int
@@ -37,6 +38,7 @@ class MadeFor:
     graph: str
     inputs: tuple[str, ...]
     part: str = ""
+    parameters: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -76,7 +78,7 @@ class PlanFile:
         plan is too large, and where there is none and no budget to make one for."""
         entries = [(MadeFor.from_json(e["made_for"]), e["plan"]) for e in self._read()]
         for made_for, said in entries:
-            different = wanted.differences(made_for, but=("graph", "inputs", "part"))
+            different = wanted.differences(made_for, but=("graph", "parameters", "inputs", "part"))
             if different:
                 raise self._other(different)
             if made_for == wanted:

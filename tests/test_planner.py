@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 from unittest import mock
@@ -23,9 +24,10 @@ from dspass.engines import engine_of
 from dspass.lowering.simulate import GraphSimulator
 from dspass.passes.agreed_order import collectives_of, keep_order
 from dspass.passes.bucket_gathers import BucketGathers
+from dspass.passes.bucket_reductions import BucketReductions
 from dspass.passes.cost import estimate
 from dspass.passes.devices import Device
-from dspass.passes.nodes import calls, gather_start, positions, wait_of
+from dspass.passes.nodes import calls, gather_start, positions, reduce_start, wait_of
 from dspass.passes.prefetch_gathers import PrefetchGathers
 from dspass.pipeline import build
 from dspass.planner.choices import Choices
@@ -39,7 +41,7 @@ from examples.gpt import GPT, GPTConfig
 from tests.graphs import run_pipeline
 from tests.matrix import WHOLE
 from tests.models import MODELS as DIFFICULT
-from tests.models import Mlp, points
+from tests.models import Block, Mlp, points
 from tests.ranks import run
 from tests.test_explain import MODELS
 from tests.test_passes import toy_of
@@ -810,6 +812,45 @@ def test_a_rank_alone_chooses_what_is_saved_and_leaves_collectives_as_they_are()
     assert "make the first batch the largest, pad batches to one size" in said
 
 
+class _OneByOne(torch.nn.Module):
+    """Layers that are compiled one by one: all have one graph, each of its own parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = torch.nn.ModuleList(Block(12) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            torch._dynamo.graph_break()
+            x = layer(x)
+        return x
+
+
+def _one_by_one(stage: int) -> tuple[int, float]:
+    """How many graphs were planned, and the largest difference to the mean of the ranks' gradients."""
+    model, reference = _OneByOne(), _OneByOne()
+    compiled, worst = _compiled(model, stage, 10**9), 0.0
+    with _quick():
+        for rows in [(4, 4), (4, 4), (4, 6)]:
+            torch.manual_seed(sum(rows))
+            batches = [torch.randn(count, 3, 12) for count in rows]
+            compiled(batches[dist.get_rank()]).square().mean().backward()
+            sum(reference(b).square().mean() for b in batches).div(2).backward()  # type: ignore[union-attr]
+            for mine, other in zip(model.parameters(), reference.parameters(), strict=True):
+                worst = max(worst, (whole(mine.grad) - other.grad).abs().max().item())
+            model.zero_grad()
+            reference.zero_grad()
+    return len([c for c in engine_of(model).compilations if c.plan is not None]), worst
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_layers_that_are_alike_agree_each_on_their_own_collectives(stage: int) -> None:
+    results = run(2, _one_by_one, stage)
+    assert [count for count, _ in results] == [3, 6]
+    assert max(worst for _, worst in results) < 1e-5
+
+
 def _alone() -> str:
     """What a rank says that compiles what the others do not."""
     model = _layers()
@@ -838,8 +879,9 @@ def test_who_waits_for_a_plan_in_vain_says_for_what() -> None:
 def test_collectives_start_in_the_agreed_order() -> None:
     """Gathers move to where they stand in another graph, earlier and later, but not behind where they are waited for."""
     graphs = []
-    for distance in (0, 1, 100):
-        passes = [BucketGathers(bucket_bytes=1) if isinstance(p, BucketGathers) else p for p in build(Config())]
+    for distance in (0, 100):
+        kinds = (BucketGathers, BucketReductions)
+        passes = [replace(p, bucket_bytes=1) if isinstance(p, kinds) else p for p in build(Config())]
         own = PrefetchGathers(distance=distance)
         step = run_pipeline(toy_of("uneven"), [own if isinstance(p, PrefetchGathers) else p for p in passes])
         graphs.append(step.backward)
@@ -850,8 +892,10 @@ def test_collectives_start_in_the_agreed_order() -> None:
             keep_order(graph, order)
             graph.lint()
             assert collectives_of(graph) == order
-    first = next(n for n in graphs[0].nodes if n.target is gather_start)
-    name, *others = orders[0]
-    keep_order(graphs[0], (*others, name))
+    starts = [n for n in graphs[0].nodes if n.target in (gather_start, reduce_start)]
+    names = list(collectives_of(graphs[0]))
+    gather = next(n for n in starts if n.target is gather_start)
+    names.append(names.pop(starts.index(gather)))
+    keep_order(graphs[0], names)
     graphs[0].lint()
-    assert first < wait_of(first)
+    assert gather < wait_of(gather)
