@@ -15,6 +15,7 @@ Dropped: raising to have Dynamo trace again at once. It diverges.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import weakref
@@ -62,6 +63,7 @@ def deepspeed(
 ) -> Callable[..., Any]:
     """Compile one captured graph. See :func:`torch.compile`; ``options`` is DeepSpeed's configuration."""
     compat.check_torch()
+    compat.allow_compilations(1)  # this one: there is as much room for the next as there was
     if torch.cuda.is_available():
         kernels.serve_once()
     config = Config.load(options).resolve_stage(dist.is_initialized())
@@ -83,6 +85,7 @@ def deepspeed(
         mesh_for(config, "cpu")  # raises: a stage without a process group
     heap = Heap.scan()
     root = _root(heap, params)
+    compat.refuse_uncompiled(functools.partial(_too_many, type(root).__name__ if root is not None else "the function"))
     if root is not None:
         refuse_wrapped(root)
     chosen = None
@@ -99,11 +102,9 @@ def deepspeed(
         )
     if root is not None and config.layers.format is not None and not stored_of(root):
         refuse_to_freeze(root)
-        compat.allow_compilations(1)  # this one, which runs once
         first = _FirstStored(gm, example_inputs, root, config)
         return torch._dynamo.disable(first, reason="runs once, before weights are stored")
     if stage and any(not isinstance(p, DTensor) for p in params):
-        compat.allow_compilations(2)  # this one, which runs once, and the sharded model's first
         return torch._dynamo.disable(
             _FirstCall(gm, example_inputs, root, config, passes), reason="runs once, before sharding"
         )
@@ -120,8 +121,6 @@ def deepspeed(
         return run or compile_graph(gm, example_inputs, engine, config, passes)
     cast_inputs(gm, config)
     engine = new_engine(root, config)
-    if not engine.compilations:
-        compat.allow_compilations(1)
     if root is None:
         engine.loose = {f"parameter_{i}": weakref.ref(p) for i, p in enumerate(params)}
     specs = _plain_specs(engine, root, params, config)
@@ -131,6 +130,15 @@ def deepspeed(
         round_layers(gm, {}, chosen, engine)
     run = compile_graph(gm, example_inputs, engine, config, passes)
     return torch._dynamo.disable(_Stage0(run, engine, root, config, params), reason="agrees with other ranks first")
+
+
+def _too_many(model: str) -> RuntimeError:
+    return RuntimeError(
+        f"{model} was compiled as often as Dynamo allows, and would run uncompiled from here on, without what dspass does for "
+        "it: no gradients would be averaged. A graph is compiled for each shape of its inputs under dspass.memory_budget, and "
+        "for each value that the code depends on: pad batches to fewer sizes. TORCH_LOGS=recompiles says what differs each "
+        "time; if all of it is wanted, raise torch._dynamo.config.recompile_limit and accumulated_recompile_limit."
+    )
 
 
 class _ByHand:

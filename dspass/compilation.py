@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from dspass.hosting import move_out
 from dspass.lowering.segments import SegmentCompiler, lower, shared_order
 from dspass.lowering.stage_backward import StageBackward
 from dspass.passes import devices
+from dspass.passes.agreed_order import keep_order
 from dspass.passes.base import Pass, PassContext, PassResult, Where, run_passes
 from dspass.passes.held import mark_all, mark_static
 from dspass.passes.partition import partition
@@ -24,11 +26,16 @@ from dspass.passes.text import print_graph
 from dspass.planner.calls import Place
 from dspass.planner.record import Plan
 from dspass.planner.saved import MadeFor
-from dspass.planning import in_buckets, planned, refine, scheduled
+from dspass.planning import in_buckets, planned, refine, scheduled, together
 from dspass.runtime import compat
 from dspass.runtime.engine import Engine
 from dspass.runtime.program import Program
 from dspass.settings import kind_of
+
+log = logging.getLogger(__name__)
+
+#: A function that is compiled so often is compiled for more shapes than a person may know of.
+_MANY = 8
 
 
 @dataclass(kw_only=True, eq=False)
@@ -73,6 +80,13 @@ def compile_graph(
     """
     done = Compilation(name=f"graph {len(engine.compilations)}", frame=compat.compiled_frame())
     engine.compilations.append(done)
+    if done.frame >= 0 and sum(c.frame == done.frame for c in engine.compilations) == _MANY:
+        log.warning(
+            "%s was compiled %d times, which takes its time and memory each time: under dspass.memory_budget it is for each "
+            "shape of its inputs, so pad batches to fewer sizes. TORCH_LOGS=recompiles says what differs.",
+            engine.model or "a function",
+            _MANY,
+        )
     done.stage_backward = stage_backward
     patches = inductor_settings(config)
     known = engine.compiler
@@ -88,12 +102,15 @@ def compile_graph(
     if config.dspass.memory_budget is not None or config.dspass.plan is not None:
         passes = scheduled(passes, engine)
     record = done.passes.append
+    agreed: dict[str, tuple[str, ...]] = {}
     order = shared_order(int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
     def prepare(graph: fx.GraphModule, where: Where, trains: bool = True) -> fx.GraphModule:
         before = print_graph(graph.graph)
         context = PassContext(graph=done.name, where=where, target=engine.target, trains=trains)
         graph = run_passes(graph, passes, context, record)
+        if where in agreed:
+            keep_order(graph.graph, agreed[where])
         done.texts[where] = (before, print_graph(graph.graph))
         if where != "captured":  # AOTAutograd makes another graph of that one
             done.graphs[where] = graph
@@ -135,6 +152,8 @@ def compile_graph(
                 stage_backward,
             )
             passes = in_buckets(passes, done.plan.decision.bucket_bytes)
+            if together(engine):
+                agreed.update(zip(("forward", "backward"), done.plan.collectives, strict=False))
         else:
             forward, backward = partition(
                 joint, joint_inputs, num_fwd_outputs, free, recompute_pointwise=engine.lifetimes == 3

@@ -4,14 +4,24 @@ The first of them plans, for it holds the largest shards, and puts its plan into
 wait for it. All ranks run one graph, but for a pipeline, where each stage has a plan of its own for the ranks of its data axis.
 Dropped: each rank plans and the results are compared. It costs the same work once more on each, and measured or uneven sizes
 make ranks differ at the edge of a budget, where different buckets would leave them waiting for each other.
+
+Batches of ranks may differ in their sizes, and a size that is new to one rank is not new to the others, which do not compile
+then and could not answer. So ranks agree once on each graph of a model, and what they agree on is which collectives they start
+in which order (:mod:`dspass.passes.agreed_order`). With them fixed, a rank plans by itself for every other shape of its inputs:
+it runs what was decided dry, takes it where it fits, and else chooses anew what is saved, computed again, held, and which
+optimiser states wait on the host, among the choices that leave the collectives as they are. Where none fits, the rank refuses,
+and names the shapes: the first batch should be the largest.
+Dropped: ranks plan together again for the larger shape. The others would have to change what they have compiled in the same
+call, which they cannot know without a collective in every call.
 """
 
 from __future__ import annotations
 
 import copy
-import itertools
+import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
@@ -27,6 +37,7 @@ from dspass.lowering.simulate import GraphSimulator, InductorSimulator
 from dspass.lowering.stage_backward import StageBackward
 from dspass.optimizers import Optimizers
 from dspass.passes import calibration, cost, devices
+from dspass.passes.agreed_order import collectives_of, keep_order
 from dspass.passes.base import Pass, PassContext, run_passes
 from dspass.passes.bucket_gathers import BucketGathers
 from dspass.passes.bucket_reductions import BucketReductions
@@ -35,11 +46,12 @@ from dspass.passes.nodes import GATHERED, ROWS_EXPECTED, gather_start, reduce_st
 from dspass.passes.offload_saved import OffloadSaved
 from dspass.passes.partition import partition
 from dspass.passes.prefetch_gathers import PrefetchGathers
+from dspass.passes.text import print_value
 from dspass.planner.calls import Place, cost_of_stage
 from dspass.planner.choices import Choices
 from dspass.planner.dry_run import Peak, peak_of_step
 from dspass.planner.plan import Planner, Split, chooser
-from dspass.planner.record import BudgetError, Decision, Plan
+from dspass.planner.record import BudgetError, Decision, Plan, Setting
 from dspass.planner.saved import OF_BATCH, OF_RANK, MadeFor, PlanError, PlanFile, described
 from dspass.planner.values import is_gathered
 from dspass.runtime import compat
@@ -54,8 +66,8 @@ _ALONE = 0.9
 #: How long the other ranks wait for the plan.
 WAIT = timedelta(minutes=10)
 
-#: All ranks plan the same graphs in the same order.
-_plans = itertools.count()
+#: How often a plan was shared under a name, by models that are alike: ranks share each of them.
+_shared_under: Counter[str] = Counter()
 
 
 def planned(
@@ -77,8 +89,9 @@ def planned(
     """``joint`` split as a plan says, the plan, and what it is for: one that is read from ``dspass.plan``, or one made for
     ``dspass.memory_budget``. ``passes`` are those that will run on the two graphs (:func:`scheduled`). The model's other graphs
     hold ``held`` bytes while this one runs, and have ``apart`` bytes of parameters. Of ``earlier`` plans that of the same graph
-    for inputs of other shapes is tried first. ``place`` is that of a pipeline's stage, and ``stage_backward`` what its backward
-    will become. Raises :class:`BudgetError` or :class:`PlanError` on every rank that runs the graph alike."""
+    for inputs of other shapes is tried first, and several ranks keep to its collectives. ``place`` is that of a pipeline's
+    stage, and ``stage_backward`` what its backward will become. Raises :class:`BudgetError` or :class:`PlanError` on every rank
+    that runs the graph alike, but for a graph that ranks have agreed on, where a rank is alone with its shapes."""
 
     # Rows that arrive at experts: planned for as many as are expected. A plan goes by names of nodes, and serves both graphs.
     sized = compat.as_expected(joint, ROWS_EXPECTED) or joint
@@ -89,10 +102,14 @@ def planned(
 
     def pipeline(forward: fx.GraphModule, backward: fx.GraphModule, bucket_bytes: int | None) -> Split:
         chosen = in_buckets(passes, bucket_bytes)
-        return (
+        halves = (
             run_passes(forward, chosen, PassContext(graph=name, where="forward", target=engine.target)),
             run_passes(backward, chosen, PassContext(graph=name, where="backward", target=engine.target)),
         )
+        if agreed is not None:
+            for half, order in zip(halves, agreed.collectives, strict=True):
+                keep_order(half.graph, order)
+        return halves
 
     if any(_unknown(n.meta.get("val")) for n in sized.graph.nodes):
         raise BudgetError(
@@ -102,11 +119,17 @@ def planned(
         )
     made_for = _made_for(joint.graph, engine, config, passes, place)
     wanted = config.dspass.memory_budget
-    budget = budget_bytes(wanted, engine) if wanted is not None else None
+    budget = budget_of_all = budget_bytes(wanted, engine) if wanted is not None else None
     graphs: Split | None = None
+    ranks = together(engine)
+    batch = _batch(joint.graph, free)
+    same = [(m, p) for m, p in earlier if _serves(m, p, made_for, budget)]
+    agreed = next((p for m, p in same if ranks and m.parameters == made_for.parameters), None)
+    prior = same[-1][1].decision if same else None
 
     def make() -> Plan:
         nonlocal graphs
+        budget = agreed.budget if agreed is not None else budget_of_all
         file = PlanFile(_file_of(config.dspass.plan, place)) if config.dspass.plan is not None else None
         on = devices.planned_for(kind_of(engine))
         optimizers = Optimizers(engine)
@@ -124,7 +147,8 @@ def planned(
             trained = [p for p in engine.params().values() if p.requires_grad]
             return base + state.accumulated, base + gradients + step_bytes(engine, optimizers, trained, away)
 
-        if file is not None and (read := file.find(made_for, budget, outside)) is not None:
+        read = file.find(made_for, budget, outside) if file is not None else None
+        if read is not None and (agreed is None or read.collectives == agreed.collectives):
             return read
         assert budget is not None
         simulator = _simulator(engine, patches)
@@ -143,7 +167,6 @@ def planned(
         exposed = _exposed_share(sized.graph, on)
         apart_of_it = place.planned_bytes if place is not None else apart
         share = here / max(state.parameters - apart_of_it, here, 1)
-        prior = next((p.decision for m, p in reversed(earlier) if _serves(m, p, made_for, budget)), None)
 
         def find(
             graph: fx.Graph, inside: Sequence[fx.Node], at_hand: frozenset[fx.Node], unplanned: compat.Unplanned
@@ -158,7 +181,7 @@ def planned(
                 gathers=engine.lifetimes == 3,
                 regather=exposed if engine.lifetimes == 3 else 0.0,
                 levers=tuple(passes),
-                prior=prior,
+                prior=agreed.decision if agreed is not None else prior,
                 in_flight=place.in_flight if place is not None else 1,
             )
 
@@ -173,18 +196,29 @@ def planned(
                 + _seconds(cost.estimate(backward.graph, on), engine, place)
                 + cost.holding_seconds(forward.graph, on)
             ),
-            settings=settings_of(sized.graph, engine, config, passes, states, optimizers, on, exposed),
+            settings=_with_buckets(
+                settings_of(sized.graph, engine, config, passes, states, optimizers, on, exposed), agreed
+            ),
+            collectives=_collectives if ranks else None,
+            agreed=agreed.collectives if agreed is not None else None,
             share=share if share < _ALONE else 1.0,
             scale=on.steps.get(_model_key(made_for), 1.0),
             runs=engine.accumulation_steps * (place.schedule.micro_batches if place is not None else 1),
-            **_words(place, engine),
+            **(_words(place, engine) | (_words_alone(batch) if agreed is not None else {})),
         ).plan()
         plan = replace(plan, parameters=here, base=outside(plan.decision)[0])
-        if file is not None and engine.target is None:  # not a prediction
+        is_first = not ranks or dist.get_rank() == ranks[0]
+        if file is not None and read is None and is_first and engine.target is None:  # not a prediction
             file.add(made_for, plan)
         return plan
 
-    plan = _shared(made_for, make, _planned_together(engine))
+    if agreed is not None or not ranks:
+        plan = make()
+    else:
+        plan, theirs = _shared(made_for, batch, make, ranks)
+        if theirs != batch:
+            agreed = plan
+            plan = make()
     host(engine, plan.decision.states_on_host)
     forward, backward = graphs if graphs and sized is joint else cut(chooser(plan.decision), joint)
     return forward, backward, plan, made_for
@@ -242,15 +276,30 @@ def _of_this_graph(joint: fx.Graph, num_fwd_outputs: int, free: Sequence[int]) -
     """Bytes of its parameters and buffers as this rank holds them, and of the gradients that it leaves of them.
 
     ``free`` counts the inputs before a DTensor became its shard and its mesh, which is no tensor."""
-    placeholders = joint.find_nodes(op="placeholder")
-    shards = {n.meta[GATHERED][1] for n in placeholders if GATHERED in n.meta}
-    tensors = [i for i, n in enumerate(placeholders) if _is_tensor(n) and GATHERED not in n.meta]
-    mine = sorted({*(tensors[i] for i in free), *(i for i, n in enumerate(placeholders) if n.name in shards)})
+    placeholders, mine = joint.find_nodes(op="placeholder"), _held_here(joint, free)
     gradients = joint.find_nodes(op="output")[0].args[0][num_fwd_outputs:]
     away = {n.meta[GATHERED][1] for n in placeholders if GATHERED in n.meta and lookup(n.meta[GATHERED][0]).on_host}
     here = [i for i in mine if placeholders[i].name not in away]
     left = [gradients[i] for i in here if i < len(gradients) and isinstance(gradients[i], fx.Node)]
     return sum(size_of(placeholders[i]) for i in here), sum(map(size_of, left))
+
+
+def _held_here(joint: fx.Graph, free: Sequence[int]) -> list[int]:
+    """Which placeholders are the rank's parameters and buffers."""
+    placeholders = joint.find_nodes(op="placeholder")
+    shards = {n.meta[GATHERED][1] for n in placeholders if GATHERED in n.meta}
+    tensors = [i for i, n in enumerate(placeholders) if _is_tensor(n) and GATHERED not in n.meta]
+    return sorted({*(tensors[i] for i in free), *(i for i, n in enumerate(placeholders) if n.name in shards)})
+
+
+def _batch(joint: fx.Graph, free: Sequence[int]) -> list[str]:
+    """Types and shapes of what is no parameter and no buffer."""
+    held = set(_held_here(joint, free))
+    return [
+        print_value(n.meta["val"])
+        for i, n in enumerate(joint.find_nodes(op="placeholder"))
+        if i not in held and GATHERED not in n.meta and _is_tensor(n) and not n.name.startswith("tangents")
+    ]
 
 
 def _exposed_share(joint: fx.Graph, on: devices.Device) -> float:
@@ -293,11 +342,12 @@ def _file_of(path: str, place: Place | None) -> str:
     return f"{root}.stage{place.stage}{extension}"
 
 
-def _planned_together(engine: Engine) -> Sequence[int]:
-    """The ranks that run the same graphs as this one; the first plans."""
-    if engine.stages is not None:
-        return engine.stages.data.ranks
-    return range(dist.get_world_size()) if dist.is_initialized() else range(1)
+def together(engine: Engine) -> Sequence[int]:
+    """The ranks that run the same graphs as this one, where there are others; the first plans."""
+    if not dist.is_initialized() or dist.get_backend() == "fake":
+        return ()
+    ranks = engine.stages.data.ranks if engine.stages is not None else range(dist.get_world_size())
+    return ranks if len(ranks) > 1 else ()
 
 
 def _made_for(joint: fx.Graph, engine: Engine, config: Config, passes: Sequence[Pass], place: Place | None) -> MadeFor:
@@ -313,8 +363,15 @@ def _made_for(joint: fx.Graph, engine: Engine, config: Config, passes: Sequence[
         offload=f"optimizer {config.offload_optimizer} {config.offload_optimizer_ratio:g}, param {config.offload_param}",
         torch=torch.__version__.split("+")[0],
         part=_part(place, engine, config),
+        parameters=_hashed(sorted(lookup(n.meta[GATHERED][0]).name for n in placeholders if GATHERED in n.meta))
+        if together(engine)
+        else "",
         **described(joint),
     )
+
+
+def _hashed(said: Sequence[str]) -> str:
+    return hashlib.sha256(" ".join(said).encode()).hexdigest()[:16]
 
 
 def _part(place: Place | None, engine: Engine, config: Config) -> str:
@@ -326,49 +383,75 @@ def _part(place: Place | None, engine: Engine, config: Config) -> str:
     return f"{place}{gathers}{sends}"
 
 
-def _serves(made_for: MadeFor, plan: Plan, wanted: MadeFor, budget: int) -> bool:
-    """Whether a plan is of the same graph and budget, if for inputs of other shapes."""
-    return plan.budget == budget and not made_for.differences(wanted, but=OF_BATCH)
+def _serves(made_for: MadeFor, plan: Plan, wanted: MadeFor, budget: int | None) -> bool:
+    """Whether a plan is of the same graph and budget, if for inputs of other shapes, or for a layer that is alike."""
+    return budget in (None, plan.budget) and not made_for.differences(wanted, but=(*OF_BATCH, "parameters"))
+
+
+def _with_buckets(settings: tuple[Setting, ...], agreed: Plan | None) -> tuple[Setting, ...]:
+    """The settings with buckets of the agreed size."""
+    if agreed is None:
+        return settings
+    size = agreed.decision.bucket_bytes
+    return tuple(s for s in settings if s.bucket_bytes == size) or (Setting(bucket_bytes=size),)
+
+
+def _collectives(forward: fx.GraphModule, backward: fx.GraphModule) -> tuple[tuple[str, ...], ...]:
+    return collectives_of(forward.graph), collectives_of(backward.graph)
+
+
+def _words_alone(batch: Sequence[str]) -> dict[str, Any]:
+    """How a rank is refused that cannot have others plan anew."""
+    return {
+        "where": f"on rank {dist.get_rank()} with inputs of {', '.join(batch)}, where the collectives stay as all ranks have "
+        "agreed on them with their first batch",
+        "ways_out": "make the first batch the largest, pad batches to one size, use more ranks, a higher ZeRO stage",
+    }
 
 
 def _is_tensor(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), torch.Tensor)
 
 
-def _shared(made_for: MadeFor, make: Callable[[], Plan], ranks: Sequence[int]) -> Plan:
-    """The plan of the first of ``ranks``, through the store of the process group; what it raises is raised on all of them."""
-    first = ranks[0]
-    key = f"dspass/plan/{next(_plans)}/{first}"
-    if len(ranks) == 1 or dist.get_backend() == "fake":
-        return make()
-    store = compat.store()
-    if dist.get_rank() == first:
+def _shared(
+    made_for: MadeFor, batch: list[str], make: Callable[[], Plan], ranks: Sequence[int]
+) -> tuple[Plan, list[str]]:
+    """The plan of the first of ``ranks``, through the store of the process group, and the batch that it was made for; what it
+    raises is raised on all of them."""
+    first, rank, store = ranks[0], dist.get_rank(), compat.store()
+    name = "/".join((str(first), made_for.model, made_for.part, made_for.graph, made_for.parameters))
+    key = f"dspass/plan/{name}/{_shared_under[name]}"
+    _shared_under[name] += 1
+    if rank == first:
+        told: dict[str, Any] = {"made_for": made_for.to_json(), "batch": batch}
         try:
             plan = make()
-        except (BudgetError, PlanError) as error:
-            told = {"error": str(error), "smallest": getattr(error, "smallest", None)}
-            store.set(key, json.dumps({"made_for": made_for.to_json(), **told}))
+        except Exception as error:
+            known = isinstance(error, (BudgetError, PlanError))
+            said = {"error": str(error) if known else repr(error), "smallest": getattr(error, "smallest", None)}
+            store.set(key, json.dumps({**told, **said, "is_known": known}))
             raise
-        store.set(key, json.dumps({"made_for": made_for.to_json(), "plan": plan.to_json()}))
-        return plan
+        store.set(key, json.dumps({**told, "plan": plan.to_json()}))
+        return plan, batch
+    here = f"graph {made_for.graph} of {made_for.model} with inputs of {', '.join(batch)}"
     try:
         store.wait([key], WAIT)
     except RuntimeError as error:
         raise RuntimeError(
-            f"rank {first} has made no plan for {key} in {WAIT}: it compiles another graph than rank {dist.get_rank()}, or "
-            "it failed; see what it said."
+            f"rank {first} has made no plan in {WAIT} for what rank {rank} compiles, {here}: it compiles another graph, or it "
+            "failed; see what it said. Where batches of some sizes alone make another graph, pad them."
         ) from error
     told = json.loads(store.get(key))
     if "error" in told:
+        if not told["is_known"]:
+            raise RuntimeError(f"rank {first} could make no plan for {here}: {told['error']}")
         raise PlanError(told["error"]) if told["smallest"] is None else BudgetError(told["error"], told["smallest"])
-    theirs = MadeFor.from_json(told["made_for"])
-    differences = made_for.differences(theirs, but=OF_RANK)
+    differences = made_for.differences(MadeFor.from_json(told["made_for"]), but=OF_RANK)
     if differences:
         raise RuntimeError(
-            f"rank {dist.get_rank()} compiles another graph as {key} than rank {first}: all ranks must run one model. "
-            + " ".join(differences)
+            f"rank {rank} compiles {here} otherwise than rank {first}: all ranks must run one model. {' '.join(differences)}"
         )
-    return Plan.from_json(told["plan"])
+    return Plan.from_json(told["plan"]), told["batch"]
 
 
 def _simulator(engine: Engine, patches: Mapping[str, Any]) -> Callable[..., Any]:

@@ -163,7 +163,7 @@ def _pretended(config: Config, world: int, device: str) -> Iterator[Config]:
     """A group of ``world`` ranks and tensors that are none; answers ``config`` as it is on so many."""
     with (
         _rare_collections(),
-        compat.restored_limits(),
+        compat.compiling_apart(),
         fake_group(world, "gloo" if device == "cpu" else "modelled nccl", config.pipeline.enabled),
         compat.fake_mode(),
     ):

@@ -68,6 +68,8 @@ def in_budget(
             try:
                 found[stage] = compile_stage(graphs[stage], place)
             except BudgetError as refusal:
+                if refusal.alone:  # whose other ranks would not plan the stages before once more
+                    raise
                 refusals.append(refusal)
                 if refusal.stage is not None:  # what the others would have to fit beside
                     others[stage] = refusal.stage
@@ -90,9 +92,13 @@ def gathered(engine: Engine, asked: str | None, plan: Callable[[], dict[int, Sta
     """The stages that ``plan`` makes where parameters are gathered as ``asked`` (``pipeline.gather``), or where nothing is,
     once a call, unless that takes so much memory that a micro-batch is slower than with a gather of its own.
 
-    Raises what ``plan`` does where no way fits: of both, what is refused of the one that holds less.
+    Ranks of one stage keep to the way that they have agreed on with their first batch. Raises what ``plan`` does where no way
+    fits: of both, what is refused of the one that holds less.
     """
     ways = (True, False) if engine.stage == 3 and asked is None else (asked == "call",)
+    agrees = asked is None and engine.stages is not None and engine.stages.data.size > 1
+    if agrees and engine.agreed_gather is not None:
+        ways = (engine.agreed_gather,)
     before = len(engine.compilations)
     made: list[tuple[float, bool, dict[int, Stage], list[Any]]] = []
     refusals: list[Exception] = []
@@ -101,6 +107,8 @@ def gathered(engine: Engine, asked: str | None, plan: Callable[[], dict[int, Sta
         try:
             stages = plan()
         except (BudgetError, PlanError) as refusal:
+            if isinstance(refusal, BudgetError) and refusal.alone:
+                raise
             refusals.append(refusal)
             del engine.compilations[before:]
             continue
@@ -113,6 +121,8 @@ def gathered(engine: Engine, asked: str | None, plan: Callable[[], dict[int, Sta
     if not made:
         raise refusals[-1]
     _, engine.keeps_for_call, stages, compilations = min(made, key=lambda way: way[0])
+    if agrees:
+        engine.agreed_gather = engine.keeps_for_call
     engine.compilations += compilations
     return stages
 

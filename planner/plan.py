@@ -47,6 +47,9 @@ log = logging.getLogger(__name__)
 
 Split = tuple[fx.GraphModule, fx.GraphModule]
 
+#: Names of collectives, in order: of the forward and of the backward.
+Collectives = tuple[tuple[str, ...], ...]
+
 #: Share by which a corrected peak may exceed the budget, at most, and the choice is still run. Between the two that correct it,
 #: the model was off by less on GPT and Llama; more would only cost runs, and so would more than it missed of these two.
 NEARLY = 0.05
@@ -69,7 +72,9 @@ class Planner:
     What was decided for inputs of other shapes is taken where the fastest candidate does not fit and
     it does. ``share`` of what the budget leaves beside what is always there may be held from the forward to the backward, where
     other graphs run in between; where no candidate holds so little, that does not count. With ``fewest`` it is the smallest
-    candidate that is taken, not the fastest. ``where`` and ``ways_out`` are a refusal's words."""
+    candidate that is taken, not the fastest. ``collectives`` answers those of both halves behind the passes; where they are
+    ``agreed``, only candidates that have these count, what was decided before is tried first, and a refusal is this rank's
+    alone. ``where`` and ``ways_out`` are a refusal's words."""
 
     budget: int
     find: Callable[[fx.Graph, Sequence[fx.Node], frozenset[fx.Node], compat.Unplanned], Choices]
@@ -82,11 +87,14 @@ class Planner:
     runs: int = 1
     share: float = 1.0
     fewest: bool = False
+    collectives: Callable[[fx.GraphModule, fx.GraphModule], Collectives] | None = None
+    agreed: Collectives | None = None
     where: str = "on each rank"
     ways_out: str = "use more ranks, a higher ZeRO stage"
     choices: Choices = field(init=False)
     _measured: dict[tuple[int, int | None], Peak] = field(default_factory=dict)  # by choice and bytes of a bucket
     _graphs: dict[int, Split] = field(default_factory=dict)
+    _collectives: dict[tuple[int, int | None], Collectives] = field(default_factory=dict)
     _base_seconds: float = 0.0
 
     def plan(self) -> tuple[Split, Plan]:
@@ -101,14 +109,10 @@ class Planner:
 
     def _fastest(self, share: float) -> tuple[int, int] | None:
         """The fastest candidate that fits, and holds no more than its share."""
-        first = self._candidates[0]
-        if self._fits(first, share):
-            return first
-        if (prior := self.choices.of_prior()) is not None:
-            choice, bucket_bytes = prior
-            for k, setting in enumerate(self.settings):
-                if setting.bucket_bytes == bucket_bytes and self._fits((choice, k), share):
-                    return choice, k
+        first = self._candidates[:1]
+        for candidate in [*first, *self._before] if self.agreed is None else [*self._before, *first]:
+            if self._fits(candidate, share):
+                return candidate
         self._run(*self._least)
         last, nearly = set(self._last), min(NEARLY * self.budget, self._most_missed)
         for candidate in self._candidates:
@@ -117,6 +121,12 @@ class Planner:
             if (candidate in last or self._peak(candidate) <= most) and self._fits(candidate, share):
                 return candidate
         return None
+
+    @property
+    def _before(self) -> list[tuple[int, int]]:
+        """What was decided for inputs of other shapes."""
+        prior = self.choices.of_prior()
+        return [(prior[0], k) for k, s in enumerate(self.settings) if prior is not None and s.bucket_bytes == prior[1]]
 
     @property
     def _last(self) -> list[tuple[int, int]]:
@@ -130,11 +140,11 @@ class Planner:
         """The one that takes least, as it runs."""
         self._run(0, self.settings[0].bucket_bytes)
         self._run(*self._least)
-        tried = self._last
+        tried = [c for c in self._last if self._is_as_agreed(c[0], self.settings[c[1]].bucket_bytes)]
         for choice, k in tried:
             self._run(choice, self.settings[k].bucket_bytes)
-        least = min(tried, key=self._peak)
-        return least if self._fits(least, 1.0) else None
+        least = min(tried, key=self._peak, default=None)
+        return least if least is not None and self._fits(least, 1.0) else None
 
     def _find(
         self, graph: fx.Graph, inside: Sequence[fx.Node], free: frozenset[fx.Node], unplanned: compat.Unplanned
@@ -157,6 +167,8 @@ class Planner:
         choice, k = candidate
         if not self.choices.fits_host(choice, self.settings[k].states_bytes):
             return False
+        if not self._is_as_agreed(choice, self.settings[k].bucket_bytes):
+            return False
         _, peak = self._run(choice, self.settings[k].bucket_bytes)
         size = self.settings[k].bytes(peak)
         log.debug("choice %d, setting %d: peak %d, budget %d", choice, k, size, self.budget)
@@ -171,13 +183,29 @@ class Planner:
     def _run_seconds(self, candidate: tuple[int, int]) -> float:
         return self.scale * self._base_seconds + self._added(candidate)
 
-    def _run(self, choice: int, bucket_bytes: int | None) -> tuple[Split, Peak]:
+    def _split(self, choice: int) -> Split:
         if choice not in self._graphs:
             self._graphs[choice] = self.split(chooser(self.choices.decision(choice, self.settings[0])))
-        graphs = self._graphs[choice]
+        return self._graphs[choice]
+
+    def _passed(self, choice: int, bucket_bytes: int | None) -> Split:
+        forward, backward = (compat.graph_module(gm, copy.deepcopy(gm.graph)) for gm in self._split(choice))
+        return self.passes(forward, backward, bucket_bytes)
+
+    def _collectives_of(self, choice: int, bucket_bytes: int | None) -> Collectives:
+        if self.collectives is None:
+            return ()
+        if (choice, bucket_bytes) not in self._collectives:
+            self._collectives[choice, bucket_bytes] = self.collectives(*self._passed(choice, bucket_bytes))
+        return self._collectives[choice, bucket_bytes]
+
+    def _is_as_agreed(self, choice: int, bucket_bytes: int | None) -> bool:
+        return self.agreed is None or self._collectives_of(choice, bucket_bytes) == self.agreed
+
+    def _run(self, choice: int, bucket_bytes: int | None) -> tuple[Split, Peak]:
+        graphs = self._split(choice)
         if (choice, bucket_bytes) not in self._measured:
-            forward, backward = (compat.graph_module(gm, copy.deepcopy(gm.graph)) for gm in graphs)
-            passed = self.passes(forward, backward, bucket_bytes)
+            passed = self._passed(choice, bucket_bytes)
             if not self._measured:
                 self._base_seconds = self.seconds(*passed) - self.choices.seconds(choice)
             self._measured[choice, bucket_bytes] = self.run(*passed)
@@ -204,8 +232,10 @@ class Planner:
 
     @property
     def _ends(self) -> tuple[tuple[int, int | None], tuple[int, int | None]]:
-        """The choices that correct the model, as they were run: the fastest, and the smallest where there was need."""
-        first = (0, self.settings[0].bucket_bytes)
+        """The choices that correct the model, as they were run: the fastest, or that which was decided before, and the smallest
+        where there was need."""
+        fastest = (0, self.settings[0].bucket_bytes)
+        first = fastest if fastest in self._measured else next(iter(self._measured))
         return first, self._least if self._least in self._measured else first
 
     @property
@@ -255,6 +285,7 @@ class Planner:
             peak=setting.bytes(peak),
             between=peak.between,
             stage=peak.stage,
+            collectives=self._collectives_of(choice, setting.bucket_bytes),
             budget=self.budget,
             frontier=tuple(frontier),
             chosen=chosen,
@@ -263,20 +294,29 @@ class Planner:
         )
 
     def _refusal(self) -> BudgetError:
+        as_agreed = {at: peak for at, peak in self._measured.items() if self._is_as_agreed(*at)}
         tried = [
             (setting.bytes(peak), peak)
-            for (choice, bucket_bytes), peak in self._measured.items()
+            for (choice, bucket_bytes), peak in (as_agreed or self._measured).items()
             for setting in self.settings
             if setting.bucket_bytes == bucket_bytes and self.choices.fits_host(choice, setting.states_bytes)
         ]
         least, peak = min(tried, key=lambda pair: pair[0])
         smallest = rounded_up(least)
+        if not as_agreed:
+            return BudgetError(
+                f"dspass.memory_budget: none of {len(self._candidates)} plans serves {self.where}: each would have others. Pad "
+                "batches to one size.",
+                smallest,
+                alone=True,
+            )
         host = "" if any(setting.states for setting in self.settings) else ", optimiser states on the host"
         return BudgetError(
             f"dspass.memory_budget of {size_text(self.budget)} is too small: the smallest plan of {len(self._candidates)} "
             f"takes {size_text(smallest)} {self.where}. Give that much, or {self.ways_out}{host} or a smaller batch.",
             smallest,
             peak.stage,
+            alone=self.agreed is not None,
         )
 
 

@@ -13,11 +13,12 @@ from dspass.planner.schedule_times import StageCost
 
 class BudgetError(RuntimeError):
     """No plan fits into the memory budget. ``smallest`` is one that works, in bytes: the least peak, rounded up. Of a
-    pipeline's stage ``stage`` has what a micro-batch takes in that, on the rank that planned."""
+    pipeline's stage ``stage`` has what a micro-batch takes in that, on the rank that planned. ``alone``: other ranks do not
+    plan meanwhile, and hear nothing of it."""
 
-    def __init__(self, message: str, smallest: int, stage: StageCost | None = None) -> None:
+    def __init__(self, message: str, smallest: int, stage: StageCost | None = None, alone: bool = False) -> None:
         super().__init__(message)
-        self.smallest, self.stage = smallest, stage
+        self.smallest, self.stage, self.alone = smallest, stage, alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +110,8 @@ class Plan:
     of this but the optimiser's own, and ``chosen`` is its index. ``parameters`` are the bytes that the graph reads of them,
     and ``base`` those that the peak counts of what lies beside the graph: all parameters, states and what other graphs hold.
     Of a pipeline's stage the bytes that are saved, kept and held are a micro-batch's, as ``stage`` has them; the peak is the
-    rank's, with its stages that were planned before, in a whole call."""
+    rank's, with its stages that were planned before, in a whole call. ``collectives`` are those of forward and backward, in
+    order."""
 
     decision: Decision
     saved_bytes: int
@@ -130,6 +132,7 @@ class Plan:
     parameters: int = 0
     base: int = 0
     stage: StageCost | None = None
+    collectives: tuple[tuple[str, ...], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -145,6 +148,7 @@ class Plan:
                 **said,
                 "decision": decision,
                 "stage": stage,
+                "collectives": tuple(map(tuple, said["collectives"])),
                 **{k: tuple(kind(**o) for o in said[k]) for k, kind in records.items()},
             }
         )

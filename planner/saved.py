@@ -34,10 +34,11 @@ OF_BATCH = ("inputs", "constants")
 OF_RANK = (*OF_BATCH, "product")
 
 #: What graphs of one model have otherwise.
-OF_GRAPH = ("part", *OF_BATCH, "operators", "wishes", "graph")
+OF_GRAPH = ("part", "parameters", *OF_BATCH, "operators", "wishes", "graph")
 
 #: What a hash has to say, where nothing else is said of the graph.
 _HASHES = {
+    "parameters": "it has collectives for other parameters here.",
     "graph": "other values go into its operators here.",
     "constants": "an argument of its operators that is no tensor, such as the share of a dropout, is another one here.",
 }
@@ -49,8 +50,9 @@ class PlanError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class MadeFor:
-    """What a plan depends on. ``part`` says which stage of which schedule a graph is, in a pipeline; the fields behind it are
-    the joint graph's (:func:`described`), and the others are the same for all graphs of a run."""
+    """What a plan depends on. ``part`` says which stage of which schedule a graph is, in a pipeline, and ``parameters`` is a hash
+    of the names of those that it has collectives for; the fields behind these are the joint graph's (:func:`described`), and
+    the others are the same for all graphs of a run."""
 
     model: str
     ranks: int
@@ -61,6 +63,7 @@ class MadeFor:
     offload: str
     torch: str
     part: str = ""
+    parameters: str = ""
     inputs: tuple[str, ...]
     operators: tuple[str, ...]
     wishes: tuple[str, ...]

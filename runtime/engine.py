@@ -104,6 +104,8 @@ class Engine:
     inputs_on: str = "cpu"
     #: Stage 3 in a pipeline: gathered copies live until the call ends, and gradients are reduced at its last backward.
     keeps_for_call: bool = False
+    #: What ranks of one stage have agreed on of that, where several plan together.
+    agreed_gather: bool | None = None
     #: Where pipeline stages lie, if the model is divided into some.
     stages: StageMesh | None = None
     #: How many rows the busiest rank of an expert axis is expected to get, over the mean.

@@ -166,8 +166,7 @@ def test_in_a_compiled_function_it_writes_what_it_writes_outside() -> None:
 
     function = torch.compile(step_of, fullgraph=True, backend=backend)
     ours, others = lists(torch.bfloat16), lists(torch.bfloat16)
-    # A memory budget, in a test of the same process, leaves sizes static.
-    with torch.no_grad(), torch._dynamo.config.patch(automatic_dynamic_shapes=True):
+    with torch.no_grad():
         for step in range(3, 8):
             found, expected = function(ours, step, LR / step), step_of(others, step, LR / step)
             assert all(same(one, other) for one, other in zip(found, expected, strict=True))

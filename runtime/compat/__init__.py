@@ -51,12 +51,13 @@ from dspass.runtime.compat.dynamo import (
     capture_error,
     captured_code,
     compiled_frame,
+    compiling_apart,
     guard_identity,
     in_one_piece,
     in_resumed_frame,
     keep_shapes_static,
     placeholder_source,
-    restored_limits,
+    refuse_uncompiled,
 )
 from dspass.runtime.compat.fake import apart, as_fake, fake_mode, is_fake, mode_of, storage_of, without_fake_mode
 from dspass.runtime.compat.graphs import fill_values, graph_module, traced
@@ -129,6 +130,7 @@ __all__ = [
     "compile_for_rows",
     "compile_segment",
     "compiled_frame",
+    "compiling_apart",
     "expected",
     "expected_elements",
     "extend_found_inf",
@@ -166,8 +168,8 @@ __all__ = [
     "pipeline_order",
     "placeholder_source",
     "reduce_overflow_of_mixed_placements",
+    "refuse_uncompiled",
     "register_log",
-    "restored_limits",
     "sizes_of",
     "storage_of",
     "store",

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from dspass.runtime.compat.dynamo import is_compiled_call
+
 
 def backward_run() -> int:
     """The number of the autograd run (one ``loss.backward()``) this thread is in, or -1 outside of one."""
@@ -35,7 +37,7 @@ def in_compiled_call() -> bool:
         return True
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_code.co_name == "compile_wrapper" and frame.f_code.co_filename.endswith("eval_frame.py"):
+        if is_compiled_call(frame):
             return True
         frame = frame.f_back
     return False

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import sys
+import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterator
-from types import CodeType
+from types import CodeType, FrameType
 from typing import Any
+from unittest import mock
 
 import torch.fx as fx
 
 #: Of what Dynamo says to a graph break, lines that help its developers.
 _UNASKED = ("Developer debug context", "Please report an issue")
+
+#: What each call of a compiled function sets, by torch's record of the function.
+_in_calls: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
 
 
 @contextlib.contextmanager
@@ -109,14 +116,72 @@ def allow_compilations(more: int) -> None:
 
 
 def keep_shapes_static() -> None:
-    """Have Dynamo compile for each shape by itself: by default it makes a size symbolic that was another one before."""
+    """Have Dynamo compile the function at hand for each shape by itself, as ``torch.compile(dynamic=False)`` does: by default
+    it makes a size symbolic that was another one before. Other compiled functions are as they were."""
     from torch._dynamo import config
+    from torch._dynamo.pgo import get_code_state
 
-    config.automatic_dynamic_shapes = False
+    patch = config._make_closure_patcher(automatic_dynamic_shapes=False)
+    _in_each_call("static shapes", patch)
+    code, seen = captured_code(), get_code_state()
+    place = (code.co_name, code.co_filename, code.co_firstlineno)
+    for key in [k for k in seen if (k.name, k.filename, k.firstlineno) == place]:
+        del seen[key]  # else the first capture of the next model of the class would have symbols
 
 
-def restored_limits() -> contextlib.AbstractContextManager[Any]:
-    """What :func:`allow_compilations` does inside ends with it; no prediction is refused for those before it."""
+def refuse_uncompiled(say: Callable[[], Exception]) -> None:
+    """Raise what ``say`` answers where Dynamo has compiled a function of the model at hand as often as it may: by default it
+    runs it uncompiled from then on."""
     from torch._dynamo import config
+    from torch._dynamo.exc import FailOnRecompileLimitHit
 
-    return config.patch(recompile_limit=10_000, accumulated_recompile_limit=10_000)
+    patch = config._make_closure_patcher(fail_on_recompile_limit_hit=True)
+
+    def enter() -> Callable[[], None]:
+        if config.suppress_errors:  # a person asked for just that
+            return lambda: None
+        revert = patch()
+
+        def leave() -> None:
+            revert()
+            error = sys.exc_info()[1]
+            if isinstance(error, FailOnRecompileLimitHit):
+                raise say() from error
+
+        return leave
+
+    _in_each_call("no recompile limit", enter)
+
+
+def _in_each_call(name: str, enter: Callable[[], Callable[[], None]]) -> None:
+    """Have every call of the compiled function at hand, this one too, begin with ``enter`` and end with what that answers,
+    where it does nothing of that ``name`` yet."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and not is_compiled_call(frame):
+        frame = frame.f_back
+    if frame is None:
+        return
+    record = frame.f_locals["self"]
+    names = _in_calls.setdefault(record, set())
+    if name not in names:
+        names.add(name)
+        record.enter_exit_hooks.append(enter)
+        frame.f_locals["cleanups"].append(enter())
+
+
+def is_compiled_call(frame: FrameType) -> bool:
+    """Whether a frame is that which ``torch.compile`` puts around a function."""
+    return frame.f_code.co_name == "compile_wrapper" and frame.f_code.co_filename.endswith("eval_frame.py")
+
+
+@contextlib.contextmanager
+def compiling_apart() -> Iterator[None]:
+    """Compilations inside leave nothing behind: neither limits that :func:`allow_compilations` raises, nor shapes for which
+    Dynamo would make others symbolic. None of them is refused for those before."""
+    from torch._dynamo import config, pgo
+
+    with (
+        config.patch(recompile_limit=10_000, accumulated_recompile_limit=10_000),
+        mock.patch.object(pgo, "_CODE_STATE", defaultdict(pgo.CodeState)),
+    ):
+        yield
