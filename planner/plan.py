@@ -114,12 +114,14 @@ class Planner:
             if self._fits(candidate, share):
                 return candidate
         self._run(*self._least)
-        last, nearly = set(self._last), min(NEARLY * self.budget, self._most_missed)
-        for candidate in self._candidates:
+        nearly = min(NEARLY * self.budget, self._most_missed)
+        last = {(choice, self.settings[k].bucket_bytes) for choice, k in self._last}
+        for choice, k in self._candidates:
             # A setting that is not the first has others beside it: no need to try what will hardly fit.
-            most = self.budget + (nearly if candidate[1] == 0 else 0)
-            if (candidate in last or self._peak(candidate) <= most) and self._fits(candidate, share):
-                return candidate
+            most = self.budget + (nearly if k == 0 else 0)
+            worth = (choice, self.settings[k].bucket_bytes) in last or self._peak((choice, k)) <= most
+            if worth and self._fits((choice, k), share):
+                return choice, k
         return None
 
     @property

@@ -50,9 +50,9 @@ class PlanError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class MadeFor:
-    """What a plan depends on. ``part`` says which stage of which schedule a graph is, in a pipeline, and ``parameters`` is a hash
-    of the names of those that it has collectives for; the fields behind these are the joint graph's (:func:`described`), and
-    the others are the same for all graphs of a run."""
+    """What a plan depends on. ``part`` says which stage of which schedule a graph is, in a pipeline, and ``parameters`` is a
+    hash of the names of those that it has collectives for; the fields behind these are the joint graph's (:func:`described`),
+    and the others are the same for all graphs of a run."""
 
     model: str
     ranks: int

@@ -221,6 +221,14 @@ def test_a_larger_budget_never_plans_a_slower_step_or_exceeds_itself(
         fastest = plan.seconds + plan.states_seconds
 
 
+def test_a_choice_that_runs_for_one_setting_is_known_for_others() -> None:
+    """The model took it to be too large beside states on the host."""
+    given = (Setting(), Setting(states=("x",), states_bytes=1, part_bytes=3, copy_seconds=1.0))
+    with pytest.raises(BudgetError) as refused:
+        _planner(80, [1, 2], [2, 1], given).plan()
+    _planner(refused.value.smallest, [1, 2], [2, 1], given).plan()
+
+
 def test_the_host_has_room_for_saved_values_and_states_together() -> None:
     """The faster choice holds 60 bytes there, and the states are 80: with room for 100 each fits alone, and not both."""
 
