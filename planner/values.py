@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -66,6 +66,9 @@ def values_of(
     compute a fused value again costs its functions, and to write it where a product reads it. One that is read in several
     places is computed in each of them, and reads all it is made of there, where the value itself would be one read:
     ``repeats`` more times, which is no sum over values but how many of its readers are in one kernel.
+
+    Where a lever rounds, places that were found among numbers (:func:`_is_place`) are saved: they would be found among rounded
+    ones.
     """
     inside = set(forward)
     number = {node: i for i, node in enumerate(forward)}
@@ -74,6 +77,8 @@ def values_of(
     results = {a for a in output.args[0][:num_fwd_outputs] if isinstance(a, fx.Node)}
     written = Stretch(forward, free, results).materialised
     by_products, by_fused = _read_behind(joint, inside)
+    rounding = [p for p in levers if not p.keeps_numbers]
+    may_round = any(p.hold(node, on) is not None for p in rounding for node in forward)
     found, others = [], []
     for i, node in enumerate(forward):
         needed = node in gradients or any(u.op != "output" and u not in inside for u in node.users)
@@ -81,6 +86,8 @@ def values_of(
         again = wish in (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)
         # A tuple is never saved itself: what is taken from it decides.
         recomputable = again or is_tuple(node) or (wish is not CheckpointPolicy.MUST_SAVE and can_recompute(node))
+        if may_round and recomputable and not again and _is_place(node):
+            recomputable = False
         size = size_of(node)
         gather = regather * _gather_seconds(node, on)
         passes = (node not in written) + (node in by_fused or node not in by_products)
@@ -168,6 +175,23 @@ def can_recompute(node: fx.Node) -> bool:
     if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and _dropout(node) != 0:
         return False
     return all(isinstance(leaf, torch.Tensor) for leaf in _leaves(node.meta.get("val")))
+
+
+def _is_place(node: fx.Node) -> bool:
+    """Whether a value is integers that depend on numbers with a fraction, as the place of the largest does: made of rounded
+    ones it may be another, and the gradient would go to another row."""
+    if not _is(node, lambda d: not (d.is_floating_point or d.is_complex or d is torch.bool)):
+        return False
+    source = node.args[0] if node.target is operator.getitem else node
+    assert isinstance(source, fx.Node)
+    masks = [a for a in source.all_input_nodes if _is(a, lambda d: d is torch.bool)]
+    made_of = [*source.all_input_nodes, *(a for mask in masks for a in mask.all_input_nodes)]
+    return any(_is(a, lambda d: d.is_floating_point) for a in made_of)
+
+
+def _is(node: fx.Node, kind: Callable[[torch.dtype], bool]) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and kind(value.dtype)
 
 
 def _dropout(node: fx.Node) -> Any:
