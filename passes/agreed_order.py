@@ -51,13 +51,16 @@ def _name(start: fx.Node) -> str:
     for argument in start.args:
         if isinstance(argument, (list, tuple)) and any(isinstance(a, fx.Node) for a in argument):
             said.append(len(argument))
-        elif not isinstance(argument, fx.Node):
-            said.append(_without_engine(argument))
+        else:
+            said.append(_without_sizes(argument))
     return hashlib.sha256(repr(said).encode()).hexdigest()[:8]
 
 
-def _without_engine(argument: Any) -> Any:
-    """Keys name the engine, of which a rank may have made more than another."""
+def _without_sizes(argument: Any) -> Any:
+    """Numbers are of rows, of which each batch has its own. Keys name the engine, of which a rank may have made more than
+    another."""
     if isinstance(argument, (list, tuple)):
-        return [_without_engine(a) for a in argument]
+        return [_without_sizes(a) for a in argument]
+    if isinstance(argument, (fx.Node, int)):
+        return None
     return lookup(argument).name if isinstance(argument, str) and "/" in argument else argument

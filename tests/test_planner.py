@@ -702,6 +702,7 @@ class _Before(Choices):
     def __init__(self, *values: Value) -> None:
         self.values, self.ways, self._whole = list(values), [(), ()], set()
         self._number = {"x": 0, "y": 1}
+        self.on, self.in_flight = devices.CPU, 1
         self.prior = Decision(saved=("y",), recomputed=("x",))
 
 

@@ -238,7 +238,9 @@ def test_a_prediction_for_a_gpu_weighs_few_bits_against_the_host() -> None:
 
     with pytest.raises(BudgetError) as refused:
         plan(None, 1000)
-    budget = int(1.6 * refused.value.smallest)  # near the smallest nearly everything is computed again, and nothing copied
+    budget = int(
+        1.6 * refused.value.smallest
+    )  # near the smallest nearly everything is computed again, and nothing copied
     alone, helped = (plan(format, budget) for format in (None, "int8"))
     assert not alone.quantised
     assert "offload_saved" in alone.plans[0].summary
