@@ -21,7 +21,7 @@ from dspass.config import Config
 from dspass.engines import engine_of
 from dspass.owners import unwrap
 from dspass.passes import devices
-from dspass.prediction import predicted_report, with_unplanned
+from dspass.prediction import Question, predicted_report, with_unplanned
 from dspass.report import Memory, Report
 from dspass.reporting import host_copies_of, memory_timeline, pipeline_of, pipeline_record, report_of, traffic_of
 from dspass.runtime.stepping import OPTIMIZERS
@@ -53,8 +53,8 @@ def explain(
     budget.
     """
     if not args and not kwargs:
-        asked = {"config": config, "world_size": world_size, "device": device, "memory_budget": memory_budget}
-        _refuse_without_batch(model, [name for name, value in asked.items() if value is not None])
+        given = {"config": config, "world_size": world_size, "device": device, "memory_budget": memory_budget}
+        _refuse_without_batch(model, [name for name, value in given.items() if value is not None])
     if isinstance(model, (str, os.PathLike)):
         return Report.load(model)
     if device is not None:
@@ -63,15 +63,17 @@ def explain(
         return _measured(model)
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer={optimizer!r} is not known; use one of {sorted(OPTIMIZERS)}.")
-    of = unwrap(model), args, dict(kwargs or {})
-    on: Any = {
-        "config": _with_budget(Config.load(config), memory_budget),
-        "world": world_size or settings_world(),
-        "device": device or "cpu",
-        "optimizer": optimizer,
-        "train": train,
-    }
-    return with_unplanned(predicted_report(*of, **on), *of, **on)
+    asked = Question(
+        model=unwrap(model),
+        args=args,
+        kwargs=dict(kwargs or {}),
+        config=_with_budget(Config.load(config), memory_budget),
+        world=world_size or settings_world(),
+        device=device or "cpu",
+        optimizer=optimizer,
+        train=train,
+    )
+    return with_unplanned(predicted_report(asked), asked)
 
 
 def _refuse_without_batch(model: object, asked: list[str]) -> None:

@@ -23,7 +23,7 @@ from dspass.config.reading import read_file
 from dspass.owners import unwrap
 from dspass.passes import devices
 from dspass.planner.record import BudgetError, size_text
-from dspass.prediction import predicted_report, refuse_beyond, with_unplanned
+from dspass.prediction import Question, predicted_report, refuse_beyond, with_unplanned
 from dspass.report import Report
 from dspass.report.words import counted
 from dspass.runtime.stepping import OPTIMIZERS
@@ -155,7 +155,7 @@ class _Search:
             elif middle in self.refused:
                 few = middle
         skipped = {n: why for n, why in self.skipped.items() if n < fits}
-        report = with_unplanned(report, *self._of, **self._on(fits))
+        report = with_unplanned(report, self._asked(fits))
         return Fit(world_size=fits, config=self._options(fits), report=report, refused=self.refused, skipped=skipped)
 
     def _usable(self, most: int) -> list[int]:
@@ -199,25 +199,23 @@ class _Search:
             return None
         self.progress.update()
         try:
-            return predicted_report(*self._of, **self._on(ranks))
+            return predicted_report(self._asked(ranks))
         except BudgetError as error:
             self.refused[ranks] = error.smallest
         except ConfigError as error:
             self._skip(ranks, error)
         return None
 
-    @property
-    def _of(self) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
-        return self.model, self.args, self.kwargs
-
-    def _on(self, ranks: int) -> dict[str, Any]:
-        return {
-            "config": self._config(ranks),
-            "world": ranks,
-            "device": self.device,
-            "optimizer": self.optimizer,
-            "train": True,
-        }
+    def _asked(self, ranks: int) -> Question:
+        return Question(
+            model=self.model,
+            args=self.args,
+            kwargs=self.kwargs,
+            config=self._config(ranks),
+            world=ranks,
+            device=self.device,
+            optimizer=self.optimizer,
+        )
 
     def _options(self, ranks: int) -> dict[str, Any]:
         zero, own = (self.written.get(section) or {} for section in ("zero_optimization", "dspass"))

@@ -54,22 +54,27 @@ from dspass.runtime.stepping import OPTIMIZERS
 GENERATE_UP_TO = 500_000_000
 
 
-def predicted_report(
-    model: nn.Module,
-    args: Sequence[Any],
-    kwargs: dict[str, Any],
-    *,
-    config: Config,
-    world: int,
-    device: str,
-    optimizer: str,
-    train: bool,
-) -> Report:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Question:
+    """Whose step is to be predicted: a model's with ``args`` and ``kwargs`` as one rank's batch, on ``world`` ranks."""
+
+    model: nn.Module
+    args: Sequence[Any]
+    kwargs: dict[str, Any]
+    config: Config
+    world: int
+    device: str
+    optimizer: str
+    train: bool = True
+
+
+def predicted_report(asked: Question) -> Report:
     """One rank's, as :func:`dspass.explain` was asked for it."""
-    refuse_beyond(config.dspass.memory_budget, device)
+    world, device, optimizer, train = asked.world, asked.device, asked.optimizer, asked.train
+    refuse_beyond(asked.config.dspass.memory_budget, device)
     began = time.perf_counter()
-    with _pretended(config, world, device) as config:
-        ran = _run(model, args, kwargs, config, device, optimizer, train)
+    with _pretended(asked.config, world, device) as config:
+        ran = _run(asked, config)
         engine, fake, pipeline = ran.engine, ran.model, ran.pipeline
         exposed, seconds = _seconds(engine, fake, device, optimizer, train, pipeline)
         memory = Memory(timeline=ran.timeline, time_unit="events", first_call_peak_bytes=ran.first_call)
@@ -112,25 +117,14 @@ def predicted_report(
         )
 
 
-def with_unplanned(
-    report: Report,
-    model: nn.Module,
-    args: Sequence[Any],
-    kwargs: dict[str, Any],
-    *,
-    config: Config,
-    world: int,
-    device: str,
-    optimizer: str,
-    train: bool,
-) -> Report:
-    """A report that was predicted of this, with the memory of the step as the passes do it by themselves, where a plan was
-    made: another prediction, for a plan changes the whole step."""
+def with_unplanned(report: Report, asked: Question) -> Report:
+    """A report that was predicted of what is ``asked``, with the memory of the step as the passes do it by themselves, where a
+    plan was made: another prediction, for a plan changes the whole step."""
     if not report.plans:
         return report
-    own = dataclasses.replace(config.dspass, memory_budget=None, plan=None)
-    with _pretended(dataclasses.replace(config, dspass=own), world, device) as config:
-        ran = _run(model, args, kwargs, config, device, optimizer, train)
+    own = dataclasses.replace(asked.config.dspass, memory_budget=None, plan=None)
+    with _pretended(dataclasses.replace(asked.config, dspass=own), asked.world, asked.device) as config:
+        ran = _run(asked, config)
     return dataclasses.replace(report, memory=dataclasses.replace(report.memory, unplanned=ran.timeline))
 
 
@@ -183,22 +177,15 @@ class _Ran:
     is_estimated: bool
 
 
-def _run(
-    model: nn.Module,
-    args: Sequence[Any],
-    kwargs: dict[str, Any],
-    config: Config,
-    device: str,
-    optimizer: str,
-    train: bool,
-) -> _Ran:
-    """Steps of a fake copy of ``model``, until they are as all later ones."""
+def _run(asked: Question, config: Config) -> _Ran:
+    """Steps of a fake copy of the model with ``config``, until they are as all later ones."""
+    model, device, train = asked.model, asked.device, asked.train
     fake = faked(model)
     fake.train(train)
-    batch, named = fake_inputs(args), fake_inputs(kwargs)
+    batch, named = fake_inputs(asked.args), fake_inputs(asked.kwargs)
     engine = new_engine(fake, config)
     engine.target = device
-    engine.supposed_optimizer = supposed = OPTIMIZERS[optimizer if train else "none"]
+    engine.supposed_optimizer = supposed = OPTIMIZERS[asked.optimizer if train else "none"]
     generates = device == "cpu" and sum(p.numel() for p in model.parameters()) <= GENERATE_UP_TO
     engine.compiler = InductorSimulator(patches=inductor_settings(config)) if generates else GraphSimulator()
     compiled = cast(Any, torch.compile)(fake, backend="deepspeed", options=config)  # typed for Inductor's

@@ -12,13 +12,15 @@ import torch
 import dspass
 from dspass.config import Config, ConfigError
 from dspass.planner.record import BudgetError
+from dspass.prediction import Question
 
 
 def tried(monkeypatch: pytest.MonkeyPatch, fewest: int, *, but: Any = (), **options: Any) -> tuple[Any, list[int]]:
     """What is found where ``fewest`` ranks and more fit, and the numbers that were predicted for it."""
     numbers: list[int] = []
 
-    def predicted(*_: Any, config: Config, world: int, **__: Any) -> Any:
+    def predicted(asked: Question) -> Any:
+        config, world = asked.config, asked.world
         numbers.append(world)
         if world in but:
             raise ConfigError("", f"not on {world} ranks")
