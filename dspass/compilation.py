@@ -29,6 +29,7 @@ from dspass.planner.saved import MadeFor
 from dspass.planning import in_buckets, planned, refine, scheduled, together
 from dspass.runtime import compat
 from dspass.runtime.engine import Engine
+from dspass.runtime.frames import with_room
 from dspass.runtime.program import Program
 from dspass.settings import kind_of
 
@@ -64,6 +65,7 @@ class Compilation:
         return sum(s for s in parts if s is not None) if None not in parts else None
 
 
+@with_room
 def compile_graph(
     gm: fx.GraphModule,
     inputs: Sequence[Any],

@@ -46,6 +46,7 @@ from dspass.reporting import (
 )
 from dspass.runtime import compat
 from dspass.runtime.engine import Engine
+from dspass.runtime.frames import with_room
 from dspass.runtime.host_states import local_bytes
 from dspass.runtime.ledger import Ledger, Point
 from dspass.runtime.stepping import OPTIMIZERS
@@ -68,6 +69,7 @@ class Question:
     train: bool = True
 
 
+@with_room
 def predicted_report(asked: Question) -> Report:
     """One rank's, as :func:`dspass.explain` was asked for it."""
     world, device, optimizer, train = asked.world, asked.device, asked.optimizer, asked.train
@@ -117,6 +119,7 @@ def predicted_report(asked: Question) -> Report:
         )
 
 
+@with_room
 def with_unplanned(report: Report, asked: Question) -> Report:
     """A report that was predicted of what is ``asked``, with the memory of the step as the passes do it by themselves, where a
     plan was made: another prediction, for a plan changes the whole step."""

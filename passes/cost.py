@@ -9,10 +9,11 @@ Rates are those of :mod:`dspass.passes.devices`.
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -211,16 +212,20 @@ def states_seconds(count: int, on: Device) -> float:
     return 2 * count / (on.host_link or on.memory / 2)
 
 
-def compute_seconds(part: fx.Graph | Stretch, on: Device) -> dict[fx.Node, float]:
-    """How long the kernels of ``part`` take, each by the last node that it writes."""
-    return {kernel.writes[-1]: kernel_seconds(kernel, on) for kernel in kernels(part)}
+def compute_seconds(
+    part: fx.Graph | Stretch, on: Device, operations: Callable[[fx.Node], float] | None = None
+) -> dict[fx.Node, float]:
+    """How long the kernels of ``part`` take, each by the last node that it writes. ``operations`` is :func:`operation_seconds`,
+    which a caller that asks for many stretches of one graph may remember."""
+    known = operations or functools.partial(operation_seconds, on=on)
+    return {kernel.writes[-1]: kernel_seconds(kernel, on, known) for kernel in kernels(part)}
 
 
-def kernel_seconds(kernel: Kernel, on: Device) -> float:
+def kernel_seconds(kernel: Kernel, on: Device, operations: Callable[[fx.Node], float]) -> float:
     """One kernel: the larger of operations over rate and bytes over bandwidth, and what its functions take beyond that."""
     moved = sum(kernel.reads.values()) + sum(map(size_of, kernel.writes))
     if not kernel.is_generated:
-        return max(operation_seconds(kernel.writes[0], on), on.moving(moved))
+        return max(operations(kernel.writes[0]), on.moving(moved))
     return on.moving(moved) + sum(function_seconds(n, on) for n in kernel.computes)
 
 
@@ -230,14 +235,15 @@ def seconds_again(node: fx.Node, on: Device) -> float:
     if node.op != "call_function" or is_view(node) or node.target is operator.getitem:
         return 0.0
     if not fuses(node):
-        return kernel_seconds(Kernel(False, [node], {a: size_of(a) for a in node.all_input_nodes}, {}), on)
+        alone = Kernel(False, [node], {a: size_of(a) for a in node.all_input_nodes}, {})
+        return kernel_seconds(alone, on, functools.partial(operation_seconds, on=on))
     return function_seconds(node, on)
 
 
 def function_seconds(node: fx.Node, on: Device) -> float:
     """What a fused operator takes beyond moving its operands, where that was measured: a transcendental function by element of
     what it answers, a reduction by element of what it reads."""
-    seconds = on.functions.get(function_of(node), 0.0)
+    seconds = on.functions.get(function_of(node), 0.0) if on.functions else 0.0
     return seconds * (elements_of(node.args[0]) if node.target in REDUCTIONS else elements_of(node)) if seconds else 0.0
 
 

@@ -67,14 +67,41 @@ PICKS = {_aten.embedding.default, _aten.gather.default, _aten.index.Tensor}
 REUSED_READS, READS = 4, 8
 
 
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """What is true of a node wherever it stands: see the functions of these names."""
+
+    sources: list[fx.Node]
+    is_call: bool
+    is_view: bool
+    fuses: bool
+    is_item_in_memory: bool
+    size: int
+
+    @classmethod
+    def of(cls, node: fx.Node) -> Traits:
+        is_call = node.op == "call_function"
+        return cls(node.all_input_nodes, is_call, is_view(node), fuses(node), is_item_in_memory(node), size_of(node))
+
+
+class TraitsOf(dict[fx.Node, Traits]):
+    """Of the nodes of a graph that does not change. Looking them up takes a tenth of working them out."""
+
+    def __missing__(self, node: fx.Node) -> Traits:
+        found = self[node] = Traits.of(node)
+        return found
+
+
 @dataclass(frozen=True)
 class Stretch:
     """Nodes that run one after another: a graph, or one half of a joint graph as the planner sees it. Values that are ``given``
-    lie in memory before it, ``results`` behind it. What reads a node is looked for in the stretch alone."""
+    lie in memory before it, ``results`` behind it. What reads a node is looked for in the stretch alone. Stretches of one graph
+    may share their ``traits``."""
 
     nodes: Sequence[fx.Node]
     given: Set[fx.Node]
     results: Set[fx.Node]
+    traits: TraitsOf = field(default_factory=TraitsOf, compare=False, repr=False)
 
     @classmethod
     def of(cls, graph: fx.Graph) -> Stretch:
@@ -91,20 +118,21 @@ class Stretch:
         for node in reversed(self.nodes):
             if node in self.given:
                 continue
-            sources = node.all_input_nodes
-            for source in sources:
+            traits = self.traits[node]
+            for source in traits.sources:
                 readers[source] = readers.get(source, 0) + 1
-            if node in demanded if is_view(node) else not fuses(node):
-                demanded.update(sources)
+            if node in demanded if traits.is_view else not traits.fuses:
+                demanded.update(traits.sources)
         found: set[fx.Node] = set()
         reads: dict[fx.Node, set[fx.Node]] = {}  # of a value that is not in memory: what it is made of there
         for node in self.nodes:
-            if node in self.given or node.op != "call_function" or is_item_in_memory(node):
+            traits = self.traits[node]
+            if node in self.given or not traits.is_call or traits.is_item_in_memory:
                 continue
             made_of: set[fx.Node] = set()
-            for source in node.all_input_nodes:
+            for source in traits.sources:
                 made_of |= reads.get(source, {source})
-            if _takes_memory(node, node in demanded, len(made_of), readers.get(node, 0)):
+            if _takes_memory(node, traits, node in demanded, len(made_of), readers.get(node, 0)):
                 found.add(node)
             else:
                 reads[node] = made_of
@@ -137,7 +165,8 @@ def kernels(part: fx.Graph | Stretch) -> list[Kernel]:
     """The kernels of ``part`` in the order in which they can run."""
     stretch = part if isinstance(part, Stretch) else Stretch.of(part)
     solid = stretch.materialised
-    in_memory = {*solid, *stretch.given, *(n for n in stretch.nodes if is_item_in_memory(n))}
+    traits = stretch.traits
+    in_memory = {*solid, *stretch.given, *(n for n in stretch.nodes if traits[n].is_item_in_memory)}
     parts: dict[fx.Node, _Part] = {}
     found: list[Kernel] = []
     made: dict[fx.Node, int] = {}  # the kernel that writes a node
@@ -145,12 +174,12 @@ def kernels(part: fx.Graph | Stretch) -> list[Kernel]:
     for node in stretch.nodes:
         if node.target in RUNTIME_FUNCTIONS:
             segment = len(found)
-        inside = parts[node] = _part(node, in_memory, parts)
-        if is_item_in_memory(node) and node.args[0] in made:
+        inside = parts[node] = _part(node, traits, in_memory, parts)
+        if traits[node].is_item_in_memory and node.args[0] in made:
             made[node] = made[node.args[0]]
         if node not in solid:
             continue
-        if not fuses(node):
+        if not traits[node].fuses:
             made[node] = len(found)
             found.append(Kernel(False, [node], inside.reads, {node: None}))
             continue
@@ -176,16 +205,17 @@ def kernels(part: fx.Graph | Stretch) -> list[Kernel]:
     return found
 
 
-def _part(node: fx.Node, in_memory: set[fx.Node], parts: dict[fx.Node, _Part]) -> _Part:
+def _part(node: fx.Node, traits: TraitsOf, in_memory: set[fx.Node], parts: dict[fx.Node, _Part]) -> _Part:
     """What ``node`` reads from memory, and computes on the way, if it is written where it stands."""
     part = _Part()
-    for i, source in enumerate(node.all_input_nodes):
-        picks = is_view(node) or (i == 0 and node.target in PICKS)
-        for read, size in ({source: size_of(source)} if source in in_memory else parts[source].reads).items():
-            part.reads[read] = max(min(size, size_of(node)) if picks else size, part.reads.get(read, 0))
+    mine = traits[node]
+    for i, source in enumerate(mine.sources):
+        picks = mine.is_view or (i == 0 and node.target in PICKS)
+        for read, size in ({source: traits[source].size} if source in in_memory else parts[source].reads).items():
+            part.reads[read] = max(min(size, mine.size) if picks else size, part.reads.get(read, 0))
         if source not in in_memory:
             part.computes |= parts[source].computes
-    if node.op == "call_function" and not is_view(node):
+    if mine.is_call and not mine.is_view:
         part.computes[node] = None
     return part
 
@@ -246,13 +276,13 @@ def materialised(graph: fx.Graph) -> set[fx.Node]:
     return Stretch.of(graph).materialised
 
 
-def _takes_memory(node: fx.Node, is_demanded: bool, reads: int, readers: int) -> bool:
+def _takes_memory(node: fx.Node, traits: Traits, is_demanded: bool, reads: int, readers: int) -> bool:
     value = node.meta.get("val")
-    if is_view(node) or _picks_item(node) or not leaves(value):
+    if traits.is_view or _picks_item(node) or not leaves(value):
         return False
     if not isinstance(value, torch.Tensor):
-        return not fuses(node) and getattr(node.target, "namespace", None) is not None
-    return is_demanded or not fuses(node) or reads > READS or (readers > 1 and reads > REUSED_READS)
+        return not traits.fuses and getattr(node.target, "namespace", None) is not None
+    return is_demanded or not traits.fuses or reads > READS or (readers > 1 and reads > REUSED_READS)
 
 
 def _picks_item(node: fx.Node) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch.fx as fx
@@ -19,9 +19,10 @@ from dspass.passes.devices import Device
 from dspass.passes.kernels import Stretch, ends_kernel
 
 
-def clock_of(part: Stretch, on: Device) -> list[float]:
-    """When each node of ``part`` begins if nothing waits, and when the last has ended."""
-    seconds = compute_seconds(part, on)
+def clock_of(part: Stretch, on: Device, operations: Callable[[fx.Node], float] | None = None) -> list[float]:
+    """When each node of ``part`` begins if nothing waits, and when the last has ended; ``operations`` as for the cost model's
+    :func:`~dspass.passes.cost.compute_seconds`."""
+    seconds = compute_seconds(part, on, operations)
     return [0.0, *itertools.accumulate(seconds.get(node, 0.0) for node in part.nodes)]
 
 

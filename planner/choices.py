@@ -21,14 +21,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch.fx as fx
 
 from dspass.passes.base import Pass
-from dspass.passes.cost import compute_seconds
+from dspass.passes.cost import compute_seconds, operation_seconds
 from dspass.passes.devices import Device
 from dspass.passes.nodes import GATHERED
 from dspass.planner.halves import Halves
@@ -231,6 +231,11 @@ class Choices:
         return [1.0, high, _HIDDEN]
 
     @functools.cached_property
+    def _operations(self) -> Callable[[fx.Node], float]:
+        """Seconds of an operator's arithmetic, worked out once for all choices."""
+        return functools.cache(functools.partial(operation_seconds, on=self.on))
+
+    @functools.cached_property
     def _hides(self) -> tuple[float, float]:
         """Seconds of compute of the forward and of the rest: of copies out that the one hides, and copies back the other."""
         seconds, inside = compute_seconds(self.joint, self.on), set(self.inside)
@@ -253,7 +258,7 @@ class Choices:
                 saved = {self.inside[k] for k in choice.saved}
                 halves = self._halves.of(saved)
                 held = {self.inside[k]: self.ways[k][way].holding for k, way in choice.ways}
-                self._times[key] = times_of(halves, held, self.on)
+                self._times[key] = times_of(halves, held, self.on, self._operations)
                 self._moments[key] = self._liveness.moments(halves, saved, self._times[key].absent)
             self._peaks[*key, bucket_bytes] = self._liveness.peak(self._moments[key], bucket_bytes)
         return self._peaks[*key, bucket_bytes]

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import torch.fx as fx
 
-from dspass.passes.kernels import Stretch
+from dspass.passes.kernels import Stretch, TraitsOf
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,7 @@ class Halves:
     joint: fx.Graph
     inside: Sequence[fx.Node]
     num_fwd_outputs: int
-    _sources: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self._sources.update((n, n.all_input_nodes) for n in self.joint.nodes)
+    _traits: TraitsOf = field(default_factory=TraitsOf)
 
     @property
     def results(self) -> list[fx.Node]:
@@ -46,11 +43,11 @@ class Halves:
 
     def of(self, saved: Set[fx.Node]) -> tuple[Stretch, Stretch]:
         """Forward and backward where ``saved`` are kept between them."""
-        given = {n for n in self._sources if n.op == "placeholder"}
+        given = set(self.joint.find_nodes(op="placeholder"))
         results = self.results
         return (
-            Stretch(self._needed(results, saved), given, {*results, *saved} - given),
-            Stretch(self._backward(saved), given | saved, set(self.gradients)),
+            Stretch(self._needed(results, saved), given, {*results, *saved} - given, self._traits),
+            Stretch(self._backward(saved), given | saved, set(self.gradients), self._traits),
         )
 
     def _needed(self, results: Sequence[fx.Node], saved: Set[fx.Node]) -> list[fx.Node]:
@@ -60,7 +57,7 @@ class Halves:
             node = stack.pop()
             if node not in found:
                 found.add(node)
-                stack += self._sources[node]
+                stack += self._traits[node].sources
         return [n for n in self.inside if n in found and n.op != "placeholder"]
 
     def _backward(self, saved: Set[fx.Node]) -> list[fx.Node]:
@@ -79,12 +76,12 @@ class Halves:
                     continue
                 made.add(one)
                 stack.append((one, True))
-                stack += ((source, False) for source in reversed(self._sources[one]))
+                stack += ((source, False) for source in reversed(self._traits[one].sources))
 
         for node in self.joint.nodes:
             if node in inside or node.op in ("placeholder", "output"):
                 continue
-            for source in self._sources[node]:
+            for source in self._traits[node].sources:
                 make(source)
             order.append(node)
         for node in self.gradients:

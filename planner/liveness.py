@@ -101,7 +101,7 @@ class Liveness:
         for node in stretch.nodes:
             if node in elsewhere or node.target is REDUCE_GRAD:
                 continue
-            if node in stretch.materialised or is_item_in_memory(node):
+            if node in stretch.materialised or stretch.traits[node].is_item_in_memory:
                 made = reads.made[node]
                 events.append((made, end if node in results else reads.last.get(node, made), self._sizes.get(node, 0)))
         return reads
@@ -196,8 +196,9 @@ def reads_of(stretch: Stretch, start: int = 0) -> Reads:
     for node in reversed(stretch.nodes):
         at = made[node]
         reads_at = at if node in stretch.materialised else max(last.get(node, at), at)
-        begins = first.get(node, at) if is_view(node) or node.target is operator.getitem else at
-        for source in node.all_input_nodes:
+        traits = stretch.traits[node]
+        begins = first.get(node, at) if traits.is_view or node.target is operator.getitem else at
+        for source in traits.sources:
             first[source] = min(first.get(source, begins), begins)
             if node.target is not REDUCE_GRAD:  # it stands at the end; what it reads goes into a bucket before
                 last[source] = max(last.get(source, 0), reads_at)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch.fx as fx
@@ -41,10 +41,16 @@ class Times:
         return self.compute + self.exposed + self.holding
 
 
-def times_of(halves: tuple[Stretch, Stretch], held: Mapping[fx.Node, Holding], on: Device) -> Times:
-    """``held`` are the values that passes hold in their ways; half of a copy is out, and half is back."""
+def times_of(
+    halves: tuple[Stretch, Stretch],
+    held: Mapping[fx.Node, Holding],
+    on: Device,
+    operations: Callable[[fx.Node], float] | None = None,
+) -> Times:
+    """``held`` are the values that passes hold in their ways; half of a copy is out, and half is back. ``operations`` as for
+    the cost model's :func:`~dspass.passes.cost.compute_seconds`."""
     forward = halves[0]
-    clocks = [clock_of(half, on) for half in halves]
+    clocks = [clock_of(half, on, operations) for half in halves]
     results = [n for n in forward.results if n.op == "call_function"]
     holding = math.fsum([on.fresh * sum(map(size_of, results)), *(holding.seconds for holding in held.values())])
     absent, exposed = _absences(halves, clocks, held, on.overlaps) if held else ({}, 0.0)
