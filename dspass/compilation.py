@@ -14,7 +14,7 @@ import torch
 import torch.fx as fx
 
 from dspass.config import Config
-from dspass.hosting import move_out
+from dspass.hosting import bring_in, move_out
 from dspass.lowering.segments import SegmentCompiler, lower, shared_order
 from dspass.lowering.stage_backward import StageBackward
 from dspass.passes import devices
@@ -196,13 +196,14 @@ def compile_graph(
         keep_inference_input_mutations=True,
     )
     run: Callable[..., Any] = backend(gm, list(inputs))
-    if done.plan is None or not done.plan.decision.states_on_host:
+    if done.plan is None or not (done.plan.decision.states_on_host or engine.coming):
         return run
-    return torch._dynamo.disable(_AfterMoving(run, engine), reason="sends states to the host first")
+    return torch._dynamo.disable(_AfterMoving(run, engine), reason="moves what a plan says to the host or back first")
 
 
 class _AfterMoving:
-    """A planned graph, preceded once by the way of states to the host, which the plan counts there."""
+    """A planned graph, preceded once by the way of parameters from the host, for which the plan has room, and of states to
+    it, which it counts there."""
 
     def __init__(self, run: Callable[..., Any], engine: Engine) -> None:
         self.run, self.engine, self.is_moved = run, engine, False
@@ -210,6 +211,7 @@ class _AfterMoving:
     def __call__(self, *inputs: Any) -> Any:
         if not self.is_moved:
             self.is_moved = True
+            bring_in(self.engine)
             move_out(self.engine)
         return self.run(*inputs)
 

@@ -86,6 +86,8 @@ class Steps:
         self.batch, self.named, self.optimizer, self.train, self.ledger = batch, named, optimizer, train, ledger
         self.kept: dict[int, torch.Tensor] = {}
         """The optimiser's states, by the parameter that they are of."""
+        self.waited: set[int] = set()
+        """Whose states were on the host."""
 
     def run(self) -> None:
         self.ledger.phase = "forward"
@@ -119,10 +121,11 @@ class Steps:
         hosted = {id(spec.param()) for spec in self.engine.specs.values() if spec.on_host}
         for param in trained:
             self.ledger.note(param.grad, HOST if id(param) in hosted else "gradients")
-            if id(param) not in self.kept:
-                self.kept[id(param)] = torch.empty(self.optimizer.state_bytes(param), dtype=torch.uint8)
-            # Where they wait was decided behind the step that made them, if a plan did.
+            # Where they wait was decided behind the step that made them, if a plan did; what comes from there is other memory.
             waits = param in away or id(param) in hosted
+            if id(param) not in self.kept or (id(param) in self.waited and not waits):
+                self.kept[id(param)] = torch.empty(self.optimizer.state_bytes(param), dtype=torch.uint8)
+            (self.waited.add if waits else self.waited.discard)(id(param))
             self.ledger.note(self.kept[id(param)], HOST if waits else "optimizer")
         for moment in step_moments(self.engine, Optimizers(self.engine), trained):
             came, made = (torch.empty(count, dtype=torch.uint8) for count in (moment.states, moment.temporaries))

@@ -1,16 +1,21 @@
-"""Whose optimiser states wait on the host, when a configuration says so without a budget; with one the planner decides."""
+"""What waits on the host: optimiser states, where a configuration says so without a budget, and parameters. Under a budget the
+planner decides of how many. Parameters were sent there as the model was sharded (``offload_param``), for nothing is known of
+its graphs then; those that a plan has room for come back before its graph runs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from dspass.config import Config
 from dspass.optimizers import Optimizers
 from dspass.runtime.engine import Engine
 from dspass.runtime.host import is_on_host
-from dspass.runtime.host_states import LEAST_BYTES, local_bytes, local_of
+from dspass.runtime.host_states import LEAST_BYTES, copied_to, local_bytes, local_of
+from dspass.runtime.params import ParamSpec
 
 
 def host_all(engine: Engine, config: Config) -> None:
@@ -33,6 +38,50 @@ def move_out(engine: Engine) -> None:
     if engine.supposed_optimizer is None and engine.host_states:
         for optimizer in Optimizers(engine).alive:
             engine.host_states.leave(optimizer)
+
+
+def undecided(engine: Engine, specs: Sequence[ParamSpec]) -> list[ParamSpec]:
+    """Those of ``specs`` that wait on the host, and of which no plan has said yet whether they are to."""
+    return [spec for spec in specs if spec.on_host and spec.name not in engine.placed and spec.param() is not None]
+
+
+@contextlib.contextmanager
+def supposing(engine: Engine, those: Sequence[ParamSpec], away: Collection[str]) -> Iterator[None]:
+    """As if of ``those`` parameters that wait on the host only the ones named in ``away`` did."""
+    back = [spec for spec in those if spec.on_host and spec.name not in away]
+    params = [p for spec in back if (p := spec.param()) is not None and p in engine.host_states]
+    engine.host_states.discard(params)
+    for spec in back:
+        spec.on_host = False
+    try:
+        yield
+    finally:
+        engine.host_states.add(params)
+        for spec in back:
+            spec.on_host = True
+
+
+def place(engine: Engine, those: Sequence[ParamSpec], away: Collection[str]) -> None:
+    """From now on only the ones named in ``away`` wait on the host; :func:`bring_in` has the others come."""
+    for spec in those:
+        engine.placed.add(spec.name)
+        if spec.name not in away:
+            spec.on_host = False
+            engine.coming.add(spec.name)
+            if (param := spec.param()) is not None:
+                engine.host_states.discard([param])
+
+
+def bring_in(engine: Engine) -> None:
+    """Have parameters on the device that a plan has room for, with their gradients and states."""
+    params = engine.params()
+    came = [params[name] for name in engine.coming if name in params]
+    engine.coming.clear()
+    for param in came:
+        for tensor in (param, param.grad):
+            if isinstance(tensor, DTensor):
+                tensor._local_tensor = copied_to(tensor._local_tensor, tensor.device_mesh.device_type)
+    engine.host_states.come_back(Optimizers(engine).alive, came)
 
 
 def shares(params: Mapping[str, torch.Tensor], ratio: float, count: int) -> list[tuple[str, ...]]:

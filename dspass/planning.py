@@ -11,6 +11,12 @@ in which order (:mod:`dspass.passes.agreed_order`). With them fixed, a rank plan
 it runs what was decided dry, takes it where it fits, and else chooses anew what is saved, computed again, held, and which
 optimiser states wait on the host, among the choices that leave the collectives as they are. Where none fits, the rank refuses,
 and names the shapes: the first batch should be the largest.
+Parameters that wait on the host (``offload_param``) are all there when a graph is planned first. A step is planned for several
+numbers of them that stay, from none on, each with all other levers, and the fastest that fits is taken; the others come back
+before the graph runs, and later plans leave all where they are. Dropped: parameters on the host as a setting of one planner.
+Copies of shards and gradients change the graphs, their peaks and what hides them; and a parameter goes last of all, as its
+copies are three times what those of an activation of its size are.
+
 Dropped: ranks plan together again for the larger shape. The others would have to change what they have compiled in the same
 call, which they cannot know without a collective in every call.
 """
@@ -32,7 +38,8 @@ import torch.distributed as dist
 import torch.fx as fx
 
 from dspass.config import Config
-from dspass.hosting import host
+from dspass.hosting import host, shares, supposing, undecided
+from dspass.hosting import place as place_parameters
 from dspass.lowering.simulate import GraphSimulator, InductorSimulator
 from dspass.lowering.stage_backward import StageBackward
 from dspass.optimizers import Optimizers
@@ -49,19 +56,23 @@ from dspass.passes.prefetch_gathers import PrefetchGathers
 from dspass.passes.text import print_value
 from dspass.planner.calls import Place, cost_of_stage
 from dspass.planner.choices import Choices
-from dspass.planner.dry_run import Peak, peak_of_step
+from dspass.planner.dry_run import Peak, State, peak_of_step
 from dspass.planner.plan import Planner, Split, chooser
 from dspass.planner.record import BudgetError, Decision, Plan, Setting
 from dspass.planner.saved import OF_BATCH, OF_RANK, MadeFor, PlanError, PlanFile, described
+from dspass.planner.summary import parameters_of
 from dspass.planner.values import is_gathered
 from dspass.runtime import compat
 from dspass.runtime.engine import Engine
-from dspass.runtime.params import lookup
+from dspass.runtime.params import ParamSpec, lookup
 from dspass.runtime.traffic import gather_cost, reduce_cost
 from dspass.settings import kind_of, settings_of, state_of, states_bytes, step_bytes, waiting_bytes
 
 #: A graph that reads this share of the parameters that no earlier one does is taken for the last one.
 _ALONE = 0.9
+
+#: In how many steps parameters go to the host, or rather come back from it: each is planned for.
+_PLACEMENTS = 4
 
 #: How long the other ranks wait for the plan.
 WAIT = timedelta(minutes=10)
@@ -122,6 +133,8 @@ def planned(
     budget = budget_of_all = budget_bytes(wanted, engine) if wanted is not None else None
     graphs: Split | None = None
     ranks = together(engine)
+    mine = _parameters(joint.graph)
+    movable = undecided(engine, mine)
     batch = _batch(joint.graph, free)
     same = [(m, p) for m, p in earlier if _serves(m, p, made_for, budget)]
     agreed = next((p for m, p in same if ranks and m.parameters == made_for.parameters), None)
@@ -131,8 +144,32 @@ def planned(
         nonlocal graphs
         budget = agreed.budget if agreed is not None else budget_of_all
         file = PlanFile(_file_of(config.dspass.plan, place)) if config.dspass.plan is not None else None
-        on = devices.planned_for(kind_of(engine))
-        optimizers = Optimizers(engine)
+        read = file.find(made_for, budget, outside) if file is not None else None
+        serves = read is not None and (movable or set(read.decision.parameters_on_host) == _names_on_host(mine))
+        if read is not None and serves and (agreed is None or read.collectives == agreed.collectives):
+            return read
+        assert budget is not None
+        found: list[tuple[Split, Plan]] = []
+        refusals: list[BudgetError] = []
+        for away in _growing(movable):
+            with supposing(engine, movable, away):
+                try:
+                    found.append(fastest(budget))
+                except BudgetError as error:
+                    refusals.append(error)
+                    continue
+            if found[-1][1].chosen == 0:
+                break  # with more on the host no step is faster than the fastest with these
+        if not found:
+            raise min(refusals, key=lambda refusal: refusal.smallest)
+        graphs, plan = min(found, key=lambda one: one[1].frontier[one[1].chosen].seconds)
+        is_first = not ranks or dist.get_rank() == ranks[0]
+        if file is not None and read is None and is_first and engine.target is None:  # not a prediction
+            file.add(made_for, plan)
+        return plan
+
+    def beside(optimizers: Optimizers) -> tuple[State, dict[str, int], int, int]:
+        """What lies beside this graph, and states by parameter; its own parameters and gradients."""
         state, states = state_of(engine, optimizers), states_bytes(engine, optimizers)
         here, gradients = _of_this_graph(sized.graph, num_fwd_outputs, free)
         if place is None:
@@ -140,17 +177,22 @@ def planned(
         if engine.accumulation_steps > 1:
             own = state.trained if place is not None else gradients + waiting_bytes(engine)
             state = replace(state, accumulated=own)
+        return state, states, here, gradients
 
-        def outside(decision: Decision) -> tuple[int, int]:
+    def outside(decision: Decision) -> tuple[int, int]:
+        with supposing(engine, movable, decision.parameters_on_host):
+            optimizers = Optimizers(engine)
+            state, states, _, gradients = beside(optimizers)
             away = decision.states_on_host
             base = state.bytes - sum(states.get(name, 0) for name in away)
             trained = [p for p in engine.params().values() if p.requires_grad]
             return base + state.accumulated, base + gradients + step_bytes(engine, optimizers, trained, away)
 
-        read = file.find(made_for, budget, outside) if file is not None else None
-        if read is not None and (agreed is None or read.collectives == agreed.collectives):
-            return read
-        assert budget is not None
+    def fastest(budget: int) -> tuple[Split, Plan]:
+        """The fastest step that fits, with parameters on the host as they are, or are supposed to be."""
+        on = devices.planned_for(kind_of(engine))
+        optimizers = Optimizers(engine)
+        state, states, here, gradients = beside(optimizers)
         simulator = _simulator(engine, patches)
 
         def run(forward: fx.GraphModule, backward: fx.GraphModule) -> Peak:
@@ -206,19 +248,25 @@ def planned(
             runs=engine.accumulation_steps * (place.schedule.micro_batches if place is not None else 1),
             **(_words(place, engine) | (_words_alone(batch) if agreed is not None else {})),
         ).plan()
-        plan = replace(plan, parameters=here, base=outside(plan.decision)[0])
-        is_first = not ranks or dist.get_rank() == ranks[0]
-        if file is not None and read is None and is_first and engine.target is None:  # not a prediction
-            file.add(made_for, plan)
-        return plan
+        hosted = [spec for spec in mine if spec.on_host]
+        decision = replace(plan.decision, parameters_on_host=tuple(spec.name for spec in hosted))
+        return graphs, replace(
+            plan,
+            decision=decision,
+            parameters=here,
+            base=outside(decision)[0],
+            classes=(*parameters_of(hosted), *plan.classes),
+        )
 
     if agreed is not None or not ranks:
         plan = make()
     else:
         plan, theirs = _shared(made_for, batch, make, ranks)
         if theirs != batch:
-            agreed = plan
+            place_parameters(engine, movable, plan.decision.parameters_on_host)
+            movable, agreed = [], plan
             plan = make()
+    place_parameters(engine, movable, plan.decision.parameters_on_host)
     host(engine, plan.decision.states_on_host)
     forward, backward = graphs if graphs and sized is joint else cut(chooser(plan.decision), joint)
     return forward, backward, plan, made_for
@@ -282,6 +330,23 @@ def _of_this_graph(joint: fx.Graph, num_fwd_outputs: int, free: Sequence[int]) -
     here = [i for i in mine if placeholders[i].name not in away]
     left = [gradients[i] for i in here if i < len(gradients) and isinstance(gradients[i], fx.Node)]
     return sum(size_of(placeholders[i]) for i in here), sum(map(size_of, left))
+
+
+def _parameters(joint: fx.Graph) -> list[ParamSpec]:
+    """Those that the graph gathers, each once."""
+    found = [lookup(n.meta[GATHERED][0]) for n in joint.find_nodes(op="placeholder") if GATHERED in n.meta]
+    return list(dict.fromkeys(found))
+
+
+def _names_on_host(specs: Sequence[ParamSpec]) -> set[str]:
+    return {spec.name for spec in specs if spec.on_host}
+
+
+def _growing(movable: Sequence[ParamSpec]) -> list[tuple[str, ...]]:
+    """What may wait on the host of ``movable``: nothing, then more and more of it, in the end all."""
+    params = {spec.name: p for spec in movable if (p := spec.param()) is not None}
+    lists = [tuple[str, ...](), *shares(params, 1.0, _PLACEMENTS), tuple(params)]
+    return list(dict.fromkeys(lists))
 
 
 def _held_here(joint: fx.Graph, free: Sequence[int]) -> list[int]:

@@ -249,11 +249,13 @@ def _plan_record(graph: str, plan: Plan, step_seconds: float | None, runs: int) 
     decision = plan.decision
     held = f"{format_bytes(plan.held_bytes)} in {decision.holders}, " if plan.held_bytes else ""
     states = f", {format_bytes(plan.states_bytes)} of optimiser states on the host" if plan.states_bytes else ""
+    hosted = sum(c.held for c in plan.classes if c.name == "parameters")
+    parameters = f", {format_bytes(hosted)} of parameters on the host" if hosted else ""
     buckets = f", buckets of {format_bytes(decision.bucket_bytes)}" if decision.bucket_bytes else ""
     return PlanRecord(
         graph=graph,
         summary=f"{format_bytes(plan.saved_bytes - plan.kept_bytes)} saved, {held}{kept}{len(decision.recomputed)} values "
-        f"computed again in {format_seconds(plan.again_seconds)}{states}{buckets}; peak {format_bytes(plan.peak)}",
+        f"computed again in {format_seconds(plan.again_seconds)}{states}{parameters}{buckets}; peak {format_bytes(plan.peak)}",
         budget_bytes=plan.budget,
         peak_bytes=plan.peak,
         frontier=[
@@ -298,6 +300,8 @@ def _reason(one: Tensors) -> str:
 
 def _reason_of_class(those: Tensors, plan: Plan) -> str:
     """What the values of a class that are there take against those that are not: seconds for a byte decide."""
+    if those.name == "parameters":
+        return "the budget leaves no room for them, their gradients and their states; they come for each gather"
     if those.again_seconds is None:  # optimiser states
         return f"the budget leaves no room for them; copies take {format_seconds(plan.states_seconds)} of a step"
     again = "gathered again" if those.name.startswith(_GATHERED) else "computed again"

@@ -44,7 +44,7 @@ class Setting:
 class Decision:
     """What a candidate says, by names of the joint graph's nodes: what is saved, what is computed again, and, of what is saved,
     the whole parameters whose copies are kept from the forward to the backward, and pairs of a value and the pass that holds
-    it in its way; bytes of a bucket, and the parameters whose optimiser states wait on the host."""
+    it in its way; bytes of a bucket, the parameters whose optimiser states wait on the host, and those that do themselves."""
 
     saved: tuple[str, ...]
     recomputed: tuple[str, ...] = ()
@@ -52,6 +52,7 @@ class Decision:
     held: tuple[tuple[str, str], ...] = ()
     bucket_bytes: int | None = None
     states_on_host: tuple[str, ...] = ()
+    parameters_on_host: tuple[str, ...] = ()
 
     @property
     def holders(self) -> str:

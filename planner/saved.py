@@ -25,7 +25,7 @@ from dspass.planner.record import Decision, Plan, size_text
 
 log = logging.getLogger(__name__)
 
-_VERSION = 3
+_VERSION = 4
 
 #: Of :class:`MadeFor`, what another batch of the same model has otherwise.
 OF_BATCH = ("inputs", "constants")

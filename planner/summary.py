@@ -13,7 +13,8 @@ from dspass.passes.text import print_value
 from dspass.planner.choices import Choices
 from dspass.planner.mincut import Choice
 from dspass.planner.record import Setting, Tensors
-from dspass.runtime.params import lookup
+from dspass.runtime.host_states import local_bytes
+from dspass.runtime.params import ParamSpec, lookup
 
 #: Single values that a plan names.
 _LARGEST = 12
@@ -96,6 +97,24 @@ def _states_of(setting: Setting) -> tuple[Tensors, ...]:
             again_seconds=None,
             held=setting.states_bytes,
             held_by="host_states",
+        ),
+    )
+
+
+def parameters_of(hosted: Sequence[ParamSpec]) -> tuple[Tensors, ...]:
+    """Parameters that wait on the host, as a class of tensors."""
+    sizes = [local_bytes(p) for spec in hosted if (p := spec.param()) is not None]
+    if not sizes:
+        return ()
+    return (
+        Tensors(
+            name="parameters",
+            count=len(sizes),
+            kept=0,
+            dropped=0,
+            again_seconds=None,
+            held=sum(sizes),
+            held_by="offload_parameters",
         ),
     )
 

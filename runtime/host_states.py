@@ -39,6 +39,11 @@ def local_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
+def copied_to(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """A copy of a tensor in a device's own memory, also where a CPU's stands for the host's."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device).copy_(tensor)
+
+
 def local_bytes(tensor: torch.Tensor) -> int:
     """Bytes of what this rank holds of a tensor."""
     return local_of(tensor).nbytes
@@ -59,6 +64,11 @@ class HostStates:
         """From the next step on the states of ``params`` wait on the host."""
         for param in params:
             self._params[param] = True
+
+    def discard(self, params: Iterable[torch.Tensor]) -> None:
+        """From the next step on the states of ``params`` stay on the device; :meth:`come_back` has them there."""
+        for param in params:
+            self._params.pop(param, None)
 
     def take(self, other: HostStates) -> None:
         """Have what ``other`` holds: the parameters of two models in one optimiser."""
@@ -87,6 +97,17 @@ class HostStates:
             if (leaving := self._leave(optimizer, part)) is not None:
                 leaving.synchronize()
                 leaving.wait()
+
+    def come_back(self, optimizers: Iterable[torch.optim.Optimizer], params: Iterable[torch.Tensor]) -> None:
+        """Have the states of ``params`` on the device, where they wait on the host no more."""
+        alive = list(optimizers)
+        for param in params:
+            homes = self._homes.pop(param, {})
+            for key, home in homes.items():
+                for optimizer in alive:
+                    value = optimizer.state.get(param, {}).get(key)
+                    if isinstance(value, torch.Tensor) and local_of(value) is home:
+                        _put(optimizer.state[param], key, copied_to(home, local_of(param).device))
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
@@ -260,4 +281,4 @@ def _put(state: dict[Any, Any], key: Any, local: torch.Tensor) -> None:
         state[key] = local
 
 
-__all__ = ["LEAST_BYTES", "HostStates", "local_bytes", "local_of", "parts_of"]
+__all__ = ["LEAST_BYTES", "HostStates", "copied_to", "local_bytes", "local_of", "parts_of"]

@@ -218,6 +218,86 @@ def _host_under_a_budget(zero: dict[str, Any]) -> tuple[int, dict[str, Any], dic
     return budget, plain, _train(zero, budget, inductor=True)
 
 
+def _parameters_under_budgets() -> list[dict[str, Any]]:
+    """Under the smallest budget, one that some parameters fit into, in both ways, and one that all do."""
+    few = _refused(1000, BOTH)
+    some = few + (_refused(1000, {}) - few) // 3
+    plain = {how: _train({}, how=how, inductor=True) for how in ("compile", "shard")}
+    found = []
+    for budget, how in ((few, "compile"), (some, "compile"), (some, "shard"), (10**10, "compile")):
+        one = _train(BOTH, budget, how=how, inductor=True)
+        found.append(one | {"budget": budget, "plain": plain[how]})
+    return found
+
+
+def test_only_parameters_that_do_not_fit_wait_on_the_host() -> None:
+    for found in run(2, _parameters_under_budgets, timeout=400):
+        for one in found:
+            assert one["losses"] == one["plain"]["losses"]
+            assert one["peak"] <= one["budget"] * 1.01
+            assert one["planned"][0] == pytest.approx(one["peak"], rel=0.01)
+            assert ("of parameters on the host" in one["said"]) == bool(one["hosted"])
+        few, some, sharded, many = found
+        assert few["hosted"] > 0.95 * few["parameters"]
+        assert 0 < some["hosted"] == sharded["hosted"] < few["hosted"]
+        assert many["hosted"] == 0
+        assert many["away"] == 0, "their states have come, too"
+        assert many["peak"] > some["peak"] > few["peak"]
+
+
+@without_inductor
+def _accumulated(zero: dict[str, Any], **own: Any) -> list[float]:
+    """Losses of three steps of two micro-batches; in the one-line way the plan is made between the first two."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(context=32, layers=1, heads=4, width=192, dropout=0.0))
+    options = {"zero_optimization": {"stage": 3, **zero}, "dspass": own, "gradient_accumulation_steps": 2}
+    compiled = torch.compile(model, backend="deepspeed", options=options)
+    made = adamw(model.parameters())
+    losses = []
+    for i in range(6):
+        tokens = torch.randint(0, 256, (1, 32), generator=torch.Generator().manual_seed(i + 6 * dist.get_rank()))
+        loss = compiled(tokens, tokens)
+        loss.backward()
+        losses.append(loss.item())
+        if i % 2:
+            made.step()
+            made.zero_grad()
+    assert not BOTH.keys() & zero.keys() or not any(is_on_host(local_of(p)) for p in model.parameters())
+    return losses
+
+
+def _accumulated_twice() -> tuple[list[float], list[float]]:
+    return _accumulated({}), _accumulated(BOTH, memory_budget=10**10)
+
+
+def test_gradients_that_wait_on_the_host_come_with_their_parameters() -> None:
+    for plain, found in run(2, _accumulated_twice):
+        assert found == plain
+
+
+def test_predictions_leave_parameters_on_the_host_that_do_not_fit() -> None:
+    with torch.device("meta"):
+        model = GPT(GPTConfig(context=64, layers=2, heads=4, width=256, dropout=0.0))
+    tokens = torch.zeros(2, 64, dtype=torch.long)
+
+    def predicted(zero: dict[str, Any], budget: int) -> dspass.Report:
+        config = {"zero_optimization": {"stage": 3, **zero}}
+        return dspass.explain(model, tokens, tokens, config=config, world_size=2, memory_budget=budget)
+
+    many, plain = predicted(BOTH, 10**10), predicted({}, 10**10)
+    assert many.memory.timeline == plain.memory.timeline, "all have come back, with their states"
+    with pytest.raises(BudgetError) as refused:
+        predicted({}, 1000)
+    budget = round(0.85 * refused.value.smallest)
+    some = predicted(BOTH, budget)
+    assert some.memory.peak_bytes <= budget * 1.01
+    assert "of parameters on the host" in some.plans[0].summary
+    (parameters,) = (c for c in some.plans[0].classes if c.name == "parameters")
+    assert 0 < parameters.held_bytes < sum(p.nbytes for p in model.parameters()) / 2
+    assert "the budget leaves no room for them, their gradients and their states" in parameters.reason
+
+
 def test_budgets_and_the_host_on_two_ranks() -> None:
     of_states, of_both = (run(2, _host_under_a_budget, zero) for zero in (OFFLOAD, BOTH))
     for (states, plain, one), (both, _, two) in zip(of_states, of_both, strict=True):

@@ -62,8 +62,8 @@ def test_a_plan_is_saved_used_again_and_refused_for_something_else(
     assert _trained(path) == first
     for text in (
         "{}",
-        '{"version": 3, "graphs": [{}]}',
-        '{"version": 3, "graphs": [{"made_for": [], "plan": {}}]}',
+        '{"version": 4, "graphs": [{}]}',
+        '{"version": 4, "graphs": [{"made_for": [], "plan": {}}]}',
         "[",
     ):
         path.write_text(text)
