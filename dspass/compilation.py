@@ -26,7 +26,7 @@ from dspass.passes.text import print_graph
 from dspass.planner.calls import Place
 from dspass.planner.record import Plan
 from dspass.planner.saved import MadeFor
-from dspass.planning import in_buckets, planned, refine, scheduled, together
+from dspass.planning import Planning, in_buckets, refine, scheduled, together
 from dspass.runtime import compat
 from dspass.runtime.engine import Engine
 from dspass.runtime.frames import with_room
@@ -137,22 +137,22 @@ def compile_graph(
             ]
             before = _before(engine, done)
             held, apart = sum(p.between for p in before), sum(p.parameters for p in before)
-            forward, backward, done.plan, done.made_for = planned(
-                joint,
-                joint_inputs,
-                num_fwd_outputs,
-                free,
-                engine,
-                config,
-                passes,
-                done.name,
-                patches,
-                held,
-                apart,
-                earlier,
-                place,
-                stage_backward,
-            )
+            forward, backward, done.plan, done.made_for = Planning(
+                joint=joint,
+                inputs=joint_inputs,
+                num_fwd_outputs=num_fwd_outputs,
+                free=free,
+                engine=engine,
+                config=config,
+                passes=passes,
+                name=done.name,
+                patches=patches,
+                held=held,
+                apart=apart,
+                earlier=earlier,
+                place=place,
+                stage_backward=stage_backward,
+            ).planned()
             passes = in_buckets(passes, done.plan.decision.bucket_bytes)
             if together(engine):
                 agreed.update(zip(("forward", "backward"), done.plan.collectives, strict=False))

@@ -24,12 +24,13 @@ call, which they cannot know without a collective in every call.
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import json
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
@@ -38,8 +39,7 @@ import torch.distributed as dist
 import torch.fx as fx
 
 from dspass.config import Config
-from dspass.hosting import host, shares, supposing, undecided
-from dspass.hosting import place as place_parameters
+from dspass.hosting import host, place, shares, supposing, undecided
 from dspass.lowering.simulate import GraphSimulator, InductorSimulator
 from dspass.lowering.stage_backward import StageBackward
 from dspass.optimizers import Optimizers
@@ -81,80 +81,116 @@ WAIT = timedelta(minutes=10)
 _shared_under: Counter[str] = Counter()
 
 
-def planned(
-    joint: fx.GraphModule,
-    inputs: Any,
-    num_fwd_outputs: int,
-    free: Sequence[int],
-    engine: Engine,
-    config: Config,
-    passes: Sequence[Pass],
-    name: str,
-    patches: Mapping[str, Any],
-    held: int = 0,
-    apart: int = 0,
-    earlier: Sequence[tuple[MadeFor, Plan]] = (),
-    place: Place | None = None,
-    stage_backward: StageBackward | None = None,
-) -> tuple[fx.GraphModule, fx.GraphModule, Plan, MadeFor]:
-    """``joint`` split as a plan says, the plan, and what it is for: one that is read from ``dspass.plan``, or one made for
-    ``dspass.memory_budget``. ``passes`` are those that will run on the two graphs (:func:`scheduled`). The model's other graphs
-    hold ``held`` bytes while this one runs, and have ``apart`` bytes of parameters. Of ``earlier`` plans that of the same graph
-    for inputs of other shapes is tried first, and several ranks keep to its collectives. ``place`` is that of a pipeline's
-    stage, and ``stage_backward`` what its backward will become. Raises :class:`BudgetError` or :class:`PlanError` on every rank
-    that runs the graph alike, but for a graph that ranks have agreed on, where a rank is alone with its shapes."""
+@dataclass(kw_only=True)
+class Planning:
+    """The planner at work on ``joint``. ``passes`` are those that will run on its two graphs (:func:`scheduled`). The model's
+    other graphs hold ``held`` bytes while this one runs, and have ``apart`` bytes of parameters. Of ``earlier`` plans that of
+    the same graph for inputs of other shapes is tried first, and several ranks keep to its collectives. ``place`` is that of a
+    pipeline's stage, and ``stage_backward`` what its backward will become."""
 
-    # Rows that arrive at experts: planned for as many as are expected. A plan goes by names of nodes, and serves both graphs.
-    sized = compat.as_expected(joint, ROWS_EXPECTED) or joint
+    joint: fx.GraphModule
+    inputs: Any
+    num_fwd_outputs: int
+    free: Sequence[int]
+    engine: Engine
+    config: Config
+    passes: Sequence[Pass]
+    name: str
+    patches: Mapping[str, Any]
+    held: int = 0
+    apart: int = 0
+    earlier: Sequence[tuple[MadeFor, Plan]] = ()
+    place: Place | None = None
+    stage_backward: StageBackward | None = None
+    _movable: Sequence[ParamSpec] = field(init=False, default=())  # parameters that a plan may have back from the host
+    _agreed: Plan | None = field(init=False, default=None)  # what ranks have agreed on for other shapes
+    _prior: Decision | None = field(init=False, default=None)
 
-    def cut(choose: compat.Chooser, of: fx.GraphModule = sized) -> Split:
-        fresh = compat.graph_module(of, copy.deepcopy(of.graph))
-        return partition(fresh, inputs, num_fwd_outputs, free, choose=choose)
+    def planned(self) -> tuple[fx.GraphModule, fx.GraphModule, Plan, MadeFor]:
+        """``joint`` split as a plan says, the plan, and what it is for: one that is read from ``dspass.plan``, or one made for
+        ``dspass.memory_budget``. Raises :class:`BudgetError` or :class:`PlanError` on every rank that runs the graph alike, but
+        for a graph that ranks have agreed on, where a rank is alone with its shapes."""
+        if any(_unknown(n.meta.get("val")) for n in self._sized.graph.nodes):
+            raise BudgetError(
+                "dspass.memory_budget needs sizes that are known when the model is compiled, and here they are dynamic. Do not "
+                "compile with dynamic=True, mark no size as dynamic, or pad batches to one size.",
+                0,
+            )
+        wanted = self.config.dspass.memory_budget
+        budget = budget_bytes(wanted, self.engine) if wanted is not None else None
+        same = [(m, p) for m, p in self.earlier if _serves(m, p, self._made_for, budget)]
+        ranks = together(self.engine)
+        agreed = (p for m, p in same if ranks and m.parameters == self._made_for.parameters)
+        self._agreed, self._prior = next(agreed, None), same[-1][1].decision if same else None
+        self._movable = undecided(self.engine, self._parameters)
+        if self._agreed is not None or not ranks:
+            graphs, plan = self._made(budget)
+        else:
+            graphs, plan, theirs = _shared(self._made_for, self._batch, lambda: self._made(budget), ranks)
+            if theirs != self._batch:
+                place(self.engine, self._movable, plan.decision.parameters_on_host)
+                self._movable, self._agreed = [], plan
+                graphs, plan = self._made(budget)
+        place(self.engine, self._movable, plan.decision.parameters_on_host)
+        host(self.engine, plan.decision.states_on_host)
+        if graphs is None or self._sized is not self.joint:
+            graphs = self._cut(chooser(plan.decision), self.joint)
+        return *graphs, plan, self._made_for
 
-    def pipeline(forward: fx.GraphModule, backward: fx.GraphModule, bucket_bytes: int | None) -> Split:
-        chosen = in_buckets(passes, bucket_bytes)
-        halves = (
-            run_passes(forward, chosen, PassContext(graph=name, where="forward", target=engine.target)),
-            run_passes(backward, chosen, PassContext(graph=name, where="backward", target=engine.target)),
-        )
-        if agreed is not None:
-            for half, order in zip(halves, agreed.collectives, strict=True):
-                keep_order(half.graph, order)
-        return halves
+    @functools.cached_property
+    def _sized(self) -> fx.GraphModule:
+        """The joint graph with as many rows at experts as are expected. A plan goes by names of nodes, and serves both."""
+        return compat.as_expected(self.joint, ROWS_EXPECTED) or self.joint
 
-    if any(_unknown(n.meta.get("val")) for n in sized.graph.nodes):
-        raise BudgetError(
-            "dspass.memory_budget needs sizes that are known when the model is compiled, and here they are dynamic. Do not "
-            "compile with dynamic=True, mark no size as dynamic, or pad batches to one size.",
-            0,
-        )
-    made_for = _made_for(joint.graph, engine, config, passes, place)
-    wanted = config.dspass.memory_budget
-    budget = budget_of_all = budget_bytes(wanted, engine) if wanted is not None else None
-    graphs: Split | None = None
-    ranks = together(engine)
-    mine = _parameters(joint.graph)
-    movable = undecided(engine, mine)
-    batch = _batch(joint.graph, free)
-    same = [(m, p) for m, p in earlier if _serves(m, p, made_for, budget)]
-    agreed = next((p for m, p in same if ranks and m.parameters == made_for.parameters), None)
-    prior = same[-1][1].decision if same else None
+    @functools.cached_property
+    def _made_for(self) -> MadeFor:
+        return _made_for(self.joint.graph, self.engine, self.config, self.passes, self.place)
 
-    def make() -> Plan:
-        nonlocal graphs
-        budget = agreed.budget if agreed is not None else budget_of_all
-        file = PlanFile(_file_of(config.dspass.plan, place)) if config.dspass.plan is not None else None
-        read = file.find(made_for, budget, outside) if file is not None else None
-        serves = read is not None and (movable or set(read.decision.parameters_on_host) == _names_on_host(mine))
-        if read is not None and serves and (agreed is None or read.collectives == agreed.collectives):
-            return read
+    @functools.cached_property
+    def _batch(self) -> list[str]:
+        return _batch(self.joint.graph, self.free)
+
+    @functools.cached_property
+    def _parameters(self) -> list[ParamSpec]:
+        """Those that the graph gathers, each once."""
+        placeholders = self.joint.graph.find_nodes(op="placeholder")
+        return list(dict.fromkeys(lookup(n.meta[GATHERED][0]) for n in placeholders if GATHERED in n.meta))
+
+    @property
+    def _on_host(self) -> list[ParamSpec]:
+        return [spec for spec in self._parameters if spec.on_host]
+
+    def _made(self, budget: int | None) -> tuple[Split | None, Plan]:
+        """The plan of the file, or a new one with its graphs, which is added to the file."""
+        path = self.config.dspass.plan
+        file = PlanFile(_file_of(path, self.place)) if path is not None else None
+        if self._agreed is not None:
+            budget = self._agreed.budget
+        read = file.find(self._made_for, budget, self._outside) if file is not None else None
+        if read is not None and self._goes_with(read):
+            return None, read
         assert budget is not None
+        graphs, plan = self._fastest_placement(budget)
+        ranks = together(self.engine)
+        is_first = not ranks or dist.get_rank() == ranks[0]
+        if file is not None and read is None and is_first and self.engine.target is None:  # not a prediction
+            file.add(self._made_for, plan)
+        return graphs, plan
+
+    def _goes_with(self, read: Plan) -> bool:
+        """Whether a plan of the file goes with what is settled: collectives, and where parameters are."""
+        away = set(read.decision.parameters_on_host)
+        if not self._movable and away != {spec.name for spec in self._on_host}:
+            return False
+        return self._agreed is None or read.collectives == self._agreed.collectives
+
+    def _fastest_placement(self, budget: int) -> tuple[Split, Plan]:
         found: list[tuple[Split, Plan]] = []
         refusals: list[BudgetError] = []
-        for away in _growing(movable):
-            with supposing(engine, movable, away):
+        for away in _growing(self._movable):
+            with supposing(self.engine, self._movable, away):
                 try:
-                    found.append(fastest(budget))
+                    found.append(self._fastest(budget))
                 except BudgetError as error:
                     refusals.append(error)
                     continue
@@ -162,53 +198,32 @@ def planned(
                 break  # with more on the host no step is faster than the fastest with these
         if not found:
             raise min(refusals, key=lambda refusal: refusal.smallest)
-        graphs, plan = min(found, key=lambda one: one[1].frontier[one[1].chosen].seconds)
-        is_first = not ranks or dist.get_rank() == ranks[0]
-        if file is not None and read is None and is_first and engine.target is None:  # not a prediction
-            file.add(made_for, plan)
-        return plan
+        return min(found, key=lambda one: one[1].frontier[one[1].chosen].seconds)
 
-    def beside(optimizers: Optimizers) -> tuple[State, dict[str, int], int, int]:
-        """What lies beside this graph, and states by parameter; its own parameters and gradients."""
-        state, states = state_of(engine, optimizers), states_bytes(engine, optimizers)
-        here, gradients = _of_this_graph(sized.graph, num_fwd_outputs, free)
-        if place is None:
-            state = replace(state, elsewhere=held + max(state.trained - gradients, 0), here=here)
-        if engine.accumulation_steps > 1:
-            own = state.trained if place is not None else gradients + waiting_bytes(engine)
-            state = replace(state, accumulated=own)
-        return state, states, here, gradients
-
-    def outside(decision: Decision) -> tuple[int, int]:
-        with supposing(engine, movable, decision.parameters_on_host):
-            optimizers = Optimizers(engine)
-            state, states, _, gradients = beside(optimizers)
-            away = decision.states_on_host
-            base = state.bytes - sum(states.get(name, 0) for name in away)
-            trained = [p for p in engine.params().values() if p.requires_grad]
-            return base + state.accumulated, base + gradients + step_bytes(engine, optimizers, trained, away)
-
-    def fastest(budget: int) -> tuple[Split, Plan]:
+    def _fastest(self, budget: int) -> tuple[Split, Plan]:
         """The fastest step that fits, with parameters on the host as they are, or are supposed to be."""
-        on = devices.planned_for(kind_of(engine))
+        engine, on = self.engine, devices.planned_for(kind_of(self.engine))
         optimizers = Optimizers(engine)
-        state, states, here, gradients = beside(optimizers)
-        simulator = _simulator(engine, patches)
+        state, states, here, gradients = self._beside(optimizers)
+        simulator = _simulator(engine, self.patches)
 
         def run(forward: fx.GraphModule, backward: fx.GraphModule) -> Peak:
-            if place is not None:
+            if self.place is not None:
                 cost_of = cost_of_stage(
-                    forward, backward, num_fwd_outputs, engine, simulator,
-                    activations=place.activations,
-                    micro_batches=place.schedule.micro_batches,
-                    stage_backward=stage_backward.anew() if stage_backward is not None else None,
+                    forward, backward, self.num_fwd_outputs, engine, simulator,
+                    activations=self.place.activations,
+                    micro_batches=self.place.schedule.micro_batches,
+                    stage_backward=self.stage_backward.anew() if self.stage_backward is not None else None,
                 )  # fmt: skip
-                return place.peak(cost_of, state, gradients)
-            return peak_of_step(forward, backward, num_fwd_outputs, engine, state, simulator)
+                return self.place.peak(cost_of, state, gradients)
+            return peak_of_step(forward, backward, self.num_fwd_outputs, engine, state, simulator)
 
-        exposed = _exposed_share(sized.graph, on)
-        apart_of_it = place.planned_bytes if place is not None else apart
+        exposed = _exposed_share(self._sized.graph, on)
+        apart_of_it = self.place.planned_bytes if self.place is not None else self.apart
         share = here / max(state.parameters - apart_of_it, here, 1)
+        settings = settings_of(
+            self._sized.graph, engine, self.config, self.passes, states, optimizers, on, exposed
+        )  # fmt: skip
 
         def find(
             graph: fx.Graph, inside: Sequence[fx.Node], at_hand: frozenset[fx.Node], unplanned: compat.Unplanned
@@ -218,58 +233,80 @@ def planned(
                 inside=inside,
                 free=at_hand,
                 unplanned=unplanned,
-                num_fwd_outputs=num_fwd_outputs,
+                num_fwd_outputs=self.num_fwd_outputs,
                 on=on,
                 gathers=engine.lifetimes == 3,
                 regather=exposed if engine.lifetimes == 3 else 0.0,
-                levers=tuple(passes),
-                prior=agreed.decision if agreed is not None else prior,
-                in_flight=place.in_flight if place is not None else 1,
+                levers=tuple(self.passes),
+                prior=self._agreed.decision if self._agreed is not None else self._prior,
+                in_flight=self.place.in_flight if self.place is not None else 1,
             )
 
         graphs, plan = Planner(
             budget=budget,
             find=find,
-            split=cut,
-            passes=pipeline,
+            split=self._cut,
+            passes=self._run_passes,
             run=run,
             seconds=lambda forward, backward: (
-                _seconds(cost.estimate(forward.graph, on), engine, place)
-                + _seconds(cost.estimate(backward.graph, on), engine, place)
+                _seconds(cost.estimate(forward.graph, on), engine, self.place)
+                + _seconds(cost.estimate(backward.graph, on), engine, self.place)
                 + cost.holding_seconds(forward.graph, on)
             ),
-            settings=_with_buckets(
-                settings_of(sized.graph, engine, config, passes, states, optimizers, on, exposed), agreed
-            ),
-            collectives=_collectives if ranks else None,
-            agreed=agreed.collectives if agreed is not None else None,
+            settings=_with_buckets(settings, self._agreed),
+            collectives=_collectives if together(engine) else None,
+            agreed=self._agreed.collectives if self._agreed is not None else None,
             share=share if share < _ALONE else 1.0,
-            scale=on.steps.get(_model_key(made_for), 1.0),
-            runs=engine.accumulation_steps * (place.schedule.micro_batches if place is not None else 1),
-            **(_words(place, engine) | (_words_alone(batch) if agreed is not None else {})),
+            scale=on.steps.get(_model_key(self._made_for), 1.0),
+            runs=engine.accumulation_steps * (self.place.schedule.micro_batches if self.place is not None else 1),
+            **(_words(self.place, engine) | (_words_alone(self._batch) if self._agreed is not None else {})),
         ).plan()
-        hosted = [spec for spec in mine if spec.on_host]
-        decision = replace(plan.decision, parameters_on_host=tuple(spec.name for spec in hosted))
+        decision = replace(plan.decision, parameters_on_host=tuple(spec.name for spec in self._on_host))
         return graphs, replace(
             plan,
             decision=decision,
             parameters=here,
-            base=outside(decision)[0],
-            classes=(*parameters_of(hosted), *plan.classes),
+            base=self._outside(decision)[0],
+            classes=(*parameters_of(self._on_host), *plan.classes),
         )
 
-    if agreed is not None or not ranks:
-        plan = make()
-    else:
-        plan, theirs = _shared(made_for, batch, make, ranks)
-        if theirs != batch:
-            place_parameters(engine, movable, plan.decision.parameters_on_host)
-            movable, agreed = [], plan
-            plan = make()
-    place_parameters(engine, movable, plan.decision.parameters_on_host)
-    host(engine, plan.decision.states_on_host)
-    forward, backward = graphs if graphs and sized is joint else cut(chooser(plan.decision), joint)
-    return forward, backward, plan, made_for
+    def _cut(self, choose: compat.Chooser, of: fx.GraphModule | None = None) -> Split:
+        of = of or self._sized
+        fresh = compat.graph_module(of, copy.deepcopy(of.graph))
+        return partition(fresh, self.inputs, self.num_fwd_outputs, self.free, choose=choose)
+
+    def _run_passes(self, forward: fx.GraphModule, backward: fx.GraphModule, bucket_bytes: int | None) -> Split:
+        chosen, target = in_buckets(self.passes, bucket_bytes), self.engine.target
+        halves = (
+            run_passes(forward, chosen, PassContext(graph=self.name, where="forward", target=target)),
+            run_passes(backward, chosen, PassContext(graph=self.name, where="backward", target=target)),
+        )
+        if self._agreed is not None:
+            for half, order in zip(halves, self._agreed.collectives, strict=True):
+                keep_order(half.graph, order)
+        return halves
+
+    def _beside(self, optimizers: Optimizers) -> tuple[State, dict[str, int], int, int]:
+        """What lies beside this graph, and states by parameter; bytes of its own parameters, and of gradients."""
+        engine = self.engine
+        state, states = state_of(engine, optimizers), states_bytes(engine, optimizers)
+        here, gradients = _of_this_graph(self._sized.graph, self.num_fwd_outputs, self.free)
+        if self.place is None:
+            state = replace(state, elsewhere=self.held + max(state.trained - gradients, 0), here=here)
+        if engine.accumulation_steps > 1:
+            own = state.trained if self.place is not None else gradients + waiting_bytes(engine)
+            state = replace(state, accumulated=own)
+        return state, states, here, gradients
+
+    def _outside(self, decision: Decision) -> tuple[int, int]:
+        """What is there beside the graph under a decision, and the most that the optimiser's step takes with it."""
+        with supposing(self.engine, self._movable, decision.parameters_on_host):
+            optimizers = Optimizers(self.engine)
+            state, states, _, gradients = self._beside(optimizers)
+            away = decision.states_on_host
+            base = state.bytes - sum(states.get(name, 0) for name in away)
+            trained = [p for p in self.engine.params().values() if p.requires_grad]
+            return base + state.accumulated, base + gradients + step_bytes(self.engine, optimizers, trained, away)
 
 
 def _seconds(found: cost.Estimate, engine: Engine, place: Place | None) -> float:
@@ -330,16 +367,6 @@ def _of_this_graph(joint: fx.Graph, num_fwd_outputs: int, free: Sequence[int]) -
     here = [i for i in mine if placeholders[i].name not in away]
     left = [gradients[i] for i in here if i < len(gradients) and isinstance(gradients[i], fx.Node)]
     return sum(size_of(placeholders[i]) for i in here), sum(map(size_of, left))
-
-
-def _parameters(joint: fx.Graph) -> list[ParamSpec]:
-    """Those that the graph gathers, each once."""
-    found = [lookup(n.meta[GATHERED][0]) for n in joint.find_nodes(op="placeholder") if GATHERED in n.meta]
-    return list(dict.fromkeys(found))
-
-
-def _names_on_host(specs: Sequence[ParamSpec]) -> set[str]:
-    return {spec.name for spec in specs if spec.on_host}
 
 
 def _growing(movable: Sequence[ParamSpec]) -> list[tuple[str, ...]]:
@@ -479,10 +506,10 @@ def _is_tensor(node: fx.Node) -> bool:
 
 
 def _shared(
-    made_for: MadeFor, batch: list[str], make: Callable[[], Plan], ranks: Sequence[int]
-) -> tuple[Plan, list[str]]:
-    """The plan of the first of ``ranks``, through the store of the process group, and the batch that it was made for; what it
-    raises is raised on all of them."""
+    made_for: MadeFor, batch: list[str], make: Callable[[], tuple[Split | None, Plan]], ranks: Sequence[int]
+) -> tuple[Split | None, Plan, list[str]]:
+    """The plan of the first of ``ranks``, which ``make`` makes there with its graphs, through the store of the process group,
+    and the batch that it was made for; what it raises is raised on all of them."""
     first, rank, store = ranks[0], dist.get_rank(), compat.store()
     name = "/".join((str(first), made_for.model, made_for.part, made_for.graph, made_for.parameters))
     key = f"dspass/plan/{name}/{_shared_under[name]}"
@@ -490,14 +517,14 @@ def _shared(
     if rank == first:
         told: dict[str, Any] = {"made_for": made_for.to_json(), "batch": batch}
         try:
-            plan = make()
+            graphs, plan = make()
         except Exception as error:
             known = isinstance(error, (BudgetError, PlanError))
             said = {"error": str(error) if known else repr(error), "smallest": getattr(error, "smallest", None)}
             store.set(key, json.dumps({**told, **said, "is_known": known}))
             raise
         store.set(key, json.dumps({**told, "plan": plan.to_json()}))
-        return plan, batch
+        return graphs, plan, batch
     here = f"graph {made_for.graph} of {made_for.model} with inputs of {', '.join(batch)}"
     try:
         store.wait([key], WAIT)
@@ -516,7 +543,7 @@ def _shared(
         raise RuntimeError(
             f"rank {rank} compiles {here} otherwise than rank {first}: all ranks must run one model. {' '.join(differences)}"
         )
-    return Plan.from_json(told["plan"]), told["batch"]
+    return None, Plan.from_json(told["plan"]), told["batch"]
 
 
 def _simulator(engine: Engine, patches: Mapping[str, Any]) -> Callable[..., Any]:

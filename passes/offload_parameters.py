@@ -19,7 +19,7 @@ from dspass.runtime.host import empty_on_host, offload_start, offload_wait, relo
 class OffloadParameters(Pass):
     """What a ``gather_start`` reads from the host is copied to the device first, and averaged gradients go to the host.
 
-    Which parameters lie there was decided when they were sharded (DeepSpeed's ``offload_param``), or by a plan. Copies go by the
+    Which parameters lie there was decided when they were sharded (DeepSpeed's ``offload_param``) or by a plan. Copies go by the
     buckets of gathers and reductions: ``reload_start`` and ``reload_wait`` before the gather, ``offload_start`` and
     ``offload_wait`` behind the reduction. On a device that computes while it copies, a bucket's reload starts where the gather
     before it does, and a gradient's copy is waited for where the next one starts.
