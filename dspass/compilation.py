@@ -196,7 +196,7 @@ def compile_graph(
         keep_inference_input_mutations=True,
     )
     run: Callable[..., Any] = backend(gm, list(inputs))
-    if done.plan is None or not (done.plan.decision.states_on_host or engine.coming):
+    if done.plan is None or not (done.plan.decision.states_on_host or engine.placing):
         return run
     return torch._dynamo.disable(_AfterMoving(run, engine), reason="moves what a plan says to the host or back first")
 

@@ -13,9 +13,12 @@ from torch.distributed.tensor import DTensor
 from dspass.config import Config
 from dspass.optimizers import Optimizers
 from dspass.runtime.engine import Engine
-from dspass.runtime.host import is_on_host
+from dspass.runtime.host import is_on_host, release_unused
 from dspass.runtime.host_states import LEAST_BYTES, copied_to, local_bytes, local_of
 from dspass.runtime.params import ParamSpec
+
+#: Of several graphs one with this share of the parameters is taken for the whole model.
+_NEARLY_ALL = 0.9
 
 
 def host_all(engine: Engine, config: Config) -> None:
@@ -41,8 +44,13 @@ def move_out(engine: Engine) -> None:
 
 
 def undecided(engine: Engine, specs: Sequence[ParamSpec]) -> list[ParamSpec]:
-    """Those of ``specs`` that wait on the host, and of which no plan has said yet whether they are to."""
-    return [spec for spec in specs if spec.on_host and spec.name not in engine.placed and spec.param() is not None]
+    """Those of ``specs`` that wait on the host, and may come back for a plan. None where they are not nearly all that do: the
+    graphs of a model that breaks would each fill the room that the others are planned beside."""
+    sent = [spec for spec in engine.specs.values() if spec.on_host or spec.name in engine.placed]
+    mine = [spec for spec in specs if spec in sent]
+    if sum(spec.numel for spec in mine) < _NEARLY_ALL * sum(spec.numel for spec in sent):
+        return []
+    return [spec for spec in mine if spec.name not in engine.placed and spec.param() is not None]
 
 
 @contextlib.contextmanager
@@ -62,26 +70,39 @@ def supposing(engine: Engine, those: Sequence[ParamSpec], away: Collection[str])
 
 
 def place(engine: Engine, those: Sequence[ParamSpec], away: Collection[str]) -> None:
-    """From now on only the ones named in ``away`` wait on the host; :func:`bring_in` has the others come."""
+    """When the next graph first runs only the ones named in ``away`` wait on the host: :func:`bring_in` has the others come."""
     for spec in those:
-        engine.placed.add(spec.name)
+        engine.placing[spec.name] = spec.name in away
         if spec.name not in away:
             spec.on_host = False
-            engine.coming.add(spec.name)
             if (param := spec.param()) is not None:
                 engine.host_states.discard([param])
 
 
+def withdraw(engine: Engine) -> None:
+    """Nothing has moved that was to, as when what had been planned could not be compiled: it may be planned anew."""
+    for spec in engine.specs.values():
+        if engine.placing.get(spec.name, True):
+            continue
+        spec.on_host = True
+        if (param := spec.param()) is not None:
+            engine.host_states.add([param])
+    engine.placing.clear()
+
+
 def bring_in(engine: Engine) -> None:
-    """Have parameters on the device that a plan has room for, with their gradients and states."""
+    """Have parameters on the device that a plan has room for, with their gradients, and states that are to be there."""
     params = engine.params()
-    came = [params[name] for name in engine.coming if name in params]
-    engine.coming.clear()
+    came = [params[name] for name, waits in engine.placing.items() if not waits and name in params]
+    engine.placed.update(engine.placing)
+    engine.placing.clear()
     for param in came:
         for tensor in (param, param.grad):
             if isinstance(tensor, DTensor):
                 tensor._local_tensor = copied_to(tensor._local_tensor, tensor.device_mesh.device_type)
-    engine.host_states.come_back(Optimizers(engine).alive, came)
+    if came:
+        engine.host_states.come_back(Optimizers(engine).alive, came)
+        release_unused()
 
 
 def shares(params: Mapping[str, torch.Tensor], ratio: float, count: int) -> list[tuple[str, ...]]:

@@ -13,9 +13,9 @@ optimiser states wait on the host, among the choices that leave the collectives 
 and names the shapes: the first batch should be the largest.
 Parameters that wait on the host (``offload_param``) are all there when a graph is planned first. A step is planned for several
 numbers of them that stay, from none on, each with all other levers, and the fastest that fits is taken; the others come back
-before the graph runs, and later plans leave all where they are. Dropped: parameters on the host as a setting of one planner.
-Copies of shards and gradients change the graphs, their peaks and what hides them; and a parameter goes last of all, as its
-copies are three times what those of an activation of its size are.
+before the graph runs, and later plans leave all where they are. The graphs of a model that breaks, and pipeline stages, leave
+theirs on the host: what came back for one would take the room that the others were planned in. Dropped: parameters on the host
+as a setting of one planner. Copies of shards and gradients change the graphs, their peaks and what hides them.
 
 Dropped: ranks plan together again for the larger shape. The others would have to change what they have compiled in the same
 call, which they cannot know without a collective in every call.
@@ -39,7 +39,7 @@ import torch.distributed as dist
 import torch.fx as fx
 
 from dspass.config import Config
-from dspass.hosting import host, place, shares, supposing, undecided
+from dspass.hosting import host, place, shares, supposing, undecided, withdraw
 from dspass.lowering.simulate import GraphSimulator, InductorSimulator
 from dspass.lowering.stage_backward import StageBackward
 from dspass.optimizers import Optimizers
@@ -122,7 +122,8 @@ class Planning:
         ranks = together(self.engine)
         agreed = (p for m, p in same if ranks and m.parameters == self._made_for.parameters)
         self._agreed, self._prior = next(agreed, None), same[-1][1].decision if same else None
-        self._movable = undecided(self.engine, self._parameters)
+        withdraw(self.engine)
+        self._movable = undecided(self.engine, self._parameters) if self.place is None else []
         if self._agreed is not None or not ranks:
             graphs, plan = self._made(budget)
         else:
@@ -157,8 +158,10 @@ class Planning:
         return list(dict.fromkeys(lookup(n.meta[GATHERED][0]) for n in placeholders if GATHERED in n.meta))
 
     @property
-    def _on_host(self) -> list[ParamSpec]:
-        return [spec for spec in self._parameters if spec.on_host]
+    def _on_host(self) -> tuple[str, ...]:
+        """The parameters that wait on the host, if it is for a plan to say; where it is not all wait that were sent there."""
+        decided = {*self.engine.placed, *self.engine.placing, *(spec.name for spec in self._movable)}
+        return tuple(spec.name for spec in self._parameters if spec.on_host and spec.name in decided)
 
     def _made(self, budget: int | None) -> tuple[Split | None, Plan]:
         """The plan of the file, or a new one with its graphs, which is added to the file."""
@@ -166,23 +169,22 @@ class Planning:
         file = PlanFile(_file_of(path, self.place)) if path is not None else None
         if self._agreed is not None:
             budget = self._agreed.budget
-        read = file.find(self._made_for, budget, self._outside) if file is not None else None
-        if read is not None and self._goes_with(read):
+        read = file.find(self._made_for, budget, self._outside, self._goes_with) if file is not None else None
+        if read is not None:
             return None, read
         assert budget is not None
         graphs, plan = self._fastest_placement(budget)
         ranks = together(self.engine)
         is_first = not ranks or dist.get_rank() == ranks[0]
-        if file is not None and read is None and is_first and self.engine.target is None:  # not a prediction
+        if file is not None and is_first and self.engine.target is None:  # not a prediction
             file.add(self._made_for, plan)
         return graphs, plan
 
     def _goes_with(self, read: Plan) -> bool:
         """Whether a plan of the file goes with what is settled: collectives, and where parameters are."""
         away = set(read.decision.parameters_on_host)
-        if not self._movable and away != {spec.name for spec in self._on_host}:
-            return False
-        return self._agreed is None or read.collectives == self._agreed.collectives
+        is_there = away <= {s.name for s in self._movable} if self._movable else away == set(self._on_host)
+        return is_there and (self._agreed is None or read.collectives == self._agreed.collectives)
 
     def _fastest_placement(self, budget: int) -> tuple[Split, Plan]:
         found: list[tuple[Split, Plan]] = []
@@ -261,13 +263,13 @@ class Planning:
             runs=engine.accumulation_steps * (self.place.schedule.micro_batches if self.place is not None else 1),
             **(_words(self.place, engine) | (_words_alone(self._batch) if self._agreed is not None else {})),
         ).plan()
-        decision = replace(plan.decision, parameters_on_host=tuple(spec.name for spec in self._on_host))
+        decision = replace(plan.decision, parameters_on_host=self._on_host)
         return graphs, replace(
             plan,
             decision=decision,
             parameters=here,
             base=self._outside(decision)[0],
-            classes=(*parameters_of(self._on_host), *plan.classes),
+            classes=(*parameters_of([s for s in self._parameters if s.on_host]), *plan.classes),
         )
 
     def _cut(self, choose: compat.Chooser, of: fx.GraphModule | None = None) -> Split:

@@ -159,16 +159,26 @@ class PlanFile:
     path: str
 
     def find(
-        self, wanted: MadeFor, budget: int | None, outside: Callable[[Decision], tuple[int, int]] | None = None
+        self,
+        wanted: MadeFor,
+        budget: int | None,
+        outside: Callable[[Decision], tuple[int, int]] | None = None,
+        goes_with: Callable[[Plan], bool] = lambda _: True,
     ) -> Plan | None:
-        """The plan of a graph; None where the file holds none. ``outside`` answers what is there beside a graph under a
-        decision, :attr:`Plan.base`, and the most that the optimiser's step takes with it. Raises :class:`PlanError` where the
-        file is of another run of this model, where its plan is too large, and where there is none and no budget to make one
-        for. Plans of other models may stand beside."""
+        """The plan of a graph; None where the file holds none that ``goes_with`` what is settled already. ``outside`` answers
+        what is there beside a graph under a decision, :attr:`Plan.base`, and the most that the optimiser's step takes with it.
+        Raises :class:`PlanError` where the file is of another run of this model, where its plan is too large, and where there
+        is none and no budget to make one for. Plans of other models may stand beside."""
         entries = self._read()
         for made_for, plan in entries:
-            if made_for == wanted:
+            if made_for == wanted and goes_with(plan):
                 return self._checked(plan, budget, outside)
+        if budget is None and any(made_for == wanted for made_for, _ in entries):
+            raise PlanError(
+                f"dspass.plan: the plan in {self.path} for these inputs does not go with the one for earlier inputs: other "
+                "parameters wait on the host, or its collectives are others. Give dspass.memory_budget to have it "
+                "planned anew, or begin with inputs as the run did that wrote the file."
+            )
         for made_for, _ in entries:
             different = wanted.differences(made_for, but=OF_GRAPH)
             if different and made_for.model == wanted.model:

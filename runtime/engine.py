@@ -124,10 +124,10 @@ class Engine:
     roundings: dict[tuple[Literal["weight", "activation"], str], Schedule] = field(default_factory=dict)
     #: Parameters whose optimiser states wait on the host between steps.
     host_states: HostStates = field(default_factory=HostStates)
-    #: Names of parameters of which a plan has said whether they wait on the host, and of those that are to come from there
-    #: before the next graph runs.
+    #: Names of parameters that are on the device or the host as a plan has said; and of those that will be so when its graph
+    #: first runs, whether they wait on the host.
     placed: set[str] = field(default_factory=set)
-    coming: set[str] = field(default_factory=set)
+    placing: dict[str, bool] = field(default_factory=dict)
     compilations: list[Any] = field(default_factory=list)
     probe: Probe = field(default_factory=Probe)
     measurement: Any = None

@@ -56,6 +56,12 @@ def _map(size: int) -> torch.Tensor:
     return found
 
 
+def release_unused() -> None:
+    """Give back memory that is kept for the next tensors of its size, where there will be fewer of them."""
+    for unused in _mapped.values():
+        unused.clear()
+
+
 def is_on_host(tensor: torch.Tensor) -> bool:
     """Whether a tensor lies where a memory budget does not count: memory of :func:`empty_on_host`."""
     if isinstance(tensor, FakeTensor) or tensor.is_cuda:

@@ -99,9 +99,11 @@ class HostStates:
                 leaving.wait()
 
     def come_back(self, optimizers: Iterable[torch.optim.Optimizer], params: Iterable[torch.Tensor]) -> None:
-        """Have the states of ``params`` on the device, where they wait on the host no more."""
+        """Have the states of ``params`` on the device, but for those that wait on the host nevertheless."""
         alive = list(optimizers)
         for param in params:
+            if param in self._params:
+                continue
             homes = self._homes.pop(param, {})
             for key, home in homes.items():
                 for optimizer in alive:

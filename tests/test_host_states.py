@@ -14,14 +14,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 import dspass
-from dspass.hosting import shares
+from dspass.engines import engine_of
+from dspass.hosting import bring_in, place, shares, supposing, undecided, withdraw
 from dspass.planner.record import BudgetError
 from dspass.runtime import host_states
 from dspass.runtime.host import is_on_host
 from dspass.runtime.host_states import HostStates, local_of, parts_of
 from examples.gpt import GPT, GPTConfig
 from tests.ranks import run
-from tests.training import without_inductor
+from tests.training import whole, without_inductor
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 BOTH = {"offload_param": {"device": "cpu"}}
@@ -274,6 +275,91 @@ def _accumulated_twice() -> tuple[list[float], list[float]]:
 def test_gradients_that_wait_on_the_host_come_with_their_parameters() -> None:
     for plain, found in run(2, _accumulated_twice):
         assert found == plain
+
+
+class _Broken(nn.Module):
+    """Two graphs, each with half of the parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = (nn.Sequential(nn.Linear(160, 480), nn.GELU(), nn.Linear(480, 160)) for _ in "ab")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        torch._dynamo.graph_break()
+        return self.second(x)
+
+
+@without_inductor
+def _broken() -> tuple[int, float, float]:
+    torch._dynamo.reset()
+    model, reference = _Broken(), _Broken()
+    options = {"zero_optimization": {"stage": 3, **BOTH}, "dspass": {"memory_budget": 10**10}}
+    compiled, x = torch.compile(model, backend="deepspeed", options=options), torch.ones(2, 160)
+    for _ in range(2):
+        compiled(x).square().mean().backward()
+        reference(x).square().mean().backward()
+    weights = [p for p in model.parameters() if p.dim() == 2]
+    pairs = zip(weights, (p for p in reference.parameters() if p.dim() == 2), strict=True)
+    worst = max((whole(a.grad) - b.grad).abs().max().item() for a, b in pairs)
+    return len(engine_of(model).compilations), sum(is_on_host(local_of(p)) for p in weights) / len(weights), worst
+
+
+def test_graphs_of_a_model_that_breaks_leave_parameters_on_the_host() -> None:
+    """What came back for the second would take the room that the first was planned in."""
+    ((graphs, share, worst),) = run(1, _broken)
+    assert (graphs, share) == (2, 1.0)
+    assert worst < 1e-6
+
+
+def _moves() -> None:
+    model = _model()
+    dspass.shard(model, {"zero_optimization": {"stage": 3, **BOTH}})
+    engine = engine_of(model)
+    assert engine is not None
+    weights = [spec for spec in engine.specs.values() if spec.on_host]
+    first, second, *_ = (spec.param() for spec in weights)
+    assert undecided(engine, weights) == weights
+    assert not undecided(engine, weights[:2])
+    with supposing(engine, weights, [weights[0].name]):
+        assert [spec.on_host for spec in weights[:2]] == [True, False]
+        assert first in engine.host_states
+        assert second not in engine.host_states
+    place(engine, weights, [weights[0].name])
+    assert is_on_host(local_of(second)), "not before its graph runs"
+    withdraw(engine)
+    assert all(spec.on_host for spec in weights)
+    assert second in engine.host_states
+    assert undecided(engine, weights) == weights
+    place(engine, weights, [weights[0].name])
+    before = local_of(second).clone()
+    bring_in(engine)
+    assert is_on_host(local_of(first))
+    assert not is_on_host(local_of(second))
+    assert torch.equal(local_of(second), before)
+    withdraw(engine)
+    assert not weights[1].on_host
+    assert not undecided(engine, weights)
+
+
+def test_parameters_move_once_and_for_all_when_a_graph_runs() -> None:
+    run(1, _moves)
+
+
+def test_states_that_stay_on_the_host_do_not_come_with_their_parameter() -> None:
+    model = _model()
+    made = adamw(model.parameters())
+    model(torch.ones(2, 160)).square().mean().backward()
+    made.step()
+    stays, comes = model[0].weight, model[1].weight
+    states = HostStates()
+    states.add([stays, comes])
+    states.leave(made)
+    states.discard([comes])
+    states.come_back([made], [stays, comes])
+    assert [is_on_host(made.state[p]["exp_avg"]) for p in (stays, comes)] == [True, False]
+    assert made.state[comes]["exp_avg"].abs().sum() > 0
 
 
 def test_predictions_leave_parameters_on_the_host_that_do_not_fit() -> None:

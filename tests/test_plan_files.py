@@ -131,6 +131,14 @@ def test_a_plan_for_less_memory_is_used_and_said(tmp_path: Any, caplog: pytest.L
     assert "Delete the file to have it planned anew" in caplog.text
 
 
+def test_a_plan_that_does_not_go_with_what_is_settled_is_not_used(tmp_path: Any) -> None:
+    file, wanted = PlanFile(str(tmp_path / "plan.json")), MadeFor(**RUN, **described(_joint("x")))
+    file.add(wanted, told(160, [50], [50]).plan()[1])
+    assert file.find(wanted, 160, goes_with=lambda _: False) is None
+    with pytest.raises(PlanError, match=r"does not go with the one for earlier inputs: .* Give dspass\.memory_budget"):
+        file.find(wanted, None, goes_with=lambda _: False)
+
+
 def test_a_plan_counts_what_lies_beside_it_today(tmp_path: Any) -> None:
     """One that was made beside states of 8 bits may not fit beside those of 32."""
     file, wanted = PlanFile(str(tmp_path / "plan.json")), MadeFor(**RUN, **described(_joint("x")))
