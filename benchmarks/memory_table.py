@@ -134,6 +134,11 @@ def _checks(points: Sequence[Point], unplanned: Point | None, smallest: int, los
     lines += [*_predictions(planned), *_sweep(planned)]
     between = [p for p in planned if smallest < (p.budget or 0) < PLENTY]
     plans = len({p.decision for p in between})
+    if len(planned) + lost < BETWEEN + 2:
+        return [
+            *lines,
+            f"- no sweep: {len(planned) + lost} budgets, where {BETWEEN} strictly between need {BETWEEN + 2}",
+        ]
     lines += [
         f"- {said(len(between) >= BETWEEN)}: at least {BETWEEN} budgets strictly between the smallest and save-everything: "
         f"{len(between)}",

@@ -127,12 +127,18 @@ def test_a_sweep_that_misses() -> None:
     measured[-1].seconds = {0: [0.035]}  # 14 MB: predicted 26 ms
     measured[-2].predicted_seconds = 0.0285  # 13 MB: measured 27 ms
     measured[-2].decision = measured[-3].decision
-    text = table(measured)
+    text = table([*measured, *(Point("dspass", f"{i} MB", budget=i * 10**6, error="no luck") for i in range(20, 24))])
     assert "- missed: predicted step time within 15 % of the measured: 5 of 6, worst ratio 0.743 (dspass 14 MB)" in text
     assert "worst 1.018, from dspass 12 MB (28.00 ms) to dspass 13 MB (28.50 ms)" in text
     assert "as the budget grows: 15 pairs, worst 1.296, from dspass 13 MB (27.00 ms) to dspass 14 MB (35.00 ms)" in text
     assert "- missed: at least 8 budgets strictly between the smallest and save-everything: 4" in text
     assert "- missed: at least 6 distinct plans among these: 3" in text
+
+
+def test_few_budgets_are_no_sweep() -> None:
+    text = table(sweep(4))
+    assert "- no sweep: 5 budgets, where 8 strictly between need 10" in text
+    assert "distinct plans" not in text
 
 
 def test_one_factor_for_the_model_mends_predictions_that_are_off_alike() -> None:
