@@ -35,7 +35,7 @@ types: $(VENV)/.ready
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
 tests: $(VENV)/.ready
-	$(RUN) -m pytest -n 2 --dist loadfile
+	$(RUN) -m pytest -n 2 --dist loadfile --durations 20
 
 # Most of them are in one file, so single tests are handed out.
 matrix: $(VENV)/.ready
