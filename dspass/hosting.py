@@ -14,7 +14,7 @@ from dspass.config import Config
 from dspass.optimizers import Optimizers
 from dspass.runtime.engine import Engine
 from dspass.runtime.host import is_on_host, release_unused
-from dspass.runtime.host_states import LEAST_BYTES, copied_to, local_bytes, local_of
+from dspass.runtime.host_states import LEAST_BYTES, local_bytes, local_of
 from dspass.runtime.params import ParamSpec
 
 #: Of several graphs one with this share of the parameters is taken for the whole model.
@@ -99,7 +99,8 @@ def bring_in(engine: Engine) -> None:
     for param in came:
         for tensor in (param, param.grad):
             if isinstance(tensor, DTensor):
-                tensor._local_tensor = copied_to(tensor._local_tensor, tensor.device_mesh.device_type)
+                # A copy in any case: where a CPU's memory stands for the host's, both are of one device.
+                tensor._local_tensor = tensor._local_tensor.to(tensor.device_mesh.device_type, copy=True)
     if came:
         engine.host_states.come_back(Optimizers(engine).alive, came)
         release_unused()

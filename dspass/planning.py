@@ -159,7 +159,7 @@ class Planning:
 
     @property
     def _on_host(self) -> tuple[str, ...]:
-        """The parameters that wait on the host, if it is for a plan to say; where it is not all wait that were sent there."""
+        """The parameters that wait on the host by a plan. Where none may say so (graph breaks, pipelines) these are none."""
         decided = {*self.engine.placed, *self.engine.placing, *(spec.name for spec in self._movable)}
         return tuple(spec.name for spec in self._parameters if spec.on_host and spec.name in decided)
 

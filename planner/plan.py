@@ -71,10 +71,10 @@ class Planner:
     makes predictions better. Forward and backward have so many ``runs`` in a step, which share what is copied once in it. What
     was decided for inputs of other shapes is taken where the fastest candidate does not fit and it does. ``share`` of what the
     budget leaves beside what is always there may be held from the forward to the backward, where other graphs run in between;
-    where no candidate holds so little, that does not count. With ``fewest`` it is the smallest
-    candidate that is taken, not the fastest. ``collectives`` answers those of both halves behind the passes; where they are
-    ``agreed``, only candidates that have these count, what was decided before is tried first, and a refusal is this rank's
-    alone. ``where`` and ``ways_out`` are a refusal's words."""
+    where no candidate holds so little, that does not count. With ``fewest`` it is the smallest candidate that is taken, not the
+    fastest. ``collectives`` answers those of both halves behind the passes; where they are ``agreed``, only candidates that
+    have these count, what was decided before is tried first, and a refusal is this rank's alone. ``where`` and ``ways_out`` are
+    a refusal's words."""
 
     budget: int
     find: Callable[[fx.Graph, Sequence[fx.Node], frozenset[fx.Node], compat.Unplanned], Choices]

@@ -86,37 +86,19 @@ def _tensors(choices: Choices, k: int, choice: Choice, ways: Mapping[int, int]) 
 
 def _states_of(setting: Setting) -> tuple[Tensors, ...]:
     """Optimiser states that wait on the host, as a class of tensors."""
-    if not setting.states:
-        return ()
-    return (
-        Tensors(
-            name="optimizer-states",
-            count=len(setting.states),
-            kept=0,
-            dropped=0,
-            again_seconds=None,
-            held=setting.states_bytes,
-            held_by="host_states",
-        ),
-    )
+    return _hosted("optimizer-states", len(setting.states), setting.states_bytes, "host_states")
 
 
 def parameters_of(hosted: Sequence[ParamSpec]) -> tuple[Tensors, ...]:
     """Parameters that wait on the host, as a class of tensors."""
     sizes = [local_bytes(p) for spec in hosted if (p := spec.param()) is not None]
-    if not sizes:
-        return ()
-    return (
-        Tensors(
-            name="parameters",
-            count=len(sizes),
-            kept=0,
-            dropped=0,
-            again_seconds=None,
-            held=sum(sizes),
-            held_by="offload_parameters",
-        ),
-    )
+    return _hosted("parameters", len(sizes), sum(sizes), "offload_parameters")
+
+
+def _hosted(name: str, count: int, size: int, by: str) -> tuple[Tensors, ...]:
+    """The class, where there is any of it."""
+    one = Tensors(name=name, count=count, kept=0, dropped=0, again_seconds=None, held=size, held_by=by)
+    return (one,) if count else ()
 
 
 def _label(node: fx.Node) -> str:

@@ -39,11 +39,6 @@ def local_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
-def copied_to(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """A copy of a tensor in a device's own memory, also where a CPU's stands for the host's."""
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device).copy_(tensor)
-
-
 def local_bytes(tensor: torch.Tensor) -> int:
     """Bytes of what this rank holds of a tensor."""
     return local_of(tensor).nbytes
@@ -109,7 +104,7 @@ class HostStates:
                 for optimizer in alive:
                     value = optimizer.state.get(param, {}).get(key)
                     if isinstance(value, torch.Tensor) and local_of(value) is home:
-                        _put(optimizer.state[param], key, copied_to(home, local_of(param).device))
+                        _put(optimizer.state[param], key, home.to(local_of(param).device, copy=True))
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
@@ -283,4 +278,4 @@ def _put(state: dict[Any, Any], key: Any, local: torch.Tensor) -> None:
         state[key] = local
 
 
-__all__ = ["LEAST_BYTES", "HostStates", "copied_to", "local_bytes", "local_of", "parts_of"]
+__all__ = ["LEAST_BYTES", "HostStates", "local_bytes", "local_of", "parts_of"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -71,15 +72,15 @@ def _quick() -> Any:
         yield
 
 
-def _uneven(stage: int) -> float:
-    """The largest difference to the mean of the ranks' gradients: in a first batch of two sizes, in a shape that is new to one
-    rank, or to the other, or to both."""
-    model, reference = _layers(), _layers()
+def _largest_difference(
+    model: torch.nn.Module, reference: torch.nn.Module, stage: int, batches_rows: Sequence[tuple[int, int]], *row: int
+) -> float:
+    """To the mean of two ranks' gradients, over batches of so many rows of shape ``row`` on each."""
     compiled, worst = _compiled(model, stage, 10**9), 0.0
     with _quick():
-        for rows in [(4, 6), (4, 6), (4, 9), (5, 9), (7, 8), (4, 4)]:
+        for rows in batches_rows:
             torch.manual_seed(sum(rows))
-            batches = [torch.randn(count, 64) for count in rows]
+            batches = [torch.randn(count, *row) for count in rows]
             compiled(batches[dist.get_rank()]).square().mean().backward()
             sum(reference(b).square().mean() for b in batches).div(2).backward()  # type: ignore[union-attr]
             for mine, other in zip(model.parameters(), reference.parameters(), strict=True):
@@ -87,6 +88,12 @@ def _uneven(stage: int) -> float:
             model.zero_grad()
             reference.zero_grad()
     return worst
+
+
+def _uneven(stage: int) -> float:
+    """The largest difference to the mean of the ranks' gradients: in a first batch of two sizes, in a shape that is new to one
+    rank, or to the other, or to both."""
+    return _largest_difference(_layers(), _layers(), stage, [(4, 6), (4, 6), (4, 9), (5, 9), (7, 8), (4, 4)], 64)
 
 
 @pytest.mark.parametrize("stage", [0, 3])
@@ -146,18 +153,8 @@ class _OneByOne(torch.nn.Module):
 
 def _one_by_one(stage: int) -> tuple[int, float]:
     """How many graphs were planned, and the largest difference to the mean of the ranks' gradients."""
-    model, reference = _OneByOne(), _OneByOne()
-    compiled, worst = _compiled(model, stage, 10**9), 0.0
-    with _quick():
-        for rows in [(4, 4), (4, 4), (4, 6)]:
-            torch.manual_seed(sum(rows))
-            batches = [torch.randn(count, 3, 12) for count in rows]
-            compiled(batches[dist.get_rank()]).square().mean().backward()
-            sum(reference(b).square().mean() for b in batches).div(2).backward()  # type: ignore[union-attr]
-            for mine, other in zip(model.parameters(), reference.parameters(), strict=True):
-                worst = max(worst, (whole(mine.grad) - other.grad).abs().max().item())
-            model.zero_grad()
-            reference.zero_grad()
+    model = _OneByOne()
+    worst = _largest_difference(model, _OneByOne(), stage, [(4, 4), (4, 4), (4, 6)], 3, 12)
     return len([c for c in engine_of(model).compilations if c.plan is not None]), worst
 
 

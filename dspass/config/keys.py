@@ -252,7 +252,7 @@ KEYS: tuple[Key, ...] = (
     _section("zero_optimization.offload_param"),
     _act("zero_optimization.offload_param.device", "offload_param", "text", None, "",
          '`"cpu"`: shards wait on the host, with their gradients and optimiser states, are copied to the device where they are '
-         "gathered, and are stepped on the host; under `dspass.memory_budget` only those without which no faster step fits. "
+         "gathered, and are stepped on the host; under `dspass.memory_budget` only as many as it asks for. "
          "Stage 3, ranks on CPUs: it has not run on a GPU and is refused there.",
          choices=("none", "cpu")),
     _act("zero_optimization.zero_hpz_partition_size", "zero_hpz_partition_size", "integer", 1, "ranks",
