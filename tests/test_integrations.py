@@ -400,7 +400,8 @@ RECIPES = re.findall(
 @without_inductor
 def paste(name: str, text: str, folder: str, *arguments: str) -> None:
     forget()
-    with contextlib.chdir(folder), mock.patch.object(sys, "argv", [name, *arguments]):
+    has_group = mock.patch.object(torch.distributed, "init_process_group")
+    with contextlib.chdir(folder), has_group, mock.patch.object(sys, "argv", [name, *arguments]):
         exec(compile(text, name, "exec"), {"__name__": "__main__"})
 
 
@@ -412,5 +413,11 @@ def test_recipes_run(name: str, text: str, tmp_path: Path) -> None:
     assert "model.embed_tokens.weight" in load_file(tmp_path / "out" / "final" / "model.safetensors")
 
 
-def test_both_recipes_are_on_the_page() -> None:
-    assert [name for name, _ in RECIPES] == ["train.py", "loop.py"]
+def test_the_plain_loop_resumes_on_fewer_ranks(tmp_path: Path) -> None:
+    name, text = RECIPES[0]
+    run(2, paste, name, text, str(tmp_path))
+    run(1, paste, name, text, str(tmp_path), "out/state")
+
+
+def test_the_recipes_are_on_the_page() -> None:
+    assert [name for name, _ in RECIPES] == ["plain.py", "train.py", "loop.py"]

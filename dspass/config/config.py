@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -324,15 +323,10 @@ class Config:
             return {group.name: group.to_json(key.section == WEIGHTS) for group in value}
         return [entry.to_json() for entry in value] if key.kind == "passes" and value is not None else value
 
-    def digest(self) -> str:
-        """SHA-256, in hexadecimal, of what must be equal on all ranks."""
-        text = json.dumps(dict(sorted(_flat(self.to_dict()))), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()
-
     def differences(self, other: Mapping[str, Any]) -> list[str]:
         """What differs from another rank's ``to_dict()``, one line a key.
 
-        Such as ``zero_optimization.stage: 3 here, 2 there``. Empty exactly when the digests are equal.
+        Such as ``zero_optimization.stage: 3 here, 2 there``. Keys that may differ from rank to rank are left out.
         """
         here, there = dict(_flat(self.to_dict())), dict(_flat(other))
         return [

@@ -121,6 +121,7 @@ def _inner(section: str, kind: Kind, **defaults: object) -> tuple[Key, ...]:
     return tuple(Key(path=f"{section}.{name}", kind=kind, default=default) for name, default in defaults.items())
 
 
+_OWN_BUCKETS = "Absent: as `dspass.bucket_bytes`, and under a memory budget what is faster of that which fits."
 _OWN_OPTIMIZER = "the optimiser is built by the training script"
 _OWN_SCALER = "scaling the loss is left to the training script's GradScaler"
 _OWN_LOOP = "the training loop belongs to the script; what it prints or logs is decided there"
@@ -141,11 +142,11 @@ _FIT = "Remove it, or set it to {off}."
 
 # Name, kind and default of keys that share one reason with their neighbours.
 _OFFLOAD_PARAM: tuple[tuple[str, Kind, object], ...] = (
-    ("nvme_path", "text", None), ("pin_memory", "flag", True), ("buffer_count", "count", 5),
-    ("buffer_size", "count", 100_000_000), ("max_in_cpu", "count", 1_000_000_000),
+    ("pin_memory", "flag", True), ("buffer_count", "count", 5), ("buffer_size", "count", 100_000_000),
+    ("max_in_cpu", "count", 1_000_000_000),
 )  # fmt: skip
 _OFFLOAD_OPTIMIZER: tuple[tuple[str, Kind, object], ...] = (
-    ("nvme_path", "text", None), ("pin_memory", "flag", True), ("buffer_count", "count", 4),
+    ("pin_memory", "flag", True), ("buffer_count", "count", 4),
     ("pipeline_read", "flag", False), ("pipeline_write", "flag", False), ("fast_init", "flag", False),
     ("super_offload", "flag", False), ("convert_grad_on_cpu", "flag", True),
     ("cpuadam_cores_perc", "number", 0.8),
@@ -220,21 +221,20 @@ KEYS: tuple[Key, ...] = (
          "use and dropped after. Without any configuration (or null): 3 in a process group, 0 without one.",
          low=0, high=3),
     _act("zero_optimization.reduce_bucket_size", "reduce_bucket_size", "count", None, "elements",
-         "Most elements in one reduction of gradients. Absent: the planner's choice.", low=1),
+         f"Most elements in one reduction of gradients. {_OWN_BUCKETS}", low=1),
     _act("zero_optimization.allgather_bucket_size", "allgather_bucket_size", "count", None, "elements",
-         "Most elements in one all-gather of parameters. Absent: the planner's choice.", low=1,
-         stages=(1, 2, 3)),
+         f"Most elements in one all-gather of parameters. {_OWN_BUCKETS}", low=1, stages=(1, 2)),
     _act("zero_optimization.overlap_comm", "overlap_comm", "flag", None, "",
          "false: every collective is waited for where it starts. Absent or true: it overlaps with compute."),
     _act("zero_optimization.stage3_prefetch_bucket_size", "stage3_prefetch_bucket_size", "count", None,
-         "elements", "Most elements being gathered ahead of their use. Absent: the planner's choice.", low=0,
+         "elements", f"Most elements in one all-gather of parameters. {_OWN_BUCKETS}", low=0,
          also="prefetch_bucket_size", stages=(3,)),
     _act("zero_optimization.stage3_param_persistence_threshold", "stage3_param_persistence_threshold",
          "count", None, "elements",
-         "Parameters with fewer elements stay whole on every rank (`Replicate`). Absent: the planner's "
-         "choice.", low=0, also="param_persistence_threshold", stages=(3,)),
+         "Parameters with fewer elements stay whole on every rank (`Replicate`). Absent: 10,000.", low=0,
+         also="param_persistence_threshold", stages=(3,)),
     _act("zero_optimization.stage3_max_live_parameters", "stage3_max_live_parameters", "count", None,
-         "elements", "Most gathered elements held at one time. Absent: the planner's choice.", low=1,
+         "elements", "Most gathered elements held at one time. Absent: no limit.", low=1,
          also="max_live_parameters", stages=(3,)),
     _act("zero_optimization.mics_shard_size", "mics_shard_size", "integer", None, "ranks",
          "Hybrid sharding: shard inside groups of this many ranks, replicate across the groups. Absent or "
@@ -246,14 +246,14 @@ KEYS: tuple[Key, ...] = (
     _act("zero_optimization.offload_optimizer.device", "offload_optimizer", "text", None, "",
          '`"cpu"`: the optimiser\'s states wait on the host between steps, and come to the device part by part while it steps; '
          "under a memory budget only as many as it asks for. `\"none\"`: never. Absent: under a budget, on a device that has "
-         "memory of its own.", choices=("none", "cpu")),
+         "memory of its own. `\"nvme\"` is refused.", choices=("none", "cpu")),
     _act("zero_optimization.offload_optimizer.ratio", "offload_optimizer_ratio", "number", 1.0, "share",
          "Most of the parameters, by bytes, whose states may wait on the host.", low=0, high=1),
     _section("zero_optimization.offload_param"),
     _act("zero_optimization.offload_param.device", "offload_param", "text", None, "",
          '`"cpu"`: shards wait on the host, with their gradients and optimiser states, are copied to the device where they are '
          "gathered, and are stepped on the host; under `dspass.memory_budget` only as many as it asks for. "
-         "Stage 3, ranks on CPUs: it has not run on a GPU and is refused there.",
+         "Stage 3, ranks on CPUs: it has not run on a GPU and is refused there, as `\"nvme\"` is everywhere.",
          choices=("none", "cpu")),
     _act("zero_optimization.zero_hpz_partition_size", "zero_hpz_partition_size", "integer", 1, "ranks",
          "Ranks of a node, consecutive ones, that divide what the forward gathered a second time, and gather it from each "
@@ -284,19 +284,21 @@ KEYS: tuple[Key, ...] = (
          "Upper limit of one bucket of any collective. KB, MB, GB are powers of 1000; KiB, MiB, GiB of 1024. "
          "Absent: as many whole blocks as an eighth of the model, one at least, of 12 to 512 MB.", low=1),
     _act("dspass.memory_budget", "memory_budget", "budget", None, "bytes",
-         "Most bytes of tensors that one rank holds at any time of a training step: what is saved for the backward, what is "
-         "computed again and which gathered copies are kept is planned for it, and a budget that cannot be met is refused with "
-         "the smallest that can. A share is of the device's memory (on a CPU the machine's, divided by its ranks: as many as "
-         "`$LOCAL_WORLD_SIZE` says, else all, also those of a prediction), and `\"auto\"` is 90 % of it. Absent: Inductor's "
-         "own choice.", low=1, off=("auto",)),
+         "Such as 60000000000, `\"60GB\"`, `\"75%\"` or `\"auto\"`: most bytes of tensors that one rank holds at any time of a "
+         "training step. What is saved for the backward, what is computed again and which gathered copies are kept is planned "
+         "for it, and a budget that cannot be met, or is larger than a GPU, is refused, with the smallest that can. A "
+         "share is of the device's memory (on a CPU the machine's, divided by its ranks: as many as `$LOCAL_WORLD_SIZE` says, "
+         "else all, also those of a prediction), and `\"auto\"` is 90 % of it. Absent: Inductor's own choice.", low=1, off=("auto",)),
     _act("dspass.plan", "plan", "text", None, "path",
          "A .json file of plans: where it holds one for this model, its wishes, ranks and shapes it is used, where it does not "
-         "one for the memory budget is added, and a plan of the same model for other ranks, devices, passes or another torch "
+         "one for the memory budget is added, and a plan of the same model for other ranks, another stage or device, other "
+         "offload keys or passes, or another torch "
          "is refused with what differs. One for another budget is used where it fits, with a warning where a larger budget may "
-         "buy a faster one. Each stage of a pipeline has a file of its own, `plan.stage0.json` and so on.", local=True),
+         "buy a faster one. Each stage of a pipeline has a file of its own, `plan.stage0.json` and so on. May differ from rank "
+         "to rank.", local=True),
     _act("dspass.fallback_random", "fallback_random", "flag", False, "",
-         "Draw random numbers as eager torch does, so that dropout equals an uncompiled run's (slower), but for that of a "
-         "pipeline, whose ranks draw numbers of their own."),
+         "Draw random numbers as eager torch does, so that dropout equals an uncompiled run's (slower). Not in a pipeline, "
+         "whose ranks draw numbers of their own."),
     _act("dspass.segment_cache", "segment_cache", "flag", True, "",
          "Compile segments of the graph that are equal, such as repeated blocks, once."),
     _act("dspass.report", "report", "text", None, "path",
@@ -429,7 +431,7 @@ KEYS: tuple[Key, ...] = (
     _section("scheduler", ignored="the learning-rate scheduler is built and stepped by the training script"),
     *_inner("scheduler", "text", type=None), *_inner("scheduler", "object", params=None),
     _skip("zero_allow_untested_optimizer", "flag", False,
-          "any torch.optim optimiser works on sharded parameters"),
+          "torch.optim's optimisers work on sharded parameters; LBFGS, Rprop, Adafactor and fused SGD say that they do not"),
     _skip("zero_force_ds_cpu_optimizer", "flag", True, _OWN_OPTIMIZER),
     # --- communication
     _deny("communication_data_type", "text", None, "gradients reduced in another type than fp32",
@@ -532,6 +534,8 @@ KEYS: tuple[Key, ...] = (
           "a parameter is gathered inside its own group only, which takes one hop"),
     _deny("zero_optimization.ignore_unused_parameters", "flag", True, "stopping when a parameter is unused",
           "Set it to true; a parameter outside the graph gets no gradient."),
+    *(_skip(f"zero_optimization.{section}.nvme_path", "text", None, _NO_DISK)
+      for section in ("offload_param", "offload_optimizer")),
     *(_skip(f"zero_optimization.offload_param.{name}", kind, default, _OWN_BUFFERS)
       for name, kind, default in _OFFLOAD_PARAM),
     *(_skip(f"zero_optimization.offload_optimizer.{name}", kind, default, _OWN_BUFFERS)
@@ -608,7 +612,8 @@ KEYS: tuple[Key, ...] = (
          "Consecutive ranks that the experts of a layer are divided over, a divisor of all ranks and of the experts; what "
          "remains of the ranks divides each expert further, as the stage says, or holds it again. Absent: the largest number "
          "that divides both.", low=1),
-    *(_skip(f"expert_parallel.{name}", kind, default, _OWN_ROUTING) for name, kind, default in _EXPERT_PARALLEL),
+    *(_skip(f"expert_parallel.{name}", kind, default, _OWN_ROUTING, off=("auto",) if default == "auto" else ())
+      for name, kind, default in _EXPERT_PARALLEL),
     _deny("expert_parallel.expert_tensor_parallel_size", "integer", 1, "tensor parallelism of experts", _FIT),
     _deny("expert_parallel.load_balance_coeff", "number", None, "a bias that balances the load of experts",
           "Remove it; the model's own auxiliary loss or bias works as it does without it."),

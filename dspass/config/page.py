@@ -30,6 +30,8 @@ def markdown_table(which: Literal["acts", "ignored", "refused"]) -> str:
     for key in KEYS:
         if _fate(key) == which:
             kind = "section" if key.kind in ("section", "object", "groups") else key.kind
+            if key.choices:
+                kind = " or ".join(f"`{json.dumps(choice)}`" for choice in key.choices)
             default = "absent" if key.default is None else f"`{json.dumps(key.default)}`"
             cells = [f"`{key.path}`", kind + range_text(key), key.unit or "-", default, _effect(key)]
             rows.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
@@ -45,6 +47,11 @@ def _fate(key: Key) -> str:
     return _fate(parent) if parent is not None else "section"
 
 
+def _exceptions() -> str:
+    *first, last = [f"`{key.path}`" for key in KEYS if key.field and "auto" in key.off]
+    return f'It may be written for {", ".join(first)} and {last}, and where DeepSpeed\'s default is `"auto"`.'
+
+
 def page() -> str:
     """The text of ``docs/config.md``."""
     return f"""# Configuration
@@ -58,9 +65,9 @@ one. Options without `zero_optimization.stage`, even `{{}}`, mean stage 0, as in
 - Types are strict: `true` is not 1, `"3"` is not 3. A *count* may be written as `5e8`, an *integer* may not.
 - `null` means the same as absent where the default is absent, and for sections.
 - `"auto"` is refused wherever it is written, because nothing fills it in: write the value or remove the key.
-  The only exceptions are keys whose default below is `"auto"`.
+  {_exceptions()}
 - Keys that are ignored are listed in the report with the reason given here.
-- A written size is an upper limit, in DeepSpeed's unit. An absent one is the planner's choice.
+- A written size is an upper limit, in DeepSpeed's unit.
 - All ranks must have the same configuration, except where a key says otherwise.
 - `bfloat16` is another spelling of `bf16`; the `stage3_` keys that DeepSpeed takes without `stage3_` are
   taken so here.
