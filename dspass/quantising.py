@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.fx as fx
-from torch._subclasses import FakeTensor
 
 from dspass.config import Config
 from dspass.passes.kernels import is_view, size_of
@@ -29,6 +28,7 @@ from dspass.passes.quantise_gathers import QuantiseGathers
 from dspass.passes.quantise_saved import QUANTISE as QUANTISE_SAVED
 from dspass.pipeline import build
 from dspass.report import Direction, QuantisedTensor
+from dspass.runtime import compat
 from dspass.runtime.engine import Engine
 from dspass.runtime.formats import format_of
 from dspass.runtime.params import ParamSpec
@@ -65,7 +65,7 @@ def measure_errors(engine: Engine, specs: Iterable[ParamSpec], config: Config) -
 def _local(spec: ParamSpec) -> torch.Tensor | None:
     param = spec.param()
     local = param.to_local() if param is not None else None
-    return None if local is None or isinstance(local, FakeTensor) or local.is_meta else local
+    return None if local is None or compat.is_fake(local) or local.is_meta else local
 
 
 @torch.no_grad()

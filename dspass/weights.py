@@ -23,7 +23,6 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
-from torch._subclasses import FakeTensor
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
@@ -221,7 +220,7 @@ def _store(
         dtype=dtype,
         transposed=transposed,
         relative_error=None
-        if weight.is_meta or isinstance(weight, FakeTensor)
+        if weight.is_meta or compat.is_fake(weight)
         else _error(rows, codes, scales, settings.format),
     )
     limit = settings.max_relative_error

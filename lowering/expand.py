@@ -6,14 +6,12 @@ Inductor sees plain ones. Where a kernel is registered for the device the operat
 
 from __future__ import annotations
 
-import contextlib
 import operator
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.fx as fx
-from torch._guards import detect_fake_mode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from dspass.runtime import compat
@@ -56,8 +54,7 @@ def _write_out(graph: fx.Graph, node: fx.Node, reference: Any, patches: Mapping[
         return reference(*args, **kwargs)
 
     values = [n.meta["val"] for n in inputs]
-    mode = detect_fake_mode(values)
-    with mode if mode is not None else contextlib.nullcontext():  # also constants are made in it
+    with compat.mode_of(values):  # also constants are made in it
         traced = make_fx(call, decomposition_table=compat.inductor_decompositions(patches))(*values)
     with graph.inserting_before(node):
         copies: dict[fx.Node, fx.Node] = dict(zip(traced.graph.find_nodes(op="placeholder"), inputs, strict=True))

@@ -81,13 +81,7 @@ _MARKERS = (torch.ops.dspass.unshard, torch.ops.dspass.unshard_experts)
 _CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 
 #: Calls that change what the nodes behind them do. They answer no tensor.
-CONTEXTS = frozenset(
-    (
-        torch._C._set_grad_enabled,
-        torch.amp.autocast_mode._enter_autocast,
-        torch.amp.autocast_mode._exit_autocast,
-    )
-)
+CONTEXTS = frozenset((compat.SETS_GRADIENTS, compat.ENTERS_AUTOCAST, compat.EXITS_AUTOCAST))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,7 +224,7 @@ class _Recorder(TorchDispatchMode):
                 if self.trains and (spec.trains if spec is not None else node.meta["example_value"].requires_grad):
                     self.with_gradient.add(id(example))
             return example
-        if node.target is torch._C._set_grad_enabled:
+        if node.target is compat.SETS_GRADIENTS:
             self.records_gradients = bool(node.args[0])
             return None
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), self.values.__getitem__)

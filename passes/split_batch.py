@@ -227,9 +227,9 @@ def _argument(node: fx.Node, place: int, name: str) -> Any:
 
 
 def _is_changed(node: fx.Node) -> bool:
-    if node.target is torch._C._set_grad_enabled:
+    if node.target is compat.SETS_GRADIENTS:
         return node.args[0] is not True
-    return node.target is torch.amp.autocast_mode._enter_autocast
+    return node.target is compat.ENTERS_AUTOCAST
 
 
 def _storages(node: Any) -> list[int]:

@@ -16,7 +16,8 @@ import weakref
 from collections.abc import Sequence
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
+
+from dspass.runtime import compat
 
 _streams: dict[torch.device, torch.cuda.Stream] = {}
 _mapped: dict[int, list[mmap.mmap]] = {}  # by size, not in use
@@ -25,7 +26,7 @@ _addresses: set[int] = set()  # of mapped memory that is in use
 
 def empty_on_host(like: torch.Tensor) -> torch.Tensor:
     """Host memory of the shape, strides and type of ``like``."""
-    if isinstance(like, FakeTensor):
+    if compat.is_fake(like):
         return like.new_empty_strided(like.shape, like.stride(), device="cpu")
     if like.is_cuda:
         return like.new_empty_strided(like.shape, like.stride(), device="cpu", pin_memory=True)
@@ -64,7 +65,7 @@ def release_unused() -> None:
 
 def is_on_host(tensor: torch.Tensor) -> bool:
     """Whether a tensor lies where a memory budget does not count: memory of :func:`empty_on_host`."""
-    if isinstance(tensor, FakeTensor) or tensor.is_cuda:
+    if compat.is_fake(tensor) or tensor.is_cuda:
         return False
     return tensor.is_pinned() if torch.cuda.is_available() else tensor.untyped_storage().data_ptr() in _addresses
 
@@ -81,7 +82,7 @@ class Copy:
     def __init__(self, sources: Sequence[torch.Tensor], results: Sequence[torch.Tensor]) -> None:
         self._sources, self._results = list(sources), list(results)
         self._done: torch.cuda.Event | None = None
-        device = next((t.device for t in (*sources, *results) if t.is_cuda and not isinstance(t, FakeTensor)), None)
+        device = next((t.device for t in (*sources, *results) if t.is_cuda and not compat.is_fake(t)), None)
         if device is None:
             for source, result in zip(sources, results, strict=True):
                 result.copy_(source)

@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from dspass.runtime import compat
+from dspass.runtime.compat import local_of, set_local
 from dspass.runtime.host import Copy, empty_on_host, is_on_host
 
 #: States are on the device in so many parts, but no more than so many bytes at a time: a copy's latency does not matter then.
@@ -32,11 +33,6 @@ PARTS, PART_BYTES = 8, 64_000_000
 
 #: Parameters of fewer bytes keep their states on the device: a copy would cost more to begin than to make.
 LEAST_BYTES = 65_536
-
-
-def local_of(tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of a tensor."""
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 def local_bytes(tensor: torch.Tensor) -> int:
@@ -273,7 +269,7 @@ def _put(state: dict[Any, Any], key: Any, local: torch.Tensor) -> None:
     """``local`` in the place of what this rank holds of a state."""
     value = state[key]
     if isinstance(value, DTensor):
-        value._local_tensor = local
+        set_local(value, local)
     else:
         state[key] = local
 

@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -164,7 +163,5 @@ class _Watch(TorchDispatchMode):
 def _tensors(values: Any) -> Iterable[torch.Tensor]:
     """Those that have memory: on the meta device stand what other pipeline stages hold."""
     for leaf in tree_leaves(values):
-        if isinstance(leaf, DTensor):
-            leaf = leaf._local_tensor
-        if isinstance(leaf, torch.Tensor) and leaf.device.type != "meta":
-            yield leaf
+        if isinstance(leaf, torch.Tensor) and (local := compat.local_of(leaf)).device.type != "meta":
+            yield local

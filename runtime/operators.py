@@ -24,6 +24,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from dspass.runtime import compat
+
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _library = torch.library.Library("dspass", "FRAGMENT")
@@ -44,8 +46,7 @@ class Operator:
 
     def server(self, device: str) -> str:
         """Who answers a call with tensors on ``device``: "kernel" or "torch reference"."""
-        has = torch._C._dispatch_has_kernel_for_dispatch_key(f"dspass::{self.name}", device.upper())
-        return "kernel" if has else "torch reference"
+        return "kernel" if compat.has_kernel(f"dspass::{self.name}", device.upper()) else "torch reference"
 
 
 #: All of them, by name.
@@ -75,10 +76,10 @@ def _tell_autograd_what_changes(name: str) -> None:
     arguments = overload._schema.arguments
     written = [i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
 
-    def count(keyset: torch._C.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
+    def count(keyset: Any, *args: Any, **kwargs: Any) -> Any:
         for i in written:
             torch.autograd.graph.increment_version(args[i] if i < len(args) else kwargs[arguments[i].name])
-        return overload.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args, **kwargs)
+        return overload.redispatch(compat.behind_versions(keyset), *args, **kwargs)
 
     _library.impl(name, count, "ADInplaceOrView", with_keyset=True)
 

@@ -72,15 +72,26 @@ def test_every_module_has_one_name() -> None:
 
 
 def test_private_torch_stands_behind_one_door() -> None:
-    """Passes, lowering and planner reach torch's private modules through ``dspass.runtime.compat`` only."""
-    private = re.compile(r"torch\.(_inductor|_functorch|_dynamo|_logging|_subclasses)\b")
-    wrong = [
-        f"{path.relative_to(ROOT)}:{line} imports {name}"
-        for path in sources("passes", "lowering", "planner")
-        for line, name in imports(path)
-        if private.match(name)
-    ]
+    """torch's private names are reached through ``dspass.runtime.compat`` only; what its documentation names is public."""
+    public = r"ops\.|utils\._pytree|utils\._python_dispatch|Tensor\._make_wrapper_subclass|_dynamo(?!\._)|_ops|_check|_foreach"
+    private = re.compile(rf"torch\.(?!{public})(\w+\.)*_(?!_)")
+    of_tensors = {"_local_tensor", "_cdata"}
+    wrong = []
+    for path in sources("dspass", "passes", "lowering", "planner", "runtime"):
+        if path.parent.name == "compat":
+            continue
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        used = [(n.lineno, ast.unparse(n)) for n in nodes if isinstance(n, ast.Attribute)]
+        wrong += [
+            f"{path.relative_to(ROOT)}:{at} {name}" for at, name in (*used, *imports(path)) if private.match(name)
+        ]
+        attributes = [n for n in nodes if isinstance(n, ast.Attribute) and n.attr in of_tensors]
+        wrong += [f"{path.relative_to(ROOT)}:{n.lineno} {n.attr}" for n in attributes]
     assert not wrong, "\n".join(wrong)
+    assert private.match("torch._C._set_grad_enabled")
+    assert private.match("torch.distributed.tensor._ops")
+    assert private.match("torch._dynamo._x")
+    assert not private.match("torch._dynamo.disable")
 
 
 def rows() -> dict[str, list[str]]:

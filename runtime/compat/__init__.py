@@ -1,4 +1,6 @@
-"""Every private name of torch that dspass uses, behind one door.
+"""Every private name of torch that dspass uses, behind one door. Not counted is what torch's own documentation has people use:
+``torch._check``, ``torch._foreach_*``, ``torch._ops.OpOverload``, ``torch.utils._pytree`` and ``_python_dispatch``, wrapper
+subclasses, and ``torch._dynamo``'s ``disable`` and registry. ``tests/test_layers.py`` reads the source for others.
 
 Tried with torch 2.11 to 2.13 (2.13 by the whole test suite on the CPU). Another version is refused by
 :func:`check_torch` with an error that says so, rather than failing later inside a graph.
@@ -13,6 +15,7 @@ it puts into the one that calls. What is where:
 ``inductor.py``    Inductor: settings, its passes over a joint graph, its compiler for parts of a graph
 ``graphs.py``      graphs of torch.fx: made, traced from functions, completed with values
 ``fake.py``        fake tensors and their modes
+``dispatch.py``    torch's dispatcher: who serves an operator
 ``sizes.py``       sizes that only a run tells, and what is expected of them
 ``calls.py``       what this thread is in the middle of: an autograd run, a compiled call, a checkpoint
 ``products.py``    matrix products: oneDNN's, grouped ones, those of int8
@@ -44,7 +47,15 @@ from dspass.runtime.compat.calls import (
     in_compiled_call,
     in_state_initialisation,
 )
-from dspass.runtime.compat.distributed import init_fake_group, pipeline_order, store, with_transfers
+from dspass.runtime.compat.dispatch import behind_versions, has_kernel
+from dspass.runtime.compat.distributed import (
+    init_fake_group,
+    local_of,
+    pipeline_order,
+    set_local,
+    store,
+    with_transfers,
+)
 from dspass.runtime.compat.dynamo import (
     allow_compilations,
     broken_graph,
@@ -60,7 +71,14 @@ from dspass.runtime.compat.dynamo import (
     refuse_uncompiled,
 )
 from dspass.runtime.compat.fake import apart, as_fake, fake_mode, is_fake, mode_of, storage_of, without_fake_mode
-from dspass.runtime.compat.graphs import fill_values, graph_module, traced
+from dspass.runtime.compat.graphs import (
+    ENTERS_AUTOCAST,
+    EXITS_AUTOCAST,
+    SETS_GRADIENTS,
+    fill_values,
+    graph_module,
+    traced,
+)
 from dspass.runtime.compat.inductor import (
     compile_for_rows,
     compile_segment,
@@ -103,6 +121,9 @@ from dspass.runtime.compat.sizes import (
 from dspass.runtime.compat.versions import SUPPORTED, UnsupportedTorchError, check_torch
 
 __all__ = [
+    "ENTERS_AUTOCAST",
+    "EXITS_AUTOCAST",
+    "SETS_GRADIENTS",
     "SUPPORTED",
     "Chooser",
     "FoundInf",
@@ -121,6 +142,7 @@ __all__ = [
     "at_end_of_backward",
     "backward_run",
     "bare_step",
+    "behind_versions",
     "broken_graph",
     "call_at",
     "call_of",
@@ -143,6 +165,7 @@ __all__ = [
     "grouped_product",
     "guard_identity",
     "has_int8_product",
+    "has_kernel",
     "has_onednn",
     "ignoring_logs",
     "in_compiled_call",
@@ -158,6 +181,7 @@ __all__ = [
     "is_unbacked",
     "joint_graph_passes",
     "keep_shapes_static",
+    "local_of",
     "min_cut_partition",
     "mode_of",
     "multiplies_by_onednn",
@@ -170,6 +194,7 @@ __all__ = [
     "reduce_overflow_of_mixed_placements",
     "refuse_uncompiled",
     "register_log",
+    "set_local",
     "sizes_of",
     "storage_of",
     "store",

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 
 def init_fake_group(size: int) -> None:
@@ -86,3 +87,13 @@ def with_transfers(
         [(a.computation_type.value, a.stage_index, a.microbatch_index) for a in done.get(rank, ())]
         for rank in range(len(order))
     ]
+
+
+def local_of(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor: not a copy, and no node of autograd's, as ``to_local`` makes one."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def set_local(tensor: DTensor, local: torch.Tensor) -> None:
+    """Have ``local`` as what this rank holds of a tensor."""
+    tensor._local_tensor = local

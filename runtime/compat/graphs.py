@@ -11,6 +11,10 @@ import torch.fx as fx
 
 from dspass.runtime.compat.fake import is_fake, without_fake_mode
 
+#: What stands in a captured graph for ``torch.set_grad_enabled``, and where autocast begins and ends.
+SETS_GRADIENTS = torch._C._set_grad_enabled
+ENTERS_AUTOCAST, EXITS_AUTOCAST = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
+
 
 def graph_module(root: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
     """A graph module whose Python code is made when it is first called: of most of ours only the graph is read."""
