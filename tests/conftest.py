@@ -1,5 +1,6 @@
 import gc
 import os
+import sys
 import tempfile
 
 import pytest
@@ -19,6 +20,17 @@ def _onednn_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     from dspass.runtime import compat, linear
 
     monkeypatch.setattr(linear, "pays", compat.has_onednn)
+
+
+@pytest.fixture(autouse=True)
+def _predicts_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prediction under a budget makes a second one without, for the report to show both, which takes as long. Those tests
+    that look at it are marked ``unplanned_too``."""
+    import dspass  # noqa: F401  (all of its modules)
+
+    if request.node.get_closest_marker("unplanned_too") is None:
+        for module in ("dspass.explain", "dspass.fit"):
+            monkeypatch.setattr(sys.modules[module], "with_unplanned", lambda report, asked: report)
 
 
 def pytest_collection_finish() -> None:
@@ -47,22 +59,40 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 #: The files that take longest, the longest first.
 LONGEST = [
     "test_pipeline",
+    "test_expert_parallel",
+    "test_pipeline_edges",
+    "test_kernel_libraries",
+    "test_batch_parts",
     "test_numbers",
     "test_planner",
-    "test_host_states",
-    "test_expert_parallel",
-    "test_quantised_training",
-    "test_benchmarks",
-    "test_batch_parts",
-    "test_offload_saved",
     "test_explain",
-    "test_pipeline_edges",
+    "test_host_states",
+    "test_offload_saved",
+    "test_quantised_training",
+    "test_planner_numbers",
+    "test_stopped",
+    "test_stages",
+    "test_architectures",
+    "test_pipeline_planner",
+    "test_wishes",
+    "test_cuda_src",
+    "test_few_rows",
+    "test_benchmarks",
+    "test_calibration",
+    "test_pipeline_sends",
+    "test_zero",
+    "test_passes",
+    "test_weights",
+    "test_report_pipeline",
+    "test_integrations",
+    "test_quantise",
     "test_expert_chunks",
 ]
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "whole_matrix: runs with --whole-matrix alone")
+    config.addinivalue_line("markers", "unplanned_too: its predictions under a budget make those without one, too")
     # pytest-xdist would hand out files with many tests first. Those that take minutes have few: one that begins last leaves
     # all other processes idle. Unordered, it takes them as they are collected.
     config.option.loadscopereorder = False

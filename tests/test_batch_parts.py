@@ -29,7 +29,7 @@ from dspass.passes.experts import find_experts
 from dspass.passes.split_batch import SplitBatch
 from dspass.report import Report
 from dspass.runtime import compat
-from tests.matrix import matrix
+from tests.matrix import WHOLE, matrix
 from tests.mixtures import VOCABULARY, WIDTH, Grouped, GShard
 from tests.ranks import RankError, run
 from tests.test_expert_parallel import AUXILIARY, ONE, deepseek, gpt_oss, mixtral, olmoe, qwen3, trained
@@ -91,8 +91,14 @@ def ids(rows: int, length: int) -> Batch:
     return {"input_ids": drawn, "labels": drawn}
 
 
-@pytest.mark.parametrize("build", [mixtral, qwen3, olmoe, deepseek, gpt_oss])
-@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize(
+    ("build", "parts"),
+    matrix(
+        [(mixtral, 4), *((build, 2) for build in (mixtral, qwen3, olmoe, deepseek, gpt_oss))],
+        [mixtral, qwen3, olmoe, deepseek, gpt_oss],
+        [2, 4],
+    ),
+)
 def test_each_mixture_is_what_it_is_of_the_whole_batch(build: Callable[..., nn.Module], parts: int) -> None:
     transformers.utils.logging.set_verbosity_error()
     torch.manual_seed(0)
@@ -401,7 +407,8 @@ def test_each_model_trains_as_one_process_for_twenty_steps(build: Any, ranks: in
     close(run(ranks, trained, build, in_parts(parts), batches=batches, steps=20, timeout=400))
 
 
-def test_by_inductor_with_a_smaller_last_batch() -> None:
+@pytest.mark.parametrize("inductor", [False, pytest.param(True, marks=WHOLE)])
+def test_a_smaller_last_batch(inductor: bool) -> None:
     """One compilation for each size, and in one part where two do not divide it."""
     config = in_parts(2, gradient_accumulation_steps=2)
     results = run(
@@ -412,7 +419,7 @@ def test_by_inductor_with_a_smaller_last_batch() -> None:
         batches=smaller,
         steps=2,
         calls=2,
-        inductor=True,
+        inductor=inductor,
         timeout=300,
     )
     close(results)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from dspass.runtime import adamw, experts, kernels, quantise
 from dspass.runtime.formats import FORMATS, format_of
 from tests.emulated import Emulator, garbage, int64s, numbers, odd_blocks, pointers, same, setting
+from tests.matrix import WHOLE
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LR = torch.tensor(1e-2, dtype=torch.float64)
@@ -21,7 +22,12 @@ EMULATORS = [Emulator(warp, order) for warp in (32, 64) for order in ("in order"
 
 Tensors = list[torch.Tensor]
 
-each_emulator = pytest.mark.parametrize("emulator", EMULATORS, ids=lambda e: f"{e.warp} {e.order}")
+#: In order a kernel that needs a barrier and has none may be right by chance (``test_emulator.py``).
+each_emulator = pytest.mark.parametrize(
+    "emulator",
+    [pytest.param(e, marks=() if e.order == "random" else WHOLE) for e in EMULATORS],
+    ids=lambda e: f"{e.warp} {e.order}",
+)
 each_format = pytest.mark.parametrize("format", FORMATS)
 
 

@@ -137,7 +137,8 @@ def test_logical_bytes_equal_the_bound() -> None:
     }
 
 
-@pytest.mark.parametrize(("device", "stage", "ranks"), [("cpu", 0, 1), ("h100", 0, 1), ("h100", 1, 2), ("h100", 3, 2)])
+@pytest.mark.unplanned_too
+@pytest.mark.parametrize(("device", "stage", "ranks"), [("cpu", 0, 1), ("h100", 1, 2), ("h100", 3, 2)])
 def test_a_plan_and_the_step_that_is_predicted_under_it_have_one_peak(device: str, stage: int, ranks: int) -> None:
     """Both hold the logits through the backward, where Llama's peak is."""
     model, args, kwargs = llama()

@@ -24,12 +24,18 @@ from dspass.runtime import few_bits, kernels
 from dspass.runtime.few_bits import MOST_ROWS, dequantise_rows, few_rows_linear, quantise_rows, quantised_linear
 from dspass.runtime.formats import FORMATS, format_of
 from tests.emulated import Emulator, garbage, numbers, same, setting
+from tests.matrix import WHOLE
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ROWS = (1, 2, 3, 4, 5, 8, 16)
 EMULATORS = [Emulator(warp, order) for warp in (32, 64) for order in ("in order", "random")]
 
-each_emulator = pytest.mark.parametrize("emulator", EMULATORS, ids=lambda e: f"{e.warp} {e.order}")
+#: In order a kernel that needs a barrier and has none may be right by chance (``test_emulator.py``).
+each_emulator = pytest.mark.parametrize(
+    "emulator",
+    [pytest.param(e, marks=() if e.order == "random" else WHOLE) for e in EMULATORS],
+    ids=lambda e: f"{e.warp} {e.order}",
+)
 each_format = pytest.mark.parametrize("format", FORMATS)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 

@@ -260,12 +260,12 @@ SCHEDULES = ["1f1b", "gpipe", "interleaved1f1b", "loopedbfs", "zbh1", "interleav
 SPLIT = {"zbh1", "interleavedzerobubble", "zbv", "dualpipev"}
 #: What runs each time: each model, each number of stages and each schedule.
 SOME = [
-    ("llama", 3, "1f1b"),
-    ("t5", 4, "gpipe"),
+    ("llama", 2, "interleaved1f1b"),
+    ("t5", 2, "loopedbfs"),
     ("vit", 2, "interleavedzerobubble"),
     ("tied", 3, "zbh1"),
-    ("tied", 2, "interleaved1f1b"),
-    ("tied", 2, "loopedbfs"),
+    ("tied", 3, "1f1b"),
+    ("tied", 4, "gpipe"),
     ("tied", 2, "dualpipev"),
     ("gpt2", 2, "zbv"),
 ]
@@ -318,7 +318,7 @@ def _is_measured(schedule: Schedule, measured: Measured) -> None:
                 assert span.start >= ended[replace(span.action, kind=Kind.INPUT)]
 
 
-ON_BOTH_AXES = [("llama", 0), ("llama", 1), ("llama", 3), ("tied", 1), ("tied", 3)]
+ON_BOTH_AXES = [("llama", 0), ("llama", 3), ("tied", 1)]
 
 
 @pytest.mark.parametrize(("subject", "stage"), matrix(ON_BOTH_AXES, ("llama", "tied"), range(4)))
@@ -389,7 +389,7 @@ def test_parameters_are_gathered_once_a_call_or_once_a_micro_batch() -> None:
 
 
 def test_the_one_line_way() -> None:
-    _close(run(2, _train, "llama", _pipeline(2), steps=3, how="compile"))
+    _close(run(2, _train, "tied", _pipeline(2), steps=3, how="compile"))
 
 
 def test_inductor_compiles_stages() -> None:
@@ -401,16 +401,16 @@ def test_losses_are_scaled_and_calls_add_up() -> None:
 
 
 def test_clipping_is_of_all_stages() -> None:
-    _close(run(2, _train, "gpt2", {**_pipeline(2), "gradient_clipping": 0.05}, steps=6))
+    _close(run(2, _train, "tied", {**_pipeline(2), "gradient_clipping": 0.05}, steps=6))
 
 
 def test_one_rank_splits_its_batch() -> None:
-    _close(run(1, _train, "llama", _pipeline(1, micro_batches=2), steps=3))
+    _close(run(1, _train, "tied", _pipeline(1, micro_batches=2), steps=3))
 
 
 def test_the_planner_chooses() -> None:
     config = {"pipeline": {"stages": 2}, "zero_optimization": {"stage": 1}}
-    _close(run(2, _train, "llama", config, steps=3))
+    _close(run(2, _train, "tied", config, steps=3))
 
 
 class Refused(nn.Module):

@@ -321,7 +321,7 @@ def test_accumulated_calls_train(calls: int, feedback: bool) -> None:
 def test_inductor_s_code_trains_to_the_same_numbers() -> None:
     """With errors, which its code replaces in place; gathers are quantised without."""
     config = few_bits(error_feedback=True)
-    plain, compiled = (run(2, _trained, config, inductor=inductor)[0]["losses"] for inductor in (False, True))
+    plain, compiled = (run(2, _trained, config, "mlp", inductor=inductor)[0]["losses"] for inductor in (False, True))
     torch.testing.assert_close(torch.tensor(compiled), torch.tensor(plain), rtol=1e-4, atol=0)
 
 
@@ -352,7 +352,11 @@ def _measured(config: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("budget", "feedback"),
-    [(None, False), pytest.param(8_000_000, False, marks=WHOLE), (9_000_000, True)],
+    [
+        pytest.param(None, False, marks=WHOLE),
+        pytest.param(8_000_000, False, marks=WHOLE),
+        (9_000_000, True),
+    ],
 )
 def test_predicted_is_measured(budget: int | None, feedback: bool) -> None:
     """All three together, and under a budget. Two ranks are one node here."""

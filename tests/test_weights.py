@@ -23,6 +23,7 @@ from dspass.runtime.few_bits import DEQUANTISE_ROWS, QUANTISED_LINEAR, dequantis
 from dspass.runtime.formats import FORMATS
 from dspass.weights import stored_of
 from tests import ranks as workers
+from tests.training import operators, without_inductor
 
 
 def layers(**keys: Any) -> dict[str, Any]:
@@ -333,6 +334,7 @@ def test_adapters_train_beside_stored_weights() -> None:
     assert saved.summary.endswith("written out: 2")
 
 
+@without_inductor
 def _adapters(ranks: int) -> tuple[list[float], list[str]]:
     rank = dist.get_rank()
     model = dspass.quantise(adapted())
@@ -349,6 +351,7 @@ def test_adapters_are_sharded_and_stored_weights_are_not() -> None:
     assert "0.base.weight_codes" in results[0][1]
 
 
+@operators()
 def test_a_prediction_stores_weights_first() -> None:
     config = {**layers(format="int8"), "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
     report = dspass.explain(adapted(), torch.randn(8, 32), config=config, world_size=2)

@@ -268,6 +268,7 @@ def test_a_plan_in_a_file_is_for_the_wishes_that_it_was_made_for(tmp_path: Path,
         step(lambda x: keep(body(nothing)(x)), options(plan=path))
 
 
+@without_inductor
 def _ranks(body: str) -> list[float]:
     torch.manual_seed(0)
     wish: Any = {"wished": lambda x: keep(recompute(x.tanh()).square()), "nothing": lambda x: x.tanh().square()}[body]

@@ -20,7 +20,7 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
     return points(torch.Generator().manual_seed(1), 0, 0)
 
 
-@pytest.mark.parametrize("calls", [1, 2, 3])
+@pytest.mark.parametrize("calls", [1, 3])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_collectives_of_a_step(stage: int, calls: int) -> None:
     """The table of the four stages, with everything in one bucket of each kind."""

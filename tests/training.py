@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 
 import dspass
 from dspass.engines import engine_of
+from dspass.lowering.simulate import GraphSimulator
 
 #: Shards parameters that would stay whole otherwise: those of the tests are small.
 SMALL = {"stage3_param_persistence_threshold": 20}
@@ -44,15 +45,22 @@ def as_they_are(gm: torch.fx.GraphModule, *, is_backward: bool, is_inference: bo
     return run_segment
 
 
+@contextlib.contextmanager
+def operators() -> Iterator[None]:
+    """Inside, segments run so, and plans and predictions walk their graphs in place of Inductor's code."""
+    with contextlib.ExitStack() as patches:
+        patches.enter_context(mock.patch("dspass.compilation.segment_compiler", return_value=as_they_are))
+        for module in ("planning", "prediction"):
+            patches.enter_context(mock.patch(f"dspass.{module}.InductorSimulator", return_value=GraphSimulator()))
+        yield
+
+
 def without_inductor(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function(..., inductor=True)`` leaves Inductor on; by default segments run operator by operator."""
 
     @functools.wraps(function)
     def wrapped(*args: Any, inductor: bool = False, **kwargs: Any) -> Any:
-        patch = contextlib.nullcontext() if inductor else mock.patch(
-            "dspass.compilation.segment_compiler", return_value=as_they_are
-        )  # fmt: skip
-        with patch:
+        with contextlib.nullcontext() if inductor else operators():
             return function(*args, **kwargs)
 
     return wrapped
