@@ -107,10 +107,8 @@ class _InParts:
     def __call__(self, *inputs: Any) -> Any:
         if self.run is None:
             passes = self._choose()
-            before = len(self.engine.compilations)
             with compat.own_tracing():
-                self.run = compile_graph(self.gm, inputs, self.engine, self.config, passes)
-            self.engine.compilations[before].frame = self.frame
+                self.run = compile_graph(self.gm, inputs, self.engine, self.config, passes, frame=self.frame)
         return self.run(*inputs)
 
     def _choose(self) -> Sequence[Pass]:

@@ -75,123 +75,40 @@ def compile_graph(
     compiler: Callable[..., Any] | None = None,
     stage_backward: StageBackward | None = None,
     place: Place | None = None,
+    frame: int | None = None,
 ) -> Callable[..., Any]:
     """Compile ``gm``, in which sharded parameters are read through ``dspass::unshard``; inference and training alike.
 
     ``stage_backward``, of a stage of a pipeline, is what its backward becomes; ``place`` is that for which it is planned.
+    ``frame`` is Dynamo's number of the captured one, where that is not being compiled now.
     """
-    done = Compilation(name=f"graph {len(engine.compilations)}", frame=compat.compiled_frame())
+    frame = compat.compiled_frame() if frame is None else frame
+    done = Compilation(name=f"graph {len(engine.compilations)}", frame=frame, stage_backward=stage_backward)
     engine.compilations.append(done)
-    if done.frame >= 0 and sum(c.frame == done.frame for c in engine.compilations) == _MANY:
-        log.warning(
-            "%s was compiled %d times, which takes its time and memory each time: under dspass.memory_budget it is for each "
-            "shape of its inputs, so pad batches to fewer sizes. TORCH_LOGS=recompiles says what differs.",
-            engine.model or "a function",
-            _MANY,
-        )
-    done.stage_backward = stage_backward
+    _warn_of_many(engine, done)
     patches = inductor_settings(config)
-    known = engine.compiler
-    if isinstance(known, SegmentCompiler) and (known.patches, known.share) != (patches, config.dspass.segment_cache):
-        known = None  # the model is compiled again, with other options
-    chosen: Callable[..., Any] = compiler or known or segment_compiler(config)
-    engine.compiler, engine.config = chosen, config
+    engine.compiler, engine.config = compiler or _known_compiler(engine, config, patches), config
     # A number may be a tensor on the host wherever the others are.
     engine.inputs_on = next(
         (v.device.type for v in inputs if isinstance(v, torch.Tensor) and v.device.type != "cpu"), "cpu"
     )
     engine.expected_imbalance = config.experts.expected_imbalance
-    if config.dspass.memory_budget is not None or config.dspass.plan is not None:
-        passes = scheduled(passes, engine)
-    record = done.passes.append
-    agreed: dict[str, tuple[str, ...]] = {}
-    order = shared_order(int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-
-    def prepare(graph: fx.GraphModule, where: Where, trains: bool = True) -> fx.GraphModule:
-        before = print_graph(graph.graph)
-        context = PassContext(graph=done.name, where=where, target=engine.target, trains=trains)
-        graph = run_passes(graph, passes, context, record)
-        if where in agreed:
-            keep_order(graph.graph, agreed[where])
-        done.texts[where] = (before, print_graph(graph.graph))
-        if where != "captured":  # AOTAutograd makes another graph of that one
-            done.graphs[where] = graph
-        return graph
-
-    def partition_fn(
-        joint: fx.GraphModule,
-        joint_inputs: Any,
-        *,
-        num_fwd_outputs: int,
-        static_lifetime_input_indices: Sequence[int] | None = None,
-        **_: Any,
-    ) -> tuple[fx.GraphModule, fx.GraphModule]:
-        nonlocal passes
-        joint = compat.joint_graph_passes(joint, patches)
-        joint = prepare(joint, "joint")
-        free = static_lifetime_input_indices or ()
-        mark_static(joint.graph, free)
-        if config.dspass.memory_budget is not None or config.dspass.plan is not None:
-            earlier = [
-                (c.made_for, c.plan) for c in engine.compilations if c.made_for is not None and c.plan is not None
-            ]
-            before = _before(engine, done)
-            held, apart = sum(p.between for p in before), sum(p.parameters for p in before)
-            forward, backward, done.plan, done.made_for = Planning(
-                joint=joint,
-                inputs=joint_inputs,
-                num_fwd_outputs=num_fwd_outputs,
-                free=free,
-                engine=engine,
-                config=config,
-                passes=passes,
-                name=done.name,
-                patches=patches,
-                held=held,
-                apart=apart,
-                earlier=earlier,
-                place=place,
-                stage_backward=stage_backward,
-            ).planned()
-            passes = in_buckets(passes, done.plan.decision.bucket_bytes)
-            if together(engine):
-                agreed.update(zip(("forward", "backward"), done.plan.collectives, strict=False))
-        else:
-            forward, backward = partition(
-                joint, joint_inputs, num_fwd_outputs, free, recompute_pointwise=engine.lifetimes == 3
-            )
-            mark_all(forward.graph, backward.graph, num_fwd_outputs, passes, devices.tabled(kind_of(engine)))
-        return prepare(forward, "forward"), prepare(backward, "backward")
-
-    def lowered(where: str, is_backward: bool, is_inference: bool) -> Callable[..., Any]:
-        def compile_one(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-            start = time.perf_counter()
-            if is_inference:
-                graph = prepare(compat.joint_graph_passes(graph, patches), "forward", trains=False)
-            run: Program | StageBackward
-            if is_backward and stage_backward is not None:
-                run = stage_backward
-                run.lower(graph, chosen, probe=engine.probe, order=order)
-                done.programs |= run.programs
-            else:
-                run = done.programs[where] = lower(
-                    graph, chosen, is_backward=is_backward, is_inference=is_inference, probe=engine.probe, order=order
-                )
-            if is_backward:
-                last = list(done.programs.values())[-1]
-                last.clock.then = functools.partial(_refine, done)
-            done.seconds[where] = time.perf_counter() - start
-            return run.boxed()
-
-        return compile_one
-
+    way = _Way(
+        done=done,
+        engine=engine,
+        config=config,
+        passes=scheduled(passes, engine) if _is_planned(config) else passes,
+        patches=patches,
+        place=place,
+        order=shared_order(int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))),
+    )
     if any("captured" in item.where for item in passes):
-        gm = prepare(gm, "captured")
+        gm = way.prepare(gm, "captured")
     backend = compat.aot_backend(
-        fw_compiler=lowered("forward", False, False),
-        bw_compiler=lowered("backward", True, False),
-        inference_compiler=lowered("forward", False, True),
-        partition_fn=partition_fn,
+        fw_compiler=functools.partial(way.compile, where="forward"),
+        bw_compiler=functools.partial(way.compile, where="backward"),
+        inference_compiler=functools.partial(way.compile, where="forward", is_inference=True),
+        partition_fn=way.partition,
         decompositions=compat.inductor_decompositions(patches),
         keep_inference_input_mutations=True,
     )
@@ -199,6 +116,128 @@ def compile_graph(
     if done.plan is None or not (done.plan.decision.states_on_host or engine.placing):
         return run
     return torch._dynamo.disable(_AfterMoving(run, engine), reason="moves what a plan says to the host or back first")
+
+
+@dataclass(kw_only=True, eq=False)
+class _Way:
+    """What AOTAutograd asks for on the way of one graph, in its order: the joint graph cut in two, and code for each half.
+    ``order`` is that of graphs that ranks of one machine compile for each other."""
+
+    done: Compilation
+    engine: Engine
+    config: Config
+    passes: Sequence[Pass]
+    patches: dict[str, Any]
+    place: Place | None
+    order: Callable[[int], list[int]]
+    _agreed: dict[str, tuple[str, ...]] = field(default_factory=dict)  # collectives of each half, in order
+
+    def prepare(self, graph: fx.GraphModule, where: Where, trains: bool = True) -> fx.GraphModule:
+        """``graph`` behind the passes."""
+        before = print_graph(graph.graph)
+        context = PassContext(graph=self.done.name, where=where, target=self.engine.target, trains=trains)
+        graph = run_passes(graph, self.passes, context, self.done.passes.append)
+        if where in self._agreed:
+            keep_order(graph.graph, self._agreed[where])
+        self.done.texts[where] = (before, print_graph(graph.graph))
+        if where != "captured":  # AOTAutograd makes another graph of that one
+            self.done.graphs[where] = graph
+        return graph
+
+    def partition(
+        self,
+        joint: fx.GraphModule,
+        joint_inputs: Any,
+        *,
+        num_fwd_outputs: int,
+        static_lifetime_input_indices: Sequence[int] | None = None,
+        **_: Any,
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        """Forward and backward of ``joint``, behind the passes: as a plan says, where there is one."""
+        joint = self.prepare(compat.joint_graph_passes(joint, self.patches), "joint")
+        free = static_lifetime_input_indices or ()
+        mark_static(joint.graph, free)
+        if _is_planned(self.config):
+            forward, backward = self._planned(joint, joint_inputs, num_fwd_outputs, free)
+        else:
+            forward, backward = partition(
+                joint, joint_inputs, num_fwd_outputs, free, recompute_pointwise=self.engine.lifetimes == 3
+            )
+            on = devices.tabled(kind_of(self.engine))
+            mark_all(forward.graph, backward.graph, num_fwd_outputs, self.passes, on)
+        return self.prepare(forward, "forward"), self.prepare(backward, "backward")
+
+    def _planned(
+        self, joint: fx.GraphModule, joint_inputs: Any, num_fwd_outputs: int, free: Sequence[int]
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        done, compilations = self.done, self.engine.compilations
+        before = _before(self.engine, done)
+        forward, backward, done.plan, done.made_for = Planning(
+            joint=joint,
+            inputs=joint_inputs,
+            num_fwd_outputs=num_fwd_outputs,
+            free=free,
+            engine=self.engine,
+            config=self.config,
+            passes=self.passes,
+            name=done.name,
+            patches=self.patches,
+            held=sum(plan.between for plan in before),
+            apart=sum(plan.parameters for plan in before),
+            earlier=[(c.made_for, c.plan) for c in compilations if c.made_for is not None and c.plan is not None],
+            place=self.place,
+            stage_backward=done.stage_backward,
+        ).planned()
+        self.passes = in_buckets(self.passes, done.plan.decision.bucket_bytes)
+        if together(self.engine):
+            self._agreed = dict(zip(("forward", "backward"), done.plan.collectives, strict=False))
+        return forward, backward
+
+    def compile(
+        self, graph: fx.GraphModule, _: Sequence[Any], *, where: Where, is_inference: bool = False
+    ) -> Callable[..., Any]:
+        """What runs a half of the graph, or a graph without a backward, which no pass has seen yet."""
+        start = time.perf_counter()
+        if is_inference:
+            graph = self.prepare(compat.joint_graph_passes(graph, self.patches), "forward", trains=False)
+        done, chosen, probe = self.done, self.engine.compiler, self.engine.probe
+        is_backward = where == "backward"
+        run: Program | StageBackward
+        if is_backward and done.stage_backward is not None:
+            run = done.stage_backward
+            run.lower(graph, chosen, probe=probe, order=self.order)
+            done.programs |= run.programs
+        else:
+            run = done.programs[where] = lower(
+                graph, chosen, is_backward=is_backward, is_inference=is_inference, probe=probe, order=self.order
+            )
+        if is_backward:
+            last = list(done.programs.values())[-1]
+            last.clock.then = functools.partial(_refine, done)
+        done.seconds[where] = time.perf_counter() - start
+        return run.boxed()
+
+
+def _is_planned(config: Config) -> bool:
+    return config.dspass.memory_budget is not None or config.dspass.plan is not None
+
+
+def _warn_of_many(engine: Engine, done: Compilation) -> None:
+    if done.frame >= 0 and sum(c.frame == done.frame for c in engine.compilations) == _MANY:
+        log.warning(
+            "%s was compiled %d times, which takes its time and memory each time: under dspass.memory_budget it is for each "
+            "shape of its inputs, so pad batches to fewer sizes. TORCH_LOGS=recompiles says what differs.",
+            engine.model or "a function",
+            _MANY,
+        )
+
+
+def _known_compiler(engine: Engine, config: Config, patches: dict[str, Any]) -> Callable[..., Any]:
+    """That of the model's other graphs, which has their segments, unless it is compiled again with other options."""
+    known: Any = engine.compiler
+    if isinstance(known, SegmentCompiler) and (known.patches, known.share) != (patches, config.dspass.segment_cache):
+        known = None
+    return known or segment_compiler(config)
 
 
 class _AfterMoving:
@@ -223,8 +262,11 @@ def _refine(done: Compilation) -> None:
 
 
 def _before(engine: Engine, done: Compilation) -> list[Plan]:
-    """The plans of the model's earlier graphs, which hold values for their backwards while this one runs."""
-    frames = {c.frame: c.plan for c in engine.compilations if c.plan is not None and c.frame != done.frame}
+    """The plans of the model's earlier graphs, which hold values for their backwards while this one runs: those that come
+    before it in a call, whichever shapes are compiled when."""
+    order = list(dict.fromkeys(c.frame for c in engine.compilations))
+    earlier = order[: order.index(done.frame)]
+    frames = {c.frame: c.plan for c in engine.compilations if c.plan is not None and c.frame in earlier}
     return list(frames.values())
 
 
@@ -240,9 +282,9 @@ def inductor_settings(config: Config) -> dict[str, Any]:
     allocator hands freed memory on as fast.
     """
     settings = {"fallback_random": True} if config.dspass.fallback_random else {}
-    if config.dspass.memory_budget is not None or config.dspass.plan is not None:
+    if _is_planned(config):
         settings["allow_buffer_reuse"] = False
     return settings
 
 
-__all__ = ["Compilation", "compile_graph", "segment_compiler", "torch"]
+__all__ = ["Compilation", "compile_graph", "segment_compiler"]

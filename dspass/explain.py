@@ -61,6 +61,8 @@ def explain(
         devices.device(device)  # an unknown one is refused before any work
     if not args and not kwargs:
         return _measured(model)
+    if world_size is not None and world_size < 1:
+        raise ValueError(f"world_size={world_size} is no number of ranks: give 1 or more.")
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer={optimizer!r} is not known; use one of {sorted(OPTIMIZERS)}.")
     asked = Question(

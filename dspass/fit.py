@@ -1,8 +1,8 @@
 """``dspass.fit``: the fewest devices on which a model trains, and the configuration for it, found without any of them.
 
 Each number of ranks that is tried is a prediction under the budget by the planner, so gathered copies, recomputation and all
-temporaries count; those that could not hold the parameters, gradients and optimiser states alone (states only where they may
-not wait on the host) need none. Numbers are doubled until one fits, and then halved between it and the last that did not.
+temporaries count; those that could not hold the parameters, gradients and optimiser states alone, as far as these may not wait
+on the host, need none. Numbers are doubled until one fits, and then halved between it and the last that did not.
 
 Dropped: a formula for the number. Activations do not divide by the ranks, and what the planner can do about them is no formula.
 """
@@ -23,7 +23,8 @@ from dspass.config.reading import read_file
 from dspass.owners import unwrap
 from dspass.passes import devices
 from dspass.planner.record import BudgetError, size_text
-from dspass.prediction import Question, predicted_report, refuse_beyond, with_unplanned
+from dspass.planning import refuse_beyond
+from dspass.prediction import Question, predicted_report, with_unplanned
 from dspass.report import Report
 from dspass.report.words import counted
 from dspass.runtime.stepping import OPTIMIZERS
@@ -35,7 +36,7 @@ _NODE = 8
 @dataclass(frozen=True, kw_only=True)
 class Fit:
     """``config`` are the options for ``torch.compile`` on ``world_size`` ranks, and ``report`` predicts their step. ``refused``
-    are the numbers of ranks that were tried and are too few, with the least bytes that a rank would take, and ``skipped`` those
+    are the numbers of ranks that were tried and are too few, with bytes that a rank would take at least, and ``skipped`` those
     that the configuration does not go with, with the reason."""
 
     world_size: int
@@ -45,7 +46,9 @@ class Fit:
     skipped: dict[int, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        before = "".join(f"\n  {_ranks(n)} would take {size_text(b)} on each" for n, b in sorted(self.refused.items()))
+        before = "".join(
+            f"\n  {_ranks(n)} would take at least {size_text(b)} on each" for n, b in sorted(self.refused.items())
+        )
         not_with = "".join(f"\n  {_ranks(n)}: {why}" for n, why in sorted(self.skipped.items()) if n < self.world_size)
         return f"fits on {self.world_size} x {self.report.device} with {self.config}{before}{not_with}\n\n{self.report}"
 
@@ -72,7 +75,7 @@ def fit(
     trains unsharded.
 
     Raises:
-        BudgetError: not even ``most`` ranks do.
+        BudgetError: not even ``most`` ranks do; ``smallest`` is the least that any number of them was seen to take.
         ConfigError: the configuration goes with no number of ranks, or the budget is more than the device has.
         ValueError: for an unknown device or optimiser.
     """
@@ -96,7 +99,8 @@ class _Search:
     stage: int
     """Of more than one rank."""
     device: str
-    limit: int
+    asked: int | str
+    """The budget of a rank."""
     optimizer: str
     refused: dict[int, int] = field(default_factory=dict)
     skipped: dict[int, str] = field(default_factory=dict)
@@ -120,8 +124,7 @@ class _Search:
         if budget is None:
             budget = (written.get("dspass") or {}).get("memory_budget")
         asked = Config.load({"dspass": {"memory_budget": budget}}).dspass.memory_budget or "auto"
-        limit = asked if isinstance(asked, int) else devices.share_of(asked, devices.capacity(device))
-        refuse_beyond(limit, device)
+        refuse_beyond(asked, device)
         return cls(
             model=model,
             args=args,
@@ -129,7 +132,7 @@ class _Search:
             written=written,
             stage=3 if stage is None else stage,
             device=device,
-            limit=limit,
+            asked=asked,
             optimizer=optimizer,
         )
 
@@ -194,7 +197,7 @@ class _Search:
         """The prediction; None where that number is refused, or skipped."""
         self.progress.set_postfix_str(f"{ranks} x {self.device}")
         always = self._always(ranks)
-        if always > self.limit:
+        if always > self._limit(ranks):
             self.refused[ranks] = always
             return None
         self.progress.update()
@@ -222,27 +225,36 @@ class _Search:
         return {
             **self.written,
             "zero_optimization": {**zero, "stage": self.stage if ranks > 1 else 0},
-            "dspass": {**own, "memory_budget": self.limit},
+            "dspass": {**own, "memory_budget": self._limit(ranks)},
         }
+
+    def _limit(self, ranks: int) -> int:
+        """The budget in bytes. Ranks on CPUs share the memory of the machine, if no launcher says otherwise."""
+        if isinstance(self.asked, int):
+            return self.asked
+        share = None if "LOCAL_WORLD_SIZE" in os.environ else ranks
+        return devices.share_of(self.asked, devices.capacity(self.device, share))
 
     def _config(self, ranks: int) -> Config:
         return Config.load(self._options(ranks))
 
     def _always(self, ranks: int) -> int:
-        """Bytes that one of so many ranks holds at least: parameters, gradients, and states that may not wait on the host."""
+        """Bytes that one of so many ranks holds at least: parameters, gradients, and states that may not wait on the host.
+        Where stages or experts are divided too, nothing is taken to be whole."""
         config = self._config(ranks)
         params = list(self.model.parameters())
         trained = [p for p in params if p.requires_grad]
         waits = config.offload_optimizer == "cpu" or (config.offload_optimizer is None and self.device != "cpu")
-        from_stage = {
-            3: sum(p.nbytes for p in params),
-            2: sum(p.nbytes for p in trained),
-            1: 0 if waits else sum(map(OPTIMIZERS[self.optimizer].state_bytes, trained)),
-        }
         stage = 3 if config.pipeline.enabled or config.expert_parallel.enabled else config.zero.stage or 0
-        shards = min(ranks, config.zero.mics_shard_size or ranks)
-        whole = sum(count for least, count in from_stage.items() if stage < least)
-        return whole + (sum(from_stage.values()) - whole) // shards
+        item = 2 if config.bf16 or config.fp16 else None  # bytes of what is computed with
+        states = 0 if waits else sum(map(OPTIMIZERS[self.optimizer].state_bytes, trained))
+        divided = sum(p.nbytes for p in (*params, *trained)) + states
+        if stage == 0:
+            return divided
+        if config.offload_param == "cpu":  # stage 3
+            divided = 0
+        copies = sum(p.numel() * min(item or p.itemsize, p.itemsize) for p in params) if stage < 3 else 0
+        return copies + divided // min(ranks, config.zero.mics_shard_size or ranks)
 
     def _is_whole(self, ranks: int) -> bool:
         """Whether more ranks hold no less."""
@@ -258,8 +270,8 @@ class _Search:
         if self._is_whole(max(self.refused)):
             way_out = "leave zero_optimization.stage out: at 0 more ranks hold no less"
         return BudgetError(
-            f"the model does not fit into {size_text(self.limit)} on up to {most} ranks of {self.device}: the least that one "
-            f"takes is {size_text(least)}, of {_ranks(ranks)}. Give a smaller batch, a larger budget, or {way_out}.",
+            f"the model does not fit into {size_text(self._limit(ranks))} on up to {most} ranks of {self.device}: the least "
+            f"that one takes is {size_text(least)}, of {_ranks(ranks)}. Give a smaller batch, a larger budget, or {way_out}.",
             least,
         )
 

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from dspass.config import Config
 from dspass.optimizers import Optimizers
+from dspass.runtime import compat
 from dspass.runtime.engine import Engine
 from dspass.runtime.host import is_on_host, release_unused
 from dspass.runtime.host_states import LEAST_BYTES, local_bytes, local_of
@@ -55,9 +56,12 @@ def undecided(engine: Engine, specs: Sequence[ParamSpec]) -> list[ParamSpec]:
 
 @contextlib.contextmanager
 def supposing(engine: Engine, those: Sequence[ParamSpec], away: Collection[str]) -> Iterator[None]:
-    """As if of ``those`` parameters that wait on the host only the ones named in ``away`` did."""
+    """As if of ``those`` parameters that wait on the host only the ones named in ``away`` did, and no states by earlier plans:
+    a plan says of all states on the host that they are there."""
     back = [spec for spec in those if spec.on_host and spec.name not in away]
+    held = engine.params()
     params = [p for spec in back if (p := spec.param()) is not None and p in engine.host_states]
+    params += [p for name in engine.planned_states if (p := held.get(name)) is not None and p in engine.host_states]
     engine.host_states.discard(params)
     for spec in back:
         spec.on_host = False
@@ -100,7 +104,7 @@ def bring_in(engine: Engine) -> None:
         for tensor in (param, param.grad):
             if isinstance(tensor, DTensor):
                 # A copy in any case: where a CPU's memory stands for the host's, both are of one device.
-                tensor._local_tensor = tensor._local_tensor.to(tensor.device_mesh.device_type, copy=True)
+                compat.set_local(tensor, local_of(tensor).to(tensor.device_mesh.device_type, copy=True))
     if came:
         engine.host_states.come_back(Optimizers(engine).alive, came)
         release_unused()

@@ -52,7 +52,7 @@ from dspass.pipeline_outputs import LossScale, Output, PipelineUseError, deliver
 from dspass.pipeline_times import Measured
 from dspass.planner.calls import Place
 from dspass.planner.stages import follow
-from dspass.planning import budget_bytes
+from dspass.planning import all_ranks, budget_bytes
 from dspass.runtime import compat
 from dspass.runtime.axis import Axis, axis_of
 from dspass.runtime.engine import Engine
@@ -277,7 +277,7 @@ class Pipelined:
         assert self.engine is not None
         try:
             wanted = self.config.dspass.memory_budget
-            budget = budget_bytes(wanted, self.engine) if wanted is not None and trains else None
+            budget = budget_bytes(wanted, self.engine, all_ranks()) if wanted is not None and trains else None
             with compat.without_fake_mode():
                 self.staging = plan_stages(gm, self.config, self.engine, self.pipe, size, count, trains, budget)
         except ScheduleError as error:

@@ -38,7 +38,7 @@ import torch
 import torch.distributed as dist
 import torch.fx as fx
 
-from dspass.config import Config
+from dspass.config import Config, ConfigError
 from dspass.hosting import host, place, shares, supposing, undecided, withdraw
 from dspass.lowering.simulate import GraphSimulator, InductorSimulator
 from dspass.lowering.stage_backward import StageBackward
@@ -58,7 +58,7 @@ from dspass.planner.calls import Place, cost_of_stage
 from dspass.planner.choices import Choices
 from dspass.planner.dry_run import Peak, State, peak_of_step
 from dspass.planner.plan import Planner, Split, chooser
-from dspass.planner.record import BudgetError, Decision, Plan, Setting
+from dspass.planner.record import BudgetError, Decision, Plan, Setting, size_text
 from dspass.planner.saved import OF_BATCH, OF_RANK, MadeFor, PlanError, PlanFile, described
 from dspass.planner.summary import parameters_of
 from dspass.planner.values import is_gathered
@@ -111,15 +111,14 @@ class Planning:
         ``dspass.memory_budget``. Raises :class:`BudgetError` or :class:`PlanError` on every rank that runs the graph alike, but
         for a graph that ranks have agreed on, where a rank is alone with its shapes."""
         if any(_unknown(n.meta.get("val")) for n in self._sized.graph.nodes):
-            raise BudgetError(
-                "dspass.memory_budget needs sizes that are known when the model is compiled, and here they are dynamic. Do not "
-                "compile with dynamic=True, mark no size as dynamic, or pad batches to one size.",
-                0,
+            raise ConfigError(
+                "dspass.memory_budget",
+                "it needs sizes that are known when the model is compiled, and here they are dynamic.",
+                "Do not compile with dynamic=True, mark no size as dynamic, or pad batches to one size.",
             )
-        wanted = self.config.dspass.memory_budget
-        budget = budget_bytes(wanted, self.engine) if wanted is not None else None
+        wanted, ranks = self.config.dspass.memory_budget, together(self.engine)
+        budget = budget_bytes(wanted, self.engine, ranks) if wanted is not None else None
         same = [(m, p) for m, p in self.earlier if _serves(m, p, self._made_for, budget)]
-        ranks = together(self.engine)
         agreed = (p for m, p in same if ranks and m.parameters == self._made_for.parameters)
         self._agreed, self._prior = next(agreed, None), same[-1][1].decision if same else None
         withdraw(self.engine)
@@ -134,6 +133,7 @@ class Planning:
                 graphs, plan = self._made(budget)
         place(self.engine, self._movable, plan.decision.parameters_on_host)
         host(self.engine, plan.decision.states_on_host)
+        self.engine.planned_states.update(plan.decision.states_on_host)
         if graphs is None or self._sized is not self.joint:
             graphs = self._cut(chooser(plan.decision), self.joint)
         return *graphs, plan, self._made_for
@@ -169,7 +169,7 @@ class Planning:
         file = PlanFile(_file_of(path, self.place)) if path is not None else None
         if self._agreed is not None:
             budget = self._agreed.budget
-        read = file.find(self._made_for, budget, self._outside, self._goes_with) if file is not None else None
+        read = self._read(file, budget) if file is not None else None
         if read is not None:
             return None, read
         assert budget is not None
@@ -179,6 +179,14 @@ class Planning:
         if file is not None and is_first and self.engine.target is None:  # not a prediction
             file.add(self._made_for, plan)
         return graphs, plan
+
+    def _read(self, file: PlanFile, budget: int | None) -> Plan | None:
+        try:
+            return file.find(self._made_for, budget, self._outside, self._goes_with)
+        except PlanError:
+            if self.engine.target is None or budget is None:
+                raise
+            return None  # a prediction may be for other ranks and devices than the run that has the file
 
     def _goes_with(self, read: Plan) -> bool:
         """Whether a plan of the file goes with what is settled: collectives, and where parameters are."""
@@ -207,58 +215,21 @@ class Planning:
         engine, on = self.engine, devices.planned_for(kind_of(self.engine))
         optimizers = Optimizers(engine)
         state, states, here, gradients = self._beside(optimizers)
-        simulator = _simulator(engine, self.patches)
-
-        def run(forward: fx.GraphModule, backward: fx.GraphModule) -> Peak:
-            if self.place is not None:
-                cost_of = cost_of_stage(
-                    forward, backward, self.num_fwd_outputs, engine, simulator,
-                    activations=self.place.activations,
-                    micro_batches=self.place.schedule.micro_batches,
-                    stage_backward=self.stage_backward.anew() if self.stage_backward is not None else None,
-                )  # fmt: skip
-                return self.place.peak(cost_of, state, gradients)
-            return peak_of_step(forward, backward, self.num_fwd_outputs, engine, state, simulator)
-
         exposed = _exposed_share(self._sized.graph, on)
-        apart_of_it = self.place.planned_bytes if self.place is not None else self.apart
-        share = here / max(state.parameters - apart_of_it, here, 1)
         settings = settings_of(
             self._sized.graph, engine, self.config, self.passes, states, optimizers, on, exposed
         )  # fmt: skip
-
-        def find(
-            graph: fx.Graph, inside: Sequence[fx.Node], at_hand: frozenset[fx.Node], unplanned: compat.Unplanned
-        ) -> Choices:
-            return Choices(
-                joint=graph,
-                inside=inside,
-                free=at_hand,
-                unplanned=unplanned,
-                num_fwd_outputs=self.num_fwd_outputs,
-                on=on,
-                gathers=engine.lifetimes == 3,
-                regather=exposed if engine.lifetimes == 3 else 0.0,
-                levers=tuple(self.passes),
-                prior=self._agreed.decision if self._agreed is not None else self._prior,
-                in_flight=self.place.in_flight if self.place is not None else 1,
-            )
-
         graphs, plan = Planner(
             budget=budget,
-            find=find,
+            find=functools.partial(self._choices, on, exposed),
             split=self._cut,
             passes=self._run_passes,
-            run=run,
-            seconds=lambda forward, backward: (
-                _seconds(cost.estimate(forward.graph, on), engine, self.place)
-                + _seconds(cost.estimate(backward.graph, on), engine, self.place)
-                + cost.holding_seconds(forward.graph, on)
-            ),
+            run=functools.partial(self._peak, _simulator(engine, self.patches), state, gradients),
+            seconds=functools.partial(self._seconds, on),
             settings=_with_buckets(settings, self._agreed),
             collectives=_collectives if together(engine) else None,
             agreed=self._agreed.collectives if self._agreed is not None else None,
-            share=share if share < _ALONE else 1.0,
+            share=self._share(state, here),
             scale=on.steps.get(_model_key(self._made_for), 1.0),
             runs=engine.accumulation_steps * (self.place.schedule.micro_batches if self.place is not None else 1),
             **(_words(self.place, engine) | (_words_alone(self._batch) if self._agreed is not None else {})),
@@ -271,6 +242,55 @@ class Planning:
             base=self._outside(decision)[0],
             classes=(*parameters_of([s for s in self._parameters if s.on_host]), *plan.classes),
         )
+
+    def _choices(
+        self,
+        on: devices.Device,
+        exposed: float,
+        graph: fx.Graph,
+        inside: Sequence[fx.Node],
+        at_hand: frozenset[fx.Node],
+        unplanned: compat.Unplanned,
+    ) -> Choices:
+        gathers = self.engine.lifetimes == 3
+        return Choices(
+            joint=graph,
+            inside=inside,
+            free=at_hand,
+            unplanned=unplanned,
+            num_fwd_outputs=self.num_fwd_outputs,
+            on=on,
+            gathers=gathers,
+            regather=exposed if gathers else 0.0,
+            levers=tuple(self.passes),
+            prior=self._agreed.decision if self._agreed is not None else self._prior,
+            in_flight=self.place.in_flight if self.place is not None else 1,
+        )
+
+    def _peak(
+        self, simulator: Any, state: State, gradients: int, forward: fx.GraphModule, backward: fx.GraphModule
+    ) -> Peak:
+        """Of a step of both, run dry."""
+        if self.place is None:
+            return peak_of_step(forward, backward, self.num_fwd_outputs, self.engine, state, simulator)
+        cost_of = cost_of_stage(
+            forward, backward, self.num_fwd_outputs, self.engine, simulator,
+            activations=self.place.activations,
+            micro_batches=self.place.schedule.micro_batches,
+            stage_backward=self.stage_backward.anew() if self.stage_backward is not None else None,
+        )  # fmt: skip
+        return self.place.peak(cost_of, state, gradients)
+
+    def _seconds(self, on: devices.Device, forward: fx.GraphModule, backward: fx.GraphModule) -> float:
+        halves = [_seconds(cost.estimate(half.graph, on), self.engine, self.place) for half in (forward, backward)]
+        return sum(halves) + cost.holding_seconds(forward.graph, on)
+
+    def _share(self, state: State, here: int) -> float:
+        """Of what the budget leaves: that of this graph's ``here`` bytes of parameters in those of the graphs that are not
+        planned yet."""
+        planned = self.place.planned_bytes if self.place is not None else self.apart
+        share = here / max(state.parameters - planned, here) if here else 1.0
+        return share if share < _ALONE else 1.0
 
     def _cut(self, choose: compat.Chooser, of: fx.GraphModule | None = None) -> Split:
         of = of or self._sized
@@ -354,9 +374,39 @@ def scheduled(passes: Sequence[Pass], engine: Engine) -> tuple[Pass, ...]:
     )
 
 
-def budget_bytes(budget: int | str, engine: Engine) -> int:
-    """``dspass.memory_budget`` in bytes: a share (``"75%"``) is of the device, ``"auto"`` leaves a tenth of it."""
-    return budget if isinstance(budget, int) else devices.share_of(budget, devices.capacity(kind_of(engine)))
+def budget_bytes(budget: int | str, engine: Engine, ranks: Sequence[int] = ()) -> int:
+    """``dspass.memory_budget`` in bytes: a share (``"75%"``) is of the device, ``"auto"`` leaves a tenth of it. Of several
+    ``ranks``, which run one plan, it is of the smallest of their devices.
+
+    Raises :class:`ConfigError` on all of them for more than that has."""
+    device = kind_of(engine)
+    if isinstance(budget, int) and (not _has_limit(device) or engine.target is not None):
+        return budget
+    there = engine.capacity
+    if there is None:
+        mine = devices.capacity(device)
+        there = engine.capacity = min(map(int, _everyone_says("capacity", engine, ranks, mine))) if ranks else mine
+    refuse_beyond(budget, device, there)
+    return budget if isinstance(budget, int) else devices.share_of(budget, there)
+
+
+def refuse_beyond(budget: int | str | None, device: str, there: int | None = None) -> None:
+    """Raises :class:`ConfigError` for a budget that the device does not have: what is planned for it would fit nowhere. A
+    CPU's memory is not asked for: that of a machine that predicts says nothing of those that will train."""
+    if not isinstance(budget, int) or not _has_limit(device):
+        return
+    there = devices.capacity(device) if there is None else there
+    if budget > there:
+        raise ConfigError(
+            "dspass.memory_budget",
+            f"{size_text(budget)} is more than the {size_text(there)} of the device, {device}.",
+            'Give at most that, or "auto", which leaves a tenth of it.',
+        )
+
+
+def _has_limit(device: str) -> bool:
+    """Whether it is known how much memory a device has, and is its own."""
+    return device == "cuda" or devices.tabled(device).memory_bytes > 0
 
 
 def _of_this_graph(joint: fx.Graph, num_fwd_outputs: int, free: Sequence[int]) -> tuple[int, int]:
@@ -438,10 +488,13 @@ def _file_of(path: str, place: Place | None) -> str:
 
 def together(engine: Engine) -> Sequence[int]:
     """The ranks that run the same graphs as this one, where there are others; the first plans."""
-    if not dist.is_initialized() or dist.get_backend() == "fake":
-        return ()
-    ranks = engine.stages.data.ranks if engine.stages is not None else range(dist.get_world_size())
+    ranks = engine.stages.data.ranks if engine.stages is not None and all_ranks() else all_ranks()
     return ranks if len(ranks) > 1 else ()
+
+
+def all_ranks() -> Sequence[int]:
+    """Those of a group that sends what it is given, as that of a prediction does not."""
+    return range(dist.get_world_size()) if dist.is_initialized() and dist.get_backend() != "fake" else ()
 
 
 def _made_for(joint: fx.Graph, engine: Engine, config: Config, passes: Sequence[Pass], place: Place | None) -> MadeFor:
@@ -454,7 +507,9 @@ def _made_for(joint: fx.Graph, engine: Engine, config: Config, passes: Sequence[
         device=device,
         product=devices.product_of(device) if device == "cuda" and engine.target is None else "",
         passes=tuple(map(str, passes)),
-        offload=f"optimizer {config.offload_optimizer} {config.offload_optimizer_ratio:g}, param {config.offload_param}",
+        options=f"offload_optimizer {config.offload_optimizer} {config.offload_optimizer_ratio:g}, "
+        f"offload_param {config.offload_param}, zero_hpz_partition_size {config.zero.zero_hpz_partition_size}, "
+        f"expected_imbalance {config.experts.expected_imbalance:g}",
         torch=torch.__version__.split("+")[0],
         part=_part(place, engine, config),
         parameters=_hashed(sorted(lookup(n.meta[GATHERED][0]).name for n in placeholders if GATHERED in n.meta))
@@ -513,9 +568,7 @@ def _shared(
     """The plan of the first of ``ranks``, which ``make`` makes there with its graphs, through the store of the process group,
     and the batch that it was made for; what it raises is raised on all of them."""
     first, rank, store = ranks[0], dist.get_rank(), compat.store()
-    name = "/".join((str(first), made_for.model, made_for.part, made_for.graph, made_for.parameters))
-    key = f"dspass/plan/{name}/{_shared_under[name]}"
-    _shared_under[name] += 1
+    key = _key("plan", first, made_for.model, made_for.part, made_for.graph, made_for.parameters)
     if rank == first:
         told: dict[str, Any] = {"made_for": made_for.to_json(), "batch": batch}
         try:
@@ -548,8 +601,46 @@ def _shared(
     return None, Plan.from_json(told["plan"]), told["batch"]
 
 
+def first_says(what: str, engine: Engine, said: Any) -> Any:
+    """On each of the ranks that run the same graphs, what the first of them has ``said``."""
+    ranks = together(engine)
+    if not ranks:
+        return said
+    key, store = _key(what, ranks[0], engine.model), compat.store()
+    if dist.get_rank() == ranks[0]:
+        store.set(key, json.dumps(said))
+        return said
+    return json.loads(_told(store, key, ranks[0]))
+
+
+def _everyone_says(what: str, engine: Engine, ranks: Sequence[int], said: Any) -> list[Any]:
+    """What each of ``ranks`` has ``said``."""
+    key, store = _key(what, ranks[0], engine.model), compat.store()
+    store.set(f"{key}/{dist.get_rank()}", json.dumps(said))
+    return [json.loads(_told(store, f"{key}/{rank}", rank)) for rank in ranks]
+
+
+def _key(what: str, *name: str | int) -> str:
+    """A key in the store, the same on all ranks, and another one each time."""
+    key = "/".join(("dspass", what, *map(str, name)))
+    _shared_under[key] += 1
+    return f"{key}/{_shared_under[key]}"
+
+
+def _told(store: dist.Store, key: str, by: int) -> bytes:
+    try:
+        store.wait([key], WAIT)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"rank {by} has said nothing in {WAIT} where all ranks plan: it compiles another model, or it failed; see what "
+            "it said."
+        ) from error
+    told: bytes = store.get(key)
+    return told
+
+
 def _simulator(engine: Engine, patches: Mapping[str, Any]) -> Callable[..., Any]:
-    if kind_of(engine) != "cpu":
+    if kind_of(engine) != "cpu" or isinstance(engine.compiler, GraphSimulator):  # as a prediction measures
         return GraphSimulator()
     key = repr(sorted(patches.items()))
     if key not in engine.simulators:

@@ -32,7 +32,7 @@ from dspass.passes import cost, devices
 from dspass.pipelined import Pipelined
 from dspass.planner.record import BudgetError, rounded_up, size_text
 from dspass.planner.saved import PlanError
-from dspass.planning import budget_bytes
+from dspass.planning import budget_bytes, refuse_beyond
 from dspass.report import Memory, MemoryPoint, PipelineRecord, Report, format_bytes
 from dspass.reporting import (
     graphs_of,
@@ -80,7 +80,8 @@ def predicted_report(asked: Question) -> Report:
         engine, fake, pipeline = ran.engine, ran.model, ran.pipeline
         exposed, seconds = _seconds(engine, fake, device, optimizer, train, pipeline)
         memory = Memory(timeline=ran.timeline, time_unit="events", first_call_peak_bytes=ran.first_call)
-        notes = []
+        notes: list[str] = []
+        warnings: list[str] = []
         if ran.is_estimated:
             notes.append(
                 "Temporaries inside of a segment are estimated from its graph: pointwise chains are taken as fused."
@@ -98,6 +99,7 @@ def predicted_report(asked: Question) -> Report:
         if pipeline is not None:
             record = _predicted_pipeline(pipeline, memory.peak_bytes, train)
             notes.append(_OF_ONE_RANK)
+            warnings += _other_ranks_notes(record, pipeline.pipe.rank, engine)
         return report_of(
             engine,
             fake,
@@ -109,6 +111,7 @@ def predicted_report(asked: Question) -> Report:
             world=world,
             device=device,
             warnings=[
+                *warnings,
                 *_too_large_notes(memory.peak_bytes, on, may_plan=train and config.dspass.memory_budget is None),
                 *_over_budget_notes(memory.peak_bytes, engine),
                 *_first_call_notes(ran.first_call, on, engine.stage),
@@ -129,20 +132,6 @@ def with_unplanned(report: Report, asked: Question) -> Report:
     with _pretended(dataclasses.replace(asked.config, dspass=own), asked.world, asked.device) as config:
         ran = _run(asked, config)
     return dataclasses.replace(report, memory=dataclasses.replace(report.memory, unplanned=ran.timeline))
-
-
-def refuse_beyond(budget: int | str | None, device: str) -> None:
-    """Raises :class:`ConfigError` for a budget that the device does not have: what is planned for it would fit nowhere. The
-    memory of the machine that predicts says nothing of the CPUs that will train."""
-    if not isinstance(budget, int) or device == "cpu":
-        return
-    there = devices.capacity(device)
-    if budget > there:
-        raise ConfigError(
-            "dspass.memory_budget",
-            f"{size_text(budget)} is more than the {size_text(there)} of the device, {device}.",
-            'Give at most that, or "auto", which leaves a tenth of it.',
-        )
 
 
 def _hold_inference(peak: int, budget: int) -> None:
@@ -273,6 +262,21 @@ def _over_budget_notes(peak: int, engine: Engine) -> list[str]:
     ]
 
 
+def _other_ranks_notes(record: PipelineRecord, own: int, engine: Engine) -> list[str]:
+    """That a rank of the pipeline that was not run would not keep the budget, by its model."""
+    budgets = [c.plan.budget for c in engine.compilations if c.plan is not None]
+    peaks = record.predicted.peak_bytes if record.predicted is not None else []
+    over = [rank for rank, peak in enumerate(peaks) if budgets and rank != own and peak > (1 + _BEYOND) * min(budgets)]
+    if not over:
+        return []
+    fullest = max(over, key=peaks.__getitem__)
+    return [
+        f"The budget may not hold on rank {fullest} of the pipeline, which is modelled and was not run: it takes "
+        f"{format_bytes(peaks[fullest])} of {format_bytes(min(budgets))} with its states on the device and the least that its "
+        "cut can save. Use more stages, a higher ZeRO stage or smaller micro-batches."
+    ]
+
+
 def _first_call_notes(peak: int, on: devices.Device, stage: int) -> list[str]:
     """That the first call does not fit, where the model is sharded after it: at stage 0 it is a step as any other. A CPU's
     memory is not known: the machine that predicts is seldom the one that trains."""
@@ -319,11 +323,13 @@ def _seconds(
     if pipeline is not None:
         exposed = _exposed_of_stages(engine, pipeline, on)
         total = pipeline.predicted(train).seconds * (engine.accumulation_steps if train else 1) + sum(exposed.values())
+    # What measured steps took over what was predicted for them, where this model was planned for here before.
+    learned = next((c.plan.scale for c in reversed(engine.compilations) if c.plan is not None), 1.0)
     for where, graph in last_graphs(engine) if pipeline is None else ():
         one = cost.estimate(graph, on)
-        total += one.seconds * engine.accumulation_steps
+        total += learned * one.seconds * engine.accumulation_steps
         if where == "forward" and train:
-            total += cost.holding_seconds(graph, on) * engine.accumulation_steps
+            total += learned * cost.holding_seconds(graph, on) * engine.accumulation_steps
         for (kind, group), seconds in one.exposed.items():
             exposed[kind, where, group] = exposed.get((kind, where, group), 0.0) + seconds * engine.accumulation_steps
     if train:

@@ -93,6 +93,7 @@ def report_of(
     limit = config.quantise.max_relative_error if config is not None else None
     times = pipeline.predicted if pipeline is not None else None
     runs = engine.accumulation_steps * (times.micro_batches if times is not None else 1)
+    last = set(map(id, _last_compilations(engine)))  # the step's seconds say nothing of plans for other shapes
     return Report(
         kind=kind,
         model=type(model).__name__,
@@ -108,7 +109,11 @@ def report_of(
         experts=_experts(engine),
         step_seconds=seconds,
         pipeline=pipeline,
-        plans=[_plan_record(c.name, c.plan, seconds, runs) for c in engine.compilations if c.plan is not None],
+        plans=[
+            _plan_record(c.name, c.plan, seconds if id(c) in last else None, runs)
+            for c in engine.compilations
+            if c.plan is not None
+        ],
         config=config.to_dict() if config is not None else {},
         ignored=ignored,
         notes=[
@@ -183,14 +188,18 @@ def graphs_of(compilation: Compilation) -> Iterator[tuple[Direction, fx.Graph]]:
 
 
 def last_graphs(engine: Engine) -> Iterator[tuple[Direction, fx.Graph]]:
-    """Of a function that was compiled again, as when a model sets something in its first call, the last counts; of a pipeline
-    the stages that ran last."""
+    """Those of a step: :func:`_last_compilations`."""
+    for compilation in _last_compilations(engine):
+        yield from graphs_of(compilation)
+
+
+def _last_compilations(engine: Engine) -> list[Compilation]:
+    """Of a function that was compiled again, as for a batch of another size, the last counts; of a pipeline the stages that ran
+    last."""
     root = engine.root() if engine.root is not None else None
     pipeline = pipeline_of(root) if root is not None else None
     built = pipeline.last_trained or pipeline.last if pipeline is not None else None
-    known = built.compilations if built is not None else {c.frame: c for c in engine.compilations}.values()
-    for compilation in known:
-        yield from graphs_of(compilation)
+    return list(built.compilations if built is not None else {c.frame: c for c in engine.compilations}.values())
 
 
 def pipeline_of(model: nn.Module) -> Pipelined | None:

@@ -49,8 +49,9 @@ def settings_of(
 ) -> tuple[Setting, ...]:
     """Sizes of buckets times shares of the ``states`` (bytes by parameter) that may wait on the host.
 
-    Smaller buckets than the passes' own hold less, and take more latencies: all of them where nothing overlaps, else the
-    ``exposed`` share. A size that a person wrote is not changed.
+    Those that wait there by plans for other shapes do in all of them: their graphs run beside this one. Smaller buckets than
+    the passes' own hold less, and take more latencies: all of them where nothing overlaps, else the ``exposed`` share. A size
+    that a person wrote is not changed.
     """
     sizes: list[tuple[int | None, float]] = [(None, 0.0)]
     items = [_item(lookup(n.meta[GATHERED][0])) for n in joint.find_nodes(op="placeholder") if GATHERED in n.meta]
@@ -64,15 +65,17 @@ def settings_of(
             more = calls * (count - first) * on.latency
             if count > first and own // divisor >= _LEAST_BUCKET:
                 sizes.append((own // divisor, more if not on.overlaps else more * max(exposed, _HIDDEN_LATENCY)))
-    away: list[tuple[str, ...]] = [()]
+    there = tuple(name for name in states if name in engine.planned_states)
+    away: list[tuple[str, ...]] = [there]
     allowed = config.offload_optimizer == "cpu" or (config.offload_optimizer is None and on.has_own_memory)
     if allowed and states:
         params = engine.params()
-        away += shares({n: params[n] for n in states}, config.offload_optimizer_ratio, _SHARES)
+        growing = shares({n: params[n] for n in states}, config.offload_optimizer_ratio, _SHARES)
+        away += [(*there, *(n for n in names if n not in there)) for names in growing]
     found = []
     trained = [p for p in engine.params().values() if p.requires_grad]
     at_first = step_bytes(engine, optimizers, trained)
-    for names in away:
+    for names in dict.fromkeys(away):
         total = sum(states[n] for n in names)
         seconds = cost.states_seconds(total, on)
         for size, more in sizes:

@@ -313,7 +313,8 @@ def distribute(
             local, mesh, placements, run_check=False, shape=param.shape, stride=_contiguous(param.shape)
         )
     if on_host:
-        local = empty_on_host(value._local_tensor).copy_(value._local_tensor)
+        local = compat.local_of(value)
+        local = empty_on_host(local).copy_(local)
         value = DTensor.from_local(local, mesh, placements, run_check=False, shape=value.shape, stride=value.stride())
     new = nn.Parameter(value, requires_grad=param.requires_grad)
     for attribute, content in param.__dict__.items():
@@ -393,12 +394,10 @@ def agree(root: nn.Module | None, config: Config, mesh: DeviceMesh | None, input
             "rank that stopped before it with an error of its own, or that calls a model which is not compiled."
         ) from error
     for rank, other in enumerate(everyone):
-        if other == everyone[0]:
-            continue
-        if other["configuration"] != everyone[0]["configuration"]:
-            what = "; ".join(config_differences(other["configuration"], everyone[0]["configuration"]))
+        if what := config.differences(other["configuration"]):
             raise RuntimeError(
-                f"ranks 0 and {rank} have different configurations: {what}. Give every rank the same file."
+                f"rank {rank} has another configuration than rank {dist.get_rank()}: {'; '.join(what)}. Give every rank the "
+                "same file."
             )
         for subject in ("torch", "parameters", "inputs"):
             if other[subject] != everyone[0][subject]:
@@ -407,17 +406,6 @@ def agree(root: nn.Module | None, config: Config, mesh: DeviceMesh | None, input
                     "Every rank must build the same model and pass inputs of the same kind; only their values, and sizes "
                     "marked dynamic, may differ."
                 )
-
-
-def config_differences(theirs: Mapping[str, Any], first: Mapping[str, Any], prefix: str = "") -> list[str]:
-    found = []
-    for key in sorted({*theirs, *first}):
-        a, b = first.get(key), theirs.get(key)
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            found += config_differences(b, a, f"{prefix}{key}.")
-        elif a != b:
-            found.append(f"{prefix}{key} is {a!r} on rank 0 and {b!r} there")
-    return found
 
 
 def _first_difference(a: Any, b: Any) -> str:

@@ -24,6 +24,8 @@ from dspass.planner.calls import Place
 from dspass.planner.record import BudgetError
 from dspass.planner.saved import PlanError
 from dspass.planner.schedule_times import Link, StageCost
+from dspass.planning import first_says
+from dspass.runtime import compat
 from dspass.runtime.axis import Axis
 from dspass.runtime.engine import Engine
 from dspass.runtime.pipeline import Stage
@@ -92,13 +94,13 @@ def gathered(engine: Engine, asked: str | None, plan: Callable[[], dict[int, Sta
     """The stages that ``plan`` makes where parameters are gathered as ``asked`` (``pipeline.gather``), or where nothing is,
     once a call, unless that takes so much memory that a micro-batch is slower than with a gather of its own.
 
-    Ranks of one stage keep to the way that they have agreed on with their first batch. Raises what ``plan`` does where no way
-    fits: of both, what is refused of the one that holds less.
+    Ranks of one stage go the way that is fastest on the first of them, whatever their own batches would have, and keep to it.
+    Raises what ``plan`` does where no way fits: of both, what is refused of the one that holds less.
     """
     ways = (True, False) if engine.stage == 3 and asked is None else (asked == "call",)
     agrees = asked is None and engine.stages is not None and engine.stages.data.size > 1
     if agrees and engine.agreed_gather is not None:
-        ways = (engine.agreed_gather,)
+        ways, agrees = (engine.agreed_gather,), False
     before = len(engine.compilations)
     made: list[tuple[float, bool, dict[int, Stage], list[Any]]] = []
     refusals: list[Exception] = []
@@ -115,8 +117,12 @@ def gathered(engine: Engine, asked: str | None, plan: Callable[[], dict[int, Sta
         compilations = engine.compilations[before:]
         del engine.compilations[before:]
         planned = [c.plan for c in compilations if c.plan is not None]
-        made.append((math.fsum(p.seconds for p in planned), keeps, stages, compilations))
-        if not any(p.again_seconds or p.held_bytes for p in planned):
+        seconds = math.fsum(p.seconds for p in planned)
+        may_gain = any(p.again_seconds or p.held_bytes for p in planned)
+        if agrees:
+            seconds, may_gain = first_says("gather", engine, [seconds, may_gain])
+        made.append((seconds, keeps, stages, compilations))
+        if not may_gain:
             break  # memory costs nothing as it is
     if not made:
         raise refusals[-1]
@@ -143,9 +149,7 @@ def links_of(graphs: Sequence[StageGraph]) -> list[Link]:
 def bytes_of(calls: Sequence[Any]) -> int:
     """Of all tensors among arguments; those of several micro-batches are views of one batch, and some are the same."""
     found = {
-        (t.untyped_storage()._cdata, t.storage_offset()): t.nbytes
-        for t in tree_leaves(calls)
-        if isinstance(t, torch.Tensor)
+        (compat.storage_of(t), t.storage_offset()): t.nbytes for t in tree_leaves(calls) if isinstance(t, torch.Tensor)
     }
     return sum(found.values())
 
@@ -188,4 +192,4 @@ def _said(error: Exception) -> tuple[str, str, int]:
     return ("plan", str(error), 0) if isinstance(error, PlanError) else ("other", repr(error), 0)
 
 
-__all__ = ["bytes_of", "in_budget", "links_of", "together"]
+__all__ = ["bytes_of", "gathered", "in_budget", "links_of", "together"]

@@ -4,7 +4,7 @@ The step is a list of moments: the nodes of its two halves (:mod:`dspass.planner
 moment that makes it to the last that reads it, one that is fused into its readers takes none
 (:attr:`dspass.passes.kernels.Stretch.materialised` says which), and what is fused reads its inputs when its readers run::
 
-    peak = max over moments m of  Σ bytes(v)  over values v with  made(v) <= m <= read(v)
+    peak = max over moments m of  Σ bytes(v)  over values v with  made(v) <= m <= read(v)        (_highest)
 
 Gathered copies live from the moment the bucket before theirs is used to their last reader, or from the forward to the backward
 where they are kept; whole gradients until the bucket after theirs is full; their shards to the end.

@@ -267,10 +267,6 @@ def _all_ways(value: Value) -> tuple[Way, ...]:
     return (value.as_it_is, *value.ways)
 
 
-def _is_view(value: Value) -> bool:
-    return not value.savable and value.seconds == 0.0
-
-
 def _is_free(value: Value) -> bool:
     return value.savable and value.bytes == 0 and value.save_seconds == 0.0
 

@@ -25,7 +25,7 @@ from dspass.planner.record import Decision, Plan, size_text
 
 log = logging.getLogger(__name__)
 
-_VERSION = 4
+_VERSION = 5
 
 #: Of :class:`MadeFor`, what another batch of the same model has otherwise.
 OF_BATCH = ("inputs", "constants")
@@ -60,7 +60,7 @@ class MadeFor:
     device: str
     product: str
     passes: tuple[str, ...]
-    offload: str
+    options: str
     torch: str
     part: str = ""
     parameters: str = ""

@@ -124,6 +124,10 @@ class Engine:
     roundings: dict[tuple[Literal["weight", "activation"], str], Schedule] = field(default_factory=dict)
     #: Parameters whose optimiser states wait on the host between steps.
     host_states: HostStates = field(default_factory=HostStates)
+    #: Names of those of which plans have said so.
+    planned_states: set[str] = field(default_factory=set)
+    #: Bytes of the smallest device of the ranks that run one plan, once they have told one another.
+    capacity: int | None = None
     #: Names of parameters that are on the device or the host as a plan has said; and of those that will be so when its graph
     #: first runs, whether they wait on the host.
     placed: set[str] = field(default_factory=set)
@@ -136,9 +140,9 @@ class Engine:
     steps: int = 0
     step_seconds: float | None = None
     _step_began: float | None = None
-    _resident: dict[str, tuple[tuple[int, int], torch.Tensor]] = field(default_factory=dict)
+    _resident: dict[str, tuple[tuple[int | None, int], torch.Tensor]] = field(default_factory=dict)
     _packed: dict[tuple[str, ...], list[torch.Tensor]] = field(default_factory=dict)  # by the keys of a bucket
-    _in_node: dict[str, tuple[tuple[int, int], torch.Tensor]] = field(default_factory=dict)
+    _in_node: dict[str, tuple[tuple[int | None, int], torch.Tensor]] = field(default_factory=dict)
     _waiting: dict[str, tuple[int, torch.Tensor]] = field(default_factory=dict)  # with the run that began it
     _errors: dict[str, tuple[int, torch.Tensor]] = field(default_factory=dict)  # with the step that they began in
     _local: set[str] = field(default_factory=set)
@@ -516,6 +520,6 @@ def _alike(found: Sequence[tuple[ParamSpec, torch.Tensor]]) -> list[list[tuple[P
     return [bucket for filled in buckets.values() for bucket in filled]
 
 
-def _state(shard: torch.Tensor) -> tuple[int, int]:
+def _state(shard: torch.Tensor) -> tuple[int | None, int]:
     """Changes whenever the shard's values may have: every in-place operation raises the version."""
-    return shard.untyped_storage()._cdata, shard._version
+    return compat.storage_of(shard), shard._version

@@ -1,8 +1,9 @@
 """What ``torch.optim``'s optimisers hold while they step, beside parameters, gradients and the states that are on the device.
 
-``torch.optim`` steps one parameter after another on a CPU, and all of them together (``foreach``) on a GPU, those that are
-``DTensor``s too: ``torch.distributed.tensor`` puts these among the types that ``_default_to_fused_or_foreach`` accepts. States
-that wait on the host come and go part by part, and each part is a step of its own (:mod:`dspass.runtime.host_states`).
+``torch.optim`` steps one parameter after another on a CPU, and all of them together (``foreach``) on a GPU, unless a group says
+otherwise; those that are ``DTensor``s too: ``torch.distributed.tensor`` puts these among the types that
+``_default_to_fused_or_foreach`` accepts. States that wait on the host come and go part by part, and each part is a step
+of its own (:mod:`dspass.runtime.host_states`).
 
 Dropped: to run the optimiser itself on fake tensors. Its choice between the two is by the device of what it steps, and a
 prediction for a GPU has tensors of a CPU.
@@ -24,14 +25,22 @@ from dspass.runtime.host_states import HostStates, local_bytes, local_of
 class Optimizer:
     """An optimiser by the tensors of a parameter's shape that it holds: ``states`` from step to step, and ``temporaries`` while
     it steps that parameter, of which ``results`` are still there when it comes to the next one. Where all are stepped together,
-    it holds the results of all, and no more. A value of theirs has as many bytes as one of the parameter, or ``element`` ones;
-    states that are no such tensors are counted by ``bytes_of_states``."""
+    it holds ``foreach`` of all (None: the results), and no more; ``together`` says whether they are (None: as the device has
+    it). A value of theirs has as many bytes as one of the parameter, or ``element`` ones; states that are no such tensors are
+    counted by ``bytes_of_states``."""
 
     states: int
     temporaries: int = 0
     results: int = 0
+    foreach: int | None = None
+    together: bool | None = None
     element: int | None = None
     bytes_of_states: Callable[[torch.Tensor], int] | None = None
+
+    @property
+    def of_all(self) -> int:
+        """Tensors of each parameter that are there where all are stepped together."""
+        return self.results if self.foreach is None else self.foreach
 
     def tensor_bytes(self, param: torch.Tensor) -> int:
         """Of one tensor of the shape of what this rank holds of ``param``."""
@@ -100,8 +109,8 @@ def moments(
     for i, part in enumerate(parts):
         states = sum(came[max(i - 1, 0) : i + 2]) if overlaps else came[i]
         sizes = [optimizer.tensor_bytes(p) for p in part]
-        if together:
-            yield Moment(states, optimizer.results * sum(sizes))
+        if together if optimizer.together is None else optimizer.together:
+            yield Moment(states, optimizer.of_all * sum(sizes))
             continue
         for before, size in zip([0, *sizes], sizes, strict=False):
             yield Moment(states, optimizer.results * before + optimizer.temporaries * size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,11 +13,13 @@ import pytest
 import torch
 
 import dspass
+from dspass.config import ConfigError
 from dspass.fake_steps import fake_group
 from dspass.passes import devices
 from dspass.passes.calibration import Calibration, Curve
 from dspass.passes.devices import DEVICES, capacity, device, machine_memory, share_of, tabled
 from dspass.planner.record import BudgetError
+from dspass.planning import refuse_beyond
 from dspass.runtime.engine import Engine
 from dspass.settings import kind_of
 from examples.gpt import GPT, GPTConfig
@@ -198,6 +201,39 @@ def test_a_rank_s_share_of_the_machine(tmp_path: Path, monkeypatch: pytest.Monke
         assert machine_memory(tmp_path) == wanted
     assert share_of("75%", 1000) == 750
     assert share_of("auto", 1000) == 900
+
+
+def test_no_more_is_refused_than_what_a_device_is_known_not_to_have() -> None:
+    with pytest.raises(ConfigError, match=r"100 GB is more than the 80 GB of the device, h100"):
+        refuse_beyond(100 * 10**9, "h100")
+    for device_name in ("cpu", "xpu"):  # of a machine that predicts nothing is known of those that train
+        refuse_beyond(10**15, device_name)
+
+
+def test_a_large_model_is_planned_as_it_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Above some size no code is generated to know its buffers, neither for the plan nor for the report."""
+    monkeypatch.setattr("dspass.prediction.GENERATE_UP_TO", 0)
+    monkeypatch.setattr("dspass.planning.InductorSimulator", None)
+    model, args, kwargs = gpt(layers=1)
+    report = dspass.explain(model, *args, kwargs=kwargs, device="cpu", memory_budget="1GB")
+    assert report.plans
+    assert any("are estimated" in note for note in report.notes)
+
+
+def test_what_measured_steps_took_over_the_prediction_multiplies_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Twice(dict[str, float]):
+        def get(self, *_: Any) -> float:  # type: ignore[override]
+            return 2.0
+
+    model, args, kwargs = gpt(layers=1)
+    found = []
+    for steps in (Twice(), {}):
+        row = replace(tabled("h100"), steps=steps)
+        monkeypatch.setattr(devices, "planned_for", lambda _, row=row: row)
+        report = dspass.explain(model, *args, kwargs=kwargs, device="h100", memory_budget="1GB", optimizer="none")
+        found.append(report.step_seconds)
+        assert report.plans[0].frontier[report.plans[0].here].seconds == pytest.approx(report.step_seconds)
+    assert 1.8 * found[1] < found[0] < 2 * found[1], "but for the optimiser's launch"
 
 
 def test_the_fewest_ranks_that_fit() -> None:

@@ -157,6 +157,8 @@ def _refused(what: str) -> str:
         options = "no/such/file.json"
     if what == "mistyped":
         options = {"zero_optimization": {"stage": "three"}}
+    if what == "configuration":
+        options = {"zero_optimization": {"stage": 3, "overlap_comm": dist.get_rank() == 0}}
     if what == "unknown":
         options = {"zero_optimisation": {"stage": 3}}
     try:
@@ -171,6 +173,7 @@ def _refused(what: str) -> str:
     ("what", "says"),
     [
         ("inputs", ["inputs", "ranks 0 and 1"]),
+        ("configuration", ["zero_optimization.overlap_comm", "true", "false", "the same file"]),
         ("late", ["not every rank reached", "stopped before"]),
         ("fsdp", ["FSDP2", "plain module"]),
         ("meta", ["meta", "fill"]),
@@ -184,6 +187,15 @@ def test_refused_on_all_ranks(what: str, says: list[str]) -> None:
     for text in run(2, _refused, what):
         for word in says:
             assert word in text
+
+
+def _reports(path: str) -> float:
+    own = {"report": path} if dist.get_rank() == 0 else None
+    return torch.compile(Mlp(), backend="deepspeed", options=zero(3, dspass=own))(*batch()).item()
+
+
+def test_keys_that_may_differ_from_rank_to_rank_may(tmp_path: Path) -> None:
+    assert all(loss > 0 for loss in run(2, _reports, str(tmp_path / "report.html")))
 
 
 def test_a_malformed_file_is_refused_with_its_line(tmp_path: Path) -> None:

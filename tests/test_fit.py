@@ -118,3 +118,33 @@ def test_no_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         tried(monkeypatch, 1, most=0)
     with pytest.raises(ValueError, match="needs one rank's batch"):
         dspass.fit(torch.nn.Linear(2, 2))
+
+
+def test_ranks_on_cpus_share_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dspass.passes.devices.machine_memory", lambda: 8 * 10**9)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    found, _ = tried(monkeypatch, 4, device="cpu")
+    assert found.config["dspass"]["memory_budget"] == 18 * 10**8
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    found, _ = tried(monkeypatch, 4, device="cpu")
+    assert found.config["dspass"]["memory_budget"] == 36 * 10**8
+
+
+@pytest.mark.parametrize(
+    ("config", "least"),
+    [
+        # 16 GB of fp32 on eight ranks: whole copies in bf16, and an eighth of parameters and gradients.
+        ({"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}, 8 + 2 + 2),
+        ({"zero_optimization": {"stage": 1}}, 16 + 2 + 2),
+        ({"zero_optimization": {"stage": 3}}, 2 + 2),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "none"}}}, 2 + 2 + 4),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}, 0),
+        ({"zero_optimization": {"stage": 0}}, 16 + 16),
+    ],
+)
+def test_numbers_are_only_refused_untried_for_what_has_to_be_there(config: dict[str, Any], least: int) -> None:
+    with torch.device("meta"):
+        model = torch.nn.Linear(64_000, 62_500, bias=False)
+    x = torch.zeros(1, 64_000, device="meta")
+    search = sys.modules["dspass.fit"]._Search.of(model, (x,), {}, config, "h100", "15GB", "adamw")
+    assert search._always(8) == least * 10**9

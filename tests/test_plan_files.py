@@ -11,12 +11,15 @@ import pytest
 import torch
 import torch.fx as fx
 
+import dspass
 from dspass.planner.plan import Planner
 from dspass.planner.saved import OF_BATCH, MadeFor, PlanError, PlanFile, described
 from tests.ranks import run
 from tests.told import told
+from tests.training import without_inductor
 
 
+@without_inductor
 def _trained(path: Any, budget: str | None = None, rows: int = 4, width: int = 12) -> float:
     torch._dynamo.reset()
     torch.manual_seed(0)
@@ -62,13 +65,27 @@ def test_a_plan_is_saved_used_again_and_refused_for_something_else(
     assert _trained(path) == first
     for text in (
         "{}",
-        '{"version": 4, "graphs": [{}]}',
-        '{"version": 4, "graphs": [{"made_for": [], "plan": {}}]}',
+        '{"version": 5, "graphs": [{}]}',
+        '{"version": 5, "graphs": [{"made_for": [], "plan": {}}]}',
         "[",
     ):
         path.write_text(text)
         assert "plan.json cannot be read" in (unread := _why(path))
         assert "Delete it, or name another" in unread
+
+
+def test_a_prediction_is_not_held_to_the_file_of_a_run(tmp_path: Any) -> None:
+    """Which is for this device: what another would need is planned, and the file stays as it is."""
+    path = tmp_path / "plan.json"
+    _trained(path, "1GB")
+    before = path.read_text()
+    model = torch.nn.Sequential(torch.nn.Linear(12, 32), torch.nn.GELU(), torch.nn.Linear(32, 1))
+    own = {"plan": str(path), "memory_budget": "1GB"}
+    (plan,) = dspass.explain(model, torch.randn(4, 12), config={"dspass": own}, device="h100").plans
+    assert plan.budget_bytes == 10**9
+    assert path.read_text() == before
+    with pytest.raises(PlanError, match="device: cpu in the plan, h100 here"):
+        dspass.explain(model, torch.randn(4, 12), config={"dspass": {"plan": str(path)}}, device="h100")
 
 
 def _on_ranks(path: str) -> list[float]:
@@ -83,7 +100,7 @@ def test_ranks_read_one_file(tmp_path: Any) -> None:
 
 
 RUN: dict[str, Any] = {
-    "model": "m", "ranks": 1, "stage": 0, "device": "cpu", "product": "", "passes": (), "offload": "", "torch": "2"
+    "model": "m", "ranks": 1, "stage": 0, "device": "cpu", "product": "", "passes": (), "options": "", "torch": "2"
 }  # fmt: skip
 
 

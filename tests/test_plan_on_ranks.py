@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -15,7 +16,7 @@ import torch.distributed as dist
 
 import dspass
 from dspass import planning
-from dspass.config import Config
+from dspass.config import Config, ConfigError
 from dspass.engines import engine_of
 from dspass.lowering.simulate import GraphSimulator
 from dspass.passes.agreed_order import collectives_of, keep_order
@@ -24,6 +25,8 @@ from dspass.passes.bucket_reductions import BucketReductions
 from dspass.passes.nodes import gather_start, reduce_start, wait_of
 from dspass.passes.prefetch_gathers import PrefetchGathers
 from dspass.pipeline import build
+from dspass.runtime.engine import Engine
+from dspass.stage_plans import gathered
 from tests.graphs import run_pipeline
 from tests.models import Block, Mlp, points
 from tests.ranks import run
@@ -163,6 +166,58 @@ def test_layers_that_are_alike_agree_each_on_their_own_collectives(stage: int) -
     results = run(2, _one_by_one, stage)
     assert [count for count, _ in results] == [3, 6]
     assert max(worst for _, worst in results) < 1e-5
+
+
+def _shares() -> tuple[list[int], str]:
+    """A budget that is a share, where ranks have devices of unlike sizes; and what is said of one that the smallest has not."""
+    mine = mock.patch.object(planning.devices, "capacity", return_value=(4 - dist.get_rank()) * 10**9)
+    with mine, mock.patch.object(planning, "kind_of", return_value="cuda"):
+        engine = Engine(stage=0, model="m")
+        found = [planning.budget_bytes(share, engine, planning.all_ranks()) for share in ("50%", "75%")]
+        try:
+            planning.budget_bytes(35 * 10**8, engine, planning.all_ranks())
+        except ConfigError as error:
+            return found, str(error)
+    return found, "nothing was said"
+
+
+def test_a_budget_that_is_a_share_is_of_the_smallest_device() -> None:
+    for found, said in run(2, _shares):
+        assert found == [15 * 10**8, 225 * 10**7]
+        assert "3.5 GB is more than the 3 GB of the device" in said
+
+
+def _gathered(seconds: dict[bool, tuple[float, float]], again: tuple[float, float]) -> tuple[list[bool], bool | None]:
+    """Ranks of one stage whose batches differ; the ways that were planned, and the one that is gone."""
+    rank, ways = dist.get_rank(), []
+    engine: Any = SimpleNamespace(
+        stage=3,
+        stages=SimpleNamespace(data=SimpleNamespace(size=2, ranks=(0, 1))),
+        model="m",
+        compilations=[],
+        agreed_gather=None,
+        keeps_for_call=False,
+    )
+
+    def plan() -> dict[int, Any]:
+        way = engine.keeps_for_call
+        ways.append(way)
+        made = SimpleNamespace(seconds=seconds[way][rank], again_seconds=again[rank], held_bytes=0)
+        engine.compilations.append(SimpleNamespace(plan=made))
+        return {}
+
+    with mock.patch.object(planning, "WAIT", timedelta(seconds=20)):
+        gathered(engine, None, plan)
+        assert engine.agreed_gather is engine.keeps_for_call
+        ways.append(engine.keeps_for_call)
+        gathered(engine, None, plan)  # for a batch that is new to this rank, in the way that was agreed
+    return ways, engine.agreed_gather
+
+
+def test_ranks_of_a_stage_gather_as_often_as_the_first_finds_fastest() -> None:
+    one, other = (2.0, 1.0), (1.0, 2.0)  # of rank 0 and of rank 1
+    assert run(2, _gathered, {True: one, False: other}, (1.0, 0.0)) == [([True, False, False, False], False)] * 2
+    assert run(2, _gathered, {True: one, False: other}, (0.0, 1.0)) == [([True, True, True], True)] * 2
 
 
 def _alone() -> str:

@@ -6,6 +6,7 @@ import functools
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -18,7 +19,8 @@ from hypothesis import strategies as st
 
 import dspass
 from dspass import compilation
-from dspass.config import Config
+from dspass.compilation import _before
+from dspass.config import Config, ConfigError
 from dspass.engines import engine_of
 from dspass.lowering.simulate import GraphSimulator
 from dspass.optimizers import Optimizers
@@ -41,7 +43,7 @@ from tests.models import Mlp, points
 from tests.ranks import run
 from tests.test_explain import MODELS
 from tests.test_passes import toy_of
-from tests.training import as_they_are, close, train, whole, zero
+from tests.training import as_they_are, close, train, whole, without_inductor, zero
 
 
 def _options(stage: int, budget: int | None) -> dict[str, Any]:
@@ -547,3 +549,56 @@ def test_what_dynamo_would_run_uncompiled_is_refused() -> None:
         assert "Sequential was compiled as often as Dynamo allows" in str(refused.value)
     assert not torch._dynamo.config.fail_on_recompile_limit_hit
     compiled(torch.randn(5, 12))
+
+
+def test_a_graph_is_planned_beside_those_before_it_alone() -> None:
+    """Behind a break comes another graph; the first is then compiled for another batch, and so is the second."""
+    engine: Any = SimpleNamespace(compilations=[])
+    found = []
+    for frame in (0, 1, 0, 1):
+        done: Any = SimpleNamespace(frame=frame, plan=None)
+        engine.compilations.append(done)
+        found.append(_before(engine, done))
+        done.plan = len(found)
+    assert found == [[], [1], [], [3]]
+
+
+@without_inductor
+def _two_shapes() -> tuple[list[float], list[float | None]]:
+    """Seconds of two plans, in the report of steps with the second; and what was planned for the first, and measured."""
+    torch._dynamo.reset()
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.GELU(), torch.nn.Linear(64, 64))
+    compiled = torch.compile(model, backend="deepspeed", options=zero(1, dspass={"memory_budget": "1GB"}))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def step(rows: int) -> None:
+        compiled(torch.randn(rows, 64)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for rows in (20_000, 20_000, 2):
+        step(rows)
+    with dspass.measure(model):
+        for _ in range(3):
+            step(2)
+    report = dspass.explain(model)
+    large, _ = (c.plan for c in engine_of(model).compilations if c.plan is not None)
+    wanted = [large.frontier[large.chosen].seconds, report.step_seconds]
+    return [record.frontier[record.here].seconds for record in report.plans], wanted
+
+
+def test_a_plan_s_seconds_are_not_scaled_by_a_step_of_another_shape() -> None:
+    for found, wanted in run(2, _two_shapes):
+        assert found == pytest.approx(wanted)
+
+
+def test_sizes_that_are_not_known_are_refused_by_name() -> None:
+    torch._dynamo.reset()
+    options = zero(0, dspass={"memory_budget": "1GB"})
+    x = torch.randn(4, 64)
+    torch._dynamo.mark_dynamic(x, 0)
+    with pytest.raises(Exception) as refused:
+        torch.compile(torch.nn.Linear(64, 64), backend="deepspeed", options=options)(x).sum().backward()
+    said = getattr(refused.value, "inner_exception", refused.value)
+    assert isinstance(said, ConfigError)
+    assert "dspass.memory_budget: it needs sizes that are known" in str(said)

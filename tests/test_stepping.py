@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 import dspass
 from dspass.measure import _allocations
+from dspass.optimizers import _planned
 from dspass.runtime.host_states import HostStates
 from dspass.runtime.stepping import OPTIMIZERS, Optimizer, moments
 from tests.test_explain import gpt
@@ -67,6 +68,62 @@ def test_what_a_step_holds(name: str, together: bool, is_away: bool, rows: list[
     _with_gradients(params)
     expected = max(m.bytes for m in moments(params, away, OPTIMIZERS[name], together=together, overlaps=False))
     assert abs(_measured(step) - expected) <= 4096  # scalars
+
+
+OWN: list[tuple[type, dict[str, Any]]] = [
+    (torch.optim.SGD, {"lr": 0.1, "weight_decay": 0.1}),
+    (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
+    (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True, "maximize": True}),
+    (torch.optim.Adam, {"weight_decay": 0.1, "amsgrad": True}),
+    (torch.optim.AdamW, {"maximize": True}),
+    *(
+        (kind, {"weight_decay": w})
+        for kind in (torch.optim.NAdam, torch.optim.RAdam, torch.optim.Adamax)
+        for w in (0, 0.1)
+    ),
+    *(
+        (kind, {"weight_decay": w})
+        for kind in (torch.optim.Adagrad, torch.optim.Adadelta, torch.optim.ASGD)
+        for w in (0, 0.1)
+    ),
+    (torch.optim.RMSprop, {"centered": True, "momentum": 0.9}),
+    (torch.optim.RMSprop, {"weight_decay": 0.1}),
+]
+
+
+@pytest.mark.parametrize("foreach", [None, True])
+@pytest.mark.parametrize(
+    ("kind", "settings"), OWN, ids=lambda v: v.__name__ if isinstance(v, type) else "-".join(v) or "plain"
+)
+def test_torch_s_optimisers_are_known_by_their_settings(
+    kind: type, settings: dict[str, Any], foreach: bool | None
+) -> None:
+    params = [nn.Parameter(torch.randn(100, 256)) for _ in range(3)]
+    optimizer = kind(params, foreach=foreach, **settings)
+    known = _planned(optimizer, optimizer.param_groups[0])
+    for _ in range(2):
+        _with_gradients(params)
+        optimizer.step()
+    _with_gradients(params)
+    kept = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor) and t.dim()]
+    assert sum(t.nbytes for t in kept) == sum(map(known.state_bytes, params))
+    expected = max(m.bytes for m in moments(params, HostStates(), known, together=False, overlaps=False))
+    # Copies of gradients that are left from one parameter to the next are not all, and a mask has bytes in place of floats.
+    assert -4096 <= expected - _measured(optimizer.step) <= params[0].nbytes
+
+
+def test_an_optimiser_that_is_not_known_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    class Own(torch.optim.Optimizer):
+        pass
+
+    with caplog.at_level("WARNING", logger="dspass"):
+        for _ in range(2):
+            own = Own([nn.Parameter(torch.zeros(4))], {})
+            assert _planned(own, own.param_groups[0]) is OPTIMIZERS["adamw"]
+    assert [r.getMessage() for r in caplog.records] == [
+        "What Own holds while it steps, and in its first step makes, is not known: under dspass.memory_budget it is counted as "
+        "torch.optim.AdamW."
+    ]
 
 
 def test_on_a_gpu_torch_steps_sharded_parameters_together_too() -> None:

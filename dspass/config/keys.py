@@ -288,7 +288,8 @@ KEYS: tuple[Key, ...] = (
          "training step. What is saved for the backward, what is computed again and which gathered copies are kept is planned "
          "for it, and a budget that cannot be met, or is larger than a GPU, is refused, with the smallest that can. A "
          "share is of the device's memory (on a CPU the machine's, divided by its ranks: as many as `$LOCAL_WORLD_SIZE` says, "
-         "else all, also those of a prediction), and `\"auto\"` is 90 % of it. Absent: Inductor's own choice.", low=1, off=("auto",)),
+         "else all, also those of a prediction), of the smallest one's where ranks differ, and `\"auto\"` is 90 % of it. "
+         "Absent: Inductor's own choice.", low=1, off=("auto",)),
     _act("dspass.plan", "plan", "text", None, "path",
          "A .json file of plans: where it holds one for this model, its wishes, ranks and shapes it is used, where it does not "
          "one for the memory budget is added, and a plan of the same model for other ranks, another stage or device, other "

@@ -29,7 +29,7 @@ def markdown_table(which: Literal["acts", "ignored", "refused"]) -> str:
     rows = ["| key | value | unit | default | effect |", "|---|---|---|---|---|"]
     for key in KEYS:
         if _fate(key) == which:
-            kind = "section" if key.kind in ("section", "object", "groups") else key.kind
+            kind: str = "section" if key.kind in ("section", "object", "groups") else key.kind
             if key.choices:
                 kind = " or ".join(f"`{json.dumps(choice)}`" for choice in key.choices)
             default = "absent" if key.default is None else f"`{json.dumps(key.default)}`"
