@@ -286,7 +286,7 @@ KEYS: tuple[Key, ...] = (
     _act("dspass.memory_budget", "memory_budget", "budget", None, "bytes",
          "Such as 60000000000, `\"60GB\"`, `\"75%\"` or `\"auto\"`: most bytes of tensors that one rank holds at any time of a "
          "training step. What is saved for the backward, what is computed again and which gathered copies are kept is planned "
-         "for it, and a budget that cannot be met, or is larger than a GPU, is refused, with the smallest that can. A "
+         "for it, and a budget that cannot be met is refused with the smallest that can, one above a GPU with what it has. A "
          "share is of the device's memory (on a CPU the machine's, divided by its ranks: as many as `$LOCAL_WORLD_SIZE` says, "
          "else all, also those of a prediction), of the smallest one's where ranks differ, and `\"auto\"` is 90 % of it. "
          "Absent: Inductor's own choice.", low=1, off=("auto",)),

@@ -49,7 +49,7 @@ def _fate(key: Key) -> str:
 
 def _exceptions() -> str:
     *first, last = [f"`{key.path}`" for key in KEYS if key.field and "auto" in key.off]
-    return f'It may be written for {", ".join(first)} and {last}, and where DeepSpeed\'s default is `"auto"`.'
+    return f'Exceptions are {", ".join(first)} and {last}, and where DeepSpeed\'s default is `"auto"`.'
 
 
 def page() -> str:
@@ -59,12 +59,13 @@ def page() -> str:
 `torch.compile(model, backend="deepspeed", options=...)` and `dspass.shard(model, config)` take the options as
 a mapping or as the path of a JSON file. The keys are DeepSpeed's; ours stand under `dspass`. With no options,
 `$DSPASS_CONFIG` names the file; where it is unset or empty, the stage is 3 in a process group and 0 without
-one. Options without `zero_optimization.stage`, even `{{}}`, mean stage 0, as in DeepSpeed.
+one. Options without `zero_optimization.stage` mean stage 0, as in DeepSpeed; `{{}}` does for `dspass.shard` and
+`dspass.explain`, while `torch.compile` takes empty options for none.
 
 - A key that is not on this page is an error, which names the nearest known one.
 - Types are strict: `true` is not 1, `"3"` is not 3. A *count* may be written as `5e8`, an *integer* may not.
 - `null` means the same as absent where the default is absent, and for sections.
-- `"auto"` is refused wherever it is written, because nothing fills it in: write the value or remove the key.
+- `"auto"` is refused, because nothing fills it in: write the value or remove the key.
   {_exceptions()}
 - Keys that are ignored are listed in the report with the reason given here.
 - A written size is an upper limit, in DeepSpeed's unit.
