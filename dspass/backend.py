@@ -110,6 +110,7 @@ def deepspeed(
         )
     if stage:
         engine = _engine_of(heap, params) or Engine(stage=stage, accumulation_steps=config.gradient_accumulation_steps)
+        begin(engine, root, config)
 
         def prepare(gm: fx.GraphModule) -> None:
             cast_inputs(gm, config)
@@ -313,7 +314,6 @@ class _Stage0:
 
     def __call__(self, *inputs: Any) -> Any:
         if not self.engine.started:
-            self.engine.started = True
             if dist.is_initialized():
                 params = [p for ref in self.params if (p := ref()) is not None]
                 agree(self.root, self.config, None, _kinds(inputs, params))
@@ -323,8 +323,11 @@ class _Stage0:
 
 
 def begin(engine: Engine, root: nn.Module | None, config: Config) -> None:
-    """What starts with a model's first call: its optimiser's steps are followed, its report promised."""
+    """What starts with a model's first call: its optimiser's steps are followed, its report promised, once."""
     steps.watch(engine, config)
+    if engine.started:
+        return
+    engine.started = True
     if config.dspass.report is not None and root is not None and (not dist.is_initialized() or dist.get_rank() == 0):
         report_at_exit(root, config.dspass.report)
 

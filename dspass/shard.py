@@ -85,6 +85,7 @@ def shard(
     with torch.inference_mode(False):  # parameters that are made in it could never be trained
         experts = likely_weights(root) if config.expert_parallel.enabled else ()
         place(engine, heap, dict(root.named_parameters()), config, mesh, fill=fill, device=device, experts=experts)
+    hand_out(buffer for buffer in root.buffers() if not buffer.is_meta)
     steps.watch(engine, config)
     return model
 

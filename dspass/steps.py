@@ -129,7 +129,7 @@ _NO_OFFLOAD = 'set zero_optimization.offload_optimizer.device to "none".'
 
 
 def _after(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    if _is_inside(optimizer):
+    if _is_inside(optimizer) or compat.in_state_initialisation():  # which is no step of the training
         return
     for engine, _ in _theirs(optimizer):
         engine.after_step()

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.tensor import DTensor
 
 import dspass
@@ -196,6 +197,42 @@ def _reports(path: str) -> float:
 
 def test_keys_that_may_differ_from_rank_to_rank_may(tmp_path: Path) -> None:
     assert all(loss > 0 for loss in run(2, _reports, str(tmp_path / "report.html")))
+
+
+class Counting(nn.Module):
+    """A buffer that each rank makes for itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+        self.register_buffer("offset", torch.full((8,), float(dist.get_rank())))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.layer(x) + self.offset).square().mean()
+
+
+@without_inductor
+def _begun(how: str, stage: int) -> tuple[int, float, int]:
+    """How often a report is promised, the buffer, and steps that are counted before and after the first."""
+    torch._dynamo.reset()
+    model, options = Counting(), zero(stage, dspass={"report": "report.html"})
+    if how == "shard":
+        dspass.shard(model, options)
+    compiled = torch.compile(model, backend="deepspeed", options=options)
+    with mock.patch("dspass.backend.report_at_exit") as promised:
+        for _ in range(3):
+            compiled(torch.ones(2, 8)).backward()
+    optimizer = torch.optim.AdamW(model.parameters())
+    model.zero_grad()
+    get_optimizer_state_dict(model, optimizer)  # makes the states by a step of its own
+    engine = engine_of(model)
+    assert engine is not None
+    return promised.call_count, model.offset.mean().item(), engine.steps  # type: ignore[operator,union-attr]
+
+
+@pytest.mark.parametrize(("how", "stage"), [("compile", 0), ("compile", 3), ("shard", 1), ("shard", 3)])
+def test_a_report_is_promised_once_and_buffers_are_those_of_rank_0(how: str, stage: int) -> None:
+    assert run(2, _begun, how, stage) == [(1, 0.0, 0), (0, 0.0, 0)]
 
 
 def test_a_malformed_file_is_refused_with_its_line(tmp_path: Path) -> None:
