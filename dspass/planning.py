@@ -581,14 +581,11 @@ def _shared(
         store.set(key, json.dumps({**told, "plan": plan.to_json()}))
         return graphs, plan, batch
     here = f"graph {made_for.graph} of {made_for.model} with inputs of {', '.join(batch)}"
-    try:
-        store.wait([key], WAIT)
-    except RuntimeError as error:
-        raise RuntimeError(
-            f"rank {first} has made no plan in {WAIT} for what rank {rank} compiles, {here}: it compiles another graph, or it "
-            "failed; see what it said. Where batches of some sizes alone make another graph, pad them."
-        ) from error
-    told = json.loads(store.get(key))
+    told = _told(
+        key,
+        f"rank {first} has made no plan in {WAIT} for what rank {rank} compiles, {here}: it compiles another graph, or it "
+        "failed; see what it said. Where batches of some sizes alone make another graph, pad them.",
+    )
     if "error" in told:
         if not told["is_known"]:
             raise RuntimeError(f"rank {first} could make no plan for {here}: {told['error']}")
@@ -606,18 +603,18 @@ def first_says(what: str, engine: Engine, said: Any) -> Any:
     ranks = together(engine)
     if not ranks:
         return said
-    key, store = _key(what, ranks[0], engine.model), compat.store()
+    key = _key(what, ranks[0], engine.model)
     if dist.get_rank() == ranks[0]:
-        store.set(key, json.dumps(said))
+        compat.store().set(key, json.dumps(said))
         return said
-    return json.loads(_told(store, key, ranks[0]))
+    return _told(key, _silent(ranks[0]))
 
 
 def _everyone_says(what: str, engine: Engine, ranks: Sequence[int], said: Any) -> list[Any]:
     """What each of ``ranks`` has ``said``."""
-    key, store = _key(what, ranks[0], engine.model), compat.store()
-    store.set(f"{key}/{dist.get_rank()}", json.dumps(said))
-    return [json.loads(_told(store, f"{key}/{rank}", rank)) for rank in ranks]
+    key = _key(what, ranks[0], engine.model)
+    compat.store().set(f"{key}/{dist.get_rank()}", json.dumps(said))
+    return [_told(f"{key}/{rank}", _silent(rank)) for rank in ranks]
 
 
 def _key(what: str, *name: str | int) -> str:
@@ -627,16 +624,21 @@ def _key(what: str, *name: str | int) -> str:
     return f"{key}/{_shared_under[key]}"
 
 
-def _told(store: dist.Store, key: str, by: int) -> bytes:
+def _told(key: str, otherwise: str) -> Any:
+    """What another rank has put into the store; raises ``RuntimeError`` with the words ``otherwise`` where it does not."""
+    store = compat.store()
     try:
         store.wait([key], WAIT)
     except RuntimeError as error:
-        raise RuntimeError(
-            f"rank {by} has said nothing in {WAIT} where all ranks plan: it compiles another model, or it failed; see what "
-            "it said."
-        ) from error
-    told: bytes = store.get(key)
-    return told
+        raise RuntimeError(otherwise) from error
+    return json.loads(store.get(key))
+
+
+def _silent(rank: int) -> str:
+    return (
+        f"rank {rank} has said nothing in {WAIT} where all ranks plan: it compiles another model, or it failed; see what it "
+        "said."
+    )
 
 
 def _simulator(engine: Engine, patches: Mapping[str, Any]) -> Callable[..., Any]:
