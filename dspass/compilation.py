@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from dspass.between_ranks import together
 from dspass.config import Config
 from dspass.hosting import bring_in, move_out
 from dspass.lowering.segments import SegmentCompiler, lower, shared_order
@@ -26,7 +27,7 @@ from dspass.passes.text import print_graph
 from dspass.planner.calls import Place
 from dspass.planner.record import Plan
 from dspass.planner.saved import MadeFor
-from dspass.planning import Planning, in_buckets, refine, scheduled, together
+from dspass.planning import Planning, in_buckets, refine, scheduled
 from dspass.runtime import compat
 from dspass.runtime.engine import Engine
 from dspass.runtime.frames import with_room

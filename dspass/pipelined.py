@@ -34,6 +34,7 @@ from dspass import pipeline_times as times
 from dspass import stage_plans as plans
 from dspass import steps
 from dspass.batches import batch_size, part_of
+from dspass.between_ranks import all_ranks
 from dspass.casts import cast_inputs
 from dspass.compilation import Compilation, compile_graph
 from dspass.config import Config, ConfigError
@@ -52,7 +53,7 @@ from dspass.pipeline_outputs import LossScale, Output, PipelineUseError, deliver
 from dspass.pipeline_times import Measured
 from dspass.planner.calls import Place
 from dspass.planner.stages import follow
-from dspass.planning import all_ranks, budget_bytes
+from dspass.planning import budget_bytes
 from dspass.runtime import compat
 from dspass.runtime.axis import Axis, axis_of
 from dspass.runtime.engine import Engine

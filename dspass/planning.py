@@ -28,16 +28,15 @@ import functools
 import hashlib
 import json
 import os
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.fx as fx
 
+from dspass.between_ranks import everyone_says, key_of, together, wait_for
 from dspass.config import Config, ConfigError
 from dspass.hosting import host, place, shares, supposing, undecided, withdraw
 from dspass.lowering.simulate import GraphSimulator, InductorSimulator
@@ -73,12 +72,6 @@ _ALONE = 0.9
 
 #: In how many steps parameters go to the host, or rather come back from it: each is planned for.
 _PLACEMENTS = 4
-
-#: How long the other ranks wait for the plan.
-WAIT = timedelta(minutes=10)
-
-#: How often a plan was shared under a name, by models that are alike: ranks share each of them.
-_shared_under: Counter[str] = Counter()
 
 
 @dataclass(kw_only=True)
@@ -385,7 +378,7 @@ def budget_bytes(budget: int | str, engine: Engine, ranks: Sequence[int] = ()) -
     there = engine.capacity
     if there is None:
         mine = devices.capacity(device)
-        there = engine.capacity = min(map(int, _everyone_says("capacity", engine, ranks, mine))) if ranks else mine
+        there = engine.capacity = min(map(int, everyone_says("capacity", engine, ranks, mine))) if ranks else mine
     refuse_beyond(budget, device, there)
     return budget if isinstance(budget, int) else devices.share_of(budget, there)
 
@@ -486,17 +479,6 @@ def _file_of(path: str, place: Place | None) -> str:
     return f"{root}.stage{place.stage}{extension}"
 
 
-def together(engine: Engine) -> Sequence[int]:
-    """The ranks that run the same graphs as this one, where there are others; the first plans."""
-    ranks = engine.stages.data.ranks if engine.stages is not None and all_ranks() else all_ranks()
-    return ranks if len(ranks) > 1 else ()
-
-
-def all_ranks() -> Sequence[int]:
-    """Those of a group that sends what it is given, as that of a prediction does not."""
-    return range(dist.get_world_size()) if dist.is_initialized() and dist.get_backend() != "fake" else ()
-
-
 def _made_for(joint: fx.Graph, engine: Engine, config: Config, passes: Sequence[Pass], place: Place | None) -> MadeFor:
     placeholders = joint.find_nodes(op="placeholder")
     device = engine.target or next((n.meta["val"].device.type for n in placeholders if _is_tensor(n)), "cpu")
@@ -568,7 +550,7 @@ def _shared(
     """The plan of the first of ``ranks``, which ``make`` makes there with its graphs, through the store of the process group,
     and the batch that it was made for; what it raises is raised on all of them."""
     first, rank, store = ranks[0], dist.get_rank(), compat.store()
-    key = _key("plan", first, made_for.model, made_for.part, made_for.graph, made_for.parameters)
+    key = key_of("plan", first, made_for.model, made_for.part, made_for.graph, made_for.parameters)
     if rank == first:
         told: dict[str, Any] = {"made_for": made_for.to_json(), "batch": batch}
         try:
@@ -581,10 +563,11 @@ def _shared(
         store.set(key, json.dumps({**told, "plan": plan.to_json()}))
         return graphs, plan, batch
     here = f"graph {made_for.graph} of {made_for.model} with inputs of {', '.join(batch)}"
-    told = _told(
+    told = wait_for(
         key,
-        f"rank {first} has made no plan in {WAIT} for what rank {rank} compiles, {here}: it compiles another graph, or it "
-        "failed; see what it said. Where batches of some sizes alone make another graph, pad them.",
+        f"rank {first} has made no plan",
+        f"for what rank {rank} compiles, {here}: it compiles another graph, or it failed; see what it said. Where batches of "
+        "some sizes alone make another graph, pad them.",
     )
     if "error" in told:
         if not told["is_known"]:
@@ -596,49 +579,6 @@ def _shared(
             f"rank {rank} compiles {here} otherwise than rank {first}: all ranks must run one model. {' '.join(differences)}"
         )
     return None, Plan.from_json(told["plan"]), told["batch"]
-
-
-def first_says(what: str, engine: Engine, said: Any) -> Any:
-    """On each of the ranks that run the same graphs, what the first of them has ``said``."""
-    ranks = together(engine)
-    if not ranks:
-        return said
-    key = _key(what, ranks[0], engine.model)
-    if dist.get_rank() == ranks[0]:
-        compat.store().set(key, json.dumps(said))
-        return said
-    return _told(key, _silent(ranks[0]))
-
-
-def _everyone_says(what: str, engine: Engine, ranks: Sequence[int], said: Any) -> list[Any]:
-    """What each of ``ranks`` has ``said``."""
-    key = _key(what, ranks[0], engine.model)
-    compat.store().set(f"{key}/{dist.get_rank()}", json.dumps(said))
-    return [_told(f"{key}/{rank}", _silent(rank)) for rank in ranks]
-
-
-def _key(what: str, *name: str | int) -> str:
-    """A key in the store, the same on all ranks, and another one each time."""
-    key = "/".join(("dspass", what, *map(str, name)))
-    _shared_under[key] += 1
-    return f"{key}/{_shared_under[key]}"
-
-
-def _told(key: str, otherwise: str) -> Any:
-    """What another rank has put into the store; raises ``RuntimeError`` with the words ``otherwise`` where it does not."""
-    store = compat.store()
-    try:
-        store.wait([key], WAIT)
-    except RuntimeError as error:
-        raise RuntimeError(otherwise) from error
-    return json.loads(store.get(key))
-
-
-def _silent(rank: int) -> str:
-    return (
-        f"rank {rank} has said nothing in {WAIT} where all ranks plan: it compiles another model, or it failed; see what it "
-        "said."
-    )
 
 
 def _simulator(engine: Engine, patches: Mapping[str, Any]) -> Callable[..., Any]:

@@ -19,12 +19,12 @@ import torch
 import torch.distributed as dist
 from torch.utils._pytree import tree_leaves
 
+from dspass.between_ranks import first_says
 from dspass.passes.split_stages import StageGraph
 from dspass.planner.calls import Place
 from dspass.planner.record import BudgetError
 from dspass.planner.saved import PlanError
 from dspass.planner.schedule_times import Link, StageCost
-from dspass.planning import first_says
 from dspass.runtime import compat
 from dspass.runtime.axis import Axis
 from dspass.runtime.engine import Engine

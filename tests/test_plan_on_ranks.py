@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 import dspass
-from dspass import planning
+from dspass import between_ranks, planning
 from dspass.config import Config, ConfigError
 from dspass.engines import engine_of
 from dspass.lowering.simulate import GraphSimulator
@@ -43,7 +43,7 @@ def _predicts_alone(path: str) -> float:
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
     torch.manual_seed(0)
     compiled = torch.compile(Mlp(), backend="deepspeed", options=zero(0, dspass={"memory_budget": 10**9}))
-    with mock.patch.object(planning, "WAIT", timedelta(seconds=20)):
+    with mock.patch.object(between_ranks, "WAIT", timedelta(seconds=20)):
         loss = compiled(*batch)
     loss.backward()
     dist.destroy_process_group()
@@ -70,7 +70,7 @@ def _quick() -> Any:
     with (
         mock.patch("dspass.compilation.segment_compiler", return_value=as_they_are),
         mock.patch("dspass.planning.InductorSimulator", return_value=GraphSimulator()),
-        mock.patch.object(planning, "WAIT", timedelta(seconds=20)),
+        mock.patch.object(between_ranks, "WAIT", timedelta(seconds=20)),
     ):
         yield
 
@@ -173,9 +173,9 @@ def _shares() -> tuple[list[int], str]:
     mine = mock.patch.object(planning.devices, "capacity", return_value=(4 - dist.get_rank()) * 10**9)
     with mine, mock.patch.object(planning, "kind_of", return_value="cuda"):
         engine = Engine(stage=0, model="m")
-        found = [planning.budget_bytes(share, engine, planning.all_ranks()) for share in ("50%", "75%")]
+        found = [planning.budget_bytes(share, engine, between_ranks.all_ranks()) for share in ("50%", "75%")]
         try:
-            planning.budget_bytes(35 * 10**8, engine, planning.all_ranks())
+            planning.budget_bytes(35 * 10**8, engine, between_ranks.all_ranks())
         except ConfigError as error:
             return found, str(error)
     return found, "nothing was said"
@@ -206,7 +206,7 @@ def _gathered(seconds: dict[bool, tuple[float, float]], again: tuple[float, floa
         engine.compilations.append(SimpleNamespace(plan=made))
         return {}
 
-    with mock.patch.object(planning, "WAIT", timedelta(seconds=20)):
+    with mock.patch.object(between_ranks, "WAIT", timedelta(seconds=20)):
         gathered(engine, None, plan)
         assert engine.agreed_gather is engine.keeps_for_call
         ways.append(engine.keeps_for_call)
@@ -224,7 +224,7 @@ def _alone() -> str:
     """What a rank says that compiles what the others do not."""
     model = _layers()
     compiled = _compiled(model, 0, 10**9)
-    with _quick(), mock.patch.object(planning, "WAIT", timedelta(seconds=2)):
+    with _quick(), mock.patch.object(between_ranks, "WAIT", timedelta(seconds=2)):
         compiled(torch.randn(4, 64)).square().mean().backward()
         if dist.get_rank() == 0:
             return ""
